@@ -1,0 +1,37 @@
+"""Step caching for Diffusion Transformers as a compiler pass."""
+
+from dit_cache_fx.api import apply
+from dit_cache_fx.errors import (
+    CaptureError,
+    DiscoveryError,
+    DitCacheError,
+    DitCacheWarning,
+    OptionError,
+    VerifyError,
+)
+from dit_cache_fx.module import CachedModel
+from dit_cache_fx.runtime.report import CacheReport, CaptureReport, StepRecord
+from dit_cache_fx.schedule import interval_schedule
+from dit_cache_fx.strategies import Clock, DeepCache, Strategy, TaylorCache, TeaCache
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CacheReport",
+    "CachedModel",
+    "CaptureError",
+    "CaptureReport",
+    "Clock",
+    "DeepCache",
+    "DiscoveryError",
+    "DitCacheError",
+    "DitCacheWarning",
+    "OptionError",
+    "StepRecord",
+    "Strategy",
+    "TaylorCache",
+    "TeaCache",
+    "VerifyError",
+    "apply",
+    "interval_schedule",
+]

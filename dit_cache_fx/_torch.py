@@ -1,0 +1,132 @@
+"""Everything that reaches into torch's internals; `tests/test_torch_internals.py` watches it.
+
+`opaque` is an operator that `make_fx` and `functionalize` do not look into: it becomes one node of
+the graph, whatever runs behind it. The means are those of torch's own higher-order operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+from torch._ops import HigherOrderOperator
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import (
+    ProxyTorchDispatchMode,
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    make_fx,
+    track_tensor,
+)
+from torch.utils import _pytree as pytree
+
+from dit_cache_fx.program import DEVICE
+
+
+class OpaqueCall(Protocol):
+    """What `opaque` runs, and how it appears in the graph."""
+
+    def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The outputs, as new tensor objects."""
+
+    def emit(self, graph: Emitter, inputs: Sequence[Any]) -> Sequence[Any]:
+        """Add nodes for the call; one proxy for each output of `run`."""
+
+
+class Emitter:
+    """Adds nodes to the graph that is being traced."""
+
+    def __init__(self, tracer: Any) -> None:
+        self._tracer = tracer
+
+    def call(self, target: Callable[..., Any], args: Any, kwargs: Any, name: str) -> fx.Proxy:
+        proxy: fx.Proxy = self._tracer.create_proxy(
+            "call_function", target, args, kwargs, name=name
+        )
+        return proxy
+
+    def attribute(self, name: str) -> fx.Proxy:
+        proxy: fx.Proxy = self._tracer.create_proxy("get_attr", name, (), {})
+        return proxy
+
+
+class _Opaque(HigherOrderOperator):
+    def __init__(self) -> None:
+        super().__init__("dit_cache_fx_opaque")
+
+    def __call__(self, call: OpaqueCall, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        result: list[torch.Tensor] = super().__call__(call, tensors)
+        return result
+
+
+opaque = _Opaque()
+
+
+@opaque.py_impl(torch._C.DispatchKey.CompositeExplicitAutograd)
+def _run(call: OpaqueCall, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return call.run(tensors)
+
+
+@opaque.py_impl(ProxyTorchDispatchMode)
+def _trace(mode: Any, call: OpaqueCall, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    with disable_proxy_modes_tracing():
+        outputs = call.run(tensors)
+    inputs = [mode.tracer.unwrap_proxy(t) for t in tensors]
+    for tensor, proxy in zip(outputs, call.emit(Emitter(mode.tracer), inputs), strict=True):
+        proxy.node.meta.update({"val": tensor.to("meta"), DEVICE: tensor.device})
+        track_tensor(tensor, proxy, constant=None, tracer=mode.tracer)
+    return outputs
+
+
+@opaque.py_functionalize_impl
+def _functionalize(ctx: Any, call: OpaqueCall, tensors: list[torch.Tensor]) -> Any:
+    inner = ctx.unwrap_tensors(tensors)
+    with ctx.redispatch_to_next():
+        outputs = opaque(call, inner)
+    return ctx.wrap_tensors(outputs)
+
+
+@opaque.py_impl(torch._C.DispatchKey.Autograd)
+def _below_autograd(call: OpaqueCall, tensors: list[torch.Tensor]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return opaque(call, tensors)
+
+
+def emit_node(target: Callable[..., Any], args: Any, kwargs: Any, name: str) -> bool:
+    """Add a node that reads tensors (which appear in `args`) to the graph being traced.
+
+    Returns False where no tensor is a value of the graph (constants): nothing is added then.
+    """
+    mode = get_proxy_mode()
+    if mode is None:
+        return False
+    args, kwargs = pytree.tree_map_only(torch.Tensor, mode.tracer.unwrap_proxy, (args, kwargs))
+    if not any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
+        return False
+    Emitter(mode.tracer).call(target, args, kwargs, name)
+    return True
+
+
+def trace_shapes(
+    function: Callable[..., Sequence[torch.Tensor]], specs: Sequence[tuple[Any, Any, Any]]
+) -> fx.Graph:
+    """The graph of a pure function for tensors of these (shape, dtype, device), without data."""
+    with FakeTensorMode():
+        inputs = [torch.empty(shape, dtype=dtype, device=d) for shape, dtype, d in specs]
+        gm: fx.GraphModule = make_fx(function)(*inputs)
+    return gm.graph
+
+
+def untraced() -> Any:
+    """A context in which operations run without being added to the graph."""
+    return disable_proxy_modes_tracing()
+
+
+def trace_functional(
+    function: Callable[..., list[torch.Tensor]], tensors: Sequence[torch.Tensor]
+) -> fx.GraphModule:
+    """The graph of `function(*tensors)` on ATen level, without in-place operations."""
+    gm: fx.GraphModule = make_fx(torch.func.functionalize(function))(*tensors)
+    return gm

@@ -1,0 +1,104 @@
+"""`apply`: composes the stages, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from dit_cache_fx.capture import BlockList, CallSignature, Subject, candidate_lists, named_timestep
+from dit_cache_fx.errors import DiscoveryError, OptionError
+from dit_cache_fx.module import CachedModel, is_compiled, original
+from dit_cache_fx.passes.select_runs import ALIASES, never_cached
+from dit_cache_fx.runtime.engine import Engine, check_block_ids
+from dit_cache_fx.strategies import Strategy, make_strategy
+
+Blocks = str | nn.ModuleList | Sequence[str | nn.ModuleList]
+
+
+def apply(
+    model: nn.Module,
+    strategy: str | Strategy,
+    *,
+    blocks: Blocks | None = None,
+    timestep: str | None = None,
+    check: bool = True,
+    **options: Any,
+) -> CachedModel:
+    """A cached model, called exactly as `model`; `model` itself is left untouched.
+
+    It shares its weights and its blocks with `model`. The first call of each input signature
+    captures a graph.
+
+    Args:
+        model: a DiT in evaluation mode.
+        strategy: "deepcache", "teacache", "taylorcache" with `options` (see the classes of these
+            names), or a `Strategy` object.
+        blocks: the block lists, as attribute paths or `nn.ModuleList`s; found from the graph when
+            None.
+        timestep: the name of forward's timestep argument; found when None.
+        check: check each captured graph against the model on a second input.
+
+    Raises:
+        OptionError: an argument that cannot work, with what would.
+        DiscoveryError: the model holds no block list.
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionError("model", model, "an nn.Module")
+    if is_compiled(model):
+        raise OptionError("model", type(model).__name__, "apply first, then torch.compile")
+    model = original(model)
+    chosen = make_strategy(strategy, options)
+    if model.training:
+        raise OptionError("model.training", True, "call model.eval() first")
+    signature = CallSignature(model.forward)
+    step = named_timestep(signature.parameters, timestep)
+    lists = candidate_lists(model) if blocks is None else _named_lists(model, blocks)
+    if not lists:
+        raise DiscoveryError(
+            "no block list found: the model holds no nn.ModuleList. A cache needs the model's "
+            "blocks in an nn.ModuleList (blocks=['attribute.path'])"
+        )
+    _check_ids_early(chosen, lists, known=blocks is not None)
+    names = tuple(b.name for b in lists) if blocks is not None else ()
+    always = partial(never_cached, strategy=chosen, lists=names)
+    subject = Subject(model, signature, lists, blocks is not None, always, check)
+    again = partial(
+        apply, strategy=chosen, blocks=_paths(lists, blocks), timestep=timestep, check=check
+    )
+    return CachedModel(model, Engine(subject, chosen, step), again)
+
+
+def _paths(lists: Sequence[BlockList], blocks: Blocks | None) -> list[str] | None:
+    return None if blocks is None else [b.name for b in lists]
+
+
+def _named_lists(model: nn.Module, blocks: Blocks) -> list[BlockList]:
+    given = [blocks] if isinstance(blocks, (str, nn.ModuleList)) else list(blocks)
+    names = {
+        m: n for n, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential))
+    }
+    lists = []
+    for item in given:
+        found = next((m for m, n in names.items() if m is item or n == item), None)
+        if found is None or not len(found):
+            what = item if isinstance(item, str) else type(item).__name__
+            raise OptionError(
+                "blocks", what, f"no such module list in the model; it has {sorted(names.values())}"
+            )
+        lists.append(BlockList(names[found], tuple(found.children())))
+    if not lists:
+        raise OptionError("blocks", blocks, "at least one block list, or None to find them")
+    return lists
+
+
+def _check_ids_early(strategy: Strategy, lists: Sequence[BlockList], known: bool) -> None:
+    """Refuse ids that cannot be right whatever lists the capture will find."""
+    sizes = {b.name: len(b.modules) for b in lists}
+    if known:
+        check_block_ids(strategy, sizes)
+        return
+    largest = max(sizes.values())
+    check_block_ids(strategy, {**{a: largest for a in ALIASES if a not in sizes}, **sizes})

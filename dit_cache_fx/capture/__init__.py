@@ -1,0 +1,195 @@
+"""From a model's forward to a checked `Program`, in one recorded run of the model.
+
+`record` runs the model once, `trace` makes the graph of what it does around its kept modules,
+`normal_form` makes that a program, `mark_blocks` finds the trunk and `check` compares program and
+model on inputs that neither has seen.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from dit_cache_fx.capture.blocks import mark_blocks
+from dit_cache_fx.capture.check import compare, refuse, second_inputs
+from dit_cache_fx.capture.intercept import intercepted
+from dit_cache_fx.capture.leaves import BlockList, candidate_lists, kept_modules
+from dit_cache_fx.capture.normal_form import Guards, normal_form
+from dit_cache_fx.capture.record import ModuleCall, Recording, record
+from dit_cache_fx.capture.signature import CallSignature, FlatCall, flatten_call, unflatten_call
+from dit_cache_fx.capture.timestep import guessed_timestep, named_timestep
+from dit_cache_fx.capture.trace import trace
+from dit_cache_fx.errors import CaptureError
+from dit_cache_fx.identity import Seen
+from dit_cache_fx.program import BlockId, Program
+from dit_cache_fx.structure import unflatten
+
+__all__ = [
+    "BlockList",
+    "CallSignature",
+    "Captured",
+    "FlatCall",
+    "Subject",
+    "accepts",
+    "candidate_lists",
+    "capture",
+    "flatten_call",
+    "named_timestep",
+    "replayed",
+]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Captured:
+    """A program that was checked, with what is needed to trust it on the next call."""
+
+    program: Program
+    gm: fx.GraphModule  # the graph as captured; the passes give the program others
+    guards: Guards | None
+    recording: Recording  # of the call that it was captured from, until that call is answered
+    blocks: dict[nn.Module, str]
+    whole: set[nn.Module]  # every module that the graph calls as a node
+    accepted: set[tuple[torch.Size, ...]]  # guard shapes that the graph was checked with
+    shapes: tuple[torch.Size, ...] = ()  # guard shapes of the newest call
+    seen: Seen | None = None  # the newest call's tensors that the guards depend on
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is captured: the model, how it is called, and where its blocks are looked for."""
+
+    model: nn.Module
+    signature: CallSignature
+    lists: Sequence[BlockList]
+    chosen: bool
+    always_run: Callable[[BlockId], bool]
+    check: bool = True
+
+    def run(self, call: FlatCall, tensors: Sequence[torch.Tensor]) -> Any:
+        """The model's own answer to a flattened call with these tensors."""
+        arguments = unflatten_call(call.skeleton, list(tensors))
+        return self.signature.call(self.model.forward, arguments)
+
+
+def capture(subject: Subject, call: FlatCall, timestep: str | None) -> Captured:
+    """Capture the model for calls like `call`; its blocks run once, for this call's own answer.
+
+    Raises `DiscoveryError` where blocks or timestep cannot be told, `CaptureError` where the graph
+    cannot be made or differs from the model.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        tensors = [t.clone() if t.is_inference() else t for t in call.tensors]
+        kept = kept_modules(subject.model, subject.lists)
+        members = {m: kept[m] for blocks in subject.lists for m in blocks.modules}
+        always = {m for m, name in members.items() if subject.always_run(_block_id(name))}
+        recording = record(lambda: subject.run(call, tensors), kept, set(members), always)
+        traced = trace(lambda inputs: subject.run(call, inputs), tensors, kept, recording)
+        step = timestep if timestep is not None else guessed_timestep(call)
+        program, guards = normal_form(subject.model, traced, call, step)
+        mark_blocks(program, subject.lists, subject.chosen)
+        trunk = {str(node.target) for node in program.block_calls()}
+        blocks = {m: name for m, name in members.items() if f"model.{name}" in trunk}
+        captured = Captured(program, program.gm, guards, recording, blocks, set(kept), set())
+        if guards is not None:
+            _refuse_late_guards(guards, trunk)
+            captured.shapes = guards.shapes(guards.expected)
+            captured.accepted.add(captured.shapes)
+        if subject.check:
+            _check(subject, captured, call, tensors)
+    log.info("captured %d blocks in %s", len(blocks), dict(program.block_lists))
+    return captured
+
+
+def accepts(subject: Subject, captured: Captured, call: FlatCall) -> bool:
+    """Whether the captured graph is right for this call (whose signature is the capture's).
+
+    Where a masked selection has another size than any seen, the graph is checked with it first.
+    """
+    guards = captured.guards
+    if guards is None:
+        return True
+    tensors = Seen([call.tensors[i] for i in guards.inputs])
+    if captured.seen is not None and tensors.shared_with(captured.seen) == len(guards.inputs):
+        return True
+    with torch.no_grad():
+        read = guards.gm(*call.tensors)
+    if guards.values(read) != guards.values(guards.expected):
+        log.info("guards: read %s, captured %s", read, guards.expected)
+        return False
+    shapes = guards.shapes(read)
+    if shapes not in captured.accepted:
+        if _compare(subject, captured, call, call.tensors) is not None:
+            return False
+        captured.accepted.add(shapes)
+    captured.shapes, captured.seen = shapes, tensors
+    return True
+
+
+@contextmanager
+def replayed(captured: Captured) -> Iterator[None]:
+    """Within the context the blocks return what they returned in the recorded run."""
+    calls: dict[str, Iterator[ModuleCall]] = {
+        name: iter([c for c in captured.recording.calls if c.name == name])
+        for name in captured.blocks.values()
+    }
+
+    def handle(
+        module: nn.Module, name: str, call: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        made = next(calls[name])
+        return unflatten(made.skeleton, made.outputs())
+
+    with intercepted(captured.blocks, handle):
+        yield
+
+
+def _block_id(name: str) -> BlockId:
+    list_name, _, index = name.rpartition(".")
+    return BlockId(list_name, int(index))
+
+
+def _refuse_late_guards(guards: Guards, trunk: set[str]) -> None:
+    late = [n.target for n in guards.gm.graph.nodes if n.op == "call_module" and n.target in trunk]
+    if late:
+        raise CaptureError(
+            "the model's control flow depends on the result of a cached block "
+            f"({str(late[-1]).removeprefix('model.')}): its value is not known before the block "
+            "runs. Move the decision into a block, or exclude the list with blocks=[...]"
+        )
+
+
+def _check(
+    subject: Subject, captured: Captured, call: FlatCall, tensors: Sequence[torch.Tensor]
+) -> None:
+    program = captured.program
+    step = program.inputs.index(program.timestep) if program.timestep in program.inputs else None
+    sample = [i for i, a in enumerate(program.arguments) if a == program.arguments[0]]
+    for inputs in second_inputs(tensors, step, sample):
+        if _guards_hold(captured.guards, inputs):
+            difference = _compare(subject, captured, call, inputs)
+            if difference is not None:
+                raise refuse(difference)
+            return
+
+
+def _guards_hold(guards: Guards | None, inputs: Sequence[torch.Tensor]) -> bool:
+    return guards is None or list(guards.gm(*inputs)) == list(guards.expected)
+
+
+def _compare(
+    subject: Subject, captured: Captured, call: FlatCall, tensors: Sequence[torch.Tensor]
+) -> str | None:
+    return compare(
+        lambda: subject.run(call, tensors),
+        lambda: captured.gm(*tensors),
+        captured.blocks,
+        captured.recording,
+    )

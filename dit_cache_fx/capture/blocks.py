@@ -1,0 +1,125 @@
+"""Which of the captured module lists are the trunk: the blocks that a cache is for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from dit_cache_fx.capture.leaves import BlockList
+from dit_cache_fx.errors import DiscoveryError
+from dit_cache_fx.program import BLOCK, BlockId, Program, block_values, spec_of
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A called list: its calls, the arguments they depend on, and why it is no trunk list."""
+
+    blocks: BlockList
+    calls: tuple[fx.Node, ...]
+    needs: frozenset[str]
+    fault: str | None
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for m in self.blocks.modules for p in m.parameters())
+
+
+def mark_blocks(program: Program, lists: Sequence[BlockList], chosen: bool) -> None:
+    """Find the trunk among `lists` and note on each of its calls which block it is.
+
+    `chosen`: the user named the lists, all of them are taken. Otherwise a list is trunk when its
+    blocks are made of several layers, carry a tensor through (an output has an input's shape),
+    depend on the noisy sample, and depend on every argument that the largest such list starts
+    from. So a text refiner is none (no sample), nor a refiner that runs on the sample before the
+    text joins it.
+
+    Raises `DiscoveryError` with the candidates when there is none.
+    """
+    needs = program.needs()
+    program.sample = _sample(program)
+    found = [_look(program, blocks, needs, program.sample) for blocks in lists]
+    called = [f for f in found if f.calls]
+    trunk = called if chosen else _trunk(called, needs)
+    missing = [f.blocks.name for f in found if chosen and not f.calls]
+    if missing or not trunk:
+        raise DiscoveryError(_explain(found, missing))
+    for f in sorted(trunk, key=lambda f: _position(program, f.calls[0])):
+        program.block_lists[f.blocks.name] = len(f.blocks.modules)
+        for call in f.calls:
+            call.meta[BLOCK] = BlockId(f.blocks.name, int(str(call.target).rpartition(".")[2]))
+
+
+def _look(
+    program: Program, blocks: BlockList, needs: dict[fx.Node, frozenset[str]], sample: str | None
+) -> _Found:
+    targets = {f"model.{blocks.name}.{i}" for i in range(len(blocks.modules))}
+    calls = tuple(n for n in program.graph.nodes if n.op == "call_module" and n.target in targets)
+    union = frozenset().union(*(needs[c] for c in calls))
+    return _Found(blocks, calls, union, _fault(blocks, calls, union, sample))
+
+
+def _fault(
+    blocks: BlockList, calls: Sequence[fx.Node], needs: frozenset[str], sample: str | None
+) -> str | None:
+    if not calls:
+        return "never called"
+    if sample is not None and sample not in needs:
+        return f"does not depend on {sample!r}"
+    if not all(_composite(m) for m in blocks.modules):
+        return "its members are single layers"
+    if not all(_carries_stream(c) for c in calls):
+        return "no output has the shape of an input"
+    return None
+
+
+def _trunk(called: Sequence[_Found], needs: dict[fx.Node, frozenset[str]]) -> list[_Found]:
+    sound = [f for f in called if f.fault is None]
+    if not sound:
+        return []
+    main = max(sound, key=lambda f: f.parameters)
+    start = needs[main.calls[0]]
+    return [f for f in sound if f is main or f.needs >= start]
+
+
+def _composite(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None
+
+
+def _carries_stream(call: fx.Node) -> bool:
+    inputs = {spec.shape for n in call.all_input_nodes if (spec := spec_of(n)) is not None}
+    outputs = [spec for n in block_values(call) if (spec := spec_of(n)) is not None]
+    return any(spec.ndim > 1 and spec.shape in inputs for spec in outputs)
+
+
+def _sample(program: Program) -> str | None:
+    """The argument that carries the noisy sample: shaped like the output, or the first one."""
+    step = program.timestep
+    inputs = [
+        (program.node(name), argument)
+        for name, argument in zip(program.inputs, program.arguments, strict=True)
+        if name != step
+    ]
+    output = program.graph.output_node().all_input_nodes
+    shape = spec.shape if output and (spec := spec_of(output[0])) is not None else None
+    for node, argument in inputs:
+        spec = spec_of(node)
+        if spec is not None and spec.ndim > 1 and spec.shape == shape:
+            return argument
+    return inputs[0][1] if inputs else None
+
+
+def _position(program: Program, node: fx.Node) -> int:
+    return list(program.graph.nodes).index(node)
+
+
+def _explain(found: Sequence[_Found], missing: Sequence[str]) -> str:
+    if missing:
+        return f"blocks={list(missing)!r}: never called by the model in this call"
+    lines = [f"  {f.blocks.name} ({len(f.blocks.modules)}): {f.fault}" for f in found]
+    listing = "\n".join(lines) or "  (the model holds no nn.ModuleList)"
+    return (
+        "no block list found. Name it: blocks=['...'] (attribute path of an nn.ModuleList whose "
+        f"members the model calls). Candidates:\n{listing}"
+    )

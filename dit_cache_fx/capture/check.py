@@ -1,0 +1,166 @@
+"""A capture is checked against the model before it is trusted.
+
+Both run on inputs that the capture has not seen, with every block replaced by a stand-in: so the
+check costs what the model does around its blocks. Each block must be called with the same values,
+and the outputs must be the same, bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from dit_cache_fx.capture.intercept import intercepted
+from dit_cache_fx.capture.record import ModuleCall, Recording
+from dit_cache_fx.errors import CaptureError
+from dit_cache_fx.structure import flatten, unflatten
+
+
+class _Print(NamedTuple):
+    """What tells two tensors apart, without keeping them."""
+
+    kind: str
+    total: int
+    weighted: int
+
+
+class _Place(NamedTuple):
+    """A tensor among all that a run shows: of which block call (None: of the output), which."""
+
+    call: int | None
+    index: int
+
+
+@dataclass
+class _Run:
+    """The block calls of a run and prints of the tensors that it showed."""
+
+    calls: list[str] = field(default_factory=list)
+    prints: dict[_Place, _Print] = field(default_factory=dict)
+    wanted: _Place | None = None
+    tensor: torch.Tensor | None = None
+
+    def show(self, call: int | None, tensors: Sequence[torch.Tensor]) -> None:
+        for index, tensor in enumerate(tensors):
+            place = _Place(call, index)
+            self.prints[place] = _print(tensor)
+            if place == self.wanted:
+                self.tensor = tensor
+
+
+def compare(
+    model: Callable[[], Any],
+    graph: Callable[[], Any],
+    blocks: Mapping[nn.Module, str],
+    recording: Recording,
+) -> str | None:
+    """What differs first between the model's run and the graph's; None when nothing does."""
+    want = _run(model, blocks, recording, _Run())
+    got = _run(graph, blocks, recording, _Run())
+    if want.calls != got.calls:
+        return f"it calls blocks {got.calls}, the model calls {want.calls}"
+    place = next((p for p in want.prints if want.prints[p] != got.prints.get(p)), None)
+    if place is None:
+        return None if len(want.prints) == len(got.prints) else "it passes more tensors"
+    a = _run(model, blocks, recording, _Run(wanted=place)).tensor
+    b = _run(graph, blocks, recording, _Run(wanted=place)).tensor
+    where = "output" if place.call is None else f"input of block {want.calls[place.call]}"
+    return f"{where}, tensor {place.index}: {_difference(a, b)}"
+
+
+def refuse(difference: str) -> CaptureError:
+    """The error for a capture that differs."""
+    return CaptureError(
+        f"the captured graph disagrees with the model: {difference}. Something in the model's "
+        "forward (outside its blocks) depends on more than its tensors and arguments, or on "
+        "randomness. Move it into a block or a layer; or pass check=False when the difference is "
+        "wanted"
+    )
+
+
+def second_inputs(
+    tensors: Sequence[torch.Tensor], timestep: int | None, sample: Sequence[int]
+) -> Iterator[list[torch.Tensor]]:
+    """Inputs that differ from the capture's: first all of them, then only what changes each step.
+
+    Integers and booleans (ids, labels, masks) stay as they are, the timestep excepted: another
+    value might not be a legal one.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for only in (range(len(tensors)), sample):
+        changed = [t.clone() for t in tensors]
+        for i in only:
+            if tensors[i].is_floating_point():
+                noise = torch.randn(tensors[i].shape, generator=generator)
+                changed[i] = noise.to(tensors[i])
+        if timestep is not None:
+            changed[timestep] = _another_timestep(tensors[timestep])
+        yield changed
+
+
+def _another_timestep(value: torch.Tensor) -> torch.Tensor:
+    return value // 2 + 1 if not value.is_floating_point() else value * 0.5 + 0.25
+
+
+def _run(
+    run: Callable[[], Any], blocks: Mapping[nn.Module, str], recording: Recording, shown: _Run
+) -> _Run:
+    names = set(blocks.values())
+    calls = iter([c for c in recording.calls if c.name in names])
+
+    def handle(
+        module: nn.Module, name: str, call: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        inputs, _ = flatten((args, kwargs))
+        shown.show(len(shown.calls), inputs)
+        shown.calls.append(name)
+        made = next(calls, None)
+        if made is None or made.name != name:
+            raise CaptureError(f"block {name} was called out of the order of the capture")
+        return unflatten(made.skeleton, stand_in(made, len(shown.calls), inputs))
+
+    with intercepted(blocks, handle):
+        output = run()
+    shown.show(None, flatten(output)[0])
+    return shown
+
+
+def stand_in(made: ModuleCall, index: int, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Values in the place of a block's outputs: other ones for each block, equal in each run."""
+    outputs = []
+    for place, spec in enumerate(made.specs):
+        like = made.like[place]
+        shape = spec.shape if like is None else inputs[like].shape
+        generator = torch.Generator(spec.device).manual_seed(1000 * index + place)
+        noise = torch.rand(shape, generator=generator, device=spec.device)
+        outputs.append(noise.to(spec.dtype))
+    return outputs
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _print(tensor: torch.Tensor) -> _Print:
+    """Two sums over the tensor's bits, one of them weighted by position."""
+    kind = f"{tensor.dtype}{list(tensor.shape)} on {tensor.device}"
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    bits = real.contiguous().view(_BITS[real.element_size()]).flatten().to(torch.int64)
+    weights = torch.arange(bits.numel(), device=bits.device) % 8191 + 1
+    total, weighted = torch.stack([bits.sum(), (bits * weights).sum()]).tolist()
+    return _Print(kind, total, weighted)
+
+
+def _difference(want: torch.Tensor | None, got: torch.Tensor | None) -> str:
+    if want is None or got is None:
+        return "missing" if got is None else "too many"
+    if want.shape != got.shape or want.dtype != got.dtype or want.device != got.device:
+        return f"{_print(got).kind} instead of {_print(want).kind}"
+    differs = ~((want == got) | ((want != want) & (got != got)))
+    if not bool(differs.any()):
+        return "equal values of other bits (-0.0 or NaN)"
+    at = tuple(differs.nonzero()[0].tolist())
+    return f"{got[at].item()} instead of {want[at].item()} at {at} of {_print(want).kind}"

@@ -1,0 +1,84 @@
+"""Which modules a capture keeps whole: the candidate blocks, and the layers around them.
+
+A kept module is one `call_module` of the user's own, live module. So hooks, quantised or offloaded
+weights, LoRA layers put in its place later and compiled forwards all keep working, and nothing of
+its inside is baked into the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """A list of modules inside the model: `name` is its attribute path."""
+
+    name: str
+    modules: tuple[nn.Module, ...]
+
+
+def candidate_lists(model: nn.Module) -> list[BlockList]:
+    """Every `nn.ModuleList` that is not inside a member of another one.
+
+    A list whose members are lists themselves (`[attention, feed-forward]` pairs) is never called
+    as such: its members stand for it.
+    """
+    return list(_lists(model, ""))
+
+
+def _lists(module: nn.Module, prefix: str) -> Iterator[BlockList]:
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        members = tuple(child.children())
+        callable_members = not any(isinstance(m, (nn.ModuleList, nn.ModuleDict)) for m in members)
+        if isinstance(child, nn.ModuleList) and members and callable_members:
+            yield BlockList(path, members)
+        else:
+            yield from _lists(child, f"{path}.")
+
+
+def kept_modules(model: nn.Module, lists: Sequence[BlockList]) -> dict[nn.Module, str]:
+    """Module -> its name, for every module that the capture keeps whole.
+
+    Layers inside blocks are among them: some models call one from outside (a block's embedding).
+    """
+    kept: dict[nn.Module, str] = {}
+    for blocks in lists:
+        for index, block in enumerate(blocks.modules):
+            kept.setdefault(block, f"{blocks.name}.{index}")
+    _keep_layers(model, "", kept)
+    return kept
+
+
+def _keep_layers(module: nn.Module, prefix: str, kept: dict[nn.Module, str]) -> None:
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if child not in kept and _is_layer(child) and not any(m in kept for m in child.modules()):
+            kept[child] = path
+        else:
+            _keep_layers(child, f"{path}.", kept)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """A module without parts, one of torch's own, or one that something else has hold of."""
+    if isinstance(module, _CONTAINERS):
+        return False
+    if next(module.children(), None) is None or _is_adapted(module) or _is_hooked(module):
+        return True
+    return type(module).__module__.startswith(("torch.nn.", "torch.ao.nn."))
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    """Adapter layers (LoRA and kin) wrap the layer that they adapt as `base_layer`."""
+    return isinstance(getattr(module, "base_layer", None), nn.Module)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    return any(hooks) or "forward" in vars(module) or module._compiled_call_impl is not None

@@ -1,0 +1,137 @@
+"""From a trace to a `Program`: live parameters, `call_module` nodes, guards set apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from dit_cache_fx.capture.signature import FlatCall
+from dit_cache_fx.capture.trace import READS, Trace, call_kept
+from dit_cache_fx.program import Program, ancestors, graph_module
+
+# without autograd and without in-place operations these return their argument
+_IDENTITIES = (
+    torch.ops.aten.detach.default,
+    torch.ops.aten.alias.default,
+    torch.ops.aten.lift_fresh_copy.default,
+)
+
+
+@dataclass(frozen=True)
+class Guards:
+    """What the captured code read out of tensors: `gm(*inputs)` gives it again.
+
+    Values are compared for equality; shapes (sizes of masked selections) may differ when the graph
+    has been checked with them.
+    """
+
+    gm: fx.GraphModule
+    expected: tuple[Any, ...]  # a torch.Size where a shape was read
+    inputs: tuple[int, ...]  # which of the call's tensors they depend on
+
+    def values(self, read: Sequence[Any]) -> list[Any]:
+        """Those of the reads that must be equal."""
+        return [v for v in read if not isinstance(v, torch.Size)]
+
+    def shapes(self, read: Sequence[Any]) -> tuple[torch.Size, ...]:
+        """Those of the reads that may differ after a check."""
+        return tuple(v for v in read if isinstance(v, torch.Size))
+
+
+def normal_form(
+    model: nn.Module, traced: Trace, call: FlatCall, timestep: str | None
+) -> tuple[Program, Guards | None]:
+    """The program and the guards of a trace. Raises `CaptureError` where a guard needs a block."""
+    names, arguments = call.names(), call.arguments_of()
+    attributes = dict(traced.objects)
+    graph = _rewrite(model, traced, names, attributes)
+    guards = _split_guards(model, graph, attributes, traced.read)
+    gm = graph_module(model, attributes, graph, "Captured")
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    step = next((n for n, a in zip(_inputs(gm), arguments, strict=True) if a == timestep), None)
+    program = Program(gm, tuple(_inputs(gm)), tuple(arguments), step, None, traced.output)
+    return program, guards
+
+
+def _inputs(gm: fx.GraphModule) -> list[str]:
+    return [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+
+
+def _rewrite(
+    model: nn.Module, traced: Trace, names: Sequence[str], attributes: dict[str, Any]
+) -> fx.Graph:
+    graph = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+    live = _live_tensors(model)
+    placeholders = iter(names)
+    for node in traced.gm.graph.nodes:
+        if node.op == "placeholder":
+            new[node] = graph.placeholder(next(placeholders))
+        elif node.op == "get_attr":
+            new[node] = graph.get_attr(_attribute(traced.gm, node, live, attributes))
+        elif node.target is call_kept:
+            _, name, args, kwargs = fx.map_arg(node.args, lambda n: new[n])
+            new[node] = graph.call_module(f"model.{name}", args, kwargs)
+        elif node.target in _IDENTITIES:
+            new[node] = new[node.args[0]]
+            continue
+        else:
+            new[node] = graph.node_copy(node, lambda n: new[n])
+        new[node].meta.update(node.meta)
+    return graph
+
+
+def _attribute(
+    gm: fx.GraphModule, node: fx.Node, live: dict[int, str], attributes: dict[str, Any]
+) -> str:
+    """The live name of a tensor that the model owns; any other value is a constant."""
+    target = str(node.target)
+    if target in attributes:
+        return target
+    value = getattr(gm, target)
+    if id(value) in live:
+        return f"model.{live[id(value)]}"
+    name = f"_constant_{target.lstrip('_')}"
+    attributes[name] = value
+    return name
+
+
+def _live_tensors(model: nn.Module) -> dict[int, str]:
+    """id -> attribute path of each tensor that a module owns, plain attributes included."""
+    found: dict[int, str] = {}
+    for prefix, module in model.named_modules():
+        for name, value in _owned(module):
+            found.setdefault(id(value), f"{prefix}.{name}" if prefix else name)
+    return found
+
+
+def _owned(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for items in (module._parameters, module._buffers, vars(module)):
+        for name, value in items.items():
+            if isinstance(value, torch.Tensor):
+                yield name, value
+
+
+def _split_guards(
+    model: nn.Module, graph: fx.Graph, attributes: dict[str, Any], read: Sequence[Any]
+) -> Guards | None:
+    reads = [node for node in graph.nodes if node.target in READS]
+    if not reads:
+        return None
+    needed = ancestors(reads)
+    apart = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node in needed or node.op == "placeholder":
+            new[node] = apart.node_copy(node, lambda n: new[n])
+    apart.output(tuple(new[node] for node in reads))
+    for node in reads:
+        graph.erase_node(node)
+    gm = graph_module(model, attributes, apart, "Guards")
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    return Guards(gm, tuple(read), tuple(i for i, n in enumerate(inputs) if n in needed))

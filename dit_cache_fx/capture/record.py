@@ -1,0 +1,138 @@
+"""Phase one of a capture: run the model once as it is, and note what each kept module returned.
+
+The blocks run exactly once, outside of any tracer. Tracing (phase two) and the first computed step
+then replay what was recorded, so a capture costs no second forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dit_cache_fx.capture.intercept import intercepted
+from dit_cache_fx.identity import version
+from dit_cache_fx.structure import Skeleton, flatten
+
+
+@dataclass
+class Spec:
+    """Shape, dtype and device of a tensor that was not kept."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> Spec:
+        return Spec(tensor.shape, tensor.dtype, tensor.device)
+
+    def placeholder(self) -> torch.Tensor:
+        """A tensor of this shape that takes no memory; its values mean nothing."""
+        return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
+
+
+@dataclass
+class ModuleCall:
+    """One call of a kept module."""
+
+    name: str
+    specs: list[Spec]
+    skeleton: Skeleton
+    values: dict[int, torch.Tensor] = field(default_factory=dict)
+    mutated: tuple[int, ...] = ()  # which of its tensor arguments it changed in place
+    like: tuple[int | None, ...] = ()  # for each output a tensor argument of the same shape
+
+    def outputs(self) -> list[torch.Tensor]:
+        """What it returned, as new tensor objects; placeholders where no value was kept."""
+        return [
+            self.values[i].detach() if i in self.values else spec.placeholder()
+            for i, spec in enumerate(self.specs)
+        ]
+
+
+@dataclass
+class Recording:
+    """The calls of the kept modules in order, and what the model returned."""
+
+    calls: list[ModuleCall]
+    output: Any
+
+
+def record(
+    run: Callable[[], Any],
+    kept: Mapping[nn.Module, str],
+    blocks: Collection[nn.Module],
+    always_run: Collection[nn.Module] = (),
+) -> Recording:
+    """Run the model and record its kept modules' calls.
+
+    A block's output is held only when something other than a cached block reads it: holding every
+    block's output would be what the cache is here to avoid. `always_run` are the blocks that are
+    never cached; what they read is held too.
+    """
+    calls: list[ModuleCall] = []
+    reader = _Reader()
+
+    def handle(
+        module: nn.Module, name: str, call: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        inputs, _ = flatten((args, kwargs))
+        if module not in blocks or module in always_run:
+            reader.reads(inputs)
+        versions = [version(t) for t in inputs]
+        with reader.paused():
+            output = call(module, *args, **kwargs)
+        outputs, skeleton = flatten(output)
+        mutated = tuple(i for i, t in enumerate(inputs) if version(t) != versions[i])
+        shapes = [t.shape for t in inputs]
+        like = tuple(shapes.index(t.shape) if t.shape in shapes else None for t in outputs)
+        specs = [Spec.of(t) for t in outputs]
+        made = ModuleCall(name, specs, skeleton, mutated=mutated, like=like)
+        reader.produced(made, outputs, hold=module not in blocks)
+        calls.append(made)
+        return output
+
+    with intercepted(kept, handle), reader:
+        output = run()
+        reader.reads(flatten(output)[0])
+    return Recording(calls, output)
+
+
+class _Reader(TorchDispatchMode):
+    """Watches which recorded outputs are read by the model's own code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._origin: dict[int, tuple[ref[torch.Tensor], ModuleCall, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.reads(flatten((args, kwargs or {}))[0])
+        return func(*args, **(kwargs or {}))
+
+    def produced(self, call: ModuleCall, outputs: list[torch.Tensor], hold: bool) -> None:
+        for index, tensor in enumerate(outputs):
+            self._origin[id(tensor)] = (ref(tensor), call, index)
+            if hold:
+                call.values[index] = tensor
+
+    def reads(self, tensors: list[torch.Tensor]) -> None:
+        for tensor in tensors:
+            origin = self._origin.get(id(tensor))
+            if origin is not None and origin[0]() is tensor:  # an id may come back
+                origin[1].values.setdefault(origin[2], tensor)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Take the mode off: what runs inside must not see it (compiled blocks refuse modes)."""
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()

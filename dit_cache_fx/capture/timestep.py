@@ -1,0 +1,45 @@
+"""Which argument tells the step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dit_cache_fx.capture.signature import FlatCall
+from dit_cache_fx.errors import DiscoveryError, OptionError
+
+#: what forward functions of this field call it, the most telling first
+NAMES = ("timestep", "timesteps", "t", "time", "time_step", "sigma", "sigmas", "noise_level")
+
+
+def named_timestep(parameters: Sequence[str], given: str | None) -> str | None:
+    """The timestep argument by its name; None when no parameter has a usual one.
+
+    Raises `OptionError` when `given` is no parameter.
+    """
+    if given is not None:
+        if given not in parameters:
+            raise OptionError(
+                "timestep", given, f"forward has no such argument; it has {list(parameters)}"
+            )
+        return given
+    return next((name for name in NAMES if name in parameters), None)
+
+
+def guessed_timestep(call: FlatCall) -> str:
+    """The only argument that has a timestep's form: one number, or one for each sample.
+
+    Raises `DiscoveryError` with the candidates when it is not one.
+    """
+    candidates = [
+        argument
+        for tensor, argument in zip(call.tensors, call.arguments_of(), strict=True)
+        if tensor.ndim <= 1 and tensor.dtype != torch.bool and not tensor.is_complex()
+    ]
+    if len(candidates) != 1:
+        raise DiscoveryError(
+            "the timestep argument cannot be told: no argument has a usual name "
+            f"({', '.join(NAMES)}), and those of its form are {candidates}. Name it: timestep='...'"
+        )
+    return candidates[0]

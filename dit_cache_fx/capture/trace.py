@@ -1,0 +1,287 @@
+"""Phase two of a capture: the model's own code as a graph, its kept modules as single nodes.
+
+No kept module runs here: each returns what the recording holds. What the code reads out of a tensor
+(`.item()`, `bool(...)`, `.tolist()`, the size of a masked selection) becomes a guard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dit_cache_fx._torch import Emitter, emit_node, opaque, trace_functional, untraced
+from dit_cache_fx.capture.intercept import intercepted
+from dit_cache_fx.capture.record import ModuleCall, Recording
+from dit_cache_fx.errors import CaptureError
+from dit_cache_fx.program import OUTPUT
+from dit_cache_fx.structure import Skeleton, accessor, flatten, key_paths, unflatten
+
+
+def call_kept(index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Stands for the call of a kept module (the recording's call `index`) while tracing."""
+    raise AssertionError("placeholder of the capture")
+
+
+@fx.has_side_effect
+def read_value(operator: Any, args: Any, kwargs: Any) -> Any:
+    """What an operator whose result is no tensor gave (`.item()`, `torch.equal`): a guard."""
+    return operator(*args, **kwargs)
+
+
+@fx.has_side_effect
+def read_list(tensor: torch.Tensor) -> Any:
+    """What `.tolist()` or `.numpy()` gave: a guard."""
+    return tensor.tolist()
+
+
+@fx.has_side_effect
+def read_shape(tensor: torch.Tensor) -> torch.Size:
+    """The shape of a result whose shape depends on data: a guard."""
+    return tensor.shape
+
+
+#: the nodes that become guards
+READS = (read_value, read_list, read_shape)
+
+
+@dataclass
+class Trace:
+    """A traced call, before it is put into normal form."""
+
+    gm: fx.GraphModule
+    output: Skeleton
+    objects: dict[str, Any]
+    read: list[Any] = field(default_factory=list)  # what each guard's read gave, in node order
+
+
+def trace(
+    run: Callable[[Sequence[torch.Tensor]], Any],
+    tensors: Sequence[torch.Tensor],
+    kept: Mapping[nn.Module, str],
+    recording: Recording,
+) -> Trace:
+    """Trace `run(tensors)`; its kept modules answer from `recording`.
+
+    Operators that are made of others (`pad_sequence`) come out taken apart, with the in-place
+    operations inside them: then the graph is traced once more, operator by operator.
+    """
+    traced = _trace(run, tensors, kept, _Player(recording))
+    if _mutations(traced.gm):
+        player = _Player(recording)
+        again = _trace(_Retrace(traced, player).run_all, tensors, kept, player)
+        traced = replace(again, output=traced.output)
+    left = _mutations(traced.gm)
+    if left:
+        raise CaptureError(f"operators that change a tensor in place are left: {left}")
+    return traced
+
+
+def _trace(
+    run: Callable[[Sequence[torch.Tensor]], Any],
+    tensors: Sequence[torch.Tensor],
+    kept: Mapping[nn.Module, str],
+    player: _Player,
+) -> Trace:
+    read: list[Any] = []
+    output: list[Skeleton] = []
+
+    def body(*inputs: torch.Tensor) -> list[torch.Tensor]:
+        # make_fx replaces Module.__call__ itself: ours must come after
+        with intercepted(kept, player.handle), _PythonReads(read), _DataReads(read, player):
+            leaves, skeleton = flatten(run(inputs))
+        output.append(skeleton)
+        return leaves
+
+    # one object passed as two arguments must be two inputs of the graph
+    gm = trace_functional(body, [t.detach() for t in tensors])
+    return Trace(gm, output[0], player.objects, read)
+
+
+def _mutations(gm: fx.GraphModule) -> list[str]:
+    functions = [n.target for n in gm.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+    return sorted({str(f) for f in functions if f._schema.is_mutable})
+
+
+class _Retrace(fx.Interpreter):
+    """Runs a trace again, for another trace."""
+
+    def __init__(self, traced: Trace, player: _Player) -> None:
+        for name, value in traced.objects.items():
+            setattr(traced.gm, name, value)
+        super().__init__(traced.gm)
+        self._player = player
+
+    def run_all(self, inputs: Sequence[torch.Tensor]) -> Any:
+        return self.run(*inputs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is call_kept:
+            index, _, inner_args, inner_kwargs = args
+            return self._player.answer(index, inner_args, inner_kwargs)
+        return None if target is read_shape else super().call_function(target, args, kwargs)
+
+
+class _Player:
+    """Answers the calls of kept modules from a recording, in order."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._calls = recording.calls
+        self._next = 0
+        self.objects: dict[str, Any] = {}
+        self.spoiled: dict[int, tuple[torch.Tensor, str]] = {}
+
+    def handle(
+        self, module: nn.Module, name: str, call: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        index, self._next = self._next, self._next + 1
+        was = self._calls[index].name if index < len(self._calls) else None
+        if was != name:
+            raise CaptureError(
+                f"the model called {name!r} where its run a moment ago called {was!r}: its "
+                "control flow depends on something that changes from call to call"
+            )
+        return self.answer(index, args, kwargs)
+
+    def answer(self, index: int, args: Any, kwargs: Any) -> Any:
+        """Add the recorded call `index` to the graph; returns what it returned then."""
+        made = self._calls[index]
+        inputs, skeleton = flatten((args, kwargs))
+        for place in made.mutated:
+            original, inputs[place] = inputs[place], inputs[place].clone()
+            self.spoiled[id(original)] = (original, made.name)
+        outputs = opaque(_Replay(index, made, skeleton, self.objects), inputs)
+        return unflatten(made.skeleton, outputs)
+
+
+@dataclass
+class _Replay:
+    """A recorded call as an operator that the tracer does not look into."""
+
+    index: int
+    made: ModuleCall
+    inputs: Skeleton
+    objects: dict[str, Any]
+
+    def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return self.made.outputs()
+
+    def emit(self, graph: Emitter, inputs: Sequence[Any]) -> Sequence[Any]:
+        args, kwargs = unflatten(self.inputs, inputs, lambda v: self._attribute(graph, v))
+        name = self.made.name
+        node = graph.call(call_kept, (self.index, name, args, kwargs), {}, _node_name(name))
+        outputs = [_follow(node, path) for path in key_paths(self.made.skeleton)]
+        for index, output in enumerate(outputs):
+            output.node.meta[OUTPUT] = index
+        return outputs
+
+    def _attribute(self, graph: Emitter, value: object) -> fx.Proxy:
+        name = next((n for n, v in self.objects.items() if v is value), None)
+        if name is None:
+            name = f"_object_{len(self.objects)}"
+            self.objects[name] = value
+        return graph.attribute(name)
+
+
+def _node_name(module_name: str) -> str:
+    return module_name.replace(".", "_")
+
+
+def _follow(node: Any, path: Sequence[tuple[type, Any]]) -> Any:
+    for kind, key in path:
+        node = accessor(kind, key)(node)
+    return node
+
+
+# these reach a dispatch mode before they are taken apart into a tagged operator
+_COMPOSITE_READS = (torch.ops.aten.is_nonzero.default, torch.ops.aten.item.default)
+
+
+class _DataReads(TorchDispatchMode):
+    """Turns operators whose result depends on data into guards."""
+
+    supports_higher_order_operators = True  # lets `opaque` through
+
+    def __init__(self, read: list[Any], player: _Player) -> None:
+        super().__init__()
+        self._read = read
+        self._player = player
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = flatten((args, kwargs))[0]
+        self._refuse_spoiled(tensors)
+        if func is opaque:
+            return func(*args, **kwargs)
+        if torch.Tag.data_dependent_output in func.tags or func in _COMPOSITE_READS:
+            with untraced():
+                value = func(*args, **kwargs)
+            if emit_node(read_value, (func, args, kwargs), {}, "read_value"):
+                self._read.append(value)
+            return value
+        result = func(*args, **kwargs)
+        if _shape_depends_on_data(func, tensors):
+            for tensor in flatten(result)[0]:
+                if emit_node(read_shape, (tensor,), {}, "read_shape"):
+                    self._read.append(tensor.shape)
+        return result
+
+    def _refuse_spoiled(self, tensors: Sequence[torch.Tensor]) -> None:
+        for tensor in tensors:
+            _, name = self._player.spoiled.get(id(tensor), (None, ""))
+            if name:
+                raise CaptureError(
+                    f"module {name!r} changes one of its inputs in place and the model reads that "
+                    "input afterwards: a cached step could not do the same. Let the module "
+                    "return the changed tensor instead"
+                )
+
+
+def _shape_depends_on_data(func: Any, tensors: Sequence[torch.Tensor]) -> bool:
+    if torch.Tag.dynamic_output_shape not in func.tags:
+        return False
+    if func is torch.ops.aten.index.Tensor:  # only a mask selects a number of rows
+        return any(t.dtype in (torch.bool, torch.uint8) for t in tensors[1:])
+    return True
+
+
+class _PythonReads(TorchFunctionMode):
+    """Turns `.tolist()` and `.numpy()`, which no operator stands for, into guards."""
+
+    _READS = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__)
+
+    def __init__(self, read: list[Any]) -> None:
+        super().__init__()
+        self._read = read
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in self._READS:
+            return func(*args, **(kwargs or {}))
+        reading = _ListRead(func, self._read)
+        opaque(reading, [args[0]])
+        return reading.value
+
+
+class _ListRead:
+    """Reads a whole tensor as an operator that the tracer does not look into."""
+
+    def __init__(self, func: Callable[[torch.Tensor], Any], read: list[Any]) -> None:
+        self._func = func
+        self._read = read
+        self.value: Any = None
+
+    def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        self._list = tensors[0].tolist()
+        self.value = self._func(tensors[0])
+        return []
+
+    def emit(self, graph: Emitter, inputs: Sequence[Any]) -> Sequence[Any]:
+        if isinstance(inputs[0], fx.Proxy):
+            graph.call(read_list, (inputs[0],), {}, "read_list")
+            self._read.append(self._list)
+        return []

@@ -1,0 +1,177 @@
+"""The cached model: what `apply` returns."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_cache_fx.errors import DitCacheWarning, OptionError
+from dit_cache_fx.runtime.engine import Engine, requires_grad
+from dit_cache_fx.runtime.report import CacheReport
+from dit_cache_fx.runtime.reporting import report
+
+#: attributes that belong to the cached model itself; every other one is the model's
+_OWN = frozenset({"_model", "_engine", "_rebuild", "_enabled", "_warned", "_compiled_call_impl"})
+
+
+class CachedModel(nn.Module):
+    """A view of `model` whose forward skips what its cache holds.
+
+    It owns nothing: parameters, submodules and hooks are the model's own dictionaries, so that
+    `.to()`, `load_state_dict`, LoRA and replaced layers act on both, and every attribute that is
+    not the cache's is read from and written to the model.
+    """
+
+    def __init__(
+        self, model: nn.Module, engine: Engine, rebuild: Callable[[nn.Module], CachedModel]
+    ) -> None:
+        # nn.Module.__init__ would make dictionaries of its own
+        for name in vars(nn.Module()):
+            if name != "training":
+                self.__dict__[name] = model.__dict__[name]
+        self._model = model
+        self._engine = engine
+        self._rebuild = rebuild
+        self._enabled = True
+        self._warned: set[str] = set()
+
+    # --- being the model -------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward, called as before."""
+        if not self._enabled:
+            return self._model.forward(*args, **kwargs)
+        reason = self._uncached_because(args, kwargs)
+        if reason is not None:
+            self._warn_once(reason)
+            return self._model.forward(*args, **kwargs)
+        return self._engine(args, kwargs)
+
+    def _uncached_because(self, args: Any, kwargs: Any) -> str | None:
+        if self._model.training:
+            return "the model is in training mode (call .eval())"
+        if requires_grad(self._model, args, kwargs):
+            return (
+                "gradients are enabled and wanted (call it under torch.no_grad() or "
+                "torch.inference_mode())"
+            )
+        return None
+
+    def _warn_once(self, reason: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(f"not cached: {reason}", DitCacheWarning, stacklevel=4)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OWN:  # not there yet
+            raise AttributeError(name)
+        return getattr(self._model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OWN or name == "cur_timestep":
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._model, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._model, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self._model)})
+
+    def __repr__(self) -> str:
+        return f"CachedModel({self._engine.strategy.name}, {self._model!r})"
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        """The model's own mode."""
+        return self._model.training
+
+    def train(self, mode: bool = True) -> CachedModel:
+        self._model.train(mode)
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> CachedModel:
+        self._model.to(*args, **kwargs)
+        return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> CachedModel:
+        self._model._apply(*args, **kwargs)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CachedModel:
+        """A copy of the model, cached in the same way; it holds nothing yet."""
+        return self._rebuild(copy.deepcopy(self._model, memo))
+
+    def __copy__(self) -> CachedModel:
+        return self._rebuild(self._model)
+
+    def __reduce__(self) -> Any:
+        return self._rebuild, (self._model,)
+
+    # --- life cycle ----------------------------------------------------------------------------
+
+    @property
+    def cur_timestep(self) -> int:
+        """The step index: as set, else that of the newest call."""
+        explicit = self._engine.explicit
+        return self._engine.current_step if explicit is None else explicit
+
+    @cur_timestep.setter
+    def cur_timestep(self, step: int | None) -> None:
+        if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
+            raise OptionError("cur_timestep", step, "a step index: an integer from 0, or None")
+        self._engine.explicit = step
+
+    def enable(self) -> None:
+        """Cache from the next call on."""
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Be exactly the original model; nothing is held any more."""
+        self._enabled = False
+        self.clear_states()
+
+    def clear_states(self) -> None:
+        """Forget what is held and where the generation stands; keep the graphs."""
+        self._engine.clear_states()
+
+    def reset_states(self) -> None:
+        """Forget everything: graphs and counts too."""
+        self._engine.reset_states()
+
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """Calls within belong to the CFG branch `name`, which has a state of its own."""
+        if not isinstance(name, str):
+            raise OptionError("name", name, "the name of a branch, such as 'cond'")
+        engine, before = self._engine, self._engine.context
+        own = getattr(self._model, "cache_context", None)
+        with ExitStack() as stack:
+            if own is not None:  # the model's own hooks may look at it
+                stack.enter_context(own(name))
+            engine.context = name
+            try:
+                yield
+            finally:
+                engine.context = before
+
+    def cache_report(self) -> CacheReport:
+        """What is cached, what it holds, what the last generation did."""
+        return report(self._engine, self._enabled)
+
+
+def original(model: nn.Module) -> nn.Module:
+    """The model behind a cached one; any other model itself."""
+    return model._model if isinstance(model, CachedModel) else model
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether it is what `torch.compile(model)` returned."""
+    return isinstance(model, torch._dynamo.eval_frame.OptimizedModule)

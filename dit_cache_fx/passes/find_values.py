@@ -1,0 +1,98 @@
+"""Pass 2, liveness: which values leave a cached run, and what each one starts from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from dit_cache_fx.passes.streams import start_of
+from dit_cache_fx.program import BLOCK, Program, Region, ancestors, block_call_of, block_values
+from dit_cache_fx.strategies import Strategy
+
+
+def find_values(program: Program, strategy: Strategy) -> None:
+    """For each run the values that something reads which runs on a reused step too.
+
+    Before: `program.regions[0]` is `[blocks.0, blocks.1, blocks.2]` in
+
+        %b0 = call_module[model.blocks.0](%img, %txt)      # returns (img, txt)
+        %img1 = getitem(%b0, 0); %txt1 = getitem(%b0, 1)
+        %b1 = call_module[model.blocks.1](%img1, %txt1)
+        ...
+        %img3 = getitem(%b2, 0); %txt3 = getitem(%b2, 1)
+        %out = call_module[model.proj_out](%img3)
+
+    After: the same graph, and `program.regions[0].values` is `("img3",)`: the only one of six
+    tensors that is held. Where the strategy reads what a run starts from, `inputs` names it (here
+    "img"), else None.
+    """
+    starts = _Cut(program, strategy).find()
+    order = [n for n in program.graph.nodes if n in starts]
+    regions = []
+    for region in program.regions:
+        values = [v for v in order if block_call_of(v).meta[BLOCK] in region.blocks]
+        names = tuple(None if (s := starts[v]) is None else s.name for v in values)
+        regions.append(replace(region, values=tuple(v.name for v in values), inputs=names))
+    program.regions = tuple(r for r in regions if r.values)
+
+
+class _Cut:
+    """Where everything that runs on a reused step is cut off from the cached runs."""
+
+    def __init__(self, program: Program, strategy: Strategy) -> None:
+        self.program = program
+        self.strategy = strategy
+        cached = {b for region in program.regions for b in region.blocks}
+        calls = [c for c in program.block_calls() if c.meta[BLOCK] in cached]
+        self.values = {v for call in calls for v in block_values(call)}
+        self.always = _always(program, cached)
+
+    def find(self) -> dict[fx.Node, fx.Node | None]:
+        """Each value that is held, with what it starts from.
+
+        What a value starts from runs on a reused step as well, and may need values of its own:
+        so the search goes on until nothing new is reached.
+        """
+        starts: dict[fx.Node, fx.Node | None] = {}
+        while True:
+            roots = [*self.always, *(s for s in starts.values() if s is not None)]
+            reached = ancestors(roots, stop=self.values)
+            new = [v for v in self.values if v in reached and v not in starts]
+            if not new:
+                return starts
+            for value in new:
+                starts.update(self._starts(value, reached))
+
+    def _starts(self, value: fx.Node, reached: set[fx.Node]) -> dict[fx.Node, fx.Node | None]:
+        if not self.strategy.reads_start:
+            return {value: None}
+        start = self._start(value)
+        if start is None:
+            parts = [user for user in value.users if user in reached]
+            found = {part: self._start(part) for part in parts if _is_slice(part)}
+            if len(found) == len(parts) and all(found.values()):
+                self.values = self.values - {value} | set(parts)
+                return dict(found)
+        return {value: start}
+
+    def _start(self, value: fx.Node) -> fx.Node | None:
+        block = block_call_of(value).meta[BLOCK]
+        region: Region = next(r for r in self.program.regions if block in r.blocks)
+        name = getattr(self.strategy, "cache_name", "")
+        return start_of(self.program, region, value, name)
+
+
+def _always(program: Program, cached: set[object]) -> list[fx.Node]:
+    """What runs on every step in any case: the output, and blocks that are never cached."""
+    roots = [program.graph.output_node()]
+    roots += [c for c in program.block_calls() if c.meta[BLOCK] not in cached]
+    if program.signal is not None:
+        roots.append(program.node(program.signal))
+    return roots
+
+
+def _is_slice(node: fx.Node) -> bool:
+    """A part of a joined stream (image rows of image and text) is a value of its own."""
+    return node.target is torch.ops.aten.slice.Tensor

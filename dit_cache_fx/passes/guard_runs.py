@@ -1,0 +1,140 @@
+"""Pass 3: each cached run becomes one node that either computes or reuses."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from dit_cache_fx.passes.subgraphs import Subgraphs
+from dit_cache_fx.program import (
+    BLOCK,
+    Program,
+    Region,
+    ancestors,
+    attributes_of,
+    descendants,
+    graph_module,
+)
+from dit_cache_fx.strategies import Strategy
+
+
+def cache_or_compute(
+    run: int,
+    compute: fx.GraphModule,
+    reuse: fx.GraphModule,
+    starts: Sequence[torch.Tensor],
+    operands: Sequence[torch.Tensor],
+) -> tuple[torch.Tensor, ...]:
+    """The values of cached run `run`, computed or reused; a lowering says how it is decided.
+
+    `compute(*held, distance, count, *starts, *operands)` gives the values, then what to hold.
+    `reuse(*held, distance, count, *starts)` gives the values.
+    """
+    raise AssertionError("a program has to be lowered before it runs")
+
+
+def guard_runs(program: Program, strategy: Strategy) -> None:
+    """Replace each run by a `cache_or_compute` node over two subgraphs.
+
+    Before (DeepCache):
+
+        %b0 = call_module[model.blocks.0](%x, %temb)
+        %b1 = call_module[model.blocks.1](%b0, %temb)
+        %out = call_module[model.proj_out](%b1)
+
+    After:
+
+        %run_0 = cache_or_compute(0, run_0_compute, run_0_reuse, [], [%x, %temb])
+        %b1 = getitem(%run_0, 0)
+        %out = call_module[model.proj_out](%b1)
+
+        run_0_compute(held, distance, count, x, temb):
+            %b0 = call_module[model.blocks.0](%x, %temb)
+            %b1 = call_module[model.blocks.1](%b0, %temb)
+            return (%b1, %b1)                                # the value, and what to hold
+        run_0_reuse(held, distance, count):
+            return (%held,)
+    """
+    attributes = attributes_of(program.gm, program.graph)
+    graph = _Rewrite(program, strategy, attributes).run()
+    program.gm = graph_module(program.model, attributes, graph, "Guarded")
+
+
+class _Rewrite:
+    """Copies a program to a new graph, its runs replaced; what nothing reads is not copied."""
+
+    def __init__(self, program: Program, strategy: Strategy, attributes: dict[str, Any]) -> None:
+        self.program = program
+        self.strategy = strategy
+        self.attributes = attributes
+        self.graph = fx.Graph()
+        self.new: dict[fx.Node, fx.Node] = {}
+        self.region_of = {program.node(n): r for r in program.regions for n in r.values}
+
+    def run(self) -> fx.Graph:
+        needed = self._needed()
+        for node in self.program.graph.nodes:
+            if node in needed or node.op == "placeholder":
+                self._copy(node)
+        self.graph.output(fx.map_arg(self.program.graph.output_node().args[0], self._copy))
+        return self.graph
+
+    def _needed(self) -> set[fx.Node]:
+        """What runs beside the runs: behind outputs, never cached blocks and run operands."""
+        program = self.program
+        cached = {b for r in program.regions for b in r.blocks}
+        roots = [*program.graph.output_node().all_input_nodes]
+        roots += [c for c in program.block_calls() if c.meta[BLOCK] not in cached]
+        roots += [program.node(program.signal)] if program.signal else []
+        for region in program.regions:
+            starts, operands, _ = self._parts(region)
+            roots += [*starts, *operands]
+        return ancestors(roots, stop=self.region_of) - set(self.region_of)
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        if node not in self.new:
+            region = self.region_of.get(node)
+            if region is not None:
+                self._guard(region)
+            else:
+                for needed in node.all_input_nodes:
+                    self._copy(needed)
+                self.new[node] = self.graph.node_copy(node, self.new.__getitem__)
+        return self.new[node]
+
+    def _parts(self, region: Region) -> tuple[list[fx.Node], list[fx.Node], set[fx.Node]]:
+        """What the run starts from, its other operands, and its members."""
+        program = self.program
+        values = [program.node(name) for name in region.values]
+        calls = [c for c in program.block_calls() if c.meta[BLOCK] in region.blocks]
+        between = descendants(calls) & ancestors([*calls, *values])
+        members = between | set(calls)
+        starts = [program.node(name) for name in dict.fromkeys(region.inputs) if name]
+        read = {n for member in members for n in member.all_input_nodes}
+        operands = [
+            n for n in program.graph.nodes if n in read and n not in members and n not in starts
+        ]
+        return starts, operands, members
+
+    def _guard(self, region: Region) -> None:
+        """Add the run's node and its two subgraphs."""
+        starts, operands, members = self._parts(region)
+        prefix = f"run_{region.index}"
+        sides = Subgraphs(self.program, region, self.strategy, starts, operands)
+        self.attributes[f"{prefix}_compute"] = sides.compute(members)
+        self.attributes[f"{prefix}_reuse"] = sides.reuse()
+        inputs = [[self._copy(n) for n in nodes] for nodes in (starts, operands)]
+        targets = [self.graph.get_attr(f"{prefix}_{side}") for side in ("compute", "reuse")]
+        run = self.graph.create_node(
+            "call_function", cache_or_compute, (region.index, *targets, *inputs), name=prefix
+        )
+        for index, name in enumerate(region.values):
+            value = self.program.node(name)
+            self.new[value] = self.graph.create_node(
+                "call_function", operator.getitem, (run, index), name=name
+            )
+            self.new[value].meta.update({k: v for k, v in value.meta.items() if k != BLOCK})

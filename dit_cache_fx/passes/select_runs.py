@@ -1,0 +1,41 @@
+"""Pass 1: which blocks are cached together."""
+
+from __future__ import annotations
+
+from dit_cache_fx.program import BLOCK, BlockId, Program, Region
+from dit_cache_fx.strategies import Strategy
+
+#: what published helpers call the first and the second block list
+ALIASES = ("double_blocks", "single_blocks")
+
+
+def select_runs(program: Program, strategy: Strategy) -> None:
+    """Group the cached blocks into runs; a block that is never cached ends a run.
+
+    Before, with `no_cache_block_id={"blocks": {2}}`:
+
+        %b0 = call_module[model.blocks.0](%x)
+        %b1 = call_module[model.blocks.1](%b0)
+        %b2 = call_module[model.blocks.2](%b1)
+        %b3 = call_module[model.blocks.3](%b2)
+
+    After: the same graph, and `program.regions` is `[blocks.0, blocks.1]`, `[blocks.3]`.
+    """
+    runs: list[list[BlockId]] = [[]]
+    for call in program.block_calls():
+        block: BlockId = call.meta[BLOCK]
+        if never_cached(block, strategy, tuple(program.block_lists)):
+            runs.append([])
+        else:
+            runs[-1].append(block)
+    filled = [run for run in runs if run]
+    program.regions = tuple(Region(i, tuple(run)) for i, run in enumerate(filled))
+
+
+def never_cached(block: BlockId, strategy: Strategy, lists: tuple[str, ...]) -> bool:
+    """Whether `no_cache_block_id` names this block, by its list's name or alias."""
+    names = {block.list_name}
+    if block.list_name in lists[: len(ALIASES)]:
+        names.add(ALIASES[lists.index(block.list_name)])
+    ids = strategy.no_cache_block_id or {}
+    return any(block.index in ids.get(name, ()) for name in names)

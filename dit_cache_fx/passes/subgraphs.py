@@ -1,0 +1,135 @@
+"""The two sides of a cached run, with the strategy's functions traced into them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from dit_cache_fx._torch import trace_shapes
+from dit_cache_fx.errors import VerifyError
+from dit_cache_fx.program import (
+    Program,
+    Region,
+    attributes_of,
+    device_of,
+    graph_module,
+    spec_of,
+)
+from dit_cache_fx.strategies import Clock, Strategy
+
+_SCALAR = (torch.Size([]), torch.float64, torch.device("cpu"))
+
+
+class Subgraphs:
+    """Builds the sides of one run.
+
+    Both take, for each value, the tensors that are held for it, then `distance` and `count`
+    (float64, no dimensions), then what the run starts from; the compute side also its operands.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        region: Region,
+        strategy: Strategy,
+        starts: Sequence[fx.Node],
+        operands: Sequence[fx.Node],
+    ) -> None:
+        self.program = program
+        self.region = region
+        self.strategy = strategy
+        self.starts = starts
+        self.operands = operands
+
+    def compute(self, members: set[fx.Node]) -> fx.GraphModule:
+        """Runs the blocks; returns the values, then all that is to be held."""
+        graph, held, clock, new = self._head([*self.starts, *self.operands])
+        for node in self.program.graph.nodes:
+            if node in members:
+                new[node] = graph.node_copy(node, new.__getitem__)
+        values = [new[self.program.node(name)] for name in self.region.values]
+        kept: list[Any] = []
+        for i, (value, start) in enumerate(zip(values, self._starts(new), strict=True)):
+            kept += self._inline(graph, self.strategy.store, i, held[i], value, start, clock)
+        graph.output((*values, *kept))
+        return self._module(graph, "Compute")
+
+    def reuse(self) -> fx.GraphModule:
+        """Returns the values from what is held."""
+        graph, held, clock, new = self._head(self.starts)
+        values: list[Any] = []
+        for i, start in enumerate(self._starts(new)):
+            values += self._inline(graph, self._reuse, i, held[i], None, start, clock)
+        graph.output(tuple(values))
+        return self._module(graph, "Reuse")
+
+    def _reuse(self, held: Any, value: None, start: Any, clock: Clock) -> Sequence[torch.Tensor]:
+        return [self.strategy.reuse(held, start, clock)]
+
+    def _head(
+        self, inputs: Sequence[fx.Node]
+    ) -> tuple[fx.Graph, list[list[fx.Node]], list[fx.Node], dict[fx.Node, fx.Node]]:
+        graph = fx.Graph()
+        slots = range(self.strategy.slots())
+        held = [
+            [graph.placeholder(f"held_{name}_{slot}") for slot in slots]
+            for name in self.region.values
+        ]
+        clock = [graph.placeholder(name) for name in Clock._fields]
+        new = {node: graph.placeholder(node.name) for node in inputs}
+        for node, placeholder in new.items():
+            placeholder.meta.update(node.meta)
+        return graph, held, clock, new
+
+    def _starts(self, new: dict[fx.Node, fx.Node]) -> list[fx.Node | None]:
+        return [new[self.program.node(n)] if n else None for n in self.region.inputs]
+
+    def _inline(
+        self,
+        graph: fx.Graph,
+        function: Callable[..., Sequence[torch.Tensor]],
+        index: int,
+        held: list[fx.Node],
+        value: fx.Node | None,
+        start: fx.Node | None,
+        clock: list[fx.Node],
+    ) -> list[Any]:
+        """Trace a strategy's function for value `index` and copy its graph to the end of `graph`."""
+        node = self.program.node(self.region.values[index])
+        given = [n for n in (value, start) if n is not None]
+
+        def flat(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+            rest = iter(tensors[len(held) + 2 :])
+            arguments = [next(rest) if n is not None else None for n in (value, start)]
+            at = Clock(*tensors[len(held) : len(held) + 2])
+            return list(function(tensors[: len(held)], *arguments, at))
+
+        spec = _spec(node)
+        specs = [spec] * len(held) + [_SCALAR] * 2 + [spec] * len(given)
+        traced = trace_shapes(flat, specs)
+        places = [n for n in traced.nodes if n.op == "placeholder"]
+        result = graph.graph_copy(traced, dict(zip(places, [*held, *clock, *given], strict=True)))
+        return self._checked(list(result), len(held) if value is not None else 1, node)
+
+    def _checked(self, results: list[Any], expected: int, node: fx.Node) -> list[Any]:
+        if len(results) != expected or not all(isinstance(r, fx.Node) for r in results):
+            raise VerifyError(
+                f"strategy {type(self.strategy).__name__} gave {len(results)} tensors for "
+                f"{node.name}, {expected} expected (slots() for store)"
+            )
+        return results
+
+    def _module(self, graph: fx.Graph, side: str) -> fx.GraphModule:
+        attributes = attributes_of(self.program.gm, graph)
+        name = f"Run{self.region.index}{side}"
+        return graph_module(self.program.model, attributes, graph, name)
+
+
+def _spec(node: fx.Node) -> tuple[torch.Size, torch.dtype, torch.device]:
+    spec = spec_of(node)
+    if spec is None:
+        raise VerifyError(f"the shape of {node.name} is not known")
+    return spec.shape, spec.dtype, device_of(node)

@@ -1,0 +1,167 @@
+"""The normal form that every pass reads and writes.
+
+A program is an ATen-level graph over the user's own, live modules: every block is one
+`call_module` (`model.transformer_blocks.7`), so is every layer around the blocks, and the timestep
+is one placeholder. There is no in-place operation in it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from dit_cache_fx.errors import VerifyError
+from dit_cache_fx.structure import Skeleton
+
+#: node.meta keys
+BLOCK = "dit_cache_block"  # on a block's call: its BlockId
+OUTPUT = "dit_cache_output"  # on a value of a block: the index among the block's tensors
+DEVICE = "dit_cache_device"  # where "val" is on the meta device: the real one
+
+
+@dataclass(frozen=True, order=True)
+class BlockId:
+    """A block: the attribute path of its list, and its place in it."""
+
+    list_name: str
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.list_name}.{self.index}"
+
+
+@dataclass(frozen=True)
+class Region:
+    """A run of cached blocks, from the pass that made it on.
+
+    `blocks`: its members in call order. `values`: names of the nodes that leave it, each one
+    tensor to hold. `inputs`: for each value the node that the strategy may set it against (the
+    same stream before the run), or None.
+    """
+
+    index: int
+    blocks: tuple[BlockId, ...]
+    values: tuple[str, ...] = ()
+    inputs: tuple[str | None, ...] = ()
+
+
+@dataclass
+class Program:
+    """A captured call of a model, on its way through the passes."""
+
+    gm: fx.GraphModule
+    inputs: tuple[str, ...]  # placeholders of the call's tensors, in order
+    arguments: tuple[str, ...]  # for each input, the forward argument that it came in
+    timestep: str | None  # the input that tells the step
+    sample: str | None  # the forward argument that carries the noisy sample
+    output: Skeleton
+    block_lists: dict[str, int] = field(default_factory=dict)  # list name -> blocks in it
+    regions: tuple[Region, ...] = ()
+    signal: str | None = None  # node that the strategy's own rule looks at
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.gm.graph
+
+    @property
+    def model(self) -> nn.Module:
+        model = self.gm.get_submodule("model")
+        return model
+
+    def node(self, name: str) -> fx.Node:
+        """The node called `name`."""
+        for node in self.graph.nodes:
+            if node.name == name:
+                return node
+        raise VerifyError(f"the program has no node {name!r}")
+
+    def needs(self) -> dict[fx.Node, frozenset[str]]:
+        """For each node the forward arguments that it depends on."""
+        arguments = dict(zip(self.inputs, self.arguments, strict=True))
+        needs: dict[fx.Node, frozenset[str]] = {}
+        for node in self.graph.nodes:
+            own = {arguments[node.name]} if node.op == "placeholder" else set()
+            needs[node] = frozenset(own).union(*(needs[n] for n in node.all_input_nodes))
+        return needs
+
+    def block_calls(self) -> list[fx.Node]:
+        """The calls of trunk blocks, in order."""
+        return [node for node in self.graph.nodes if BLOCK in node.meta]
+
+
+def graph_module(
+    model: nn.Module, attributes: Mapping[str, Any], graph: fx.Graph, name: str
+) -> fx.GraphModule:
+    """A GraphModule over the *live* model: `model.x` in the graph is whatever is there now."""
+    root = nn.Module()
+    root.model = model
+    for key, value in attributes.items():
+        if isinstance(value, torch.Tensor):
+            root.register_buffer(key, value, persistent=False)
+        else:
+            setattr(root, key, value)
+    gm = fx.GraphModule(root, graph, name)
+    gm.__dict__.pop("model", None)
+    gm._modules["model"] = model  # GraphModule has copied the attributes that the graph names
+    return gm
+
+
+def attributes_of(gm: fx.GraphModule, graph: fx.Graph) -> dict[str, Any]:
+    """What `graph` reads from `gm` beside the model: constants and subgraphs."""
+    targets = {str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module")}
+    return {t: getattr(gm, t) for t in sorted(targets) if "." not in t and hasattr(gm, t)}
+
+
+def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:
+    """`nodes` and all that they need; what is in `stop` is included but not looked behind."""
+    return _closure(nodes, set(stop), lambda node: node.all_input_nodes)
+
+
+def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """`nodes` and all that needs them."""
+    return _closure(nodes, set(), lambda node: list(node.users))
+
+
+def _closure(nodes: Iterable[fx.Node], stop: set[fx.Node], step: Any) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node not in stop:
+            stack.extend(step(node))
+    return seen
+
+
+def block_values(call: fx.Node) -> list[fx.Node]:
+    """The tensors of a block's result: the call itself, or the items taken from it."""
+    if OUTPUT in call.meta:
+        return [call]
+    items = [user for user in call.users if user.target in (operator.getitem, getattr)]
+    return [value for item in items for value in block_values(item)]
+
+
+def block_call_of(value: fx.Node) -> fx.Node:
+    """The block call that a value (or a slice of one) comes from."""
+    while BLOCK not in value.meta:
+        value = value.all_input_nodes[0]
+    return value
+
+
+def spec_of(node: fx.Node) -> torch.Tensor | None:
+    """A tensor without data of the node's shape and dtype, where the capture knew them."""
+    value = node.meta.get("val")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def device_of(node: fx.Node) -> torch.device:
+    """The device of the node's tensor at capture."""
+    device: torch.device = node.meta.get(DEVICE) or node.meta["val"].device
+    return device

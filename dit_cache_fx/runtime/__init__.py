@@ -1,0 +1,1 @@
+"""Steps, generations, branches and what is held for them."""

@@ -1,0 +1,298 @@
+"""Everything behind a cached model: finds the graph, the step and the branch of each call."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from dit_cache_fx.capture import (
+    Captured,
+    FlatCall,
+    Subject,
+    accepts,
+    capture,
+    flatten_call,
+    replayed,
+)
+from dit_cache_fx.capture.fingerprint import fingerprint
+from dit_cache_fx.errors import CaptureError, OptionError
+from dit_cache_fx.identity import Seen
+from dit_cache_fx.lowering import lower_eager
+from dit_cache_fx.passes import run_passes
+from dit_cache_fx.passes.select_runs import ALIASES
+from dit_cache_fx.program import device_of, spec_of
+from dit_cache_fx.runtime.branches import Branch, Session
+from dit_cache_fx.runtime.report import StepRecord
+from dit_cache_fx.runtime.step import HeldSpec, Step
+from dit_cache_fx.runtime.steps import Moment, advance, advance_to, timestep_value
+from dit_cache_fx.strategies import Strategy
+from dit_cache_fx.structure import flatten, unflatten
+
+#: most input signatures whose graphs, and generations whose tensors, are kept at one time
+MAX_CAPTURES = 32
+MAX_SESSIONS = 8
+#: most captures of one signature: more means that its guards depend on what changes every step
+MAX_VARIANTS = 8
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Entry:
+    """A captured and lowered graph."""
+
+    captured: Captured
+    lowered: fx.GraphModule
+    held: dict[int, HeldSpec]
+    nodes: int
+    fingerprint: Hashable
+    timestep: int  # which of the call's tensors
+    conditioning: tuple[int, ...]  # those that are neither the timestep nor the sample
+    serial: int
+
+
+class Engine:
+    """Answers the calls of one cached model."""
+
+    def __init__(self, subject: Subject, strategy: Strategy, timestep: str | None) -> None:
+        self.subject = subject
+        self.strategy = strategy
+        self.timestep = timestep
+        self.explicit: int | None = None
+        self.context: str | None = None
+        self.entries: OrderedDict[Hashable, list[Entry]] = OrderedDict()
+        self.sessions: OrderedDict[Hashable, Session] = OrderedDict()
+        self.timeline: deque[StepRecord] = deque(maxlen=4096)
+        self.calls = {"computed": 0, "reused": 0}
+        self._newest: Moment | None = None
+        self._serial = 0
+
+    # --- life cycle --------------------------------------------------------------------------
+
+    def clear_states(self) -> None:
+        """Forget what is held and where the generation stands; keep the graphs."""
+        self.sessions.clear()
+        self.explicit = None
+        self._newest = None
+
+    def reset_states(self) -> None:
+        """Forget everything, graphs and counts included."""
+        self.clear_states()
+        self.entries.clear()
+        self.timeline.clear()
+        self.calls = {"computed": 0, "reused": 0}
+
+    @property
+    def current_step(self) -> int:
+        """The step index of the newest call, 0 before the first."""
+        return self._newest.index if self._newest is not None else 0
+
+    # --- a call ------------------------------------------------------------------------------
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        arguments = self.subject.signature.bind(args, kwargs)
+        call = flatten_call(arguments, self.timestep)
+        entry, first = self._entry(call)
+        value = self._value(call, entry)
+        session = self._session(call, entry)
+        with _restored_on_error(session):
+            step, branch = self._begin(session, value, call, entry)
+            if step.computes and not first and self._stale(entry):
+                self.reset_graphs()
+                return self(args, kwargs)
+            output = self._run(entry, step, call, first)
+            step.commit()
+        self._newest = session.moment
+        self._note(step, value, session, branch)
+        return output
+
+    def reset_graphs(self) -> None:
+        """The model has changed: capture anew, hold nothing."""
+        log.info("the model has changed since it was captured: capturing again")
+        self.entries.clear()
+        self.sessions.clear()
+
+    def _run(self, entry: Entry, step: Step, call: FlatCall, first: bool) -> Any:
+        with torch.no_grad(), replayed(entry.captured) if first else nullcontext():
+            tensors = entry.lowered(step, *call.tensors)
+        if first:
+            self._check_answer(entry, tensors)
+        return unflatten(entry.captured.program.output, tensors)
+
+    def _check_answer(self, entry: Entry, tensors: list[torch.Tensor]) -> None:
+        recording = entry.captured.recording
+        expected = flatten(recording.output)[0]
+        recording.output = None
+        for made in recording.calls:
+            made.values.clear()
+        if not self.subject.check:
+            return
+        for want, got in zip(expected, tensors, strict=True):
+            if not torch.equal(want.nan_to_num(), got.nan_to_num()):
+                self.entries.clear()
+                raise CaptureError(
+                    "the captured graph does not give the model's output for the call that it was "
+                    "captured from: a layer around the blocks is random or keeps a state. Pass "
+                    "check=False if that is wanted"
+                )
+
+    # --- graphs ------------------------------------------------------------------------------
+
+    def _entry(self, call: FlatCall) -> tuple[Entry, bool]:
+        key = self._key(call)
+        entries = self.entries.setdefault(key, [])
+        self.entries.move_to_end(key)
+        for entry in entries:
+            if accepts(self.subject, entry.captured, call):
+                return entry, False
+        if len(entries) >= MAX_VARIANTS:
+            raise CaptureError(
+                f"{MAX_VARIANTS} captures of the same inputs have guards of different values: the "
+                "model's own code (outside its blocks and layers) reads a value that changes from "
+                "call to call, such as the timestep's. Last: "
+                f"{entries[-1].captured.guards and entries[-1].captured.guards.expected}"
+            )
+        try:
+            entries.append(self._capture(call))
+        finally:
+            if not entries:
+                del self.entries[key]
+        while len(self.entries) > MAX_CAPTURES:
+            self.entries.popitem(last=False)
+        return entries[-1], True
+
+    def _key(self, call: FlatCall) -> Hashable:
+        device = call.tensors[0].device.type if call.tensors else "cpu"
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        return call.key, autocast
+
+    def _capture(self, call: FlatCall) -> Entry:
+        captured = capture(self.subject, call, self.timestep)
+        program = captured.program
+        self.timestep = program.arguments[program.inputs.index(str(program.timestep))]
+        check_block_ids(self.strategy, program.block_lists)
+        nodes = len(program.graph.nodes)
+        run_passes(program, self.strategy)
+        self._serial += 1
+        moving = (program.sample, self.timestep)
+        places = [i for i, a in enumerate(program.arguments) if a not in moving]
+        return Entry(
+            captured,
+            lower_eager(program),
+            {r.index: _held_spec(captured, r.values, self.strategy) for r in program.regions},
+            nodes,
+            fingerprint(self.subject.model, captured.whole),
+            program.inputs.index(str(program.timestep)),
+            tuple(places),
+            self._serial,
+        )
+
+    def _stale(self, entry: Entry) -> bool:
+        return fingerprint(self.subject.model, entry.captured.whole) != entry.fingerprint
+
+    # --- steps and branches --------------------------------------------------------------------
+
+    def _value(self, call: FlatCall, entry: Entry) -> float:
+        if self.explicit is not None:
+            return float(self.explicit)
+        return timestep_value(call.tensors[entry.timestep])
+
+    def _session(self, call: FlatCall, entry: Entry) -> Session:
+        key = (self._key(call), entry.serial, self.context)
+        session = self.sessions.setdefault(key, Session())
+        self.sessions.move_to_end(key)
+        while len(self.sessions) > MAX_SESSIONS:
+            self.sessions.popitem(last=False)
+        return session
+
+    def _begin(
+        self, session: Session, value: float, call: FlatCall, entry: Entry
+    ) -> tuple[Step, Branch]:
+        moment, fresh = self._advance(session, value)
+        session.enter(moment, fresh)
+        if session.full():
+            session.enter(moment, fresh=True)
+        branch = session.branch_of(Seen([call.tensors[i] for i in entry.conditioning]))
+        if branch.shapes != entry.captured.shapes:
+            branch.forget()
+            branch.shapes = entry.captured.shapes
+        return Step(self.strategy, branch, moment.index, entry.held), branch
+
+    def _advance(self, session: Session, value: float) -> tuple[Moment, bool]:
+        explicit = self.explicit is not None
+        if explicit:
+            moment, fresh = advance_to(session.moment, int(value))
+        else:
+            moment, fresh = advance(session.moment, value)
+        newest = self._newest
+        if fresh and newest is not None and (newest.value, newest.explicit) == (value, explicit):
+            return newest, True  # another branch of the step that is under way
+        return moment, fresh
+
+    def _note(self, step: Step, value: float, session: Session, branch: Branch) -> None:
+        action = "computed" if step.computes else self.strategy.action
+        last = self.timeline[-1] if self.timeline else None
+        if last is not None and step.index < last.step:
+            self.timeline.clear()
+        place = next(i for i, b in enumerate(session.branches) if b is branch)
+        self.timeline.append(StepRecord(step.index, value, place, action))
+        self.calls["computed" if step.computes else "reused"] += 1
+        log.debug("step %d (timestep %g, branch %d): %s", step.index, value, place, action)
+
+
+def check_block_ids(strategy: Strategy, lists: dict[str, int]) -> None:
+    """Raise `OptionError` where `no_cache_block_id` names a list or block that is not there."""
+    names = list(lists)
+    sizes = {**dict(zip(ALIASES, lists.values(), strict=False)), **lists}
+    for name, ids in (strategy.no_cache_block_id or {}).items():
+        if name not in sizes:
+            raise OptionError(
+                "no_cache_block_id",
+                {name: sorted(ids)},
+                f"no block list of that name; the lists are {names} "
+                f"(or {list(ALIASES)[: len(names)]} in call order)",
+            )
+        beyond = sorted(i for i in ids if i >= sizes[name])
+        if beyond:
+            raise OptionError(
+                "no_cache_block_id",
+                {name: sorted(ids)},
+                f"{name} has {sizes[name]} blocks, ids 0 to {sizes[name] - 1}; got {beyond}",
+            )
+
+
+@contextmanager
+def _restored_on_error(session: Session) -> Iterator[None]:
+    """Put the session back to where it was when the call raises."""
+    before = session.moment, list(session.branches), list(session.called)
+    try:
+        yield
+    except BaseException:
+        session.moment, session.branches, session.called = before
+        raise
+
+
+def _held_spec(captured: Captured, values: tuple[str, ...], strategy: Strategy) -> HeldSpec:
+    shapes = []
+    for name in values:
+        node = captured.program.node(name)
+        spec = spec_of(node)
+        assert spec is not None
+        shapes.append((spec.shape, spec.dtype, device_of(node)))
+    return HeldSpec(len(values), tuple(shapes), strategy.slots())
+
+
+def requires_grad(model: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Whether autograd is on and something here takes part in it."""
+    if not torch.is_grad_enabled():
+        return False
+    if any(p.requires_grad for p in model.parameters()):
+        return True
+    return any(t.requires_grad for t in flatten((args, kwargs))[0])

@@ -1,0 +1,84 @@
+"""What `cache_report()` returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One call in the last generation. `action`: "computed", "reused" or "predicted"."""
+
+    step: int
+    timestep: float
+    branch: int
+    action: str
+
+
+@dataclass(frozen=True)
+class CaptureReport:
+    """One captured graph.
+
+    `runs`: the blocks cached together. `values`: shape and dtype of what leaves each run.
+    `nodes`: nodes of the graph as captured; `nodes_reused`: those that a reused step executes.
+    """
+
+    inputs: str
+    runs: tuple[tuple[str, ...], ...]
+    values: tuple[str, ...]
+    nodes: int
+    nodes_reused: int
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What is cached, what it holds, and what the last generation did.
+
+    `bytes_held`: of the cache right now, all branches and signatures. `bytes_per_block`: what
+    holding every cached block's result would take for the same calls. `bytes_rule`: what the
+    strategy's own rule remembers. `steps_computed`, `steps_reused`: steps of the last generation.
+    `calls_computed`, `calls_reused`: calls since `apply` or `reset_states`.
+    """
+
+    strategy: str
+    enabled: bool
+    blocks: dict[str, int]
+    cached_blocks: dict[str, tuple[int, ...]]
+    captures: tuple[CaptureReport, ...]
+    bytes_held: int
+    bytes_per_block: int
+    bytes_rule: int
+    steps_computed: int
+    steps_reused: int
+    calls_computed: int
+    calls_reused: int
+    timeline: tuple[StepRecord, ...] = field(repr=False, default=())
+
+    def __str__(self) -> str:
+        lists = ", ".join(
+            f"{name}: {len(self.cached_blocks.get(name, ()))} of {n} blocks cached"
+            for name, n in self.blocks.items()
+        )
+        lines = [
+            f"{self.strategy}{'' if self.enabled else ' (disabled)'}: {lists or 'nothing captured'}",
+            f"held: {_size(self.bytes_held)} (one result per block would take "
+            f"{_size(self.bytes_per_block)})",
+            f"last generation: {self.steps_computed} steps computed, {self.steps_reused} not",
+        ]
+        for capture in self.captures:
+            lines.append(f"graph for {capture.inputs}:")
+            lines.append(
+                f"  {capture.nodes} nodes captured, {capture.nodes_reused} on a reused step"
+            )
+            for run, value in zip(capture.runs, capture.values, strict=True):
+                lines.append(f"  {run[0]} .. {run[-1]} ({len(run)} blocks) holds {value}")
+        return "\n".join(lines)
+
+
+def _size(nbytes: int) -> str:
+    amount = float(nbytes)
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.4g} {unit}"
+        amount /= 1024
+    return f"{amount:.4g} GiB"

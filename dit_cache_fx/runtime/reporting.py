@@ -1,0 +1,94 @@
+"""Makes a `CacheReport` from an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dit_cache_fx.program import Program
+from dit_cache_fx.runtime.branches import Branch
+from dit_cache_fx.runtime.engine import Engine, Entry
+from dit_cache_fx.runtime.report import CacheReport, CaptureReport
+
+
+def report(engine: Engine, enabled: bool) -> CacheReport:
+    """The state of `engine` right now."""
+    entries = [entry for variants in engine.entries.values() for entry in variants]
+    blocks = entries[-1].captured.program.block_lists if entries else {}
+    branches = list(_branches(engine))
+    computed, reused = _steps(engine)
+    return CacheReport(
+        strategy=engine.strategy.name or type(engine.strategy).__name__,
+        enabled=enabled,
+        blocks=dict(blocks),
+        cached_blocks=_cached(entries[-1]) if entries else {},
+        captures=tuple(_capture(entry) for entry in entries),
+        bytes_held=sum(_held(branch) for _, branch in branches),
+        bytes_per_block=sum(
+            _per_block(entry) * engine.strategy.slots() for entry, b in branches if b.held
+        ),
+        bytes_rule=sum(_remembered(branch) for _, branch in branches),
+        steps_computed=computed,
+        steps_reused=reused,
+        calls_computed=engine.calls["computed"],
+        calls_reused=engine.calls["reused"],
+        timeline=tuple(engine.timeline),
+    )
+
+
+def _branches(engine: Engine) -> Iterator[tuple[Entry, Branch]]:
+    entries = {e.serial: e for variants in engine.entries.values() for e in variants}
+    for (_, serial, _), session in engine.sessions.items():
+        for branch in session.branches:
+            if serial in entries:
+                yield entries[serial], branch
+
+
+def _held(branch: Branch) -> int:
+    return sum(held.nbytes for run in branch.held.values() for held in run)
+
+
+def _remembered(branch: Branch) -> int:
+    return sum(t.numel() * t.element_size() for t in branch.memory or ())
+
+
+def _per_block(entry: Entry) -> int:
+    """Bytes of all results of the cached blocks, as a helper that wraps each block holds them."""
+    cached = {str(b) for region in entry.captured.program.regions for b in region.blocks}
+    calls = [c for c in entry.captured.recording.calls if c.name in cached]
+    return sum(spec.shape.numel() * spec.dtype.itemsize for call in calls for spec in call.specs)
+
+
+def _steps(engine: Engine) -> tuple[int, int]:
+    """Steps of the last generation that a branch computed, and that none did."""
+    computed = {r.step for r in engine.timeline if r.action == "computed"}
+    return len(computed), len({r.step for r in engine.timeline} - computed)
+
+
+def _cached(entry: Entry) -> dict[str, tuple[int, ...]]:
+    cached: dict[str, tuple[int, ...]] = dict.fromkeys(entry.captured.program.block_lists, ())
+    for region in entry.captured.program.regions:
+        for block in region.blocks:
+            cached[block.list_name] += (block.index,)
+    return cached
+
+
+def _capture(entry: Entry) -> CaptureReport:
+    program = entry.captured.program
+    inputs = [n for n in program.graph.nodes if n.op == "placeholder"]
+    return CaptureReport(
+        inputs=", ".join(f"{n.name}{list(n.meta['val'].shape)}" for n in inputs),
+        runs=tuple(tuple(str(b) for b in region.blocks) for region in program.regions),
+        values=tuple(
+            ", ".join(f"{v}{list(program.node(v).meta['val'].shape)}" for v in region.values)
+            for region in program.regions
+        ),
+        nodes=entry.nodes,
+        nodes_reused=_nodes_reused(program),
+    )
+
+
+def _nodes_reused(program: Program) -> int:
+    """Nodes of the top graph and of the reuse sides."""
+    sides = [getattr(program.gm, f"run_{r.index}_reuse").graph for r in program.regions]
+    nodes = [n for graph in (program.graph, *sides) for n in graph.nodes]
+    return sum(n.op in ("call_function", "call_method", "call_module") for n in nodes)

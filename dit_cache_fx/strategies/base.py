@@ -1,0 +1,140 @@
+"""What a strategy is: a few pure functions on tensors, and options.
+
+A strategy never sees a model or a graph. The passes trace `store` and `reuse` into the compute and
+the reuse side of each cached run; the runtime calls `decide` when the strategy has a rule of its
+own for when to compute.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from dit_cache_fx.errors import OptionError
+
+#: how `decide` keeps its memory from step to step
+Memory = tuple[Tensor, ...]
+
+
+class Clock(NamedTuple):
+    """Where a step stands in its generation; tensors of no dimensions, float64.
+
+    `distance`: steps since the last computed step. `count`: computed steps before this one.
+    """
+
+    distance: Tensor
+    count: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """Base of the strategies; a subclass defines `store` and `reuse`.
+
+    `no_cache_steps`: the steps, counted from the generation's first, that are computed in full;
+    the first step always is. `no_cache_block_id`: block list -> ids that are never cached; a list
+    is named as the model names it, or "double_blocks" / "single_blocks" for the first / second.
+    """
+
+    no_cache_steps: frozenset[int] | None = None
+    no_cache_block_id: Mapping[str, Iterable[int]] | None = None
+
+    #: its name for `apply(model, strategy=...)`
+    name: ClassVar[str] = ""
+    #: what a step that is not computed is called in reports
+    action: ClassVar[str] = "reused"
+    #: whether `reuse` reads what the cached run starts from on this step
+    reads_start: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        steps, ids = _steps(self.no_cache_steps), _block_ids(self.no_cache_block_id)
+        object.__setattr__(self, "no_cache_steps", steps)
+        object.__setattr__(self, "no_cache_block_id", ids)
+        if steps is None and not self.has_rule:
+            raise OptionError(
+                "no_cache_steps",
+                None,
+                "say which steps are computed in full, for instance "
+                "interval_schedule(50, 11, 45, 4) or range(0, 50, 2)" + self._rule_hint(),
+            )
+
+    # --- what to keep and what to give back ------------------------------------------------
+
+    def slots(self) -> int:
+        """How many tensors are held for each value that leaves a cached run."""
+        return 1
+
+    def store(
+        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+    ) -> Sequence[Tensor]:
+        """On a computed step: the `slots()` tensors to hold for `value`.
+
+        `held`: what is held so far, zeros in a generation's first computed step. `start`: the
+        same stream before the run (None where the run has none of `value`'s shape).
+        """
+        raise NotImplementedError
+
+    def reuse(self, held: Sequence[Tensor], start: Tensor | None, clock: Clock) -> Tensor:
+        """On any other step: the value in the place of the computed one, of the same shape."""
+        raise NotImplementedError
+
+    # --- when to compute (optional) --------------------------------------------------------
+
+    @property
+    def has_rule(self) -> bool:
+        """Whether `decide` takes part in the decision (beside `no_cache_steps`)."""
+        return False
+
+    def begin(self, signal: Tensor) -> Memory:
+        """The rule's memory after a generation's first step."""
+        raise NotImplementedError
+
+    def decide(self, signal: Tensor, memory: Memory, forced: Tensor) -> tuple[Tensor, Memory]:
+        """Whether this step computes (a boolean of no dimensions), and the new memory.
+
+        `signal`: the first block's modulated input. `forced`: the step computes in any case.
+        """
+        raise NotImplementedError
+
+    def _rule_hint(self) -> str:
+        return ""
+
+
+def options_of(strategy: type[Strategy]) -> list[str]:
+    """The names of a strategy's options."""
+    return [f.name for f in fields(strategy)]
+
+
+def _steps(steps: Any) -> frozenset[int] | None:
+    if steps is None:
+        return None
+    expected = "a collection of step indexes: integers from 0"
+    try:
+        items = [_index(s) for s in steps]
+    except TypeError:
+        raise OptionError("no_cache_steps", steps, expected) from None
+    if any(s < 0 for s in items):
+        raise OptionError("no_cache_steps", sorted(items), expected)
+    return frozenset(items)
+
+
+def _index(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError(value)
+    return operator.index(value)
+
+
+def _block_ids(ids: Any) -> dict[str, frozenset[int]] | None:
+    if ids is None:
+        return None
+    expected = "a mapping from a block list's name to a collection of block ids (integers from 0)"
+    try:
+        items = {str(k): frozenset(_index(i) for i in v) for k, v in dict(ids).items()}
+    except (TypeError, ValueError):
+        raise OptionError("no_cache_block_id", ids, expected) from None
+    if any(i < 0 for v in items.values() for i in v):
+        raise OptionError("no_cache_block_id", ids, expected)
+    return items

@@ -1,0 +1,29 @@
+"""DeepCache: a cached run's result is held on a computed step and returned on the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from dit_cache_fx.strategies.base import Clock, Strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepCache(Strategy):
+    """Ma, Fang, Wang: DeepCache: Accelerating Diffusion Models for Free, arXiv:2312.00858.
+
+    For DiTs, as in AngelSlim's DeepCacheHelper: the unit is the transformer block.
+    """
+
+    name: ClassVar[str] = "deepcache"
+
+    def store(
+        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+    ) -> Sequence[Tensor]:
+        return [value]
+
+    def reuse(self, held: Sequence[Tensor], start: Tensor | None, clock: Clock) -> Tensor:
+        return held[0]

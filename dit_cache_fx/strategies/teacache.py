@@ -1,0 +1,101 @@
+"""TeaCache: what a cached run adds to its stream is held, and added to this step's stream."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dit_cache_fx.errors import OptionError
+from dit_cache_fx.strategies.base import Clock, Memory, Strategy
+
+SIGNALS = ("modulated", "input")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeaCache(Strategy):
+    """Liu et al.: Timestep Embedding Tells: It's Time to Cache for Video Diffusion Models,
+    arXiv:2411.19108.
+
+    `cache_name`: the block input that carries the residual ("img" in the helpers of this field);
+    found from the graph where the blocks have no input of that name. `rel_l1_thresh` turns on the
+    dynamic rule: the relative change of the `signal` from step to step, mapped by the polynomial
+    `coefficients` (highest power first; the identity by default), is added up, and a step computes
+    when the sum reaches the threshold. `signal`: "modulated" (the output of the first block's
+    first adaptive norm, as published) or "input" (the first block's input).
+    """
+
+    cache_name: str = "img"
+    rel_l1_thresh: float | None = None
+    coefficients: Sequence[float] | None = None
+    signal: str = "modulated"
+
+    name: ClassVar[str] = "teacache"
+    reads_start: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_threshold()
+        self._check_coefficients()
+        if self.signal not in SIGNALS:
+            raise OptionError("signal", self.signal, f"one of {list(SIGNALS)}")
+        if not isinstance(self.cache_name, str):
+            raise OptionError("cache_name", self.cache_name, "the name of a block's argument")
+
+    def store(
+        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+    ) -> Sequence[Tensor]:
+        return [value if start is None else value - start]
+
+    def reuse(self, held: Sequence[Tensor], start: Tensor | None, clock: Clock) -> Tensor:
+        return held[0] if start is None else start + held[0]
+
+    @property
+    def has_rule(self) -> bool:
+        return self.rel_l1_thresh is not None
+
+    def begin(self, signal: Tensor) -> Memory:
+        return signal, torch.zeros((), dtype=torch.float64, device=signal.device)
+
+    def decide(self, signal: Tensor, memory: Memory, forced: Tensor) -> tuple[Tensor, Memory]:
+        assert self.rel_l1_thresh is not None
+        previous, accumulated = memory
+        change = (signal - previous).abs().mean() / previous.abs().mean()
+        accumulated = accumulated + self._polynomial(change.double())
+        compute = forced | (accumulated >= self.rel_l1_thresh)
+        return compute, (signal, torch.where(compute, 0.0, accumulated))
+
+    def _polynomial(self, x: Tensor) -> Tensor:
+        result = torch.zeros_like(x)
+        for coefficient in self.coefficients or (1.0, 0.0):
+            result = result * x + coefficient
+        return result
+
+    def _check_threshold(self) -> None:
+        value = self.rel_l1_thresh
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            raise OptionError("rel_l1_thresh", value, "a number above 0, for instance 0.15")
+
+    def _check_coefficients(self) -> None:
+        value = self.coefficients
+        if value is None:
+            return
+        expected = "a sequence of finite numbers, highest power first"
+        try:
+            numbers = tuple(float(c) for c in value)
+        except (TypeError, ValueError):
+            raise OptionError("coefficients", value, expected) from None
+        if not numbers or not all(math.isfinite(c) for c in numbers):
+            raise OptionError("coefficients", value, expected)
+        if self.rel_l1_thresh is None:
+            raise OptionError("coefficients", value, "only used with rel_l1_thresh: give both")
+        object.__setattr__(self, "coefficients", numbers)
+
+    def _rule_hint(self) -> str:
+        return "; or give rel_l1_thresh (the dynamic rule)"

@@ -1,0 +1,137 @@
+"""The demo's picture: samples by system and block x step maps of what was computed."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import SubFigure
+from matplotlib.patches import Patch
+from torch import Tensor
+
+from dit_cache_fx import CacheReport
+from examples.digits.running import Run
+from examples.digits.table import psnr
+
+ACTIONS = ("computed", "reused", "predicted")
+COLORS = ("#1f4e79", "#dfe5ec", "#f2a541")
+COLUMNS = 10  # pictures shown of each run
+INK = "#222222"
+
+Panel = tuple[str, list[Run]]  # a title and the runs under it
+
+
+def strip(pictures: Tensor) -> npt.NDArray[np.float32]:
+    """The first pictures [B, 1, 8, 8] side by side, a white pixel apart: [8, 9 * COLUMNS - 1]."""
+    shown = np.pad(pictures[:COLUMNS, 0].numpy(), ((0, 0), (0, 0), (0, 1)), constant_values=np.nan)
+    return np.concatenate(list(shown), axis=1)[:, :-1]
+
+
+def step_map(report: CacheReport, steps: int) -> npt.NDArray[np.int64]:
+    """Index into ACTIONS for every block and step: [blocks, steps]."""
+    offsets: dict[str, int] = {}
+    total = 0
+    for name, count in report.blocks.items():
+        offsets[name], total = total, total + count
+    actions = np.zeros((total, steps), dtype=np.int64)
+    for record in report.timeline:
+        for name, cached in report.cached_blocks.items():
+            rows = [offsets[name] + block for block in cached]
+            actions[rows, record.step] = ACTIONS.index(record.action)
+    return actions
+
+
+def draw_strip(axes: Axes, run: Run, target: Run, named: bool) -> None:
+    """One row of samples with the run's name and its PSNR to the target."""
+    axes.imshow(strip(run.pictures), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+    axes.set_axis_off()
+    if named:
+        axes.text(-2.5, 3.5, run.system.name, ha="right", va="center", fontsize=9, color=INK)
+    note = "target" if run is target else f"{psnr(run.pictures, target.pictures):.1f} dB"
+    axes.text(90.5, 3.5, note, ha="left", va="center", fontsize=9, color=INK)
+
+
+def draw_map(axes: Axes, run: Run) -> None:
+    """The block x step map of a cached run."""
+    assert run.report is not None
+    actions = step_map(run.report, run.system.steps)
+    axes.pcolormesh(
+        actions,
+        cmap=ListedColormap(COLORS),
+        vmin=-0.5,
+        vmax=len(ACTIONS) - 0.5,
+        edgecolors="white",
+        linewidth=0.5,
+    )
+    axes.set_title(
+        f"{run.system.name}: {run.computed} of {run.system.steps} steps computed",
+        fontsize=9.5,
+        loc="left",
+        color=INK,
+    )
+    axes.set_yticks(np.arange(len(actions)) + 0.5, [str(block) for block in range(len(actions))])
+    ticks = np.arange(0, run.system.steps, max(1, run.system.steps // 10))
+    axes.set_xticks(ticks + 0.5, [str(step) for step in ticks])
+    axes.tick_params(length=0, labelsize=7.5)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("step", fontsize=8.5)
+    axes.set_ylabel("block", fontsize=8.5)
+
+
+def draw_panels(figure: SubFigure, target: Run, panels: list[Panel]) -> None:
+    """A column of sample rows for every panel, the target on top."""
+    rows = 1 + max(len(runs) for _, runs in panels)
+    grid = figure.add_gridspec(
+        rows, len(panels), left=0.185, right=0.945, top=0.86, bottom=0.02, hspace=0.12, wspace=0.17
+    )
+    for column, (title, runs) in enumerate(panels):
+        for row, run in enumerate([target, *runs]):
+            axes = figure.add_subplot(grid[row, column])
+            draw_strip(axes, run, target, named=column == 0)
+            if row == 0:
+                axes.set_title(title, fontsize=11, fontweight="bold", color=INK, pad=8)
+
+
+def draw_maps(figure: SubFigure, runs: list[Run]) -> None:
+    """The step maps, two in a row, with their legend."""
+    grid = figure.add_gridspec(
+        rows_of_maps(runs), 2, left=0.05, right=0.98, top=0.83, bottom=0.1, hspace=0.75, wspace=0.1
+    )
+    for index, run in enumerate(runs):
+        draw_map(figure.add_subplot(grid[index // 2, index % 2]), run)
+    title = "What each block did at each step"
+    figure.text(0.05, 0.95, title, fontsize=11, fontweight="bold", color=INK, va="center")
+    figure.legend(
+        handles=[
+            Patch(color=color, label=name) for color, name in zip(COLORS, ACTIONS, strict=True)
+        ],
+        loc="upper right",
+        bbox_to_anchor=(0.98, 1.0),
+        ncols=len(ACTIONS),
+        frameon=False,
+        fontsize=9.5,
+    )
+
+
+def rows_of_maps(runs: list[Run]) -> int:
+    return (len(runs) + 1) // 2
+
+
+def draw(path: Path, target: Run, panels: list[Panel], maps: list[Run]) -> None:
+    """Write the PNG: panels of samples above step maps."""
+    heights = [
+        0.5 * (1 + max(len(runs) for _, runs in panels)) + 0.7,
+        1.95 * rows_of_maps(maps) + 0.7,
+    ]
+    figure = plt.figure(figsize=(13.5, sum(heights)), facecolor="white")
+    parts = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)
+    draw_panels(parts[0, 0], target, panels)
+    draw_maps(parts[1, 0], maps)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
