@@ -102,10 +102,11 @@ def emit_node(target: Callable[..., Any], args: Any, kwargs: Any, name: str) -> 
     mode = get_proxy_mode()
     if mode is None:
         return False
-    args, kwargs = pytree.tree_map_only(torch.Tensor, mode.tracer.unwrap_proxy, (args, kwargs))
+    tracer: Any = mode.tracer
+    args, kwargs = pytree.tree_map_only(torch.Tensor, tracer.unwrap_proxy, (args, kwargs))
     if not any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
         return False
-    Emitter(mode.tracer).call(target, args, kwargs, name)
+    Emitter(tracer).call(target, args, kwargs, name)
     return True
 
 

@@ -11,9 +11,8 @@ from torch import nn
 from dit_cache_fx.capture import BlockList, CallSignature, Subject, candidate_lists, named_timestep
 from dit_cache_fx.errors import DiscoveryError, OptionError
 from dit_cache_fx.module import CachedModel, is_compiled, original
-from dit_cache_fx.passes.select_runs import ALIASES, never_cached
 from dit_cache_fx.runtime.engine import Engine, check_block_ids
-from dit_cache_fx.strategies import Strategy, make_strategy
+from dit_cache_fx.strategies import ALIASES, Strategy, make_strategy
 
 Blocks = str | nn.ModuleList | Sequence[str | nn.ModuleList]
 
@@ -62,13 +61,11 @@ def apply(
             "blocks in an nn.ModuleList (blocks=['attribute.path'])"
         )
     _check_ids_early(chosen, lists, known=blocks is not None)
-    names = tuple(b.name for b in lists) if blocks is not None else ()
-    always = partial(never_cached, strategy=chosen, lists=names)
-    subject = Subject(model, signature, lists, blocks is not None, always, check)
+    subject = Subject(model, signature, lists, blocks is not None, chosen, check)
     again = partial(
         apply, strategy=chosen, blocks=_paths(lists, blocks), timestep=timestep, check=check
     )
-    return CachedModel(model, Engine(subject, chosen, step), again)
+    return CachedModel(model, Engine(subject, step), again)
 
 
 def _paths(lists: Sequence[BlockList], blocks: Blocks | None) -> list[str] | None:

@@ -21,6 +21,7 @@ from dit_cache_fx.structure import Skeleton
 #: node.meta keys
 BLOCK = "dit_cache_block"  # on a block's call: its BlockId
 OUTPUT = "dit_cache_output"  # on a value of a block: the index among the block's tensors
+SIGNAL = "dit_cache_signal"  # on the value that the strategy's own rule looks at
 DEVICE = "dit_cache_device"  # where "val" is on the meta device: the real one
 
 
@@ -62,7 +63,6 @@ class Program:
     output: Skeleton
     block_lists: dict[str, int] = field(default_factory=dict)  # list name -> blocks in it
     regions: tuple[Region, ...] = ()
-    signal: str | None = None  # node that the strategy's own rule looks at
 
     @property
     def graph(self) -> fx.Graph:
@@ -70,15 +70,19 @@ class Program:
 
     @property
     def model(self) -> nn.Module:
-        model = self.gm.get_submodule("model")
-        return model
+        return self.gm.get_submodule("model")
 
     def node(self, name: str) -> fx.Node:
         """The node called `name`."""
-        for node in self.graph.nodes:
-            if node.name == name:
-                return node
-        raise VerifyError(f"the program has no node {name!r}")
+        found: fx.Node | None = next((n for n in self.graph.nodes if n.name == name), None)
+        if found is None:
+            raise VerifyError(f"the program has no node {name!r}")
+        return found
+
+    @property
+    def signal(self) -> fx.Node | None:
+        """The value that the strategy's own rule looks at."""
+        return next((n for n in self.graph.nodes if SIGNAL in n.meta), None)
 
     def needs(self) -> dict[fx.Node, frozenset[str]]:
         """For each node the forward arguments that it depends on."""
@@ -115,6 +119,14 @@ def attributes_of(gm: fx.GraphModule, graph: fx.Graph) -> dict[str, Any]:
     """What `graph` reads from `gm` beside the model: constants and subgraphs."""
     targets = {str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module")}
     return {t: getattr(gm, t) for t in sorted(targets) if "." not in t and hasattr(gm, t)}
+
+
+def is_kept(node: fx.Node) -> bool:
+    """What dead-code elimination must leave: the interface, and what was marked to run.
+
+    A block without readers is one that is never cached, by the user's wish.
+    """
+    return node.op in ("placeholder", "output") or BLOCK in node.meta or SIGNAL in node.meta
 
 
 def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:

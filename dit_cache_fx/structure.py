@@ -109,8 +109,9 @@ def _unflatten(skeleton: Skeleton, leaves: Iterator[Any], constant: Callable[[An
 
 
 def _build(kind: Any, keys: tuple[Any, ...], children: list[Any]) -> Any:
+    make: Any = kind
     if dataclasses.is_dataclass(kind):
-        return kind(**dict(zip(keys, children, strict=True)))
+        return make(**dict(zip(keys, children, strict=True)))
     if issubclass(kind, dict):
         return kind(zip(keys, children, strict=True))
     if hasattr(kind, "_fields"):

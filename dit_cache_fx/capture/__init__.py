@@ -22,12 +22,14 @@ from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.leaves import BlockList, candidate_lists, kept_modules
 from dit_cache_fx.capture.normal_form import Guards, normal_form
 from dit_cache_fx.capture.record import ModuleCall, Recording, record
+from dit_cache_fx.capture.signal import mark_input, mark_modulated, parts_of
 from dit_cache_fx.capture.signature import CallSignature, FlatCall, flatten_call, unflatten_call
 from dit_cache_fx.capture.timestep import guessed_timestep, named_timestep
 from dit_cache_fx.capture.trace import trace
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.identity import Seen
 from dit_cache_fx.program import BlockId, Program
+from dit_cache_fx.strategies import Strategy, never_cached
 from dit_cache_fx.structure import unflatten
 
 __all__ = [
@@ -70,8 +72,19 @@ class Subject:
     signature: CallSignature
     lists: Sequence[BlockList]
     chosen: bool
-    always_run: Callable[[BlockId], bool]
+    strategy: Strategy
     check: bool = True
+
+    def always_runs(self, name: str) -> bool:
+        """Whether the block of this name is never cached."""
+        list_name, _, index = name.rpartition(".")
+        lists = tuple(b.name for b in self.lists) if self.chosen else ()
+        return never_cached(BlockId(list_name, int(index)), self.strategy, lists)
+
+    def opened(self) -> list[nn.Module]:
+        """The blocks whose inside is recorded, to find the strategy's signal there."""
+        wanted = self.strategy.has_rule and self.strategy.looks_at() == "modulated"
+        return [blocks.modules[0] for blocks in self.lists] if wanted else []
 
     def run(self, call: FlatCall, tensors: Sequence[torch.Tensor]) -> Any:
         """The model's own answer to a flattened call with these tensors."""
@@ -89,12 +102,18 @@ def capture(subject: Subject, call: FlatCall, timestep: str | None) -> Captured:
         tensors = [t.clone() if t.is_inference() else t for t in call.tensors]
         kept = kept_modules(subject.model, subject.lists)
         members = {m: kept[m] for blocks in subject.lists for m in blocks.modules}
-        always = {m for m, name in members.items() if subject.always_run(_block_id(name))}
-        recording = record(lambda: subject.run(call, tensors), kept, set(members), always)
+        recording = record(
+            lambda: subject.run(call, tensors),
+            kept,
+            set(members),
+            {m for m, name in members.items() if subject.always_runs(name)},
+            {m: parts_of(m, kept[m]) for m in subject.opened()},
+        )
         traced = trace(lambda inputs: subject.run(call, inputs), tensors, kept, recording)
         step = timestep if timestep is not None else guessed_timestep(call)
         program, guards = normal_form(subject.model, traced, call, step)
         mark_blocks(program, subject.lists, subject.chosen)
+        _mark_signal(program, subject.strategy, recording)
         trunk = {str(node.target) for node in program.block_calls()}
         blocks = {m: name for m, name in members.items() if f"model.{name}" in trunk}
         captured = Captured(program, program.gm, guards, recording, blocks, set(kept), set())
@@ -151,9 +170,18 @@ def replayed(captured: Captured) -> Iterator[None]:
         yield
 
 
-def _block_id(name: str) -> BlockId:
-    list_name, _, index = name.rpartition(".")
-    return BlockId(list_name, int(index))
+def _mark_signal(program: Program, strategy: Strategy, recording: Recording) -> None:
+    """Find what the strategy's own rule looks at, where it has one."""
+    if not strategy.has_rule:
+        return
+    if strategy.looks_at() == "input":
+        mark_input(program, strategy.stream_name())
+        return
+    name = str(program.block_calls()[0].target).removeprefix("model.")
+    made = next(c for c in recording.calls if c.name == name)
+    mark_modulated(program, made, strategy.stream_name())
+    for call in recording.calls:
+        call.inside = None
 
 
 def _refuse_late_guards(guards: Guards, trunk: set[str]) -> None:

@@ -32,7 +32,7 @@ class _Place(NamedTuple):
     """A tensor among all that a run shows: of which block call (None: of the output), which."""
 
     call: int | None
-    index: int
+    number: int
 
 
 @dataclass
@@ -69,7 +69,7 @@ def compare(
     a = _run(model, blocks, recording, _Run(wanted=place)).tensor
     b = _run(graph, blocks, recording, _Run(wanted=place)).tensor
     where = "output" if place.call is None else f"input of block {want.calls[place.call]}"
-    return f"{where}, tensor {place.index}: {_difference(a, b)}"
+    return f"{where}, tensor {place.number}: {_difference(a, b)}"
 
 
 def refuse(difference: str) -> CaptureError:

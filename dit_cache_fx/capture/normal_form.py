@@ -47,7 +47,7 @@ def normal_form(
 ) -> tuple[Program, Guards | None]:
     """The program and the guards of a trace. Raises `CaptureError` where a guard needs a block."""
     names, arguments = call.names(), call.arguments_of()
-    attributes = dict(traced.objects)
+    attributes: dict[str, Any] = {}
     graph = _rewrite(model, traced, names, attributes)
     guards = _split_guards(model, graph, attributes, traced.read)
     gm = graph_module(model, attributes, graph, "Captured")
@@ -66,37 +66,59 @@ def _rewrite(
     model: nn.Module, traced: Trace, names: Sequence[str], attributes: dict[str, Any]
 ) -> fx.Graph:
     graph = fx.Graph()
-    new: dict[fx.Node, fx.Node] = {}
+    nodes = traced.gm.graph.nodes
+    places = [n for n in nodes if n.op == "placeholder"]
+    given = {n: graph.placeholder(name) for n, name in zip(places, names, strict=True)}
+    for node, placeholder in given.items():
+        placeholder.meta.update(node.meta)
+    new = translated(model, traced, graph, attributes, given, set(nodes))
+    output = traced.gm.graph.output_node()
+    graph.output(fx.map_arg(output.args[0], new.__getitem__))
+    return graph
+
+
+def translated(
+    model: nn.Module,
+    traced: Trace,
+    graph: fx.Graph,
+    attributes: dict[str, Any],
+    given: dict[fx.Node, fx.Node],
+    needed: set[fx.Node],
+) -> dict[fx.Node, fx.Node]:
+    """Add the `needed` nodes of a trace to `graph`, in normal form; `given` are there already.
+
+    Constants are added to `attributes`. Returns the new node of each.
+    """
+    new = dict(given)
     live = _live_tensors(model)
-    placeholders = iter(names)
     for node in traced.gm.graph.nodes:
-        if node.op == "placeholder":
-            new[node] = graph.placeholder(next(placeholders))
-        elif node.op == "get_attr":
+        if node not in needed or node in new or node.op == "output":
+            continue
+        if node.op == "get_attr":
             new[node] = graph.get_attr(_attribute(traced.gm, node, live, attributes))
         elif node.target is call_kept:
-            _, name, args, kwargs = fx.map_arg(node.args, lambda n: new[n])
+            _, name, args, kwargs = fx.map_arg(node.args, new.__getitem__)
             new[node] = graph.call_module(f"model.{name}", args, kwargs)
         elif node.target in _IDENTITIES:
             new[node] = new[node.args[0]]
             continue
         else:
-            new[node] = graph.node_copy(node, lambda n: new[n])
+            new[node] = graph.node_copy(node, new.__getitem__)
         new[node].meta.update(node.meta)
-    return graph
+    return new
 
 
 def _attribute(
     gm: fx.GraphModule, node: fx.Node, live: dict[int, str], attributes: dict[str, Any]
 ) -> str:
     """The live name of a tensor that the model owns; any other value is a constant."""
-    target = str(node.target)
-    if target in attributes:
-        return target
-    value = getattr(gm, target)
+    value = getattr(gm, str(node.target))
     if id(value) in live:
         return f"model.{live[id(value)]}"
-    name = f"_constant_{target.lstrip('_')}"
+    for name, known in attributes.items():
+        if known is value:
+            return name
+    name = f"_constant_{len(attributes)}"
     attributes[name] = value
     return name
 

@@ -39,6 +39,17 @@ class Spec:
 
 
 @dataclass
+class Inside:
+    """What a block did inside: the call that it got, and the calls of its parts."""
+
+    block: nn.Module
+    parts: Mapping[nn.Module, str]
+    tensors: list[torch.Tensor]
+    skeleton: Skeleton
+    recording: Recording
+
+
+@dataclass
 class ModuleCall:
     """One call of a kept module."""
 
@@ -48,6 +59,7 @@ class ModuleCall:
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     mutated: tuple[int, ...] = ()  # which of its tensor arguments it changed in place
     like: tuple[int | None, ...] = ()  # for each output a tensor argument of the same shape
+    inside: Inside | None = None
 
     def outputs(self) -> list[torch.Tensor]:
         """What it returned, as new tensor objects; placeholders where no value was kept."""
@@ -70,31 +82,40 @@ def record(
     kept: Mapping[nn.Module, str],
     blocks: Collection[nn.Module],
     always_run: Collection[nn.Module] = (),
+    opened: Mapping[nn.Module, Mapping[nn.Module, str]] | None = None,
 ) -> Recording:
     """Run the model and record its kept modules' calls.
 
     A block's output is held only when something other than a cached block reads it: holding every
     block's output would be what the cache is here to avoid. `always_run` are the blocks that are
-    never cached; what they read is held too.
+    never cached; what they read is held too. `opened`: blocks -> their parts, whose calls are
+    recorded as well.
     """
     calls: list[ModuleCall] = []
     reader = _Reader()
+    parts = opened or {}
 
     def handle(
         module: nn.Module, name: str, call: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        inputs, _ = flatten((args, kwargs))
+        inputs, given = flatten((args, kwargs))
         if module not in blocks or module in always_run:
             reader.reads(inputs)
         versions = [version(t) for t in inputs]
+        inside: Inside | None = None
         with reader.paused():
-            output = call(module, *args, **kwargs)
+            if module in parts:
+                within = record(lambda: call(module, *args, **kwargs), parts[module], ())
+                inside = Inside(module, parts[module], inputs, given, within)
+                output = within.output
+            else:
+                output = call(module, *args, **kwargs)
         outputs, skeleton = flatten(output)
         mutated = tuple(i for i, t in enumerate(inputs) if version(t) != versions[i])
         shapes = [t.shape for t in inputs]
         like = tuple(shapes.index(t.shape) if t.shape in shapes else None for t in outputs)
         specs = [Spec.of(t) for t in outputs]
-        made = ModuleCall(name, specs, skeleton, mutated=mutated, like=like)
+        made = ModuleCall(name, specs, skeleton, mutated=mutated, like=like, inside=inside)
         reader.produced(made, outputs, hold=module not in blocks)
         calls.append(made)
         return output

@@ -80,7 +80,7 @@ def flatten_call(arguments: dict[str, Any], timestep: str | None) -> FlatCall:
     so it acts as the number does.
     """
     value = arguments.get(timestep) if timestep is not None else None
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if timestep is not None and isinstance(value, (int, float)) and not isinstance(value, bool):
         dtype = torch.int64 if isinstance(value, int) else torch.float64
         tensors, _ = flatten(arguments)
         device = tensors[0].device if tensors else None

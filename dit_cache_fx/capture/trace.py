@@ -7,7 +7,7 @@ No kept module runs here: each returns what the recording holds. What the code r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,8 +56,7 @@ class Trace:
 
     gm: fx.GraphModule
     output: Skeleton
-    objects: dict[str, Any]
-    read: list[Any] = field(default_factory=list)  # what each guard's read gave, in node order
+    read: list[Any]  # what each guard's read gave, in node order
 
 
 def trace(
@@ -100,7 +99,9 @@ def _trace(
 
     # one object passed as two arguments must be two inputs of the graph
     gm = trace_functional(body, [t.detach() for t in tensors])
-    return Trace(gm, output[0], player.objects, read)
+    for name, value in player.objects.items():
+        setattr(gm, name, value)
+    return Trace(gm, output[0], read)
 
 
 def _mutations(gm: fx.GraphModule) -> list[str]:
@@ -112,8 +113,6 @@ class _Retrace(fx.Interpreter):
     """Runs a trace again, for another trace."""
 
     def __init__(self, traced: Trace, player: _Player) -> None:
-        for name, value in traced.objects.items():
-            setattr(traced.gm, name, value)
         super().__init__(traced.gm)
         self._player = player
 

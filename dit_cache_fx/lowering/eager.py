@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import fx
 
-from dit_cache_fx.passes.guard_runs import cache_or_compute
+from dit_cache_fx.cached_run import is_cached_run
 from dit_cache_fx.program import Program, attributes_of, graph_module
 
 
@@ -29,7 +27,7 @@ class _Lowering:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.graph = fx.Graph()
-        self.new: dict[fx.Node, Any] = {}
+        self.new: dict[fx.Node, fx.Node] = {}
         self.step = self.graph.placeholder("step")
         self.decided = program.signal is None
 
@@ -48,7 +46,7 @@ class _Lowering:
     def _copy(self, node: fx.Node) -> fx.Node:
         if node in self.new:
             return self.new[node]
-        if node.target is cache_or_compute:
+        if is_cached_run(node):
             self._decide()
             arguments = fx.map_arg(node.args, self._copy)
             new = self.graph.create_node(
@@ -63,5 +61,6 @@ class _Lowering:
         """The decision comes before the first run, whatever order the graph is in."""
         if not self.decided:
             self.decided = True
-            signal = self._copy(self.program.node(str(self.program.signal)))
-            self.graph.call_method("decide", (self.step, signal))
+            signal = self.program.signal
+            assert signal is not None
+            self.graph.call_method("decide", (self.step, self._copy(signal)))

@@ -7,8 +7,8 @@ import operator
 import torch
 from torch import fx
 
-from dit_cache_fx.passes.guard_runs import cache_or_compute
-from dit_cache_fx.program import BLOCK, Program, attributes_of, graph_module
+from dit_cache_fx.cached_run import is_cached_run
+from dit_cache_fx.program import Program, attributes_of, graph_module, is_kept
 from dit_cache_fx.strategies import Strategy
 
 
@@ -25,7 +25,7 @@ def dead_code(program: Program, strategy: Strategy) -> None:
     copy: the caller may change what it gets.
     """
     graph = program.graph
-    graph.eliminate_dead_code(lambda n: BLOCK in n.meta or n.op in ("placeholder", "output"))
+    graph.eliminate_dead_code(is_kept)
     _own_outputs(graph)
     attributes = attributes_of(program.gm, graph)
     program.gm = graph_module(program.model, attributes, graph, "Cached")
@@ -44,8 +44,6 @@ def _own_outputs(graph: fx.Graph) -> None:
 def _shares_held(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         source = node.args[0]
-        return isinstance(source, fx.Node) and (
-            source.target is cache_or_compute or _shares_held(source)
-        )
+        return isinstance(source, fx.Node) and (is_cached_run(source) or _shares_held(source))
     views = isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
     return views and any(_shares_held(n) for n in node.all_input_nodes)

@@ -7,9 +7,17 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from dit_cache_fx.passes.streams import start_of
-from dit_cache_fx.program import BLOCK, Program, Region, ancestors, block_call_of, block_values
+from dit_cache_fx.program import (
+    BLOCK,
+    BlockId,
+    Program,
+    Region,
+    ancestors,
+    block_call_of,
+    block_values,
+)
 from dit_cache_fx.strategies import Strategy
+from dit_cache_fx.streams import start_of
 
 
 def find_values(program: Program, strategy: Strategy) -> None:
@@ -80,16 +88,15 @@ class _Cut:
     def _start(self, value: fx.Node) -> fx.Node | None:
         block = block_call_of(value).meta[BLOCK]
         region: Region = next(r for r in self.program.regions if block in r.blocks)
-        name = getattr(self.strategy, "cache_name", "")
-        return start_of(self.program, region, value, name)
+        return start_of(self.program, region, value, self.strategy.stream_name())
 
 
-def _always(program: Program, cached: set[object]) -> list[fx.Node]:
+def _always(program: Program, cached: set[BlockId]) -> list[fx.Node]:
     """What runs on every step in any case: the output, and blocks that are never cached."""
     roots = [program.graph.output_node()]
     roots += [c for c in program.block_calls() if c.meta[BLOCK] not in cached]
     if program.signal is not None:
-        roots.append(program.node(program.signal))
+        roots.append(program.signal)
     return roots
 
 

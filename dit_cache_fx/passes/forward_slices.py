@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import fx
 
-from dit_cache_fx.program import Program, attributes_of, graph_module, spec_of
+from dit_cache_fx.program import Program, attributes_of, graph_module, is_kept, spec_of
 from dit_cache_fx.strategies import Strategy
 
 _SLICE = torch.ops.aten.slice.Tensor
+_DEFAULTS: tuple[Any, ...] = (None, 0, 0, sys.maxsize, 1)
 _CAT = torch.ops.aten.cat.default
 
 
@@ -31,30 +33,29 @@ def forward_slices(program: Program, strategy: Strategy) -> None:
     the place of a later one could depend on the data (on a mask's length).
     """
     graph = fx.Graph()
-    graph.output(graph.graph_copy(program.graph, new := {}))
-    graph.output_node().meta.update(program.graph.output_node().meta)
+    graph.output(graph.graph_copy(program.graph, {}))
     for node in graph.nodes:
         part = _first_part(node)
         if part is not None:
             node.replace_all_uses_with(part)
-    names = {old.name: copy.name for old, copy in new.items()}
-    assert all(old == copy for old, copy in names.items()), "names survive a copy"
     attributes = attributes_of(program.gm, graph)
     program.gm = graph_module(program.model, attributes, graph, "Captured")
-    program.gm.graph.eliminate_dead_code()
+    program.gm.graph.eliminate_dead_code(is_kept)
     program.gm.recompile()
 
 
 def _first_part(node: fx.Node) -> fx.Node | None:
     if node.target is not _SLICE:
         return None
-    source, dim, start, end, step = [*node.args, *(None, 0, 0, sys.maxsize, 1)[len(node.args) :]]
+    arguments: tuple[Any, ...] = node.args
+    source, dim, start, end, step = arguments + _DEFAULTS[len(arguments) :]
     if not isinstance(source, fx.Node) or source.target is not _CAT or (start, step) != (0, 1):
         return None
-    parts = source.args[0]
-    along = source.args[1] if len(source.args) > 1 else 0
-    first = parts[0] if isinstance(parts, (list, tuple)) else None
-    spec = spec_of(first) if isinstance(first, fx.Node) else None
+    joined: tuple[Any, ...] = source.args
+    along = joined[1] if len(joined) > 1 else 0
+    first: Any = joined[0][0]
+    spec = spec_of(first)
     if spec is None or along != dim or spec.shape[dim] != end:
         return None
-    return first
+    result: fx.Node = first
+    return result

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
+from dit_cache_fx.cached_run import cache_or_compute
 from dit_cache_fx.passes.subgraphs import Subgraphs
 from dit_cache_fx.program import (
     BLOCK,
@@ -20,21 +19,6 @@ from dit_cache_fx.program import (
     graph_module,
 )
 from dit_cache_fx.strategies import Strategy
-
-
-def cache_or_compute(
-    run: int,
-    compute: fx.GraphModule,
-    reuse: fx.GraphModule,
-    starts: Sequence[torch.Tensor],
-    operands: Sequence[torch.Tensor],
-) -> tuple[torch.Tensor, ...]:
-    """The values of cached run `run`, computed or reused; a lowering says how it is decided.
-
-    `compute(*held, distance, count, *starts, *operands)` gives the values, then what to hold.
-    `reuse(*held, distance, count, *starts)` gives the values.
-    """
-    raise AssertionError("a program has to be lowered before it runs")
 
 
 def guard_runs(program: Program, strategy: Strategy) -> None:
@@ -52,11 +36,11 @@ def guard_runs(program: Program, strategy: Strategy) -> None:
         %b1 = getitem(%run_0, 0)
         %out = call_module[model.proj_out](%b1)
 
-        run_0_compute(held, distance, count, x, temb):
+        run_0_compute(held, distance, computed, x, temb):
             %b0 = call_module[model.blocks.0](%x, %temb)
             %b1 = call_module[model.blocks.1](%b0, %temb)
             return (%b1, %b1)                                # the value, and what to hold
-        run_0_reuse(held, distance, count):
+        run_0_reuse(held, distance, computed):
             return (%held,)
     """
     attributes = attributes_of(program.gm, program.graph)
@@ -89,7 +73,7 @@ class _Rewrite:
         cached = {b for r in program.regions for b in r.blocks}
         roots = [*program.graph.output_node().all_input_nodes]
         roots += [c for c in program.block_calls() if c.meta[BLOCK] not in cached]
-        roots += [program.node(program.signal)] if program.signal else []
+        roots += [program.signal] if program.signal else []
         for region in program.regions:
             starts, operands, _ = self._parts(region)
             roots += [*starts, *operands]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from dit_cache_fx.program import BLOCK, BlockId, Program, Region
-from dit_cache_fx.strategies import Strategy
-
-#: what published helpers call the first and the second block list
-ALIASES = ("double_blocks", "single_blocks")
+from dit_cache_fx.strategies import Strategy, never_cached
 
 
 def select_runs(program: Program, strategy: Strategy) -> None:
@@ -30,12 +27,3 @@ def select_runs(program: Program, strategy: Strategy) -> None:
             runs[-1].append(block)
     filled = [run for run in runs if run]
     program.regions = tuple(Region(i, tuple(run)) for i, run in enumerate(filled))
-
-
-def never_cached(block: BlockId, strategy: Strategy, lists: tuple[str, ...]) -> bool:
-    """Whether `no_cache_block_id` names this block, by its list's name or alias."""
-    names = {block.list_name}
-    if block.list_name in lists[: len(ALIASES)]:
-        names.add(ALIASES[lists.index(block.list_name)])
-    ids = strategy.no_cache_block_id or {}
-    return any(block.index in ids.get(name, ()) for name in names)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
-from dit_cache_fx.passes.guard_runs import cache_or_compute
+from dit_cache_fx.cached_run import CachedRun, cached_runs, is_cached_run
 from dit_cache_fx.program import (
-    BLOCK,
     Program,
     ancestors,
     attributes_of,
     graph_module,
+    is_kept,
 )
 from dit_cache_fx.strategies import Strategy
 
@@ -32,61 +34,56 @@ def sink(program: Program, strategy: Strategy) -> None:
     """
     attributes = attributes_of(program.gm, program.graph)
     moved = _sinkable(program.graph)
-    for run in _runs(program.graph):
+    for run in cached_runs(program.graph):
         _absorb(program, run, moved, attributes)
-    program.graph.lint()
-    program.graph.eliminate_dead_code(_kept)
+    program.graph.eliminate_dead_code(is_kept)
     program.gm = graph_module(program.model, attributes, program.graph, "Sunk")
-
-
-def _runs(graph: fx.Graph) -> list[fx.Node]:
-    return [n for n in graph.nodes if n.target is cache_or_compute]
-
-
-def _kept(node: fx.Node) -> bool:
-    return BLOCK in node.meta or node.op in ("placeholder", "output")
 
 
 def _sinkable(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that are read by nothing but the compute sides, directly or through each other."""
     moved: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        if _kept(node) or node.target is cache_or_compute or not node.users:
+        if is_kept(node) or is_cached_run(node) or not node.users:
             continue
         if all(user in moved or _only_operand(node, user) for user in node.users):
             moved.add(node)
     return moved
 
 
-def _only_operand(node: fx.Node, run: fx.Node) -> bool:
-    return run.target is cache_or_compute and node in run.args[4] and node not in run.args[3]
+def _only_operand(node: fx.Node, user: fx.Node) -> bool:
+    return (
+        is_cached_run(user)
+        and node in (run := CachedRun.of(user)).operands
+        and (node not in run.starts)
+    )
 
 
 def _absorb(
-    program: Program, run: fx.Node, moved: set[fx.Node], attributes: dict[str, object]
+    program: Program, run: CachedRun, moved: set[fx.Node], attributes: dict[str, Any]
 ) -> None:
-    _, target, _, starts, operands = run.args
-    sunk = ancestors(operands, stop=[n for n in program.graph.nodes if n not in moved]) & moved
+    """Put what was sunk at the head of the run's compute side; its inputs become operands."""
+    nodes = list(program.graph.nodes)
+    sunk = ancestors(run.operands, stop=[n for n in nodes if n not in moved]) & moved
     if not sunk:
         return
-    read = {n for node in sunk for n in node.all_input_nodes} | set(operands)
-    outside = [n for n in program.graph.nodes if n in read and n not in sunk]
-    old: fx.GraphModule = attributes[str(target.target)]
-    graph = fx.Graph()
-    new: dict[fx.Node, fx.Node] = {}
+    read = {n for node in sunk for n in node.all_input_nodes} | set(run.operands)
+    outside = [n for n in nodes if n in read and n not in sunk and n not in run.starts]
+    old: fx.GraphModule = attributes[run.compute]
     places = [n for n in old.graph.nodes if n.op == "placeholder"]
-    head = len(places) - len(operands)
-    mapped = {p: graph.node_copy(p) for p in places[:head]}
-    new.update(zip(starts, list(mapped.values())[head - len(starts) :], strict=True))
+    head = places[: len(places) - len(run.operands)]
+    graph = fx.Graph()
+    mapped = {place: graph.node_copy(place) for place in head}
+    starts = head[len(head) - len(run.starts) :]
+    new = {node: mapped[place] for node, place in zip(run.starts, starts, strict=True)}
     for node in outside:
-        if node not in new:
-            new[node] = graph.placeholder(node.name)
-            new[node].meta.update(node.meta)
-    for node in program.graph.nodes:
+        new[node] = graph.placeholder(node.name)
+        new[node].meta.update(node.meta)
+    for node in nodes:
         if node in sunk:
             new[node] = graph.node_copy(node, new.__getitem__)
-    mapped.update(zip(places[head:], [new[n] for n in operands], strict=True))
+    mapped.update(zip(places[len(head) :], (new[n] for n in run.operands), strict=True))
     graph.output(graph.graph_copy(old.graph, mapped))
     own = {**attributes_of(old, graph), **attributes_of(program.gm, graph)}
-    attributes[str(target.target)] = graph_module(program.model, own, graph, type(old).__name__)
-    run.update_arg(4, [n for n in outside if n not in starts])
+    attributes[run.compute] = graph_module(program.model, own, graph, type(old).__name__)
+    run.node.update_arg(4, outside)

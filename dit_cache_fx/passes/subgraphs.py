@@ -26,7 +26,7 @@ _SCALAR = (torch.Size([]), torch.float64, torch.device("cpu"))
 class Subgraphs:
     """Builds the sides of one run.
 
-    Both take, for each value, the tensors that are held for it, then `distance` and `count`
+    Both take, for each value, the tensors that are held for it, then `distance` and `computed`
     (float64, no dimensions), then what the run starts from; the compute side also its operands.
     """
 
@@ -97,7 +97,7 @@ class Subgraphs:
         start: fx.Node | None,
         clock: list[fx.Node],
     ) -> list[Any]:
-        """Trace a strategy's function for value `index` and copy its graph to the end of `graph`."""
+        """Trace a strategy's function for value `index` and copy its graph behind `graph`."""
         node = self.program.node(self.region.values[index])
         given = [n for n in (value, start) if n is not None]
 
@@ -111,7 +111,9 @@ class Subgraphs:
         specs = [spec] * len(held) + [_SCALAR] * 2 + [spec] * len(given)
         traced = trace_shapes(flat, specs)
         places = [n for n in traced.nodes if n.op == "placeholder"]
-        result = graph.graph_copy(traced, dict(zip(places, [*held, *clock, *given], strict=True)))
+        result: Any = graph.graph_copy(
+            traced, dict(zip(places, [*held, *clock, *given], strict=True))
+        )
         return self._checked(list(result), len(held) if value is not None else 1, node)
 
     def _checked(self, results: list[Any], expected: int, node: fx.Node) -> list[Any]:

@@ -7,7 +7,7 @@ from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -26,13 +26,12 @@ from dit_cache_fx.errors import CaptureError, OptionError
 from dit_cache_fx.identity import Seen
 from dit_cache_fx.lowering import lower_eager
 from dit_cache_fx.passes import run_passes
-from dit_cache_fx.passes.select_runs import ALIASES
 from dit_cache_fx.program import device_of, spec_of
 from dit_cache_fx.runtime.branches import Branch, Session
 from dit_cache_fx.runtime.report import StepRecord
 from dit_cache_fx.runtime.step import HeldSpec, Step
 from dit_cache_fx.runtime.steps import Moment, advance, advance_to, timestep_value
-from dit_cache_fx.strategies import Strategy
+from dit_cache_fx.strategies import ALIASES, Strategy
 from dit_cache_fx.structure import flatten, unflatten
 
 #: most input signatures whose graphs, and generations whose tensors, are kept at one time
@@ -58,17 +57,25 @@ class Entry:
     serial: int
 
 
+class SessionKey(NamedTuple):
+    """What a generation is told apart by: its input signature, the graph, the cache context."""
+
+    inputs: Hashable
+    serial: int
+    context: str | None
+
+
 class Engine:
     """Answers the calls of one cached model."""
 
-    def __init__(self, subject: Subject, strategy: Strategy, timestep: str | None) -> None:
+    def __init__(self, subject: Subject, timestep: str | None) -> None:
         self.subject = subject
-        self.strategy = strategy
+        self.strategy = subject.strategy
         self.timestep = timestep
         self.explicit: int | None = None
         self.context: str | None = None
         self.entries: OrderedDict[Hashable, list[Entry]] = OrderedDict()
-        self.sessions: OrderedDict[Hashable, Session] = OrderedDict()
+        self.sessions: OrderedDict[SessionKey, Session] = OrderedDict()
         self.timeline: deque[StepRecord] = deque(maxlen=4096)
         self.calls = {"computed": 0, "reused": 0}
         self._newest: Moment | None = None
@@ -205,7 +212,7 @@ class Engine:
         return timestep_value(call.tensors[entry.timestep])
 
     def _session(self, call: FlatCall, entry: Entry) -> Session:
-        key = (self._key(call), entry.serial, self.context)
+        key = SessionKey(self._key(call), entry.serial, self.context)
         session = self.sessions.setdefault(key, Session())
         self.sessions.move_to_end(key)
         while len(self.sessions) > MAX_SESSIONS:

@@ -59,8 +59,9 @@ class CacheReport:
             f"{name}: {len(self.cached_blocks.get(name, ()))} of {n} blocks cached"
             for name, n in self.blocks.items()
         )
+        name = self.strategy if self.enabled else f"{self.strategy} (disabled)"
         lines = [
-            f"{self.strategy}{'' if self.enabled else ' (disabled)'}: {lists or 'nothing captured'}",
+            f"{name}: {lists or 'nothing captured'}",
             f"held: {_size(self.bytes_held)} (one result per block would take "
             f"{_size(self.bytes_per_block)})",
             f"last generation: {self.steps_computed} steps computed, {self.steps_reused} not",

@@ -37,10 +37,10 @@ def report(engine: Engine, enabled: bool) -> CacheReport:
 
 def _branches(engine: Engine) -> Iterator[tuple[Entry, Branch]]:
     entries = {e.serial: e for variants in engine.entries.values() for e in variants}
-    for (_, serial, _), session in engine.sessions.items():
+    for key, session in engine.sessions.items():
         for branch in session.branches:
-            if serial in entries:
-                yield entries[serial], branch
+            if key.serial in entries:
+                yield entries[key.serial], branch
 
 
 def _held(branch: Branch) -> int:

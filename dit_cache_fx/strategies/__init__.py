@@ -5,12 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.strategies.base import Clock, Memory, Strategy, options_of
+from dit_cache_fx.strategies.base import (
+    ALIASES,
+    Clock,
+    Memory,
+    Strategy,
+    never_cached,
+    options_of,
+)
 from dit_cache_fx.strategies.deepcache import DeepCache
 from dit_cache_fx.strategies.taylorcache import TaylorCache
 from dit_cache_fx.strategies.teacache import TeaCache
 
 __all__ = [
+    "ALIASES",
     "Clock",
     "DeepCache",
     "Memory",
@@ -18,6 +26,7 @@ __all__ = [
     "TaylorCache",
     "TeaCache",
     "make_strategy",
+    "never_cached",
 ]
 
 BY_NAME: dict[str, type[Strategy]] = {s.name: s for s in (DeepCache, TeaCache, TaylorCache)}

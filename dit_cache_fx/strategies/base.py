@@ -15,6 +15,10 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from dit_cache_fx.errors import OptionError
+from dit_cache_fx.program import BlockId
+
+#: what published helpers call the first and the second block list
+ALIASES = ("double_blocks", "single_blocks")
 
 #: how `decide` keeps its memory from step to step
 Memory = tuple[Tensor, ...]
@@ -23,11 +27,11 @@ Memory = tuple[Tensor, ...]
 class Clock(NamedTuple):
     """Where a step stands in its generation; tensors of no dimensions, float64.
 
-    `distance`: steps since the last computed step. `count`: computed steps before this one.
+    `distance`: steps since the last computed step. `computed`: computed steps before this one.
     """
 
     distance: Tensor
-    count: Tensor
+    computed: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +85,20 @@ class Strategy:
         """On any other step: the value in the place of the computed one, of the same shape."""
         raise NotImplementedError
 
+    def stream_name(self) -> str:
+        """The block argument that carries the stream, tried before it is found from the graph."""
+        return ""
+
     # --- when to compute (optional) --------------------------------------------------------
 
     @property
     def has_rule(self) -> bool:
         """Whether `decide` takes part in the decision (beside `no_cache_steps`)."""
         return False
+
+    def looks_at(self) -> str:
+        """What `decide` gets: the first block's "modulated" input, or its "input"."""
+        return "modulated"
 
     def begin(self, signal: Tensor) -> Memory:
         """The rule's memory after a generation's first step."""
@@ -101,6 +113,15 @@ class Strategy:
 
     def _rule_hint(self) -> str:
         return ""
+
+
+def never_cached(block: BlockId, strategy: Strategy, lists: Sequence[str]) -> bool:
+    """Whether `no_cache_block_id` names this block, by its list's name or alias."""
+    names = {block.list_name}
+    if block.list_name in lists[: len(ALIASES)]:
+        names.add(ALIASES[lists.index(block.list_name)])
+    ids = strategy.no_cache_block_id or {}
+    return any(block.index in ids.get(name, ()) for name in names)
 
 
 def options_of(strategy: type[Strategy]) -> list[str]:

@@ -80,9 +80,9 @@ def derivatives(value: Tensor, held: Sequence[Tensor], clock: Clock) -> list[Ten
     """
     new = [value]
     for i in range(len(held) - 1):
-        known = (clock.count > i) & (clock.distance > 0)
+        known = (clock.computed > i) & (clock.distance > 0)
         difference = (new[i] - held[i]) / torch.where(known, clock.distance, math.inf)
-        again = (clock.count > 0) & (clock.distance == 0)
+        again = (clock.computed > 0) & (clock.distance == 0)
         new.append(torch.where(again, held[i + 1], difference))
     return new
 

@@ -54,6 +54,12 @@ class TeaCache(Strategy):
     def reuse(self, held: Sequence[Tensor], start: Tensor | None, clock: Clock) -> Tensor:
         return held[0] if start is None else start + held[0]
 
+    def stream_name(self) -> str:
+        return self.cache_name
+
+    def looks_at(self) -> str:
+        return self.signal
+
     @property
     def has_rule(self) -> bool:
         return self.rel_l1_thresh is not None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import fx
 
 from dit_cache_fx.program import (
@@ -28,26 +30,31 @@ def start_of(program: Program, region: Region, value: fx.Node, cache_name: str) 
     Among the inputs of `value`'s shape that depend on the noisy sample: the one called
     `cache_name`; else the one that the block list wires this output to; else the first.
     """
-    first = _call(program, region)
-    needs = program.needs()
+    first = next(c for c in program.block_calls() if c.meta[BLOCK] == region.blocks[0])
     spec = spec_of(value)
-    if spec is None:
-        return None
+    shapes = set() if spec is None else {spec.shape}
+    return _choose(program, first, shapes, cache_name, _wired_slot(program, value, first))
+
+
+def stream_input(program: Program, call: fx.Node, cache_name: str) -> fx.Node | None:
+    """The input of a block call that carries the sample's stream through it."""
+    shapes = {spec.shape for v in block_values(call) if (spec := spec_of(v)) is not None}
+    return _choose(program, call, shapes, cache_name, None)
+
+
+def _choose(
+    program: Program, call: fx.Node, shapes: set[torch.Size], name: str, wired: Slot | None
+) -> fx.Node | None:
+    needs = program.needs()
     found = {
         slot: node
-        for slot, node in _tensor_arguments(first)
-        if _shape(node) == spec.shape and (program.sample is None or program.sample in needs[node])
+        for slot, node in _tensor_arguments(call)
+        if _shape(node) in shapes and (program.sample is None or program.sample in needs[node])
     }
-    named = _named_slots(program, first, cache_name)
-    wired = _wired_slot(program, value, first)
-    for slot in (*named, wired, *found):
+    for slot in (*_named_slots(program, call, name), wired, *found):
         if slot is not None and slot in found:
             return found[slot]
     return None
-
-
-def _call(program: Program, region: Region) -> fx.Node:
-    return next(c for c in program.block_calls() if c.meta[BLOCK] == region.blocks[0])
 
 
 def _tensor_arguments(call: fx.Node) -> Iterator[tuple[Slot, fx.Node]]:
@@ -76,7 +83,7 @@ def _wired_slot(program: Program, value: fx.Node, first: fx.Node) -> Slot | None
     if index is None or list_name != first.meta[BLOCK].list_name:
         return None
     calls = [c for c in program.block_calls() if c.meta[BLOCK].list_name == list_name]
-    for before, after in zip(calls, calls[1:], strict=False):
+    for before, after in itertools.pairwise(calls):
         outputs = [v for v in block_values(before) if v.meta[OUTPUT] == index]
         for slot, node in _tensor_arguments(after):
             if node in outputs:
