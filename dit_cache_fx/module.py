@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from dit_cache_fx.errors import DitCacheWarning, OptionError
@@ -174,4 +173,4 @@ def original(model: nn.Module) -> nn.Module:
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether it is what `torch.compile(model)` returned."""
-    return isinstance(model, torch._dynamo.eval_frame.OptimizedModule)
+    return hasattr(model, "_orig_mod")

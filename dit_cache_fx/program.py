@@ -50,6 +50,14 @@ class Region:
     values: tuple[str, ...] = ()
     inputs: tuple[str | None, ...] = ()
 
+    def __str__(self) -> str:
+        values = [
+            value if start is None else f"{value} (from {start})"
+            for value, start in zip(self.values, self.inputs, strict=True)
+        ]
+        blocks = " ".join(map(str, self.blocks))
+        return f"run {self.index}: {blocks} -> {', '.join(values) or '?'}"
+
 
 @dataclass
 class Program:

@@ -28,8 +28,9 @@ OUT = Path(__file__).with_name("out") / "demo.png"
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=50, help="steps of the uncached sampler")
-    parser.add_argument("--samples", type=int, default=50, help="digits to generate (10 or more)")
-    parser.add_argument("--threshold", type=float, default=0.1, help="of the dynamic TeaCache")
+    parser.add_argument("--samples", type=int, default=30, help="digits to generate (10 or more)")
+    parser.add_argument("--threshold", type=float, default=0.2, help="of the dynamic TeaCache")
+    parser.add_argument("--threads", type=int, default=1, help="1: seconds are then wall seconds")
     parser.add_argument("--out", type=Path, default=OUT, help="where to write the picture")
     return parser.parse_args()
 
@@ -42,13 +43,14 @@ def measure_all(plan: list[Section], model: nn.Module, samples: int) -> list[lis
 
         def measure(system: System) -> Run:
             progress.set_description(system.name)
-            return run(system, model, samples, lambda step: progress.update())
+            return run(system, model, samples, lambda _: progress.update())
 
         return [[measure(system) for system in section.systems] for section in plan]
 
 
 def main() -> None:
     options = arguments()
+    torch.set_num_threads(options.threads)
     begin = time.perf_counter()
     model = checkpoint.load()
     base = Section("baseline", [uncached(options.steps), reference(REFERENCE_STEPS)])
@@ -58,7 +60,7 @@ def main() -> None:
     _, labels = start(options.samples, SEED)
     target, exact = runs[0]
     judge = table.Judge(target, exact, labels)
-    print(f"{options.samples} digits, {torch.get_num_threads()} threads, ", end="")
+    print(f"{options.samples} digits, CPU threads: {options.threads}, ", end="")
     print(f"classifier right on {judge.classifier.held_out:.1%} of held-out real digits\n")
     print(table.header(options.steps, REFERENCE_STEPS))
     rows = [[judge.row(one) for one in of_section] for of_section in runs]
@@ -68,9 +70,10 @@ def main() -> None:
     for section, of_section in zip(plan, rows, strict=True):
         print(remark(section, of_section), end="")
 
-    _, _, ten, seven, _, chosen = runs
+    _, _, ten, seven, _, (last_block, dynamic) = runs
     panels = [(plan[2].title, ten), (plan[3].title, seven)]
-    picture.draw(options.out, target, panels, [ten[2], ten[3], ten[5], chosen[0]])
+    _, _, _, tea, _, taylor2 = ten
+    picture.draw(options.out, target, panels, [tea, dynamic, taylor2, last_block])
     print(f"\npicture: {options.out}   total {time.perf_counter() - begin:.0f} s")
 
 

@@ -24,7 +24,8 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, timestep: Tensor) -> Tensor:
         angles = timestep[:, None] * self.freqs
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+        out: Tensor = self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+        return out
 
 
 class Attention(nn.Module):
@@ -40,8 +41,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim))  # [B, N, 3, H, D/H]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v)  # [B, H, N, D/H]
-        return self.proj(out.transpose(1, 2).flatten(2))
+        mixed = F.scaled_dot_product_attention(q, k, v)  # [B, H, N, D/H]
+        out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
+        return out
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -60,9 +62,10 @@ class DiTBlock(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim)
         )
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        nn.init.zeros_(self.modulation[1].weight)
-        nn.init.zeros_(self.modulation[1].bias)
+        six = nn.Linear(dim, 6 * dim)
+        nn.init.zeros_(six.weight)
+        nn.init.zeros_(six.bias)
+        self.modulation = nn.Sequential(nn.SiLU(), six)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond).chunk(6, dim=-1)
@@ -89,15 +92,15 @@ class DigitsDiT(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor, timestep: Tensor, y: Tensor) -> Tensor:
-        tokens = self.embed(x).flatten(2).transpose(1, 2) + self.position  # [B, N, D]
+        tokens: Tensor = self.embed(x).flatten(2).transpose(1, 2) + self.position  # [B, N, D]
         cond = self.time(timestep) + self.label(y)  # [B, D]
         for block in self.blocks:
             tokens = block(tokens, cond)
         shift, scale = self.modulation(cond).chunk(2, dim=-1)
-        patches = self.head(modulate(self.norm(tokens), shift, scale))  # [B, N, patch * patch]
-        return self.unpatchify(patches)
+        return self.unpatchify(self.head(modulate(self.norm(tokens), shift, scale)))
 
     def unpatchify(self, patches: Tensor) -> Tensor:
         """[B, N, patch * patch] -> [B, 1, 8, 8]."""
-        pieces = patches.unflatten(1, (self.grid, self.grid)).unflatten(3, (self.patch, self.patch))
-        return pieces.permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)[:, None]
+        cells: Tensor = patches.unflatten(1, (self.grid, self.grid))
+        pixels: Tensor = cells.unflatten(3, (self.patch, self.patch))
+        return pixels.permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)[:, None]

@@ -13,6 +13,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import SubFigure
 from matplotlib.patches import Patch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dit_cache_fx import CacheReport
 from examples.digits.running import Run
@@ -21,15 +22,18 @@ from examples.digits.table import psnr
 ACTIONS = ("computed", "reused", "predicted")
 COLORS = ("#1f4e79", "#dfe5ec", "#f2a541")
 COLUMNS = 10  # pictures shown of each run
+ZOOM = 8
+GAP = 6  # between pictures, in enlarged pixels
 INK = "#222222"
 
 Panel = tuple[str, list[Run]]  # a title and the runs under it
 
 
 def strip(pictures: Tensor) -> npt.NDArray[np.float32]:
-    """The first pictures [B, 1, 8, 8] side by side, a white pixel apart: [8, 9 * COLUMNS - 1]."""
-    shown = np.pad(pictures[:COLUMNS, 0].numpy(), ((0, 0), (0, 0), (0, 1)), constant_values=np.nan)
-    return np.concatenate(list(shown), axis=1)[:, :-1]
+    """The first pictures [B, 1, 8, 8] side by side, enlarged: [8 * ZOOM, (8 * ZOOM + GAP) * n]."""
+    large = F.interpolate(pictures[:COLUMNS], scale_factor=ZOOM, mode="bicubic").clamp(-1, 1)
+    framed = F.pad(large, (0, GAP), value=float("nan"))  # drawn as white
+    return np.concatenate(list(framed[:, 0].numpy()), axis=1)
 
 
 def step_map(report: CacheReport, steps: int) -> npt.NDArray[np.int64]:
@@ -48,12 +52,13 @@ def step_map(report: CacheReport, steps: int) -> npt.NDArray[np.int64]:
 
 def draw_strip(axes: Axes, run: Run, target: Run, named: bool) -> None:
     """One row of samples with the run's name and its PSNR to the target."""
-    axes.imshow(strip(run.pictures), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+    axes.imshow(strip(run.pictures), cmap="gray", vmin=-1, vmax=1, aspect="equal")
     axes.set_axis_off()
-    if named:
-        axes.text(-2.5, 3.5, run.system.name, ha="right", va="center", fontsize=9, color=INK)
     note = "target" if run is target else f"{psnr(run.pictures, target.pictures):.1f} dB"
-    axes.text(90.5, 3.5, note, ha="left", va="center", fontsize=9, color=INK)
+    style = {"transform": axes.transAxes, "va": "center", "fontsize": 9, "color": INK}
+    axes.text(1.01, 0.5, note, ha="left", **style)
+    if named:
+        axes.text(-0.02, 0.5, run.system.name, ha="right", **style)
 
 
 def draw_map(axes: Axes, run: Run) -> None:
@@ -100,7 +105,7 @@ def draw_panels(figure: SubFigure, target: Run, panels: list[Panel]) -> None:
 def draw_maps(figure: SubFigure, runs: list[Run]) -> None:
     """The step maps, two in a row, with their legend."""
     grid = figure.add_gridspec(
-        rows_of_maps(runs), 2, left=0.05, right=0.98, top=0.83, bottom=0.1, hspace=0.75, wspace=0.1
+        rows_of_maps(runs), 2, left=0.05, right=0.98, top=0.83, bottom=0.1, hspace=0.62, wspace=0.1
     )
     for index, run in enumerate(runs):
         draw_map(figure.add_subplot(grid[index // 2, index % 2]), run)

@@ -54,7 +54,9 @@ class Judge:
 
 def header(steps: int, reference_steps: int) -> str:
     """Two lines of column titles and a rule."""
-    above = f"{'':38}{'steps':>9}{'':>9}{'':>9}{'cache':>10}{'dB to':>10}{'dB to':>10}{'right':>9}"
+    above = (
+        f"{'':38}{'steps':>9}{'CPU':>9}{'':>9}{'cache':>10}{'dB to':>10}{'dB to':>10}{'right':>9}"
+    )
     below = (
         f"{'system':38}{'computed':>9}{'seconds':>9}{'speedup':>9}{'KiB':>10}"
         f"{f'{steps} steps':>10}{f'{reference_steps}':>10}{'digits':>9}"

@@ -1,0 +1,474 @@
+"""Cached models against the reference implementations, over all models and strategies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dit_cache_fx
+from dit_cache_fx import CachedModel, interval_schedule
+from tests.reference import (
+    STREAMS,
+    DeepCacheReference,
+    Reference,
+    TaylorReference,
+    TeaCacheReference,
+    argument,
+    dynamic_steps,
+    moving_inputs,
+    split,
+)
+from tests.zoo import CASES, Case, case, flat
+
+STEPS = 50
+PUBLISHED = interval_schedule(STEPS, 11, 45, 4)
+#: in the short loops: distances 1, 2 and 3, and orders up to 3 are filled when the first skip comes
+SHORT = 14
+IN_SHORT = frozenset({0, 1, 2, 3, 6, 8, 12})
+CLOSE = 1e-5
+
+each_case = pytest.mark.parametrize("model_case", CASES, ids=lambda c: c.name)
+
+Outputs = list[Tensor]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+# --- the loops ---------------------------------------------------------------------------------
+
+
+@cache
+def model_of(model_case: Case) -> nn.Module:
+    return model_case.build()
+
+
+@cache
+def uncached(model_case: Case, steps: int) -> Outputs:
+    model = model_of(model_case)
+    return [flat(model(**moving_inputs(model_case, i, steps))) for i in range(steps)]
+
+
+def cached_outputs(model_case: Case, cached: CachedModel, steps: int) -> Outputs:
+    """A generation of the cached model, which has to tell its steps by itself."""
+    return [flat(cached(**moving_inputs(model_case, i, steps))) for i in range(steps)]
+
+
+def reference_outputs(model_case: Case, reference: Reference, steps: int) -> Outputs:
+    return [flat(reference(i, moving_inputs(model_case, i, steps))) for i in range(steps)]
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    return ((got - want).norm() / want.norm()).item()
+
+
+def assert_computed_steps_are_the_models_own(
+    got: Outputs, model_case: Case, computed: Collection[int]
+) -> None:
+    exact = uncached(model_case, len(got))
+    different = [i for i in computed if not torch.equal(got[i], exact[i])]
+    assert not different
+
+
+def assert_reused_steps_differ_from_the_model(
+    reference: Outputs, model_case: Case, computed: Collection[int]
+) -> None:
+    """Else the comparison with the reference would show nothing."""
+    exact = uncached(model_case, len(reference))
+    reused = [i for i in range(len(exact)) if i not in computed]
+    assert reused
+    assert all(relative_error(reference[i], exact[i]) > 10 * CLOSE for i in reused)
+
+
+def assert_parity(
+    model_case: Case,
+    cached: CachedModel,
+    reference: Reference,
+    steps: int,
+    largest_error: float,
+) -> None:
+    """Every step is the reference's, and every computed step the model's."""
+    want = reference_outputs(model_case, reference, steps)
+    got = cached_outputs(model_case, cached, steps)
+    assert_computed_steps_are_the_models_own(got, model_case, reference.computed)
+    assert_reused_steps_differ_from_the_model(want, model_case, reference.computed)
+    if largest_error:
+        errors = {i: relative_error(got[i], want[i]) for i in range(steps)}
+        assert {i: e for i, e in errors.items() if not e < largest_error} == {}
+    else:
+        assert [i for i in range(steps) if not torch.equal(got[i], want[i])] == []
+
+
+# --- DeepCache -----------------------------------------------------------------------------------
+
+
+def never_cached(model_case: Case, position: str) -> list[dict[str, set[int]]]:
+    """For each list of the model: `no_cache_block_id` with its first, middle or last block."""
+    sizes = {n: len(model_of(model_case).get_submodule(n)) for n in model_case.block_lists}
+    at = {"first": lambda n: 0, "middle": lambda n: n // 2, "last": lambda n: n - 1}[position]
+    return [{name: {at(size)}} for name, size in sizes.items()]
+
+
+def aliased(model_case: Case, ids: Mapping[str, set[int]]) -> dict[str, set[int]]:
+    """The same ids under the names of the published helpers."""
+    alias = dict(zip(model_case.block_lists, ("double_blocks", "single_blocks"), strict=False))
+    return {alias[name]: blocks for name, blocks in ids.items()}
+
+
+@each_case
+def test_deepcache_over_the_published_schedule(model_case: Case) -> None:
+    model = model_of(model_case)
+    cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps=PUBLISHED)
+    reference = DeepCacheReference(model, model_case.block_lists, PUBLISHED)
+    assert_parity(model_case, cached, reference, STEPS, largest_error=0)
+
+
+@each_case
+@pytest.mark.parametrize("position", ["first", "middle", "last"])
+def test_deepcache_with_a_block_that_is_never_cached(model_case: Case, position: str) -> None:
+    model = model_of(model_case)
+    for ids in never_cached(model_case, position):
+        reference = DeepCacheReference(model, model_case.block_lists, IN_SHORT, ids)
+        for named in (ids, aliased(model_case, ids)):
+            cached = dit_cache_fx.apply(
+                model, "deepcache", no_cache_steps=IN_SHORT, no_cache_block_id=named
+            )
+            assert_parity(model_case, cached, reference, SHORT, largest_error=0)
+
+
+def test_deepcache_with_the_published_block_over_the_published_schedule() -> None:
+    """As users of HunyuanVideo-1.5 set it: the last double block always runs."""
+    model_case = case("OfficialHunyuanVideo15")
+    model = model_of(model_case)
+    last = len(model.double_blocks) - 1
+    ids = {"double_blocks": {last}}
+    cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps=PUBLISHED, no_cache_block_id=ids)
+    reference = DeepCacheReference(model, model_case.block_lists, PUBLISHED, ids)
+    assert_parity(model_case, cached, reference, STEPS, largest_error=0)
+
+
+@each_case
+def test_a_model_without_cached_blocks_is_the_model(model_case: Case) -> None:
+    model = model_of(model_case)
+    everything = {n: range(len(model.get_submodule(n))) for n in model_case.block_lists}
+    cached = dit_cache_fx.apply(
+        model, "deepcache", no_cache_steps={0}, no_cache_block_id=everything
+    )
+    got = [flat(cached(**moving_inputs(model_case, i, STEPS))) for i in range(3)]
+    assert all(torch.equal(a, b) for a, b in zip(got, uncached(model_case, STEPS), strict=False))
+
+
+# --- TaylorCache ---------------------------------------------------------------------------------
+
+ORDERS = [
+    pytest.param({"max_order": n, "low_freqs_order": n, "high_freqs_order": n}, id=f"{n}")
+    for n in range(4)
+] + [
+    pytest.param({"max_order": 1, "low_freqs_order": 2, "high_freqs_order": 3}, id="limited-to-1"),
+    pytest.param({"max_order": 2, "low_freqs_order": 2, "high_freqs_order": 0}, id="low2-high0"),
+    pytest.param({"max_order": 3, "low_freqs_order": 1, "high_freqs_order": 3}, id="low1-high3"),
+    pytest.param({"max_order": 2, "low_freqs_order": 3, "high_freqs_order": 1}, id="low2-high1"),
+]
+
+
+def taylor_pair(
+    model_case: Case, computed: Collection[int], orders: Mapping[str, int]
+) -> tuple[CachedModel, TaylorReference]:
+    model = model_of(model_case)
+    cached = dit_cache_fx.apply(model, "taylorcache", no_cache_steps=computed, **orders)
+    return cached, TaylorReference(model, model_case.block_lists, computed, **orders)
+
+
+@each_case
+def test_taylorcache_over_the_published_schedule(model_case: Case) -> None:
+    cached, reference = taylor_pair(model_case, PUBLISHED, {})
+    assert_parity(model_case, cached, reference, STEPS, CLOSE)
+
+
+@each_case
+@pytest.mark.parametrize("orders", ORDERS)
+def test_taylorcache_of_all_orders_and_bands(model_case: Case, orders: dict[str, int]) -> None:
+    cached, reference = taylor_pair(model_case, IN_SHORT, orders)
+    assert_parity(model_case, cached, reference, SHORT, CLOSE)
+
+
+@each_case
+@pytest.mark.parametrize(
+    "orders",
+    [{}, {"low_freqs_order": 1, "high_freqs_order": 2}],
+    ids=["one-band", "two-bands"],
+)
+def test_taylorcache_while_its_orders_fill_up(model_case: Case, orders: dict[str, int]) -> None:
+    """The first computed step counts: a skip after step 0 returns it, the next has order 1."""
+    computed = frozenset({0, 2, 5, 6})
+    cached, reference = taylor_pair(model_case, computed, orders)
+    assert_parity(model_case, cached, reference, 10, CLOSE)
+
+
+@each_case
+def test_taylorcache_of_order_0_is_deepcache(model_case: Case) -> None:
+    model = model_of(model_case)
+    order_0 = {"max_order": 0, "low_freqs_order": 0, "high_freqs_order": 0}
+    cached = dit_cache_fx.apply(model, "taylorcache", no_cache_steps=IN_SHORT, **order_0)
+    reference = DeepCacheReference(model, model_case.block_lists, IN_SHORT)
+    assert_parity(model_case, cached, reference, SHORT, largest_error=0)
+
+
+@each_case
+@pytest.mark.parametrize("position", ["first", "last"])
+def test_taylorcache_with_a_block_that_is_never_cached(model_case: Case, position: str) -> None:
+    model = model_of(model_case)
+    for ids in never_cached(model_case, position):
+        cached = dit_cache_fx.apply(
+            model, "taylorcache", no_cache_steps=IN_SHORT, no_cache_block_id=ids
+        )
+        reference = TaylorReference(model, model_case.block_lists, IN_SHORT, ids)
+        assert_parity(model_case, cached, reference, SHORT, CLOSE)
+
+
+def test_the_references_bands_sum_to_the_whole() -> None:
+    x = torch.randn(2, 33, 5)
+    low, high = split(x)
+    assert low.norm() > 0.1
+    assert high.norm() > 0.1
+    torch.testing.assert_close(low + high, x)
+
+
+# --- TeaCache ------------------------------------------------------------------------------------
+
+
+def tea_reference(
+    model_case: Case, computed: Collection[int], ids: Mapping[str, set[int]] | None = None
+) -> TeaCacheReference:
+    streams = STREAMS[model_case.name]
+    model = model_of(model_case)
+    return TeaCacheReference(streams, model, model_case.block_lists, computed, ids)
+
+
+@each_case
+def test_teacache_over_the_published_schedule(model_case: Case) -> None:
+    cached = dit_cache_fx.apply(model_of(model_case), "teacache", no_cache_steps=PUBLISHED)
+    reference = tea_reference(model_case, PUBLISHED)
+    assert_parity(model_case, cached, reference, STEPS, CLOSE)
+
+
+@each_case
+@pytest.mark.parametrize("position", ["first", "middle", "last"])
+def test_teacache_with_a_block_that_is_never_cached(model_case: Case, position: str) -> None:
+    for ids in never_cached(model_case, position):
+        cached = dit_cache_fx.apply(
+            model_of(model_case), "teacache", no_cache_steps=IN_SHORT, no_cache_block_id=ids
+        )
+        reference = tea_reference(model_case, IN_SHORT, ids)
+        assert_parity(model_case, cached, reference, SHORT, CLOSE)
+
+
+@each_case
+def test_teacache_moves_with_this_steps_input_and_deepcache_does_not(model_case: Case) -> None:
+    """The same reused step with another sample: only TeaCache's output follows it."""
+    model = model_of(model_case)
+    changes = {}
+    for strategy in ("teacache", "deepcache"):
+        outputs = []
+        for seed in (0, 1):
+            cached = dit_cache_fx.apply(model, strategy, no_cache_steps={0})
+            first, second = model_case.timesteps(8)[:2]
+            cached(**model_case.inputs(first, seed=0))
+            outputs.append(flat(cached(**model_case.inputs(second, seed=seed))))
+        changes[strategy] = relative_error(*outputs)
+    assert changes["deepcache"] == 0
+    assert changes["teacache"] > 0.02
+
+
+# --- TeaCache's own rule -------------------------------------------------------------------------
+
+Signal = Callable[[nn.Module, Mapping[str, Any]], Tensor]
+
+
+def block_input(model_case: Case) -> Signal:
+    """What the first block is given as the tracked stream."""
+    name = model_case.block_lists[0]
+    wanted = STREAMS[model_case.name][name].argument
+
+    def signal(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        block = model.get_submodule(name)[0]
+        seen = []
+        hook = block.register_forward_pre_hook(
+            lambda m, args, kwargs: seen.append(argument(m.forward, wanted, args, kwargs)),
+            with_kwargs=True,
+        )
+        model(**inputs)
+        hook.remove()
+        return seen[0]
+
+    return signal
+
+
+def norm_output(path: str) -> Signal:
+    """The first thing that an adaptive norm returns: the modulated stream."""
+
+    def signal(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        seen = []
+        hook = model.get_submodule(path).register_forward_hook(lambda m, _, out: seen.append(out))
+        model(**inputs)
+        hook.remove()
+        return seen[0][0]
+
+    return signal
+
+
+def attention_input(path: str, name: str | None = None) -> Signal:
+    """What the first attention (or projection) is given: the norm's output, scaled and shifted."""
+
+    def signal(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        seen = []
+        hook = model.get_submodule(path).register_forward_pre_hook(
+            lambda m, args, kwargs: seen.append(argument(m.forward, name, args, kwargs)),
+            with_kwargs=True,
+        )
+        model(**inputs)
+        hook.remove()
+        return seen[0]
+
+    return signal
+
+
+def wan_modulated(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """`norm1(x) * (1 + scale) + shift`, from the block's own table and the time projection."""
+    block = model.blocks[0]
+    seen: dict[str, Tensor] = {}
+
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        for name in ("hidden_states", "temb"):
+            seen[name] = argument(module.forward, name, args, kwargs)
+
+    hook = block.register_forward_pre_hook(note, with_kwargs=True)
+    model(**inputs)
+    hook.remove()
+    shift, scale = (block.scale_shift_table + seen["temb"]).chunk(6, dim=1)[:2]
+    return block.norm1(seen["hidden_states"]) * (1 + scale) + shift
+
+
+MODULATED: dict[str, Signal] = {
+    "FluxTransformer2DModel": norm_output("transformer_blocks.0.norm1"),
+    "SD3Transformer2DModel": norm_output("transformer_blocks.0.norm1"),
+    "DiTTransformer2DModel": norm_output("transformer_blocks.0.norm1"),
+    "PixArtTransformer2DModel": attention_input("transformer_blocks.0.attn1", "hidden_states"),
+    "QwenImageTransformer2DModel": attention_input("transformer_blocks.0.attn", "hidden_states"),
+    "HunyuanVideoTransformer3DModel": norm_output("transformer_blocks.0.norm1"),
+    "HunyuanVideo15Transformer3DModel": norm_output("transformer_blocks.0.norm1"),
+    "WanTransformer3DModel": wan_modulated,
+    "CogVideoXTransformer3DModel": norm_output("transformer_blocks.0.norm1"),
+    "LTXVideoTransformer3DModel": attention_input("transformer_blocks.0.attn1", "hidden_states"),
+    "ZImageTransformer2DModel": attention_input("layers.0.attention", "hidden_states"),
+    "OfficialHunyuanVideo15": attention_input("double_blocks.0.img.projections", "x"),
+    "OfficialHunyuanVideo15Single": attention_input("double_blocks.0.img.projections", "x"),
+}
+
+#: enough steps for several computed ones; the first coefficient is that of the highest power
+RULE_STEPS = 16
+QUADRATIC = (3.0, 0.5, 0.01)
+
+
+def signals_of(model_case: Case, signal: Signal) -> list[Tensor]:
+    model = model_case.build()
+    return [signal(model, moving_inputs(model_case, i, RULE_STEPS)) for i in range(RULE_STEPS)]
+
+
+def threshold_for(signals: Sequence[Tensor], every: float) -> float:
+    """The sum of the signal's changes that is reached about every `every` steps."""
+    changes = [
+        ((new - old).abs().mean() / old.abs().mean()).item()
+        for old, new in zip(signals, signals[1:], strict=False)
+    ]
+    return every * sum(changes) / len(changes)
+
+
+def computed_by(model_case: Case, **options: Any) -> list[int]:
+    """The steps that a cached model computes by the dynamic rule; their outputs are checked."""
+    cached = dit_cache_fx.apply(model_of(model_case), "teacache", **options)
+    got = cached_outputs(model_case, cached, RULE_STEPS)
+    timeline = cached.cache_report().timeline
+    assert [record.step for record in timeline] == list(range(RULE_STEPS))
+    computed = [record.step for record in timeline if record.action == "computed"]
+    reference = tea_reference(model_case, computed)
+    want = reference_outputs(model_case, reference, RULE_STEPS)
+    assert_computed_steps_are_the_models_own(got, model_case, computed)
+    assert max(map(relative_error, got, want)) < CLOSE
+    return computed
+
+
+def assert_rule_is_followed(model_case: Case, name: str, signal: Signal) -> None:
+    signals = signals_of(model_case, signal)
+    threshold = threshold_for(signals, every=2.6)
+    expected = dynamic_steps(signals, threshold)
+    assert 3 < len(expected) < RULE_STEPS - 3
+    assert computed_by(model_case, rel_l1_thresh=threshold, signal=name) == expected
+
+
+@each_case
+def test_rule_on_the_first_blocks_input(model_case: Case) -> None:
+    assert_rule_is_followed(model_case, "input", block_input(model_case))
+
+
+@each_case
+def test_rule_on_the_first_blocks_modulated_input(model_case: Case) -> None:
+    assert_rule_is_followed(model_case, "modulated", MODULATED[model_case.name])
+
+
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel"])
+def test_the_two_signals_are_told_apart(name: str) -> None:
+    """With one threshold for both: so the tests above could fail."""
+    model_case = case(name)
+    signals = [signals_of(model_case, s) for s in (block_input(model_case), MODULATED[name])]
+    threshold = threshold_for(signals[0], every=3.3)
+    expected = [dynamic_steps(each, threshold) for each in signals]
+    assert expected[0] != expected[1]
+    for signal, steps in zip(("input", "modulated"), expected, strict=True):
+        assert computed_by(model_case, rel_l1_thresh=threshold, signal=signal) == steps
+
+
+@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "HunyuanVideoTransformer3DModel"])
+def test_rule_with_coefficients_and_forced_steps(name: str) -> None:
+    model_case = case(name)
+    signals = signals_of(model_case, block_input(model_case))
+    change = threshold_for(signals, every=1)
+    threshold = 3.4 * sum(c * change**p for p, c in zip((2, 1, 0), QUADRATIC, strict=True))
+    free = dynamic_steps(signals, threshold, QUADRATIC)
+    forced = {next(i for i in range(2, RULE_STEPS) if i not in free), RULE_STEPS - 1}
+    expected = dynamic_steps(signals, threshold, QUADRATIC, forced)
+    options = {"rel_l1_thresh": threshold, "coefficients": QUADRATIC, "signal": "input"}
+    assert dynamic_steps(signals, threshold) != free != expected
+    assert computed_by(model_case, **options) == free
+    assert computed_by(model_case, **options, no_cache_steps=forced) == expected
+
+
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "OfficialHunyuanVideo15"])
+def test_rule_of_a_second_generation_starts_anew(name: str) -> None:
+    model_case = case(name)
+    signals = signals_of(model_case, block_input(model_case))
+    threshold = threshold_for(signals, every=3.3)
+    cached = dit_cache_fx.apply(
+        model_of(model_case), "teacache", rel_l1_thresh=threshold, signal="input"
+    )
+    for _ in range(2):
+        cached_outputs(model_case, cached, RULE_STEPS)
+        timeline = cached.cache_report().timeline
+        computed = [record.step for record in timeline if record.action == "computed"]
+        assert computed == dynamic_steps(signals, threshold)
