@@ -53,7 +53,7 @@ def apply(
     if model.training:
         raise OptionError("model.training", True, "call model.eval() first")
     signature = CallSignature(model.forward)
-    step = named_timestep(signature.parameters, timestep)
+    step = named_timestep(signature.parameters, timestep, more=signature.open)
     lists = candidate_lists(model) if blocks is None else _named_lists(model, blocks)
     if not lists:
         raise DiscoveryError(

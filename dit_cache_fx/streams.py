@@ -12,11 +12,14 @@ from torch import fx
 
 from dit_cache_fx.program import (
     BLOCK,
+    DEVICE,
     OUTPUT,
     Program,
     Region,
     block_call_of,
     block_values,
+    descendants,
+    device_of,
     spec_of,
 )
 
@@ -40,6 +43,56 @@ def stream_input(program: Program, call: fx.Node, cache_name: str) -> fx.Node | 
     """The input of a block call that carries the sample's stream through it."""
     shapes = {spec.shape for v in block_values(call) if (spec := spec_of(v)) is not None}
     return _choose(program, call, shapes, cache_name, None)
+
+
+def padded_start(
+    program: Program, region: Region, value: fx.Node, cache_name: str
+) -> fx.Node | None:
+    """What a joined `value` starts from: the stream, with zeros for the rows that join it.
+
+    Where the run concatenates its stream with another (image and text rows), `value - start` is a
+    residual in the stream's rows and the value itself in the others. The padded stream is added to
+    the graph. None where the run joins nothing.
+    """
+    first = next(c for c in program.block_calls() if c.meta[BLOCK] == region.blocks[0])
+    start = stream_input(program, first, cache_name)
+    joined, spec = spec_of(value), None if start is None else spec_of(start)
+    if start is None or spec is None or joined is None or joined.ndim != spec.ndim:
+        return None
+    inside = descendants([first])
+    for node in program.graph.nodes:
+        if node in inside and node.target is torch.ops.aten.cat.default:
+            offset = _offset(node, spec.shape)
+            if _shape(node) == joined.shape and offset is not None:
+                return _pad(program, first, start, joined.shape, *offset)
+    return None
+
+
+def _offset(cat: fx.Node, shape: torch.Size) -> tuple[int, int] | None:
+    """The dimension of a concatenation, and where its part of this shape begins."""
+    parts: Any = cat.args[0]
+    dim: Any = cat.args[1] if len(cat.args) > 1 else 0
+    begin = 0
+    for part in parts:
+        if _shape(part) == shape:
+            return dim % len(shape), begin
+        begin += _shape(part)[dim]
+    return None
+
+
+def _pad(
+    program: Program, before: fx.Node, start: fx.Node, shape: torch.Size, dim: int, begin: int
+) -> fx.Node:
+    spec = spec_of(start)
+    assert spec is not None
+    after = shape[dim] - spec.shape[dim] - begin
+    padding = [0, 0] * (len(shape) - 1 - dim) + [begin, after]  # the last dimension comes first
+    with program.graph.inserting_before(before):
+        padded = program.graph.call_function(
+            torch.ops.aten.constant_pad_nd.default, (start, padding, 0)
+        )
+    padded.meta.update({"val": spec.new_empty(shape), DEVICE: device_of(start)})
+    return padded
 
 
 def _choose(

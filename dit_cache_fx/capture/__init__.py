@@ -26,9 +26,9 @@ from dit_cache_fx.capture.signal import mark_input, mark_modulated, parts_of
 from dit_cache_fx.capture.signature import CallSignature, FlatCall, flatten_call, unflatten_call
 from dit_cache_fx.capture.timestep import guessed_timestep, named_timestep
 from dit_cache_fx.capture.trace import trace
-from dit_cache_fx.errors import CaptureError
+from dit_cache_fx.errors import CaptureError, DiscoveryError
 from dit_cache_fx.identity import Seen
-from dit_cache_fx.program import BlockId, Program
+from dit_cache_fx.program import OUTPUT, BlockId, Program, block_values
 from dit_cache_fx.strategies import Strategy, never_cached
 from dit_cache_fx.structure import unflatten
 
@@ -39,6 +39,7 @@ __all__ = [
     "FlatCall",
     "Subject",
     "accepts",
+    "can_replay",
     "candidate_lists",
     "capture",
     "flatten_call",
@@ -60,6 +61,7 @@ class Captured:
     blocks: dict[nn.Module, str]
     whole: set[nn.Module]  # every module that the graph calls as a node
     accepted: set[tuple[torch.Size, ...]]  # guard shapes that the graph was checked with
+    not_held: frozenset[str] = frozenset()  # block results that the recording did not hold
     shapes: tuple[torch.Size, ...] = ()  # guard shapes of the newest call
     seen: Seen | None = None  # the newest call's tensors that the guards depend on
 
@@ -76,10 +78,15 @@ class Subject:
     check: bool = True
 
     def always_runs(self, name: str) -> bool:
-        """Whether the block of this name is never cached."""
+        """Whether the block of this name may be one that is never cached.
+
+        Before the trunk is found an alias ("double_blocks") can mean any of the lists.
+        """
         list_name, _, index = name.rpartition(".")
-        lists = tuple(b.name for b in self.lists) if self.chosen else ()
-        return never_cached(BlockId(list_name, int(index)), self.strategy, lists)
+        block = BlockId(list_name, int(index))
+        return any(
+            never_cached(block, self.strategy, lists) for lists in ((list_name,), ("", list_name))
+        )
 
     def opened(self) -> list[nn.Module]:
         """The blocks whose inside is recorded, to find the strategy's signal there."""
@@ -111,12 +118,14 @@ def capture(subject: Subject, call: FlatCall, timestep: str | None) -> Captured:
         )
         traced = trace(lambda inputs: subject.run(call, inputs), tensors, kept, recording)
         step = timestep if timestep is not None else guessed_timestep(call)
+        _require_timestep(call, step)
         program, guards = normal_form(subject.model, traced, call, step)
         mark_blocks(program, subject.lists, subject.chosen)
         _mark_signal(program, subject.strategy, recording)
         trunk = {str(node.target) for node in program.block_calls()}
         blocks = {m: name for m, name in members.items() if f"model.{name}" in trunk}
         captured = Captured(program, program.gm, guards, recording, blocks, set(kept), set())
+        captured.not_held = _not_held(program, recording)
         if guards is not None:
             _refuse_late_guards(guards, trunk)
             captured.shapes = guards.shapes(guards.expected)
@@ -152,6 +161,24 @@ def accepts(subject: Subject, captured: Captured, call: FlatCall) -> bool:
     return True
 
 
+def can_replay(captured: Captured) -> bool:
+    """Whether the recording holds every value that the passes made a cached run give."""
+    values = {name for region in captured.program.regions for name in region.values}
+    return not values & captured.not_held
+
+
+def _not_held(program: Program, recording: Recording) -> frozenset[str]:
+    calls: dict[str, Iterator[ModuleCall]] = {}
+    missing: list[str] = []
+    for node in program.block_calls():
+        name = str(node.target).removeprefix("model.")
+        if name not in calls:
+            calls[name] = iter([c for c in recording.calls if c.name == name])
+        made = next(calls[name])
+        missing += [v.name for v in block_values(node) if v.meta[OUTPUT] not in made.values]
+    return frozenset(missing)
+
+
 @contextmanager
 def replayed(captured: Captured) -> Iterator[None]:
     """Within the context the blocks return what they returned in the recorded run."""
@@ -168,6 +195,14 @@ def replayed(captured: Captured) -> Iterator[None]:
 
     with intercepted(captured.blocks, handle):
         yield
+
+
+def _require_timestep(call: FlatCall, timestep: str) -> None:
+    if call.arguments_of().count(timestep) != 1:
+        raise DiscoveryError(
+            f"the timestep argument {timestep!r} must be one tensor or number; in this call it is "
+            "not. Name another one: timestep='...'"
+        )
 
 
 def _mark_signal(program: Program, strategy: Strategy, recording: Recording) -> None:
@@ -198,14 +233,40 @@ def _check(
     subject: Subject, captured: Captured, call: FlatCall, tensors: Sequence[torch.Tensor]
 ) -> None:
     program = captured.program
-    step = program.inputs.index(program.timestep) if program.timestep in program.inputs else None
-    sample = [i for i, a in enumerate(program.arguments) if a == program.arguments[0]]
+    step = program.inputs.index(str(program.timestep))
+    if call.number is not None:
+        _check_number(subject, captured, call, tensors, step)
+    sample = [i for i, a in enumerate(program.arguments) if a == program.sample]
     for inputs in second_inputs(tensors, step, sample):
         if _guards_hold(captured.guards, inputs):
             difference = _compare(subject, captured, call, inputs)
             if difference is not None:
                 raise refuse(difference)
             return
+
+
+def _check_number(
+    subject: Subject,
+    captured: Captured,
+    call: FlatCall,
+    tensors: Sequence[torch.Tensor],
+    step: int,
+) -> None:
+    """The graph takes the timestep as a tensor: that must act as the number does."""
+    numbered: list[Any] = [*tensors]
+    numbered[step] = call.number
+    arguments = unflatten_call(call.skeleton, numbered)
+    difference = compare(
+        lambda: subject.signature.call(subject.model.forward, arguments),
+        lambda: captured.gm(*tensors),
+        captured.blocks,
+        captured.recording,
+    )
+    if difference is not None:
+        raise CaptureError(
+            f"the model treats the timestep as a number differently from a tensor: {difference}. "
+            "Pass it as a tensor"
+        )
 
 
 def _guards_hold(guards: Guards | None, inputs: Sequence[torch.Tensor]) -> bool:

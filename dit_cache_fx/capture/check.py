@@ -83,7 +83,7 @@ def refuse(difference: str) -> CaptureError:
 
 
 def second_inputs(
-    tensors: Sequence[torch.Tensor], timestep: int | None, sample: Sequence[int]
+    tensors: Sequence[torch.Tensor], timestep: int, sample: Sequence[int]
 ) -> Iterator[list[torch.Tensor]]:
     """Inputs that differ from the capture's: first all of them, then only what changes each step.
 
@@ -97,8 +97,7 @@ def second_inputs(
             if tensors[i].is_floating_point():
                 noise = torch.randn(tensors[i].shape, generator=generator)
                 changed[i] = noise.to(tensors[i])
-        if timestep is not None:
-            changed[timestep] = _another_timestep(tensors[timestep])
+        changed[timestep] = _another_timestep(tensors[timestep])
         yield changed
 
 

@@ -1,47 +1,52 @@
 """Whether the model is still what was captured.
 
 A graph holds what the model's own code did with plain Python attributes, so a change of those (an
-option, an adapter's scale, a layer put in another's place, a dtype) must lead to a new capture.
-Modules that the graph calls whole are looked up live and need no such check.
+option, a layer put in another's place, a dtype) must lead to a new capture. Modules that the graph
+calls whole are looked up live and need no such check.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator
-from typing import Any
 
 import torch
 from torch import nn
 
+#: (module's path, what of it) -> its value
+Fingerprint = dict[tuple[str, str], Hashable]
+
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
-_IGNORED = frozenset({"training"})
 
 
-def fingerprint(model: nn.Module, whole: Collection[nn.Module]) -> Hashable:
-    """A value that changes with the model's structure and options outside the modules in `whole`.
+def fingerprint(model: nn.Module, whole: Collection[nn.Module]) -> Fingerprint:
+    """What of the model's structure and options the graph depends on, outside of `whole`.
 
-    Weights may change: only their dtype and device are part of it.
+    Weights may change: only their dtype and device count.
     """
-    return tuple(_parts(model, whole))
+    return dict(_parts(model, "", whole))
 
 
-def _parts(module: nn.Module, whole: Collection[nn.Module]) -> Iterator[Hashable]:
-    yield id(type(module)), module.__dict__.get("forward") is not None
+def volatile(before: Fingerprint, after: Fingerprint) -> frozenset[tuple[str, str]]:
+    """What the model's forward itself changed: notes to itself, no options."""
+    return frozenset(k for k in {*before, *after} if before.get(k) != after.get(k))
+
+
+def _parts(
+    module: nn.Module, path: str, whole: Collection[nn.Module]
+) -> Iterator[tuple[tuple[str, str], Hashable]]:
+    yield (path, "class"), id(type(module))
+    yield (path, "forward"), "forward" in vars(module)
     for name, value in vars(module).items():
-        if isinstance(value, _PLAIN) and name not in _IGNORED:
-            yield name, value
-    for tensor in (*module._parameters.values(), *module._buffers.values()):
-        yield None if tensor is None else (tensor.dtype, tensor.device)
+        if isinstance(value, _PLAIN) and name != "training":
+            yield (path, name), value
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        yield (path, name), None if tensor is None else (tensor.dtype, tensor.device)
     for name, child in module._modules.items():
-        if child is None:
-            continue
-        if child in whole:
-            yield name, *_first_tensor(child)
-        else:
-            yield name, id(child)
-            yield from _parts(child, whole)
-
-
-def _first_tensor(module: nn.Module) -> tuple[Any, Any]:
-    tensor = next(module.parameters(), None)
-    return (None, None) if tensor is None else (tensor.dtype, tensor.device)
+        inner = f"{path}.{name}"
+        if child is None or child not in whole:
+            yield (inner, "module"), id(child)
+        if child is not None and child in whole:
+            tensor = next(child.parameters(), None)
+            yield (inner, "weights"), None if tensor is None else (tensor.dtype, tensor.device)
+        elif child is not None:
+            yield from _parts(child, inner, whole)

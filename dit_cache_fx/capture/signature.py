@@ -18,6 +18,7 @@ class FlatCall:
 
     tensors: list[torch.Tensor]
     skeleton: Skeleton
+    number: int | float | None = None  # the timestep, where it was given as a number
 
     @property
     def key(self) -> Hashable:
@@ -40,6 +41,7 @@ class CallSignature:
         self._signature = inspect.signature(forward)
         kinds = {name: p.kind for name, p in self._signature.parameters.items()}
         self.parameters = tuple(kinds)
+        self.open = inspect.Parameter.VAR_KEYWORD in kinds.values()
         self._var_keyword = _first(kinds, inspect.Parameter.VAR_KEYWORD)
         self._var_positional = _first(kinds, inspect.Parameter.VAR_POSITIONAL)
 
@@ -80,13 +82,14 @@ def flatten_call(arguments: dict[str, Any], timestep: str | None) -> FlatCall:
     so it acts as the number does.
     """
     value = arguments.get(timestep) if timestep is not None else None
-    if timestep is not None and isinstance(value, (int, float)) and not isinstance(value, bool):
-        dtype = torch.int64 if isinstance(value, int) else torch.float64
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    if timestep is not None and number is not None:
+        dtype = torch.int64 if isinstance(number, int) else torch.float64
         tensors, _ = flatten(arguments)
         device = tensors[0].device if tensors else None
-        arguments = {**arguments, timestep: torch.tensor(value, dtype=dtype, device=device)}
+        arguments = {**arguments, timestep: torch.tensor(number, dtype=dtype, device=device)}
     tensors, skeleton = flatten(arguments)
-    return FlatCall(tensors, skeleton)
+    return FlatCall(tensors, skeleton, number)
 
 
 def unflatten_call(skeleton: Skeleton, tensors: list[Any]) -> dict[str, Any]:

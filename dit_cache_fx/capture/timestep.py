@@ -13,13 +13,13 @@ from dit_cache_fx.errors import DiscoveryError, OptionError
 NAMES = ("timestep", "timesteps", "t", "time", "time_step", "sigma", "sigmas", "noise_level")
 
 
-def named_timestep(parameters: Sequence[str], given: str | None) -> str | None:
+def named_timestep(parameters: Sequence[str], given: str | None, more: bool = False) -> str | None:
     """The timestep argument by its name; None when no parameter has a usual one.
 
-    Raises `OptionError` when `given` is no parameter.
+    Raises `OptionError` when `given` is no parameter (unless forward takes `more`: `**kwargs`).
     """
     if given is not None:
-        if given not in parameters:
+        if given not in parameters and not more:
             raise OptionError(
                 "timestep", given, f"forward has no such argument; it has {list(parameters)}"
             )

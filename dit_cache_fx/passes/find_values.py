@@ -17,7 +17,7 @@ from dit_cache_fx.program import (
     block_values,
 )
 from dit_cache_fx.strategies import Strategy
-from dit_cache_fx.streams import start_of
+from dit_cache_fx.streams import padded_start, start_of
 
 
 def find_values(program: Program, strategy: Strategy) -> None:
@@ -52,6 +52,7 @@ class _Cut:
     def __init__(self, program: Program, strategy: Strategy) -> None:
         self.program = program
         self.strategy = strategy
+        self._name = strategy.stream_name()
         cached = {b for region in program.regions for b in region.blocks}
         calls = [c for c in program.block_calls() if c.meta[BLOCK] in cached]
         self.values = {v for call in calls for v in block_values(call)}
@@ -83,12 +84,15 @@ class _Cut:
             if len(found) == len(parts) and all(found.values()):
                 self.values = self.values - {value} | set(parts)
                 return dict(found)
+            start = padded_start(self.program, self._run(value), value, self._name)
         return {value: start}
 
     def _start(self, value: fx.Node) -> fx.Node | None:
+        return start_of(self.program, self._run(value), value, self._name)
+
+    def _run(self, value: fx.Node) -> Region:
         block = block_call_of(value).meta[BLOCK]
-        region: Region = next(r for r in self.program.regions if block in r.blocks)
-        return start_of(self.program, region, value, self.strategy.stream_name())
+        return next(r for r in self.program.regions if block in r.blocks)
 
 
 def _always(program: Program, cached: set[BlockId]) -> list[fx.Node]:

@@ -55,7 +55,7 @@ def _first_part(node: fx.Node) -> fx.Node | None:
     along = joined[1] if len(joined) > 1 else 0
     first: Any = joined[0][0]
     spec = spec_of(first)
-    if spec is None or along != dim or spec.shape[dim] != end:
+    if spec is None or (along - dim) % spec.ndim or spec.shape[dim] != end:
         return None
     result: fx.Node = first
     return result

@@ -17,11 +17,13 @@ from dit_cache_fx.capture import (
     FlatCall,
     Subject,
     accepts,
+    can_replay,
     capture,
     flatten_call,
+    named_timestep,
     replayed,
 )
-from dit_cache_fx.capture.fingerprint import fingerprint
+from dit_cache_fx.capture.fingerprint import Fingerprint, fingerprint, volatile
 from dit_cache_fx.errors import CaptureError, OptionError
 from dit_cache_fx.identity import Seen
 from dit_cache_fx.lowering import lower_eager
@@ -51,7 +53,8 @@ class Entry:
     lowered: fx.GraphModule
     held: dict[int, HeldSpec]
     nodes: int
-    fingerprint: Hashable
+    fingerprint: Fingerprint
+    volatile: frozenset[tuple[str, str]]  # what of it the forward changes by itself
     timestep: int  # which of the call's tensors
     conditioning: tuple[int, ...]  # those that are neither the timestep nor the sample
     serial: int
@@ -105,10 +108,13 @@ class Engine:
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = self.subject.signature.bind(args, kwargs)
+        if self.timestep is None:  # it may have come in by **kwargs
+            self.timestep = named_timestep(tuple(arguments), None)
         call = flatten_call(arguments, self.timestep)
-        entry, first = self._entry(call)
+        key = self._key(call)
+        entry, first = self._entry(call, key)
         value = self._value(call, entry)
-        session = self._session(call, entry)
+        session = self._session(SessionKey(key, entry.serial, self.context))
         with _restored_on_error(session):
             step, branch = self._begin(session, value, call, entry)
             if step.computes and not first and self._stale(entry):
@@ -127,7 +133,8 @@ class Engine:
         self.sessions.clear()
 
     def _run(self, entry: Entry, step: Step, call: FlatCall, first: bool) -> Any:
-        with torch.no_grad(), replayed(entry.captured) if first else nullcontext():
+        replay = first and can_replay(entry.captured)
+        with torch.no_grad(), replayed(entry.captured) if replay else nullcontext():
             tensors = entry.lowered(step, *call.tensors)
         if first:
             self._check_answer(entry, tensors)
@@ -152,8 +159,7 @@ class Engine:
 
     # --- graphs ------------------------------------------------------------------------------
 
-    def _entry(self, call: FlatCall) -> tuple[Entry, bool]:
-        key = self._key(call)
+    def _entry(self, call: FlatCall, key: Hashable) -> tuple[Entry, bool]:
         entries = self.entries.setdefault(key, [])
         self.entries.move_to_end(key)
         for entry in entries:
@@ -181,7 +187,9 @@ class Engine:
         return call.key, autocast
 
     def _capture(self, call: FlatCall) -> Entry:
+        before = fingerprint(self.subject.model, ())
         captured = capture(self.subject, call, self.timestep)
+        after = fingerprint(self.subject.model, ())
         program = captured.program
         self.timestep = program.arguments[program.inputs.index(str(program.timestep))]
         check_block_ids(self.strategy, program.block_lists)
@@ -196,13 +204,18 @@ class Engine:
             {r.index: _held_spec(captured, r.values, self.strategy) for r in program.regions},
             nodes,
             fingerprint(self.subject.model, captured.whole),
+            volatile(before, after),
             program.inputs.index(str(program.timestep)),
             tuple(places),
             self._serial,
         )
 
     def _stale(self, entry: Entry) -> bool:
-        return fingerprint(self.subject.model, entry.captured.whole) != entry.fingerprint
+        now = fingerprint(self.subject.model, entry.captured.whole)
+        changed = volatile(entry.fingerprint, now) - entry.volatile
+        if changed:
+            log.info("changed since the capture: %s", sorted(changed))
+        return bool(changed)
 
     # --- steps and branches --------------------------------------------------------------------
 
@@ -211,8 +224,7 @@ class Engine:
             return float(self.explicit)
         return timestep_value(call.tensors[entry.timestep])
 
-    def _session(self, call: FlatCall, entry: Entry) -> Session:
-        key = SessionKey(self._key(call), entry.serial, self.context)
+    def _session(self, key: SessionKey) -> Session:
         session = self.sessions.setdefault(key, Session())
         self.sessions.move_to_end(key)
         while len(self.sessions) > MAX_SESSIONS:
