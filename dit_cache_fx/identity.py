@@ -16,11 +16,12 @@ def version(tensor: torch.Tensor) -> int:
 class Seen:
     """Tensors of a call. One is the same again when it is the same object, unchanged.
 
-    Inference tensors cannot tell whether they were changed: they are never the same.
+    Inference tensors cannot tell whether they were changed. `certain` leaves them out; else the
+    object alone counts.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._refs = [(ref(t), t._version) for t in tensors if not t.is_inference()]
+    def __init__(self, tensors: Sequence[torch.Tensor], certain: bool = False) -> None:
+        self._refs = [(ref(t), version(t)) for t in tensors if not (certain and t.is_inference())]
 
     def __len__(self) -> int:
         return len(self._refs)
@@ -30,4 +31,8 @@ class Seen:
         return len(self._alive() & other._alive())
 
     def _alive(self) -> set[tuple[int, int]]:
-        return {(id(t), v) for r, v in self._refs if (t := r()) is not None and t._version == v}
+        return {(id(t), v) for r, v in self._refs if (t := r()) is not None and version(t) == v}
+
+    def gone(self) -> bool:
+        """Whether none of them is there any more as it was."""
+        return not self._alive()

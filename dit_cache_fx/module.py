@@ -17,6 +17,8 @@ from dit_cache_fx.runtime.reporting import report
 
 #: attributes that belong to the cached model itself; every other one is the model's
 _OWN = frozenset({"_model", "_engine", "_rebuild", "_enabled", "_warned", "_compiled_call_impl"})
+#: what accelerate's hooks (offloading) set to wrap a forward: they wrap that of the cached model
+_HOOK = frozenset({"forward", "_old_forward", "_hf_hook"})
 
 
 class CachedModel(nn.Module):
@@ -68,24 +70,32 @@ class CachedModel(nn.Module):
             warnings.warn(f"not cached: {reason}", DitCacheWarning, stacklevel=4)
 
     def __getattr__(self, name: str) -> Any:
-        if name in _OWN:  # not there yet
+        if name in _OWN or name in _HOOK:  # its own, and not there
             raise AttributeError(name)
         return getattr(self._model, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _OWN or name == "cur_timestep":
+        if name in _OWN or name in _HOOK or name == "cur_timestep":
             object.__setattr__(self, name, value)
         else:
             setattr(self._model, name, value)
 
     def __delattr__(self, name: str) -> None:
-        delattr(self._model, name)
+        if name in self.__dict__:
+            object.__delattr__(self, name)
+        else:
+            delattr(self._model, name)
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *dir(self._model)})
 
     def __repr__(self) -> str:
         return f"CachedModel({self._engine.strategy.name}, {self._model!r})"
+
+    @property
+    def __class__(self) -> Any:
+        """The model's class: `isinstance` answers as for the model (`type` does not)."""
+        return type(self._model)
 
     @property
     def training(self) -> bool:  # type: ignore[override]
@@ -146,15 +156,18 @@ class CachedModel(nn.Module):
         self._engine.reset_states()
 
     @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """Calls within belong to the CFG branch `name`, which has a state of its own."""
+    def cache_context(self, name: str, **more: Any) -> Iterator[None]:
+        """Calls within belong to the CFG branch `name`, which has a state of its own.
+
+        `more`: what a pipeline tells beside the name; passed on to the model's own method.
+        """
         if not isinstance(name, str):
             raise OptionError("name", name, "the name of a branch, such as 'cond'")
         engine, before = self._engine, self._engine.context
         own = getattr(self._model, "cache_context", None)
         with ExitStack() as stack:
             if own is not None:  # the model's own hooks may look at it
-                stack.enter_context(own(name))
+                stack.enter_context(own(name, **more))
             engine.context = name
             try:
                 yield

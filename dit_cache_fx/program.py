@@ -27,13 +27,15 @@ DEVICE = "dit_cache_device"  # where "val" is on the meta device: the real one
 
 @dataclass(frozen=True, order=True)
 class BlockId:
-    """A block: the attribute path of its list, and its place in it."""
+    """A call of a block: the attribute path of its list, its place in it, which call of it."""
 
     list_name: str
     index: int
+    call: int = 0
 
     def __str__(self) -> str:
-        return f"{self.list_name}.{self.index}"
+        again = f" (call {self.call})" if self.call else ""
+        return f"{self.list_name}.{self.index}{again}"
 
 
 @dataclass(frozen=True)

@@ -30,19 +30,43 @@ Slot = int | str
 def start_of(program: Program, region: Region, value: fx.Node, cache_name: str) -> fx.Node | None:
     """The first block's input that `value` continues; None where there is none.
 
-    Among the inputs of `value`'s shape that depend on the noisy sample: the one called
-    `cache_name`; else the one that the block list wires this output to; else the first.
+    Only the tracked stream has one: an input of `value`'s shape that depends on the noisy sample,
+    called `cache_name` where the block has an argument of that name. A value that the block list
+    wires to another argument (text rows) is none of it.
     """
     first = next(c for c in program.block_calls() if c.meta[BLOCK] == region.blocks[0])
+    list_name = first.meta[BLOCK].list_name
+    opening = next(c for c in program.block_calls() if c.meta[BLOCK].list_name == list_name)
+    tracked = _tracked_slot(program, opening, cache_name)
+    wired = _wired_slot(program, value, first)
+    if wired is not None and tracked is not None and wired != tracked:
+        return None
     spec = spec_of(value)
-    shapes = set() if spec is None else {spec.shape}
-    return _choose(program, first, shapes, cache_name, _wired_slot(program, value, first))
+    found = _candidates(program, first, set() if spec is None else {spec.shape})
+    slot = next((s for s in (tracked, wired, *found) if s is not None and s in found), None)
+    return None if slot is None else found[slot]
 
 
 def stream_input(program: Program, call: fx.Node, cache_name: str) -> fx.Node | None:
     """The input of a block call that carries the sample's stream through it."""
+    slot = _tracked_slot(program, call, cache_name)
+    return None if slot is None else dict(_tensor_arguments(call))[slot]
+
+
+def _tracked_slot(program: Program, call: fx.Node, cache_name: str) -> Slot | None:
     shapes = {spec.shape for v in block_values(call) if (spec := spec_of(v)) is not None}
-    return _choose(program, call, shapes, cache_name, None)
+    found = _candidates(program, call, shapes)
+    return next((s for s in (*_named_slots(program, call, cache_name), *found) if s in found), None)
+
+
+def _candidates(program: Program, call: fx.Node, shapes: set[torch.Size]) -> dict[Slot, fx.Node]:
+    """A block call's inputs of one of these shapes that depend on the noisy sample."""
+    needs = program.needs()
+    return {
+        slot: node
+        for slot, node in _tensor_arguments(call)
+        if _shape(node) in shapes and (program.sample is None or program.sample in needs[node])
+    }
 
 
 def padded_start(
@@ -93,21 +117,6 @@ def _pad(
         )
     padded.meta.update({"val": spec.new_empty(shape), DEVICE: device_of(start)})
     return padded
-
-
-def _choose(
-    program: Program, call: fx.Node, shapes: set[torch.Size], name: str, wired: Slot | None
-) -> fx.Node | None:
-    needs = program.needs()
-    found = {
-        slot: node
-        for slot, node in _tensor_arguments(call)
-        if _shape(node) in shapes and (program.sample is None or program.sample in needs[node])
-    }
-    for slot in (*_named_slots(program, call, name), wired, *found):
-        if slot is not None and slot in found:
-            return found[slot]
-    return None
 
 
 def _tensor_arguments(call: fx.Node) -> Iterator[tuple[Slot, fx.Node]]:

@@ -56,7 +56,19 @@ from tests.zoo import CASES, Case, case, flat
 from tests.zoo.case import rows
 
 each_case = pytest.mark.parametrize("model_case", CASES, ids=lambda c: c.name)
+#: those that between them have every form: two lists, masks, guards, nested inputs
+SOME = tuple(
+    case(name)
+    for name in (
+        "FluxTransformer2DModel",
+        "WanTransformer3DModel",
+        "HunyuanVideo15Transformer3DModel",
+        "OfficialHunyuanVideo15Single",
+    )
+)
+some_cases = pytest.mark.parametrize("model_case", SOME, ids=lambda c: c.name)
 each_mode = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+two_cases = pytest.mark.parametrize("model_case", SOME[::2], ids=lambda c: c.name)
 each_strategy = pytest.mark.parametrize("strategy", ["deepcache", "teacache", "taylorcache"])
 
 #: computed steps of a generation of six
@@ -102,7 +114,7 @@ def test_two_generations_with_two_prompts(model_case: Case) -> None:
     assert (report.calls_computed, report.calls_reused) == (6, 6)
 
 
-@each_case
+@two_cases
 def test_blocks_run_on_computed_steps_only(model_case: Case) -> None:
     cached, _ = pair(model_case)
     with runs_of(blocks_of(model_of(model_case), model_case)) as counts:
@@ -111,8 +123,8 @@ def test_blocks_run_on_computed_steps_only(model_case: Case) -> None:
     assert counts == [3] * len(counts)
 
 
-@each_strategy
-@each_case
+@pytest.mark.parametrize("strategy", ["teacache", "taylorcache"])
+@two_cases
 def test_computed_steps_are_the_uncached_models(model_case: Case, strategy: str) -> None:
     model = model_of(model_case)
     cached = dit_cache_fx.apply(model, strategy, no_cache_steps=STEPS)
@@ -126,22 +138,20 @@ def test_computed_steps_are_the_uncached_models(model_case: Case, strategy: str)
     [
         "HunyuanVideo15Transformer3DModel",
         "OfficialHunyuanVideo15",
-        "OfficialHunyuanVideo15Single",
         "QwenImageTransformer2DModel",
-        "HunyuanVideoTransformer3DModel",
     ],
 )
 def test_every_mask_length_of_one_signature(name: str) -> None:
     model_case = case(name)
     cached, by_hand = pair(model_case, {0})
-    for valid, valid_2 in itertools.product((8, 5, 2, 1), (6, 3, 1)):
+    for valid, valid_2 in itertools.product((8, 5, 1), (6, 4, 1)):
         calls = generation(model_case, {0}, steps=2)
         for _, inputs in calls:
             set_mask(inputs, valid, valid_2)
         follows(cached, by_hand, calls)
         assert actions(cached) == "Cr"
     report = cached.cache_report()
-    assert (report.calls_computed, report.calls_reused) == (12, 12)
+    assert (report.calls_computed, report.calls_reused) == (9, 9)
 
 
 def set_mask(inputs: dict[str, Any], valid: int, valid_2: int) -> None:
@@ -176,60 +186,18 @@ def test_mask_length_that_changes_within_a_generation_is_never_answered_with_the
 def test_image_to_video_and_text_to_video_generations_alternate(name: str) -> None:
     model_case = case(name)
     cached, by_hand = pair(model_case)
-    for prompt in (0, 2, 1, 3, 0, 2):
+    for prompt in (0, 2, 1):
         follows(cached, by_hand, generation(model_case, STEPS, prompt=prompt))
         assert actions(cached) == "CrCCrr"
 
 
-@pytest.mark.parametrize("name", ["HunyuanVideo15Transformer3DModel", "OfficialHunyuanVideo15"])
-def test_image_to_video_and_text_to_video_in_one_loop(name: str) -> None:
-    model_case = case(name)
+def test_image_to_video_and_text_to_video_in_one_loop() -> None:
+    model_case = case("HunyuanVideo15Transformer3DModel")
     cached, by_hand = pair(model_case)
     for calls in zip(*(generation(model_case, STEPS, prompt=p) for p in (0, 2)), strict=True):
         for branch, (computes, inputs) in enumerate(calls):
             want = flat(by_hand(computes, branch=branch, **inputs))
             assert torch.equal(flat(cached(**inputs)), want)
-
-
-def test_one_step_generations_a_thousand_times() -> None:
-    model = make(ToyDiT)
-    cached, _ = toy_pair(model)
-    held = set()
-    for seed in range(1000):
-        inputs = toy_inputs(1000.0, seed=seed % 7, prompt=seed % 3)
-        assert torch.equal(cached(**inputs), model(**inputs))
-        held.add(cached.cache_report().bytes_held)
-    report = cached.cache_report()
-    assert (report.calls_computed, report.calls_reused) == (1000, 0)
-    assert len(report.captures) == 1
-    one = TOKENS * DIM * 4
-    assert max(held) <= 8 * one
-    assert len(report.timeline) <= 4096
-
-
-@each_mode
-def test_one_step_warm_up_does_not_leak_into_a_generation_with_another_prompt(mode: Mode) -> None:
-    with mode():
-        cached, by_hand = toy_pair(make(ToyDiT))
-        warm_up = toy_inputs(1000.0, seed=9, prompt=1)
-        cached(**warm_up)
-        follows(cached, by_hand, kept_text(generation(TOY, STEPS)))
-
-
-def test_one_step_warm_up_at_a_lower_timestep_does_not_leak_into_the_generation() -> None:
-    cached, by_hand = toy_pair(make(ToyDiT))
-    warm_up = toy_inputs(1.0, seed=9, prompt=1)
-    cached(**warm_up)
-    calls = kept_text(generation(TOY, {0}, steps=4))
-    (_, first), *rest = calls
-    assert torch.equal(cached(**first), by_hand(True, **first))
-    follows(cached, ByHand(make(ToyDiT), ["blocks"]), [(True, rest[0][1]), *rest[1:]])
-
-
-def kept_text(calls: Calls) -> Calls:
-    """The same calls, every one with the very same text tensor, as pipelines do."""
-    text = calls[0][1]["text"]
-    return [(computes, inputs | {"text": text}) for computes, inputs in calls]
 
 
 def test_schedule_without_step_0_starts_by_computing() -> None:
@@ -265,109 +233,10 @@ def test_direction_turns_after_a_generation_without_being_told() -> None:
         follows(cached, by_hand, [(i in STEPS, toy_inputs(t, seed=i)) for i, t in enumerate(times)])
 
 
-# --- guidance ------------------------------------------------------------------------------------
-
-
-def guided(model_case: Case, prompts: tuple[int, ...], steps: int = 6) -> list[list[Any]]:
-    """For each step the inputs of each branch; a branch's conditioning is new in every call."""
-    return [
-        [model_case.inputs(t, seed=index, prompt=p) for p in prompts]
-        for index, t in enumerate(model_case.timesteps(steps))
-    ]
-
-
-@each_case
-def test_interleaved_branches_equal_models_that_saw_one_branch(model_case: Case) -> None:
-    cached, _ = pair(model_case)
-    alone = [pair(model_case)[0] for _ in range(2)]
-    for _ in range(2):
-        for calls in guided(model_case, (0, 1)):
-            for single, inputs in zip(alone, calls, strict=True):
-                assert torch.equal(flat(cached(**inputs)), flat(single(**inputs)))
-    report = cached.cache_report()
-    assert (report.calls_computed, report.calls_reused) == (12, 12)
-    assert (report.steps_computed, report.steps_reused) == (3, 3)
-    assert [r.branch for r in report.timeline[:4]] == [0, 1, 0, 1]
-
-
-@each_case
-def test_branches_by_cache_context_equal_models_that_saw_one_branch(model_case: Case) -> None:
-    cached, _ = pair(model_case)
-    alone = {name: pair(model_case)[0] for name in ("cond", "uncond")}
-    for calls in guided(model_case, (0, 1)):
-        for (name, single), inputs in zip(alone.items(), calls, strict=True):
-            with cached.cache_context(name):
-                got = flat(cached(**inputs))
-            assert torch.equal(got, flat(single(**inputs)))
-
-
-@each_mode
-@pytest.mark.parametrize("uncond_tokens", [TEXT, TEXT + 3])
-@pytest.mark.parametrize("uncond_first", [False, True])
-def test_branches_of_the_same_and_of_another_text_length(
-    uncond_tokens: int, uncond_first: bool, mode: Mode
-) -> None:
-    with mode():
-        model = make(ToyDiT)
-        cached, alone = toy_pair(model)[0], [toy_pair(model)[0] for _ in range(2)]
-        texts = [rows("c", 0, (TEXT, DIM), 1, torch.float32)]
-        texts += [rows("u", 0, (uncond_tokens, DIM), 1, torch.float32)]
-        for index, t in enumerate(TOY.timesteps(6)):
-            order = (1, 0) if uncond_first else (0, 1)
-            for branch in order:
-                inputs = toy_inputs(t, seed=index) | {"text": texts[branch]}
-                assert torch.equal(cached(**inputs), alone[branch](**inputs))
-        assert cached.cache_report().calls_computed == 6
-
-
-@each_mode
-@pytest.mark.parametrize("named", [False, True])
-@pytest.mark.parametrize("uncond_first", [False, True])
-@pytest.mark.parametrize("uncond_tokens", [TEXT, TEXT + 3])
-@pytest.mark.parametrize("guided_steps", [{2, 3, 4, 5, 6, 7}, {0, 2, 4, 6}, {0, 1, 2, 5}])
-def test_guidance_that_starts_late_skips_steps_or_stops(
-    guided_steps: set[int], uncond_tokens: int, uncond_first: bool, named: bool, mode: Mode
-) -> None:
-    """The schedule counts steps of the generation, not calls of a branch."""
-    computed = {0, 3, 6}
-    with mode():
-        model = make(ToyDiT)
-        cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps=computed)
-        by_hand = ByHand(model, ["blocks"])
-        texts = [rows("c", 0, (TEXT, DIM), 1, torch.float32)]
-        texts += [rows("u", 0, (uncond_tokens, DIM), 1, torch.float32)]
-        held: set[int] = set()
-        for index, t in enumerate(TOY.timesteps(8)):
-            branches = [0, 1] if index in guided_steps else [0]
-            for branch in reversed(branches) if uncond_first else branches:
-                inputs = toy_inputs(t, seed=index) | {"text": texts[branch]}
-                computes = index in computed or branch not in held
-                held.add(branch)
-                want = by_hand(computes, branch=branch, **inputs)
-                if named:
-                    with cached.cache_context(("cond", "uncond")[branch]):
-                        got = cached(**inputs)
-                else:
-                    got = cached(**inputs)
-                assert torch.equal(got, want), f"step {index}, branch {branch}"
-
-
-def test_branches_change_places_between_steps_and_keep_their_state() -> None:
-    model = make(ToyDiT)
-    cached, by_hand = toy_pair(model)
-    texts = [rows("swap", p, (TEXT, DIM), 1, torch.float32) for p in range(3)]
-    orders = [(0, 1, 2), (2, 1, 0), (1, 0, 2), (0, 2, 1), (2, 0, 1), (1, 2, 0)]
-    for index, (t, order) in enumerate(zip(TOY.timesteps(6), orders, strict=True)):
-        for branch in order:
-            inputs = toy_inputs(t, seed=index) | {"text": texts[branch]}
-            want = by_hand(index in STEPS, branch=branch, **inputs)
-            assert torch.equal(cached(**inputs), want)
-
-
 # --- resolutions, batches, dtypes ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "OfficialHunyuanVideo15", "ToyDiT"])
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "ToyDiT"])
 @pytest.mark.parametrize("change", [{"size": 1}, {"batch": 2}, {"size": 1, "batch": 3}], ids=str)
 def test_two_signatures_in_one_loop(name: str, change: dict[str, int]) -> None:
     model_case = TOY if name == "ToyDiT" else case(name)
@@ -380,7 +249,7 @@ def test_two_signatures_in_one_loop(name: str, change: dict[str, int]) -> None:
     assert len(cached.cache_report().captures) == 2
 
 
-@each_case
+@two_cases
 def test_a_generation_at_another_resolution_and_back(model_case: Case) -> None:
     cached, by_hand = pair(model_case)
     for size in (0, 1, 0):
@@ -400,7 +269,7 @@ def test_two_generations_of_two_resolutions_at_different_steps_in_turn() -> None
         follows(cached, by_hand[1], [other])
 
 
-@each_case
+@two_cases
 def test_half_precision(model_case: Case) -> None:
     for dtype in model_case.half:
         model = model_case.build().to(dtype)
@@ -445,7 +314,7 @@ def test_autocast_that_changes_within_a_generation() -> None:
 # --- autograd ------------------------------------------------------------------------------------
 
 
-@each_case
+@some_cases
 def test_works_under_no_grad_and_inference_mode_in_turn(model_case: Case) -> None:
     cached, by_hand = pair(model_case)
     modes = itertools.cycle([torch.inference_mode, torch.no_grad, torch.no_grad])
@@ -469,10 +338,11 @@ def test_wanted_gradients_flow_and_one_warning_says_so() -> None:
     cached, _ = toy_pair(model)
     inputs = toy_inputs(500.0)
     with torch.enable_grad():
-        with pytest.warns(DitCacheWarning, match="not cached: gradients are enabled") as caught:
+        with pytest.warns(DitCacheWarning, match="not cached: gradients are enabled"):
             cached(**inputs).sum().backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
             cached(**inputs).sum().backward()
-        assert len([w for w in caught if w.category is DitCacheWarning]) == 1
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
     with torch.enable_grad():
@@ -526,7 +396,7 @@ def interrupt(*_: Any) -> None:
     raise Interrupted
 
 
-@each_case
+@two_cases
 @pytest.mark.parametrize("step", [0, 2], ids=["while capturing", "later"])
 def test_a_failed_call_leaves_no_trace_in_the_next_generation(model_case: Case, step: int) -> None:
     cached, by_hand = pair(model_case)
@@ -723,6 +593,10 @@ def test_plain_arguments_that_change_within_a_generation_have_states_of_their_ow
             assert torch.equal(cached(**given), by_hand(computes, branch=branch, **given))
 
 
+def tensors_of(output: Any) -> Tensor:
+    return output.sample if isinstance(output, ToyOutput) else flat(output)
+
+
 @pytest.mark.parametrize("kind", ["tensor", "tuple", "list", "dict", "dataclass"])
 def test_container_of_the_output(kind: str) -> None:
     model = make(OutputsDiT)
@@ -730,7 +604,7 @@ def test_container_of_the_output(kind: str) -> None:
     for computes, inputs in generation(TOY, STEPS):
         got, want = cached(**inputs, kind=kind), by_hand(computes, **inputs, kind=kind)
         assert type(got) is type(want)
-        assert torch.equal(flat(got), flat(want))
+        assert torch.equal(tensors_of(got), tensors_of(want))
         if kind == "tuple":
             assert got[1:] == (None, 3)
         if kind == "dict":
@@ -742,7 +616,7 @@ def test_container_of_the_output(kind: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [c.name for c in CASES if "Official" not in c.name],
+    ["FluxTransformer2DModel", "WanTransformer3DModel", "HunyuanVideo15Transformer3DModel"],
 )
 def test_return_dict_gives_the_models_output_class(name: str) -> None:
     model_case = case(name)
@@ -765,10 +639,19 @@ def spoil(tensors: Any) -> None:
 
 
 @each_mode
-@pytest.mark.parametrize("last", [None, nn.Identity, nn.Dropout, nn.Flatten], ids=str)
-@each_strategy
+@pytest.mark.parametrize(
+    ("strategy", "last"),
+    [
+        ("deepcache", None),
+        ("deepcache", nn.Identity),
+        ("deepcache", nn.Dropout),
+        ("deepcache", nn.Flatten),
+        ("teacache", nn.Identity),
+        ("taylorcache", nn.Identity),
+    ],
+)
 def test_the_caller_may_change_the_result(
-    last: type[nn.Module] | None, strategy: str, mode: Mode
+    strategy: str, last: type[nn.Module] | None, mode: Mode
 ) -> None:
     """Where the result is the very tensor that is held, or a view of it."""
     model = make(NoHeadDiT, last=last)
@@ -784,10 +667,18 @@ def test_the_caller_may_change_the_result(
 
 
 @each_mode
-@pytest.mark.parametrize("kind", [ToyDiT, UnchangedDiT, BareUnchangedDiT, NoHeadDiT])
-@each_strategy
+@pytest.mark.parametrize(
+    ("strategy", "kind"),
+    [
+        ("deepcache", ToyDiT),
+        ("deepcache", UnchangedDiT),
+        ("deepcache", BareUnchangedDiT),
+        ("teacache", BareUnchangedDiT),
+        ("taylorcache", BareUnchangedDiT),
+    ],
+)
 def test_the_caller_may_change_its_inputs_afterwards(
-    kind: type[ToyDiT], strategy: str, mode: Mode
+    strategy: str, kind: type[ToyDiT], mode: Mode
 ) -> None:
     model = make(kind)
     cached, other = (dit_cache_fx.apply(model, strategy, no_cache_steps=STEPS) for _ in range(2))

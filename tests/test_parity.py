@@ -133,6 +133,14 @@ each_place = pytest.mark.parametrize(
         for name, index in places(c)
     ],
 )
+each_last_place = pytest.mark.parametrize(
+    ("model_case", "ids"),
+    [
+        pytest.param(c, {name: {index}}, id=f"{c.name}-{name}.{index}")
+        for c in CASES
+        for name, index in dict(places(c)).items()
+    ],
+)
 
 
 def aliased(model_case: Case, ids: Mapping[str, set[int]]) -> dict[str, set[int]]:
@@ -159,7 +167,7 @@ def test_deepcache_with_a_block_that_is_never_cached(
     assert_parity(model_case, cached, reference, SHORT, largest_error=0)
 
 
-@each_place
+@each_last_place
 def test_deepcache_with_a_block_that_is_never_cached_by_its_alias(
     model_case: Case, ids: dict[str, set[int]]
 ) -> None:
@@ -310,9 +318,11 @@ def test_teacache_does_not_take_text_of_the_images_shape_for_the_image() -> None
         model_of(model_case), "teacache", no_cache_steps={0, 1, 2, 5}, no_cache_block_id=ids
     )
     reference = tea_reference(model_case, {0, 1, 2, 5}, ids)
+    errors = []
     for step in range(SHORT):
         inputs = flux_inputs_with_as_much_text_as_image(model_case, step)
-        assert relative_error(flat(cached(**inputs)), flat(reference(step, inputs))) < CLOSE
+        errors.append(relative_error(flat(cached(**inputs)), flat(reference(step, inputs))))
+    assert max(errors) < CLOSE
 
 
 # --- TeaCache's own rule -------------------------------------------------------------------------

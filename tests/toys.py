@@ -336,6 +336,20 @@ class OutputsDiT(ToyDiT):
         return results[kind]()
 
 
+class ContextDiT(ToyDiT):
+    """Has a `cache_context` of its own, as every diffusers model has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.contexts: list[str] = []
+
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        self.contexts.append(name)
+        yield
+        self.contexts.pop()
+
+
 # --- toys for what a capture must see -------------------------------------------------------------
 
 

@@ -144,7 +144,7 @@ def accepts(subject: Subject, captured: Captured, call: FlatCall) -> bool:
     guards = captured.guards
     if guards is None:
         return True
-    tensors = Seen([call.tensors[i] for i in guards.inputs])
+    tensors = Seen([call.tensors[i] for i in guards.inputs], certain=True)
     if captured.seen is not None and tensors.shared_with(captured.seen) == len(guards.inputs):
         return True
     with torch.no_grad():

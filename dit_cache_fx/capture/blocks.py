@@ -47,8 +47,11 @@ def mark_blocks(program: Program, lists: Sequence[BlockList], chosen: bool) -> N
         raise DiscoveryError(_explain(found, missing))
     for f in sorted(trunk, key=lambda f: _position(program, f.calls[0])):
         program.block_lists[f.blocks.name] = len(f.blocks.modules)
+        made: dict[int, int] = {}
         for call in f.calls:
-            call.meta[BLOCK] = BlockId(f.blocks.name, int(str(call.target).rpartition(".")[2]))
+            index = int(str(call.target).rpartition(".")[2])
+            call.meta[BLOCK] = BlockId(f.blocks.name, index, made.get(index, 0))
+            made[index] = made.get(index, 0) + 1
 
 
 def _look(

@@ -146,8 +146,11 @@ class _Reader(TorchDispatchMode):
     def reads(self, tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:
             origin = self._origin.get(id(tensor))
-            if origin is not None and origin[0]() is tensor:  # an id may come back
-                origin[1].values.setdefault(origin[2], tensor)
+            if origin is None or origin[0]() is not tensor:  # an id may come back
+                continue
+            _, call, index = origin
+            if index not in call.values:  # a copy: the model may change it in place afterwards
+                call.values[index] = tensor.clone()
 
     @contextmanager
     def paused(self) -> Iterator[None]:

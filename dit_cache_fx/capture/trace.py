@@ -75,6 +75,7 @@ def trace(
         player = _Player(recording)
         again = _trace(_Retrace(traced, player).run_all, tensors, kept, player)
         traced = replace(again, output=traced.output)
+    _refuse_read_after_change(traced.gm.graph, recording)
     left = _mutations(traced.gm)
     if left:
         raise CaptureError(f"operators that change a tensor in place are left: {left}")
@@ -92,7 +93,7 @@ def _trace(
 
     def body(*inputs: torch.Tensor) -> list[torch.Tensor]:
         # make_fx replaces Module.__call__ itself: ours must come after
-        with intercepted(kept, player.handle), _PythonReads(read), _DataReads(read, player):
+        with intercepted(kept, player.handle), _PythonReads(read), _DataReads(read):
             leaves, skeleton = flatten(run(inputs))
         output.append(skeleton)
         return leaves
@@ -102,6 +103,22 @@ def _trace(
     for name, value in player.objects.items():
         setattr(gm, name, value)
     return Trace(gm, output[0], read)
+
+
+def _refuse_read_after_change(graph: fx.Graph, recording: Recording) -> None:
+    """Refuse a model that reads what one of its modules changed in place."""
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if node.target is not call_kept or not recording.calls[node.args[0]].mutated:
+            continue
+        copies = [n for n in node.all_input_nodes if n.target is torch.ops.aten.clone.default]
+        for source in (s for copy in copies for s in copy.all_input_nodes):
+            if any(order[user] > order[node] for user in source.users):
+                raise CaptureError(
+                    f"module {node.args[1]!r} changes one of its inputs in place and the model "
+                    "reads that input afterwards: a cached step could not do the same. Let the "
+                    "module return the changed tensor instead"
+                )
 
 
 def _mutations(gm: fx.GraphModule) -> list[str]:
@@ -133,7 +150,6 @@ class _Player:
         self._calls = recording.calls
         self._next = 0
         self.objects: dict[str, Any] = {}
-        self.spoiled: dict[int, tuple[torch.Tensor, str]] = {}
 
     def handle(
         self, module: nn.Module, name: str, call: Callable[..., Any], args: Any, kwargs: Any
@@ -151,9 +167,8 @@ class _Player:
         """Add the recorded call `index` to the graph; returns what it returned then."""
         made = self._calls[index]
         inputs, skeleton = flatten((args, kwargs))
-        for place in made.mutated:
-            original, inputs[place] = inputs[place], inputs[place].clone()
-            self.spoiled[id(original)] = (original, made.name)
+        for place in made.mutated:  # the module gets a copy to change
+            inputs[place] = inputs[place].clone()
         outputs = opaque(_Replay(index, made, skeleton, self.objects), inputs)
         return unflatten(made.skeleton, outputs)
 
@@ -206,15 +221,12 @@ class _DataReads(TorchDispatchMode):
 
     supports_higher_order_operators = True  # lets `opaque` through
 
-    def __init__(self, read: list[Any], player: _Player) -> None:
+    def __init__(self, read: list[Any]) -> None:
         super().__init__()
         self._read = read
-        self._player = player
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = flatten((args, kwargs))[0]
-        self._refuse_spoiled(tensors)
         if func is opaque:
             return func(*args, **kwargs)
         if torch.Tag.data_dependent_output in func.tags or func in _COMPOSITE_READS:
@@ -224,21 +236,11 @@ class _DataReads(TorchDispatchMode):
                 self._read.append(value)
             return value
         result = func(*args, **kwargs)
-        if _shape_depends_on_data(func, tensors):
+        if _shape_depends_on_data(func, flatten((args, kwargs))[0]):
             for tensor in flatten(result)[0]:
                 if emit_node(read_shape, (tensor,), {}, "read_shape"):
                     self._read.append(tensor.shape)
         return result
-
-    def _refuse_spoiled(self, tensors: Sequence[torch.Tensor]) -> None:
-        for tensor in tensors:
-            _, name = self._player.spoiled.get(id(tensor), (None, ""))
-            if name:
-                raise CaptureError(
-                    f"module {name!r} changes one of its inputs in place and the model reads that "
-                    "input afterwards: a cached step could not do the same. Let the module "
-                    "return the changed tensor instead"
-                )
 
 
 def _shape_depends_on_data(func: Any, tensors: Sequence[torch.Tensor]) -> bool:

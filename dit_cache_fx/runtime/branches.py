@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from dit_cache_fx.identity import Seen, version
-from dit_cache_fx.runtime.steps import Moment
+from dit_cache_fx.runtime.steps import Generation, Moment
 from dit_cache_fx.strategies import Memory
 
 #: more calls than this with one timestep are not the branches of one step
@@ -29,6 +31,10 @@ class Held:
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         return Held(tensor, version(tensor))
 
+    def copy(self) -> Held:
+        """The same values in memory of their own."""
+        return Held.of(self.tensor.clone())
+
     def untouched(self) -> bool:
         """Whether nobody changed it in place (an inference tensor cannot tell)."""
         return version(self.tensor) == self.version
@@ -42,7 +48,7 @@ class Held:
 class Branch:
     """What is held for one branch of a generation."""
 
-    conditioning: Seen
+    conditioning: Seen = field(default_factory=lambda: Seen([]))
     recognised: bool = False  # its conditioning was seen again on a later step
     held: dict[int, list[Held]] = field(default_factory=dict)  # by cached run
     memory: Memory | None = None  # of the strategy's own rule
@@ -57,43 +63,66 @@ class Branch:
 
 @dataclass
 class Session:
-    """The generation that is under way for one input signature and cache context."""
+    """What is held for one input signature and cache context, in the generation under way."""
 
-    moment: Moment | None = None
+    generation: Generation | None = None
+    moment: Moment | None = None  # of its newest call
     branches: list[Branch] = field(default_factory=list)
     called: list[Branch] = field(default_factory=list)  # in the current step
 
-    def enter(self, moment: Moment, fresh: bool) -> None:
-        """Move to `moment`; a fresh generation holds nothing."""
-        if fresh:
-            self.branches = []
-        if fresh or moment != self.moment:
+    def enter(self, generation: Generation, moment: Moment) -> None:
+        """Move to `moment`; nothing is held of another generation, or behind too many calls."""
+        if generation is not self.generation or moment != self.moment:
             self.called = []
-        self.moment = moment
-
-    def full(self) -> bool:
-        """Whether the current step has had a call for every branch that there can be."""
-        return len(self.called) >= MAX_BRANCHES
+        if generation is not self.generation or len(self.called) >= MAX_BRANCHES:
+            self.branches, self.called = [], []
+        self.generation, self.moment = generation, moment
+        generation.moment = moment
 
     def branch_of(self, conditioning: Seen) -> Branch:
         """The branch of a call: known by its conditioning, else by its place in the step.
 
-        A branch whose conditioning was recognised before and now is not has another prompt: it
-        keeps its place but holds nothing.
+        Conditioning that is not known, where that of every free branch is, means a branch of its
+        own: a new one, or another prompt in the place of one whose conditioning is gone.
         """
         free = [b for b in self.branches if not any(b is c for c in self.called)]
         shared = [b.conditioning.shared_with(conditioning) for b in free]
+        strangers = [b for b in free if not b.recognised or not len(conditioning)]
         if shared and max(shared) > 0:
             branch = free[shared.index(max(shared))]
             branch.recognised = True
-        elif free:
-            branch = free[0]
-            if branch.recognised and len(conditioning):
-                branch.forget()
-                branch.recognised = False
+        elif strangers:
+            branch = strangers[0]
         else:
-            branch = Branch(conditioning)
-            self.branches.append(branch)
+            branch = self._place(free)
         branch.conditioning = conditioning
         self.called.append(branch)
         return branch
+
+    def _place(self, free: list[Branch]) -> Branch:
+        """A branch that holds nothing."""
+        left = [b for b in free if b.conditioning.gone()]
+        if not left and len(self.branches) < MAX_BRANCHES:
+            self.branches.append(Branch())
+            return self.branches[-1]
+        branch = (left or free)[0]
+        branch.forget()
+        branch.recognised = False
+        return branch
+
+    @contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """Put everything back to where it was when the call raises."""
+        own, generation = dict(vars(self)), self.generation
+        own["branches"], own["called"] = list(self.branches), list(self.called)
+        moment = generation.moment if generation is not None else None
+        branches = [(b, dict(vars(b))) for b in self.branches]
+        try:
+            yield
+        except BaseException:
+            vars(self).update(own)
+            for branch, fields in branches:
+                vars(branch).update(fields)
+            if generation is not None and moment is not None:
+                generation.moment = moment
+            raise

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ from dit_cache_fx.program import device_of, spec_of
 from dit_cache_fx.runtime.branches import Branch, Session
 from dit_cache_fx.runtime.report import StepRecord
 from dit_cache_fx.runtime.step import HeldSpec, Step
-from dit_cache_fx.runtime.steps import Moment, advance, advance_to, timestep_value
+from dit_cache_fx.runtime.steps import Generation, Moment, timestep_value
 from dit_cache_fx.strategies import ALIASES, Strategy
 from dit_cache_fx.structure import flatten, unflatten
 
@@ -81,7 +81,8 @@ class Engine:
         self.sessions: OrderedDict[SessionKey, Session] = OrderedDict()
         self.timeline: deque[StepRecord] = deque(maxlen=4096)
         self.calls = {"computed": 0, "reused": 0}
-        self._newest: Moment | None = None
+        self._newest: Generation | None = None
+        self._noted: Generation | None = None  # the one whose steps are in the timeline
         self._serial = 0
 
     # --- life cycle --------------------------------------------------------------------------
@@ -102,10 +103,11 @@ class Engine:
     @property
     def current_step(self) -> int:
         """The step index of the newest call, 0 before the first."""
-        return self._newest.index if self._newest is not None else 0
+        return self._newest.moment.index if self._newest is not None else 0
 
     # --- a call ------------------------------------------------------------------------------
 
+    @torch.compiler.disable  # a cached model compiles only in parts yet: eager behind a graph break
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = self.subject.signature.bind(args, kwargs)
         if self.timestep is None:  # it may have come in by **kwargs
@@ -115,14 +117,14 @@ class Engine:
         entry, first = self._entry(call, key)
         value = self._value(call, entry)
         session = self._session(SessionKey(key, entry.serial, self.context))
-        with _restored_on_error(session):
-            step, branch = self._begin(session, value, call, entry)
+        with session.restored_on_error():
+            generation = self._generation(session, value)
+            step, branch = self._begin(session, call, entry)
             if step.computes and not first and self._stale(entry):
                 self.reset_graphs()
                 return self(args, kwargs)
             output = self._run(entry, step, call, first)
-            step.commit()
-        self._newest = session.moment
+        self._newest = generation
         self._note(step, value, session, branch)
         return output
 
@@ -138,7 +140,7 @@ class Engine:
             tensors = entry.lowered(step, *call.tensors)
         if first:
             self._check_answer(entry, tensors)
-        return unflatten(entry.captured.program.output, tensors)
+        return unflatten(entry.captured.program.output, step.commit(call.tensors, tensors))
 
     def _check_answer(self, entry: Entry, tensors: list[torch.Tensor]) -> None:
         recording = entry.captured.recording
@@ -176,7 +178,7 @@ class Engine:
             entries.append(self._capture(call))
         finally:
             if not entries:
-                del self.entries[key]
+                self.entries.pop(key, None)
         while len(self.entries) > MAX_CAPTURES:
             self.entries.popitem(last=False)
         return entries[-1], True
@@ -231,35 +233,38 @@ class Engine:
             self.sessions.popitem(last=False)
         return session
 
-    def _begin(
-        self, session: Session, value: float, call: FlatCall, entry: Entry
-    ) -> tuple[Step, Branch]:
-        moment, fresh = self._advance(session, value)
-        session.enter(moment, fresh)
-        if session.full():
-            session.enter(moment, fresh=True)
+    def _generation(self, session: Session, value: float) -> Generation:
+        """Move the session to this call's generation and moment.
+
+        A session without a generation, or whose own has ended, joins the newest one when the value
+        fits: it is another branch (with other text, say) of a step under way.
+        """
+        explicit = self.explicit is not None
+        for generation in (session.generation, self._newest):
+            if generation is None:
+                continue
+            moment = generation.moment.advanced(value, explicit)
+            joins = generation is session.generation or generation.takes(value, explicit)
+            if moment is not None and joins:
+                session.enter(generation, moment)
+                return generation
+        fresh = Generation(Moment(value, explicit=explicit))
+        session.enter(fresh, fresh.moment)
+        return fresh
+
+    def _begin(self, session: Session, call: FlatCall, entry: Entry) -> tuple[Step, Branch]:
         branch = session.branch_of(Seen([call.tensors[i] for i in entry.conditioning]))
         if branch.shapes != entry.captured.shapes:
             branch.forget()
             branch.shapes = entry.captured.shapes
-        return Step(self.strategy, branch, moment.index, entry.held), branch
-
-    def _advance(self, session: Session, value: float) -> tuple[Moment, bool]:
-        explicit = self.explicit is not None
-        if explicit:
-            moment, fresh = advance_to(session.moment, int(value))
-        else:
-            moment, fresh = advance(session.moment, value)
-        newest = self._newest
-        if fresh and newest is not None and (newest.value, newest.explicit) == (value, explicit):
-            return newest, True  # another branch of the step that is under way
-        return moment, fresh
+        assert session.moment is not None
+        return Step(self.strategy, branch, session.moment.index, entry.held), branch
 
     def _note(self, step: Step, value: float, session: Session, branch: Branch) -> None:
         action = "computed" if step.computes else self.strategy.action
-        last = self.timeline[-1] if self.timeline else None
-        if last is not None and step.index < last.step:
+        if session.generation is not self._noted:
             self.timeline.clear()
+            self._noted = session.generation
         place = next(i for i, b in enumerate(session.branches) if b is branch)
         self.timeline.append(StepRecord(step.index, value, place, action))
         self.calls["computed" if step.computes else "reused"] += 1
@@ -285,17 +290,6 @@ def check_block_ids(strategy: Strategy, lists: dict[str, int]) -> None:
                 {name: sorted(ids)},
                 f"{name} has {sizes[name]} blocks, ids 0 to {sizes[name] - 1}; got {beyond}",
             )
-
-
-@contextmanager
-def _restored_on_error(session: Session) -> Iterator[None]:
-    """Put the session back to where it was when the call raises."""
-    before = session.moment, list(session.branches), list(session.called)
-    try:
-        yield
-    except BaseException:
-        session.moment, session.branches, session.called = before
-        raise
 
 
 def _held_spec(captured: Captured, values: tuple[str, ...], strategy: Strategy) -> HeldSpec:

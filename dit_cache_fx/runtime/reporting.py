@@ -53,7 +53,11 @@ def _remembered(branch: Branch) -> int:
 
 def _per_block(entry: Entry) -> int:
     """Bytes of all results of the cached blocks, as a helper that wraps each block holds them."""
-    cached = {str(b) for region in entry.captured.program.regions for b in region.blocks}
+    cached = {
+        f"{b.list_name}.{b.index}"
+        for region in entry.captured.program.regions
+        for b in region.blocks
+    }
     calls = [c for c in entry.captured.recording.calls if c.name in cached]
     return sum(spec.shape.numel() * spec.dtype.itemsize for call in calls for spec in call.specs)
 
@@ -65,11 +69,12 @@ def _steps(engine: Engine) -> tuple[int, int]:
 
 
 def _cached(entry: Entry) -> dict[str, tuple[int, ...]]:
-    cached: dict[str, tuple[int, ...]] = dict.fromkeys(entry.captured.program.block_lists, ())
-    for region in entry.captured.program.regions:
-        for block in region.blocks:
-            cached[block.list_name] += (block.index,)
-    return cached
+    program = entry.captured.program
+    blocks = {(b.list_name, b.index) for region in program.regions for b in region.blocks}
+    return {
+        name: tuple(sorted(index for of, index in blocks if of == name))
+        for name in program.block_lists
+    }
 
 
 def _capture(entry: Entry) -> CaptureReport:

@@ -63,8 +63,22 @@ class Step:
         self._new[index] = [Held.of(t) for t in results[spec.values :]]
         return results[: spec.values]
 
-    def commit(self) -> None:
-        """The call has succeeded: hold what it computed."""
+    def commit(
+        self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """The call has succeeded: hold what it computed. Returns what the caller may have.
+
+        The caller may change its inputs and its outputs in place: no memory of theirs is held.
+        """
+        if self.computes:
+            foreign = {_memory(t) for t in inputs}
+            for run, held in self._new.items():
+                self._new[run] = [h.copy() if _memory(h.tensor) in foreign else h for h in held]
+        self._write()
+        own = {_memory(h.tensor) for held in self._branch.held.values() for h in held}
+        return [t.clone() if _memory(t) in own else t for t in outputs]
+
+    def _write(self) -> None:
         branch = self._branch
         branch.memory = self._memory
         if not self.computes:
@@ -90,6 +104,10 @@ class HeldSpec:
             for shape, dtype, device in self.shapes
             for _ in range(self.slots)
         ]
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _untouched(held: Sequence[Held]) -> bool:

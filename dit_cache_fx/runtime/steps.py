@@ -21,29 +21,37 @@ class Moment:
     index: int = 0
     explicit: bool = False
 
+    def advanced(self, value: float, explicit: bool) -> Moment | None:
+        """The moment of a call with this value; None where it starts another generation.
 
-def advance(now: Moment | None, value: float) -> tuple[Moment, bool]:
-    """The moment of a call with this timestep, and whether it starts a generation.
+        The same value is the same step (another CFG branch). A value that moves on is the next
+        step; one that moves back against the direction so far is a new generation. An explicit
+        index moves upwards and may leave steps out.
+        """
+        if explicit != self.explicit:
+            return None
+        if value == self.value:
+            return self
+        direction = 1 if value > self.value else -1
+        if explicit:
+            steps = int(value - self.value)
+            return Moment(value, 1, self.index + steps, True) if direction > 0 else None
+        if self.direction not in (0, direction):
+            return None
+        return Moment(value, direction, self.index + 1)
 
-    The same value is the same step (another CFG branch). A value that moves on is the next step;
-    one that moves back against the direction so far is a new generation.
-    """
-    if now is None or now.explicit:
-        return Moment(value), True
-    if value == now.value:
-        return now, False
-    direction = 1 if value > now.value else -1
-    if now.direction not in (0, direction):
-        return Moment(value), True
-    return Moment(value, direction, now.index + 1), False
 
+@dataclass
+class Generation:
+    """A denoising loop under way; its branches and signatures share it."""
 
-def advance_to(now: Moment | None, step: int) -> tuple[Moment, bool]:
-    """The same for an explicit step index, which counts from the generation's first."""
-    if now is None or not now.explicit or step < now.value:
-        return Moment(step, explicit=True), True
-    index = now.index + step - int(now.value)
-    return Moment(step, index=index, explicit=True), False
+    moment: Moment
+
+    def takes(self, value: float, explicit: bool) -> bool:
+        """Whether a first call with this value surely belongs to this generation."""
+        if self.moment.direction == 0 and value != self.moment.value:
+            return False
+        return self.moment.advanced(value, explicit) is not None
 
 
 def timestep_value(timestep: torch.Tensor) -> float:

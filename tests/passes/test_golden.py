@@ -18,7 +18,9 @@ DEEP = DeepCache(no_cache_steps=[0])
 
 class Golden(TestCase):
     def test_captured(self) -> None:
-        self.assertExpectedInline(code(captured(DEEP).gm), """\
+        self.assertExpectedInline(
+            code(captured(DEEP).gm),
+            """\
 def forward(self, x, timestep, text):
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
     model_time_embedder = self.model.time_embedder(unsqueeze)
@@ -41,10 +43,13 @@ def forward(self, x, timestep, text):
     add_1 = torch.ops.aten.add.Tensor(slice_1, unsqueeze_1)
     model_proj_out = self.model.proj_out(add_1)
     return [model_proj_out]
-""")
+""",
+        )
 
     def test_forward_slices(self) -> None:
-        self.assertExpectedInline(code(passed(DEEP, "forward_slices").gm), """\
+        self.assertExpectedInline(
+            code(passed(DEEP, "forward_slices").gm),
+            """\
 def forward(self, x, timestep, text):
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
     model_time_embedder = self.model.time_embedder(unsqueeze)
@@ -64,25 +69,37 @@ def forward(self, x, timestep, text):
     add_1 = torch.ops.aten.add.Tensor(getitem_4, unsqueeze_1)
     model_proj_out = self.model.proj_out(add_1)
     return [model_proj_out]
-""")
+""",
+        )
 
     def test_select_runs(self) -> None:
         strategy = DeepCache(no_cache_steps=[0], no_cache_block_id={"blocks": {1}})
         regions = passed(strategy, "select_runs").regions
-        self.assertExpectedInline("\n".join(map(str, regions)), """\
+        self.assertExpectedInline(
+            "\n".join(map(str, regions)),
+            """\
 run 0: blocks.0 -> ?
-run 1: blocks.2 -> ?""")
+run 1: blocks.2 -> ?""",
+        )
 
     def test_find_values(self) -> None:
-        self.assertExpectedInline("\n".join(map(str, passed(DEEP, "find_values").regions)), """run 0: blocks.0 blocks.1 blocks.2 -> getitem_4""")
+        self.assertExpectedInline(
+            "\n".join(map(str, passed(DEEP, "find_values").regions)),
+            """run 0: blocks.0 blocks.1 blocks.2 -> getitem_4""",
+        )
 
     def test_find_values_with_starts(self) -> None:
         tea = TeaCache(no_cache_steps=[0])
-        self.assertExpectedInline("\n".join(map(str, passed(tea, "find_values").regions)), """run 0: blocks.0 blocks.1 blocks.2 -> getitem_4 (from add)""")
+        self.assertExpectedInline(
+            "\n".join(map(str, passed(tea, "find_values").regions)),
+            """run 0: blocks.0 blocks.1 blocks.2 -> getitem_4 (from add)""",
+        )
 
     def test_guard_runs(self) -> None:
         program = passed(DEEP, "guard_runs")
-        self.assertExpectedInline(code(program.gm), """\
+        self.assertExpectedInline(
+            code(program.gm),
+            """\
 def forward(self, x, timestep, text):
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
     model_time_embedder = self.model.time_embedder(unsqueeze)
@@ -98,8 +115,11 @@ def forward(self, x, timestep, text):
     add_1 = torch.ops.aten.add.Tensor(getitem_4, unsqueeze_1)
     model_proj_out = self.model.proj_out(add_1)
     return [model_proj_out]
-""")
-        self.assertExpectedInline(code(program.gm.run_0_compute), """\
+""",
+        )
+        self.assertExpectedInline(
+            code(program.gm.run_0_compute),
+            """\
 def forward(self, held_getitem_4_0, distance, computed, unsqueeze_1, add, model_text_embedder):
     model_blocks_0 = getattr(self.model.blocks, "0")(add, model_text_embedder, unsqueeze_1)
     getitem = model_blocks_0[0]
@@ -110,15 +130,21 @@ def forward(self, held_getitem_4_0, distance, computed, unsqueeze_1, add, model_
     model_blocks_2 = getattr(self.model.blocks, "2")(getitem_2, getitem_3, unsqueeze_1)
     getitem_4 = model_blocks_2[0]
     return (getitem_4, getitem_4)
-""")
-        self.assertExpectedInline(code(program.gm.run_0_reuse), """\
+""",
+        )
+        self.assertExpectedInline(
+            code(program.gm.run_0_reuse),
+            """\
 def forward(self, held_getitem_4_0, distance, computed):
     return (held_getitem_4_0,)
-""")
+""",
+        )
 
     def test_sink(self) -> None:
         program = passed(DEEP, "sink")
-        self.assertExpectedInline(code(program.gm), """\
+        self.assertExpectedInline(
+            code(program.gm),
+            """\
 def forward(self, x, timestep, text):
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
     model_time_embedder = self.model.time_embedder(unsqueeze)
@@ -130,8 +156,11 @@ def forward(self, x, timestep, text):
     add_1 = torch.ops.aten.add.Tensor(getitem_4, unsqueeze_1)
     model_proj_out = self.model.proj_out(add_1)
     return [model_proj_out]
-""")
-        self.assertExpectedInline(code(program.gm.run_0_compute), """\
+""",
+        )
+        self.assertExpectedInline(
+            code(program.gm.run_0_compute),
+            """\
 def forward(self, held_getitem_4_0, distance, computed, x, text, unsqueeze_1):
     model_x_embedder = self.model.x_embedder(x)
     model_positions = self.model.positions
@@ -146,11 +175,14 @@ def forward(self, held_getitem_4_0, distance, computed, x, text, unsqueeze_1):
     model_blocks_2 = getattr(self.model.blocks, "2")(getitem_2, getitem_3, unsqueeze_1)
     getitem_4 = model_blocks_2[0]
     return (getitem_4, getitem_4)
-""")
+""",
+        )
 
     def test_teacache(self) -> None:
         program = passed(TeaCache(no_cache_steps=[0]), "dead_code")
-        self.assertExpectedInline(code(program.gm), """\
+        self.assertExpectedInline(
+            code(program.gm),
+            """\
 def forward(self, x, timestep, text):
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
     model_time_embedder = self.model.time_embedder(unsqueeze)
@@ -165,16 +197,22 @@ def forward(self, x, timestep, text):
     add_1 = torch.ops.aten.add.Tensor(getitem_4, unsqueeze_1)
     model_proj_out = self.model.proj_out(add_1)
     return [model_proj_out]
-""")
-        self.assertExpectedInline(code(program.gm.run_0_reuse), """\
+""",
+        )
+        self.assertExpectedInline(
+            code(program.gm.run_0_reuse),
+            """\
 def forward(self, held_getitem_4_0, distance, computed, add):
     add_1 = torch.ops.aten.add.Tensor(add, held_getitem_4_0)
     return (add_1,)
-""")
+""",
+        )
 
     def test_teacache_rule(self) -> None:
         program = passed(TeaCache(rel_l1_thresh=0.1, signal="input"), "dead_code")
-        self.assertExpectedInline(code(program.gm), """\
+        self.assertExpectedInline(
+            code(program.gm),
+            """\
 def forward(self, x, timestep, text):
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
     model_time_embedder = self.model.time_embedder(unsqueeze)
@@ -189,30 +227,36 @@ def forward(self, x, timestep, text):
     add_1 = torch.ops.aten.add.Tensor(getitem_4, unsqueeze_1)
     model_proj_out = self.model.proj_out(add_1)
     return [model_proj_out]
-""")
+""",
+        )
 
     def test_taylorcache_reuse(self) -> None:
         program = passed(TaylorCache(no_cache_steps=[0], max_order=1), "dead_code")
-        self.assertExpectedInline(code(program.gm.run_0_reuse), """\
+        self.assertExpectedInline(
+            code(program.gm.run_0_reuse),
+            """\
 def forward(self, held_getitem_4_0, held_getitem_4_1, distance, computed):
     pow_1 = torch.ops.aten.pow.Tensor_Scalar(distance, 1)
     div = torch.ops.aten.div.Tensor(pow_1, 1)
     mul = torch.ops.aten.mul.Tensor(held_getitem_4_1, div)
     add = torch.ops.aten.add.Tensor(held_getitem_4_0, mul)
     return (add,)
-""")
+""",
+        )
 
     def test_dead_code(self) -> None:
         program = passed(DEEP, "dead_code", _EndsWithBlocks())
-        self.assertExpectedInline(code(program.gm), """\
+        self.assertExpectedInline(
+            code(program.gm),
+            """\
 def forward(self, x, timestep, text):
     run_0_compute = self.run_0_compute
     run_0_reuse = self.run_0_reuse
     run_0 = dit_cache_fx_cached_run_cache_or_compute(0, run_0_compute, run_0_reuse, [], [x, timestep, text])
     getitem_4 = run_0[0]
-    clone_default = torch.ops.aten.clone.default(getitem_4)
-    return [clone_default]
-""")
+    return [getitem_4]
+""",
+        )
 
 
 class _EndsWithBlocks(Toy):
@@ -346,5 +390,3 @@ def test_the_toy_is_captured_right() -> None:
     with torch.no_grad():
         (out,) = program.gm(*inputs().values())
         assert torch.equal(out, model(**inputs()))
-
-

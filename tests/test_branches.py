@@ -1,0 +1,388 @@
+"""Which branch, which step and which generation a call belongs to.
+
+Nobody tells the cached model: it knows by the timestep, by the order of the calls in a step and by
+the conditioning tensors, or by `cache_context`. However the calls are mixed, each branch must be
+answered as by a cached model that sees only this branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dit_cache_fx
+from dit_cache_fx import CachedModel
+from tests.toys import (
+    DEPTH,
+    DIM,
+    TEXT,
+    TOKENS,
+    TOY,
+    ByHand,
+    ContextDiT,
+    ToyDiT,
+    actions,
+    follows,
+    generation,
+    make,
+    runs_of,
+    toy_inputs,
+)
+from tests.zoo import CASES, Case, case, flat
+from tests.zoo.case import rows
+
+each_case = pytest.mark.parametrize("model_case", CASES, ids=lambda c: c.name)
+each_mode = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+
+#: computed steps of a generation of six
+STEPS = {0, 2, 3}
+
+Mode = Callable[[], AbstractContextManager[None]]
+Calls = list[tuple[bool, dict[str, Any]]]
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@cache
+def model_of(model_case: Case) -> nn.Module:
+    return model_case.build()
+
+
+def cache_of(model_case: Case, steps: set[int] = STEPS) -> CachedModel:
+    return dit_cache_fx.apply(model_of(model_case), "deepcache", no_cache_steps=steps)
+
+
+def text_of(name: str, tokens: int = TEXT) -> Tensor:
+    return rows(name, 0, (tokens, DIM), 1, torch.float32)
+
+
+def kept_text(calls: Calls) -> Calls:
+    """The same calls, every one with the very same text tensor, as pipelines do."""
+    text = calls[0][1]["text"]
+    return [(computes, inputs | {"text": text}) for computes, inputs in calls]
+
+
+# --- the branches of a step ---------------------------------------------------------------------
+
+
+def guided(model_case: Case, prompts: tuple[int, ...], steps: int = 6) -> list[list[Any]]:
+    """For each step the inputs of each branch; a branch's conditioning is new in every call."""
+    return [
+        [model_case.inputs(t, seed=index, prompt=p) for p in prompts]
+        for index, t in enumerate(model_case.timesteps(steps))
+    ]
+
+
+@each_case
+def test_interleaved_branches_equal_models_that_saw_one_branch(model_case: Case) -> None:
+    cached, alone = cache_of(model_case), [cache_of(model_case) for _ in range(2)]
+    for calls in guided(model_case, (0, 1)):
+        for single, inputs in zip(alone, calls, strict=True):
+            assert torch.equal(flat(cached(**inputs)), flat(single(**inputs)))
+    report = cached.cache_report()
+    assert (report.calls_computed, report.calls_reused) == (6, 6)
+    assert (report.steps_computed, report.steps_reused) == (3, 3)
+
+
+@pytest.mark.parametrize("name", ["WanTransformer3DModel", "HunyuanVideo15Transformer3DModel"])
+def test_branches_by_cache_context_equal_models_that_saw_one_branch(name: str) -> None:
+    model_case = case(name)
+    cached = cache_of(model_case)
+    alone = {branch: cache_of(model_case) for branch in ("cond", "uncond")}
+    for calls in guided(model_case, (0, 2)):
+        for (branch, single), inputs in zip(alone.items(), calls, strict=True):
+            with cached.cache_context(branch):
+                got = flat(cached(**inputs))
+            assert torch.equal(got, flat(single(**inputs)))
+    assert cached.cache_report().calls_reused == 6
+
+
+def test_branches_are_told_apart_in_the_timeline() -> None:
+    cached = cache_of(TOY)
+    for calls in guided(TOY, (0, 1, 2), steps=2):
+        for inputs in calls:
+            cached(**inputs)
+    timeline = cached.cache_report().timeline
+    assert [(r.step, r.branch) for r in timeline] == [
+        (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)
+    ]  # fmt: skip
+
+
+@each_mode
+@pytest.mark.parametrize("uncond_tokens", [TEXT, TEXT + 3])
+@pytest.mark.parametrize("uncond_first", [False, True])
+def test_branches_of_the_same_and_of_another_text_length(
+    uncond_tokens: int, uncond_first: bool, mode: Mode
+) -> None:
+    with mode():
+        model = make(ToyDiT)
+        cached, *alone = (
+            dit_cache_fx.apply(model, "deepcache", no_cache_steps=STEPS) for _ in range(3)
+        )
+        texts = [text_of("cond"), text_of("uncond", uncond_tokens)]
+        order = (1, 0) if uncond_first else (0, 1)
+        for _ in range(2):
+            for index, t in enumerate(TOY.timesteps(6)):
+                for branch in order:
+                    inputs = toy_inputs(t, seed=index) | {"text": texts[branch]}
+                    assert torch.equal(cached(**inputs), alone[branch](**inputs))
+        report = cached.cache_report()
+        assert (report.calls_computed, report.calls_reused) == (12, 12)
+
+
+@each_mode
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("uncond_first", [False, True])
+@pytest.mark.parametrize("uncond_tokens", [TEXT, TEXT + 3])
+@pytest.mark.parametrize("guided_steps", [{2, 3, 4, 5, 6, 7}, {0, 2, 4, 6}, {0, 1, 2, 5}], ids=str)
+def test_guidance_that_starts_late_skips_steps_or_stops(
+    guided_steps: set[int], uncond_tokens: int, uncond_first: bool, named: bool, mode: Mode
+) -> None:
+    """The schedule counts steps of the generation, not calls of a branch."""
+    computed = {0, 3, 6}
+    with mode():
+        model = make(ToyDiT)
+        cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps=computed)
+        by_hand = ByHand(model, ["blocks"])
+        texts = [text_of("cond"), text_of("uncond", uncond_tokens)]
+        held: set[int] = set()
+        for index, t in enumerate(TOY.timesteps(8)):
+            branches = [0, 1] if index in guided_steps else [0]
+            for branch in reversed(branches) if uncond_first else branches:
+                inputs = toy_inputs(t, seed=index) | {"text": texts[branch]}
+                computes = index in computed or branch not in held
+                held.add(branch)
+                want = by_hand(computes, branch=branch, **inputs)
+                name = ("cond", "uncond")[branch]
+                with cached.cache_context(name) if named else nullcontext():
+                    got = cached(**inputs)
+                assert torch.equal(got, want), f"step {index}, branch {branch}"
+
+
+@each_mode
+def test_branches_change_places_between_steps_and_keep_their_state(mode: Mode) -> None:
+    with mode():
+        model = make(ToyDiT)
+        cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps=STEPS)
+        by_hand = ByHand(model, ["blocks"])
+        texts = [text_of(f"swap {branch}") for branch in range(3)]
+        orders = [(0, 1, 2), (2, 1, 0), (1, 0, 2), (0, 2, 1), (2, 0, 1), (1, 2, 0)]
+        for index, (t, order) in enumerate(zip(TOY.timesteps(6), orders, strict=True)):
+            for branch in order:
+                inputs = toy_inputs(t, seed=index) | {"text": texts[branch]}
+                want = by_hand(index in STEPS, branch=branch, **inputs)
+                assert torch.equal(cached(**inputs), want)
+
+
+def test_conditioning_tensors_made_anew_in_every_call_are_told_by_their_order() -> None:
+    cached = cache_of(TOY)
+    by_hand = ByHand(model_of(TOY), ["blocks"])
+    for index, calls in enumerate(guided(TOY, (0, 1, 2, 3))):
+        for branch, inputs in enumerate(calls):
+            want = by_hand(index in STEPS, branch=branch, **inputs)
+            assert torch.equal(cached(**inputs), want)
+
+
+def test_a_second_evaluation_of_a_step_is_no_new_step() -> None:
+    """Second-order samplers call twice at one timestep, with the same conditioning."""
+    cached = cache_of(TOY)
+    by_hand = ByHand(model_of(TOY), ["blocks"])
+    text = text_of("heun")
+    for index, t in enumerate(TOY.timesteps(6)):
+        for stage in range(2):
+            inputs = toy_inputs(t, seed=2 * index + stage) | {"text": text}
+            want = by_hand(index in STEPS, branch=stage, **inputs)
+            assert torch.equal(cached(**inputs), want)
+    assert [r.step for r in cached.cache_report().timeline] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+
+
+# --- cache_context -----------------------------------------------------------------------------
+
+
+def test_cache_context_wins_over_order_and_conditioning() -> None:
+    """The names change places with the conditioning: state goes by the name."""
+    cached = cache_of(TOY, {0})
+    by_hand = ByHand(model_of(TOY), ["blocks"])
+    orders = [("a", "b"), ("b", "a"), ("b", "a")]
+    for index, (t, order) in enumerate(zip(TOY.timesteps(3), orders, strict=True)):
+        for name in order:
+            inputs = toy_inputs(t, seed=index)
+            with cached.cache_context(name):
+                got = cached(**inputs)
+            assert torch.equal(got, by_hand(index == 0, branch=name, **inputs))
+
+
+def test_cache_context_ends_when_left_also_by_an_exception_and_nests() -> None:
+    cached = cache_of(TOY, {0})
+    by_hand = ByHand(model_of(TOY), ["blocks"])
+    first, second = (inputs for _, inputs in generation(TOY, {0}, steps=2))
+
+    def call(name: Any, inputs: dict[str, Any], computes: bool) -> None:
+        assert torch.equal(cached(**inputs), by_hand(computes, branch=name, **inputs))
+
+    call(None, first, True)
+    with cached.cache_context("outer"):
+        call("outer", first | {"text": text_of("outer")}, True)
+        with suppress(ZeroDivisionError), cached.cache_context("inner"):
+            call("inner", first | {"text": text_of("inner")}, True)
+            raise ZeroDivisionError
+        call("outer", second, False)
+    call(None, second, False)
+
+
+def test_cache_context_enters_the_models_own_one() -> None:
+    model = make(ContextDiT)
+    cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps={0})
+    with cached.cache_context("cond"):
+        assert model.contexts == ["cond"]
+        cached(**toy_inputs(1.0))
+    assert model.contexts == []
+    assert cached.cache_report().calls_computed == 1
+
+
+# --- one generation after another ---------------------------------------------------------------
+
+
+def test_one_step_generations_a_thousand_times() -> None:
+    model = make(ToyDiT)
+    cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps=STEPS)
+    held = set()
+    for number in range(1000):
+        inputs = toy_inputs(1000.0, seed=number % 7, prompt=number % 3)
+        assert torch.equal(cached(**inputs), model(**inputs))
+        if number % 50 == 0:
+            held.add(cached.cache_report().bytes_held)
+    report = cached.cache_report()
+    assert (report.calls_computed, report.calls_reused) == (1000, 0)
+    assert len(report.captures) == 1
+    assert max(held) <= 8 * TOKENS * DIM * 4
+    assert len(report.timeline) <= 4096
+
+
+@each_mode
+def test_one_step_warm_up_does_not_leak_into_a_generation_with_another_prompt(mode: Mode) -> None:
+    with mode():
+        model = make(ToyDiT)
+        cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps=STEPS)
+        warm_up = toy_inputs(1000.0, seed=9, prompt=1)
+        cached(**warm_up)
+        follows(cached, ByHand(model, ["blocks"]), kept_text(generation(TOY, STEPS)))
+
+
+@each_mode
+def test_one_step_guided_warm_up_does_not_leak_into_a_guided_generation(mode: Mode) -> None:
+    with mode():
+        model = make(ToyDiT)
+        cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps=STEPS)
+        for name in ("old cond", "old uncond"):
+            cached(**(toy_inputs(1000.0, seed=9) | {"text": text_of(name)}))
+        by_hand = ByHand(model, ["blocks"])
+        texts = [text_of("cond"), text_of("uncond")]
+        for index, t in enumerate(TOY.timesteps(6)):
+            for branch, text in enumerate(texts):
+                inputs = toy_inputs(t, seed=index) | {"text": text}
+                want = by_hand(index in STEPS, branch=branch, **inputs)
+                assert torch.equal(cached(**inputs), want)
+
+
+def test_a_warm_up_at_a_lower_timestep_is_forgotten_by_clear_states() -> None:
+    """Nothing tells it from the first step of the same generation: it has to be said."""
+    model = make(ToyDiT)
+    cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps=STEPS)
+    cached(**toy_inputs(1.0, seed=9, prompt=1))
+    cached.clear_states()
+    follows(cached, ByHand(model, ["blocks"]), generation(TOY, STEPS))
+
+
+def test_a_generation_that_was_broken_off_is_not_continued_by_the_next() -> None:
+    model = make(ToyDiT)
+    cached, by_hand = (
+        dit_cache_fx.apply(model, "deepcache", no_cache_steps=STEPS),
+        ByHand(model, ["blocks"]),
+    )
+    for steps in (2, 5, 1, 3):
+        follows(cached, by_hand, generation(TOY, STEPS)[:steps])
+        assert actions(cached).endswith("CrCCrr"[:steps])
+
+
+@each_mode
+def test_a_new_prompt_that_goes_on_downwards_starts_with_nothing(mode: Mode) -> None:
+    """The second generation (a refiner pass) starts below where the first one ended."""
+    with mode():
+        model = make(ToyDiT)
+        cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps={0})
+        calls = kept_text(generation(TOY, {0}, steps=8))
+        follows(cached, ByHand(model, ["blocks"]), calls[:4])
+        text = text_of("refined")
+        rest = [(i == 0, inputs | {"text": text}) for i, (_, inputs) in enumerate(calls[4:])]
+        follows(cached, ByHand(model, ["blocks"]), rest)
+
+
+# --- what is held is bounded ---------------------------------------------------------------------
+
+
+def test_many_resolutions_hold_a_bounded_number_of_states_and_graphs() -> None:
+    model = make(ToyDiT)
+    cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps={0})
+    one_step = toy_inputs(1000.0)
+    largest = 40
+    for tokens in range(1, largest + 1):
+        x = rows("x", 0, (tokens, DIM), 1, torch.float32)
+        assert torch.equal(cached(**(one_step | {"x": x})), model(**(one_step | {"x": x})))
+    report = cached.cache_report()
+    assert report.calls_computed == largest
+    assert len(report.captures) <= 32
+    assert report.bytes_held <= 8 * largest * DIM * 4
+
+
+def test_many_cache_contexts_hold_a_bounded_number_of_states() -> None:
+    cached = cache_of(TOY)
+    inputs = toy_inputs(1000.0)
+    for number in range(40):
+        with cached.cache_context(f"branch {number}"):
+            cached(**inputs)
+    report = cached.cache_report()
+    assert report.bytes_held <= 8 * TOKENS * DIM * 4
+    assert len(report.captures) == 1
+
+
+def test_a_signature_whose_graph_was_dropped_is_captured_again_and_right() -> None:
+    model = make(ToyDiT)
+    cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps={0})
+    by_hand = ByHand(model, ["blocks"])
+    for tokens in (1, *range(2, 36), 1):
+        calls: Calls = []
+        for computes, inputs in generation(TOY, {0}, steps=2):
+            x = rows("x", tokens, (tokens, DIM), 1, torch.float32)
+            calls.append((computes, inputs | {"x": x}))
+        follows(cached, by_hand, calls)
+
+
+def test_the_next_generation_replaces_what_the_last_one_held() -> None:
+    cached = cache_of(TOY)
+    sizes = set()
+    for prompt in range(4):
+        for _, inputs in generation(TOY, STEPS, prompt=prompt):
+            cached(**inputs)
+            sizes.add(cached.cache_report().bytes_held)
+    assert sizes == {TOKENS * DIM * 4}
+
+
+def test_blocks_run_once_for_each_branch_and_computed_step() -> None:
+    model = make(ToyDiT)
+    cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps=STEPS)
+    with runs_of(model.blocks) as counts:
+        for calls in guided(TOY, (0, 1)):
+            for inputs in calls:
+                cached(**inputs)
+    assert counts == [2 * len(STEPS)] * DEPTH
