@@ -92,13 +92,13 @@ class CachedModel(nn.Module):
     def __repr__(self) -> str:
         return f"CachedModel({self._engine.strategy.name}, {self._model!r})"
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         """The model's class: `isinstance` answers as for the model (`type` does not)."""
         return type(self._model)
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:  # type: ignore[override, misc]
         """The model's own mode."""
         return self._model.training
 

@@ -21,6 +21,7 @@ from dit_cache_fx.structure import Skeleton
 #: node.meta keys
 BLOCK = "dit_cache_block"  # on a block's call: its BlockId
 OUTPUT = "dit_cache_output"  # on a value of a block: the index among the block's tensors
+PATH = "dit_cache_path"  # beside it: the keys that lead to it in the block's result
 SIGNAL = "dit_cache_signal"  # on the value that the strategy's own rule looks at
 DEVICE = "dit_cache_device"  # where "val" is on the meta device: the real one
 

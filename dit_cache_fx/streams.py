@@ -13,7 +13,7 @@ from torch import fx
 from dit_cache_fx.program import (
     BLOCK,
     DEVICE,
-    OUTPUT,
+    PATH,
     Program,
     Region,
     block_call_of,
@@ -140,13 +140,13 @@ def _named_slots(program: Program, call: fx.Node, name: str) -> list[Slot]:
 
 def _wired_slot(program: Program, value: fx.Node, first: fx.Node) -> Slot | None:
     """The slot that this output of a block goes to where two blocks of the list follow."""
-    index = value.meta.get(OUTPUT)
+    path = value.meta.get(PATH)
     list_name = block_call_of(value).meta[BLOCK].list_name
-    if index is None or list_name != first.meta[BLOCK].list_name:
+    if path is None or list_name != first.meta[BLOCK].list_name:
         return None
     calls = [c for c in program.block_calls() if c.meta[BLOCK].list_name == list_name]
     for before, after in itertools.pairwise(calls):
-        outputs = [v for v in block_values(before) if v.meta[OUTPUT] == index]
+        outputs = [v for v in block_values(before) if v.meta[PATH] == path]
         for slot, node in _tensor_arguments(after):
             if node in outputs:
                 return slot

@@ -84,11 +84,13 @@ def guided(model_case: Case, prompts: tuple[int, ...], steps: int = 6) -> list[l
 
 
 @each_case
-def test_interleaved_branches_equal_models_that_saw_one_branch(model_case: Case) -> None:
-    cached, alone = cache_of(model_case), [cache_of(model_case) for _ in range(2)]
-    for calls in guided(model_case, (0, 1)):
-        for single, inputs in zip(alone, calls, strict=True):
-            assert torch.equal(flat(cached(**inputs)), flat(single(**inputs)))
+def test_interleaved_branches_have_states_of_their_own(model_case: Case) -> None:
+    cached = cache_of(model_case)
+    by_hand = ByHand(model_of(model_case), model_case.block_lists)
+    for index, calls in enumerate(guided(model_case, (0, 1))):
+        for branch, inputs in enumerate(calls):
+            want = by_hand(index in STEPS, branch=branch, **inputs)
+            assert torch.equal(flat(cached(**inputs)), flat(want))
     report = cached.cache_report()
     assert (report.calls_computed, report.calls_reused) == (6, 6)
     assert (report.steps_computed, report.steps_reused) == (3, 3)
@@ -332,17 +334,21 @@ def test_a_new_prompt_that_goes_on_downwards_starts_with_nothing(mode: Mode) -> 
 
 
 def test_many_resolutions_hold_a_bounded_number_of_states_and_graphs() -> None:
-    model = make(ToyDiT)
+    """A signature whose graph was dropped is captured again."""
+    model = make(ToyDiT, depth=1)
     cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps={0})
-    one_step = toy_inputs(1000.0)
-    largest = 40
-    for tokens in range(1, largest + 1):
-        x = rows("x", 0, (tokens, DIM), 1, torch.float32)
-        assert torch.equal(cached(**(one_step | {"x": x})), model(**(one_step | {"x": x})))
+    by_hand = ByHand(model, ["blocks"])
+    sizes = [*range(1, 35), 1]
+    for tokens in sizes:
+        calls: Calls = []
+        for computes, inputs in generation(TOY, {0}, steps=2):
+            x = rows("x", tokens, (tokens, DIM), 1, torch.float32)
+            calls.append((computes, inputs | {"x": x}))
+        follows(cached, by_hand, calls)
     report = cached.cache_report()
-    assert report.calls_computed == largest
+    assert (report.calls_computed, report.calls_reused) == (len(sizes), len(sizes))
     assert len(report.captures) <= 32
-    assert report.bytes_held <= 8 * largest * DIM * 4
+    assert report.bytes_held <= 8 * max(sizes) * DIM * 4
 
 
 def test_many_cache_contexts_hold_a_bounded_number_of_states() -> None:
@@ -354,18 +360,6 @@ def test_many_cache_contexts_hold_a_bounded_number_of_states() -> None:
     report = cached.cache_report()
     assert report.bytes_held <= 8 * TOKENS * DIM * 4
     assert len(report.captures) == 1
-
-
-def test_a_signature_whose_graph_was_dropped_is_captured_again_and_right() -> None:
-    model = make(ToyDiT)
-    cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps={0})
-    by_hand = ByHand(model, ["blocks"])
-    for tokens in (1, *range(2, 36), 1):
-        calls: Calls = []
-        for computes, inputs in generation(TOY, {0}, steps=2):
-            x = rows("x", tokens, (tokens, DIM), 1, torch.float32)
-            calls.append((computes, inputs | {"x": x}))
-        follows(cached, by_hand, calls)
 
 
 def test_the_next_generation_replaces_what_the_last_one_held() -> None:

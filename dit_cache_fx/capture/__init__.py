@@ -162,9 +162,11 @@ def accepts(subject: Subject, captured: Captured, call: FlatCall) -> bool:
 
 
 def can_replay(captured: Captured) -> bool:
-    """Whether the recording holds every value that the passes made a cached run give."""
-    values = {name for region in captured.program.regions for name in region.values}
-    return not values & captured.not_held
+    """Whether the recording holds all that is read of blocks: run values, never cached blocks."""
+    program = captured.program
+    read = {name for region in program.regions for name in region.values}
+    read |= {value.name for call in program.block_calls() for value in block_values(call)}
+    return not read & captured.not_held
 
 
 def _not_held(program: Program, recording: Recording) -> frozenset[str]:

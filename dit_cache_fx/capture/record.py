@@ -88,8 +88,8 @@ def record(
 
     A block's output is held only when something other than a cached block reads it: holding every
     block's output would be what the cache is here to avoid. `always_run` are the blocks that are
-    never cached; what they read is held too. `opened`: blocks -> their parts, whose calls are
-    recorded as well.
+    never cached; what they read and give is held too. `opened`: blocks -> their parts, whose calls
+    are recorded as well.
     """
     calls: list[ModuleCall] = []
     reader = _Reader()
@@ -116,7 +116,7 @@ def record(
         like = tuple(shapes.index(t.shape) if t.shape in shapes else None for t in outputs)
         specs = [Spec.of(t) for t in outputs]
         made = ModuleCall(name, specs, skeleton, mutated=mutated, like=like, inside=inside)
-        reader.produced(made, outputs, hold=module not in blocks)
+        reader.produced(made, outputs, hold=module not in blocks or module in always_run)
         calls.append(made)
         return output
 

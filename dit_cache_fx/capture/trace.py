@@ -19,7 +19,7 @@ from dit_cache_fx._torch import Emitter, emit_node, opaque, trace_functional, un
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.record import ModuleCall, Recording
 from dit_cache_fx.errors import CaptureError
-from dit_cache_fx.program import OUTPUT
+from dit_cache_fx.program import OUTPUT, PATH
 from dit_cache_fx.structure import Skeleton, accessor, flatten, key_paths, unflatten
 
 
@@ -41,13 +41,19 @@ def read_list(tensor: torch.Tensor) -> Any:
 
 
 @fx.has_side_effect
+def read_count(mask: torch.Tensor) -> torch.Size:
+    """How many rows a mask selects: a guard, compared as a shape."""
+    return torch.Size([int(mask.count_nonzero())])
+
+
+@fx.has_side_effect
 def read_shape(tensor: torch.Tensor) -> torch.Size:
     """The shape of a result whose shape depends on data: a guard."""
     return tensor.shape
 
 
 #: the nodes that become guards
-READS = (read_value, read_list, read_shape)
+READS = (read_value, read_list, read_count, read_shape)
 
 
 @dataclass
@@ -140,7 +146,11 @@ class _Retrace(fx.Interpreter):
         if target is call_kept:
             index, _, inner_args, inner_kwargs = args
             return self._player.answer(index, inner_args, inner_kwargs)
-        return None if target is read_shape else super().call_function(target, args, kwargs)
+        return (
+            None
+            if target in (read_count, read_shape)
+            else super().call_function(target, args, kwargs)
+        )
 
 
 class _Player:
@@ -189,9 +199,11 @@ class _Replay:
         args, kwargs = unflatten(self.inputs, inputs, lambda v: self._attribute(graph, v))
         name = self.made.name
         node = graph.call(call_kept, (self.index, name, args, kwargs), {}, _node_name(name))
-        outputs = [_follow(node, path) for path in key_paths(self.made.skeleton)]
-        for index, output in enumerate(outputs):
-            output.node.meta[OUTPUT] = index
+        outputs = []
+        for index, path in enumerate(key_paths(self.made.skeleton)):
+            output = _follow(node, path)
+            output.node.meta.update({OUTPUT: index, PATH: tuple(key for _, key in path)})
+            outputs.append(output)
         return outputs
 
     def _attribute(self, graph: Emitter, value: object) -> fx.Proxy:
@@ -236,19 +248,31 @@ class _DataReads(TorchDispatchMode):
                 self._read.append(value)
             return value
         result = func(*args, **kwargs)
-        if _shape_depends_on_data(func, flatten((args, kwargs))[0]):
-            for tensor in flatten(result)[0]:
-                if emit_node(read_shape, (tensor,), {}, "read_shape"):
-                    self._read.append(tensor.shape)
+        if torch.Tag.dynamic_output_shape in func.tags:
+            self._read_sizes(func, flatten((args, kwargs))[0], flatten(result)[0])
         return result
 
+    def _read_sizes(self, func: Any, inputs: list[torch.Tensor], outputs: Any) -> None:
+        """Guard the sizes of a result: by the masks alone where they decide them.
 
-def _shape_depends_on_data(func: Any, tensors: Sequence[torch.Tensor]) -> bool:
-    if torch.Tag.dynamic_output_shape not in func.tags:
-        return False
-    if func is torch.ops.aten.index.Tensor:  # only a mask selects a number of rows
-        return any(t.dtype in (torch.bool, torch.uint8) for t in tensors[1:])
-    return True
+        What is selected from (a text refiner's output) need not run to know how much is.
+        """
+        masks = _masks(func, inputs)
+        for tensor in outputs if masks is None else masks:
+            read = read_shape if masks is None else read_count
+            with untraced():
+                value = read(tensor)
+            if emit_node(read, (tensor,), {}, read.__name__):
+                self._read.append(value)
+
+
+def _masks(func: Any, inputs: list[torch.Tensor]) -> list[torch.Tensor] | None:
+    """The tensors whose true values decide the size of a selection; None where others do."""
+    if func is torch.ops.aten.index.Tensor:
+        return [t for t in inputs[1:] if t.dtype in (torch.bool, torch.uint8)]
+    if func is torch.ops.aten.masked_select.default:
+        return inputs[1:]
+    return inputs if func is torch.ops.aten.nonzero.default else None
 
 
 class _PythonReads(TorchFunctionMode):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from dit_cache_fx.program import Program, attributes_of, graph_module, is_kept, spec_of
+from dit_cache_fx.program import Program, ancestors, attributes_of, graph_module, is_kept, spec_of
 from dit_cache_fx.strategies import Strategy
 
 _SLICE = torch.ops.aten.slice.Tensor
@@ -17,7 +18,7 @@ _CAT = torch.ops.aten.cat.default
 
 
 def forward_slices(program: Program, strategy: Strategy) -> None:
-    """Read the first part of a concatenation directly.
+    """Read a part of a concatenation directly.
 
     Before:
 
@@ -29,13 +30,13 @@ def forward_slices(program: Program, strategy: Strategy) -> None:
 
         %out = call_module[model.final_layer](%img)
 
-    So the text, which only went in to be cut off again, is not held. Only the first part is taken:
-    the place of a later one could depend on the data (on a mask's length).
+    So the text, which only went in to be cut off again, is not held. A part whose place depends on
+    data (on a mask's length) is left.
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(program.graph, {}))
     for node in graph.nodes:
-        part = _first_part(node)
+        part = _part(node)
         if part is not None:
             node.replace_all_uses_with(part)
     attributes = attributes_of(program.gm, graph)
@@ -44,18 +45,29 @@ def forward_slices(program: Program, strategy: Strategy) -> None:
     program.gm.recompile()
 
 
-def _first_part(node: fx.Node) -> fx.Node | None:
+def _part(node: fx.Node) -> fx.Node | None:
+    """The part of a concatenation that a slice takes, where it takes exactly one."""
     if node.target is not _SLICE:
         return None
     arguments: tuple[Any, ...] = node.args
     source, dim, start, end, step = arguments + _DEFAULTS[len(arguments) :]
-    if not isinstance(source, fx.Node) or source.target is not _CAT or (start, step) != (0, 1):
+    if not isinstance(source, fx.Node) or source.target is not _CAT or step != 1:
         return None
     joined: tuple[Any, ...] = source.args
-    along = joined[1] if len(joined) > 1 else 0
-    first: Any = joined[0][0]
-    spec = spec_of(first)
-    if spec is None or (along - dim) % spec.ndim or spec.shape[dim] != end:
+    parts, along = joined[0], joined[1] if len(joined) > 1 else 0
+    specs = [spec_of(part) for part in parts]
+    if any(spec is None or (along - dim) % spec.ndim for spec in specs):
         return None
-    result: fx.Node = first
-    return result
+    sizes = [spec.shape[dim] for spec in specs if spec is not None]
+    begins = [sum(sizes[:i]) for i in range(len(sizes))]
+    for i, (begin, size) in enumerate(zip(begins, sizes, strict=True)):
+        if begin == start and begin + size == min(end, sum(sizes)) and _fixed(parts[:i]):
+            part: fx.Node = parts[i]
+            return part
+    return None
+
+
+def _fixed(parts: Sequence[fx.Node]) -> bool:
+    """Whether no size among `parts` can depend on data."""
+    operators = [n.target for n in ancestors(parts) if isinstance(n.target, torch._ops.OpOverload)]
+    return not any(torch.Tag.dynamic_output_shape in operator.tags for operator in operators)

@@ -107,7 +107,8 @@ class Engine:
 
     # --- a call ------------------------------------------------------------------------------
 
-    @torch.compiler.disable  # a cached model compiles only in parts yet: eager behind a graph break
+    # not compiled yet: eager behind a graph break
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = self.subject.signature.bind(args, kwargs)
         if self.timestep is None:  # it may have come in by **kwargs
