@@ -8,7 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from dit_cache_fx.capture import BlockList, CallSignature, Subject, candidate_lists, named_timestep
+from dit_cache_fx.capture import (
+    BlockList,
+    CallSignature,
+    Subject,
+    candidate_lists,
+    named_list,
+    named_timestep,
+)
 from dit_cache_fx.errors import DiscoveryError, OptionError
 from dit_cache_fx.module import CachedModel, is_compiled, original
 from dit_cache_fx.runtime.engine import Engine, check_block_ids
@@ -60,16 +67,11 @@ def apply(
             "no block list found: the model holds no nn.ModuleList. A cache needs the model's "
             "blocks in an nn.ModuleList (blocks=['attribute.path'])"
         )
+    names = None if blocks is None else tuple(b.name for b in lists)
     _check_ids_early(chosen, lists, known=blocks is not None)
-    subject = Subject(model, signature, lists, blocks is not None, chosen, check)
-    again = partial(
-        apply, strategy=chosen, blocks=_paths(lists, blocks), timestep=timestep, check=check
-    )
+    subject = Subject(model, signature, names, chosen, check)
+    again = partial(apply, strategy=chosen, blocks=names, timestep=timestep, check=check)
     return CachedModel(model, Engine(subject, step), again)
-
-
-def _paths(lists: Sequence[BlockList], blocks: Blocks | None) -> list[str] | None:
-    return None if blocks is None else [b.name for b in lists]
 
 
 def _named_lists(model: nn.Module, blocks: Blocks) -> list[BlockList]:
@@ -85,7 +87,7 @@ def _named_lists(model: nn.Module, blocks: Blocks) -> list[BlockList]:
             raise OptionError(
                 "blocks", what, f"no such module list in the model; it has {sorted(names.values())}"
             )
-        lists.append(BlockList(names[found], tuple(found.children())))
+        lists.append(named_list(model, names[found]))
     if not lists:
         raise OptionError("blocks", blocks, "at least one block list, or None to find them")
     return lists

@@ -36,6 +36,8 @@ class CachedModel(nn.Module):
         for name in vars(nn.Module()):
             if name != "training":
                 self.__dict__[name] = model.__dict__[name]
+        # a saved pipeline names the model's class by it
+        self.__dict__["__module__"] = type(model).__module__
         self._model = model
         self._engine = engine
         self._rebuild = rebuild

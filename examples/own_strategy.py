@@ -56,7 +56,7 @@ class DampedLine(Strategy):
 def main() -> None:
     torch.set_num_threads(1)  # the model is too small for more
     model = checkpoint.load()
-    noise, labels = start(samples=20, seed=0)
+    noise, labels = start(samples=10, seed=0)
     target = euler(guided(model, labels), noise, STEPS)
     strategies = [
         DeepCache(no_cache_steps=COMPUTED),

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx, nn
 
-from dit_cache_fx.capture import CallSignature, Subject, candidate_lists, capture, flatten_call
+from dit_cache_fx.capture import CallSignature, Subject, capture, flatten_call
 from dit_cache_fx.passes import run_passes
 from dit_cache_fx.program import Program
 from dit_cache_fx.strategies import make_strategy
@@ -81,8 +81,7 @@ def main() -> None:
     inputs = (torch.randn(1, 16, 4), torch.randn(1, 6, 8), torch.tensor([0.9]))
 
     # what the first call of `dit_cache_fx.apply(model, strategy)` does
-    lists = candidate_lists(model)
-    subject = Subject(model, CallSignature(model.forward), lists, False, strategy)
+    subject = Subject(model, CallSignature(model.forward), None, strategy)
     call = flatten_call(subject.signature.bind(inputs, {}), "timestep")
     program = capture(subject, call, "timestep").program
     print(*lines(program.gm, "captured"), "", sep="\n")

@@ -295,13 +295,17 @@ def test_a_reused_step_runs_exactly_the_layers_that_matter(model_case: Case, str
     assert 0 < len(needed) < len(leaves_of(model_case.build())) / 3
 
 
+#: layers that make other rows of a tensor that goes through a layer (a dropout) as a whole
+BESIDE_THE_STREAM = {"CogVideoXTransformer3DModel": {"patch_embed.text_proj"}}
+
+
 @each_case
 def test_a_reused_step_of_teacache_also_runs_what_makes_its_stream(model_case: Case) -> None:
     """What makes rows of the stream that the output does not show may run: they are one tensor."""
     dependencies = Dependencies(model_case, "teacache")
     ran = layers_on_a_reused_step(model_case, "teacache")
     shown, allowed = dependencies.needed(), dependencies.needed(tracked_inputs=True)
-    assert shown <= ran <= allowed
+    assert shown <= ran <= allowed | BESIDE_THE_STREAM.get(model_case.name, set())
     assert ran > Dependencies(model_case, "deepcache").needed()
 
 
@@ -314,7 +318,8 @@ def test_a_reused_step_with_a_never_cached_block_runs_what_that_block_needs(
     dependencies = Dependencies(model_case, strategy, {last_list: {1}})
     ran = layers_on_a_reused_step(model_case, strategy, (last_list, 1))
     tracked = strategy == "teacache"
-    assert dependencies.needed() <= ran <= dependencies.needed(tracked_inputs=tracked)
+    beside = BESIDE_THE_STREAM.get(model_case.name, set()) if tracked else set()
+    assert dependencies.needed() <= ran <= dependencies.needed(tracked_inputs=tracked) | beside
     assert any(name.startswith(f"{last_list}.1.") for name in ran)
 
 

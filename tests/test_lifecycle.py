@@ -287,7 +287,7 @@ def test_report_of_two_block_lists_that_are_cached_as_one_run() -> None:
         cached(**inputs)
     report = cached.cache_report()
     assert report.blocks == {"transformer_blocks": 3, "single_transformer_blocks": 3}
-    assert report.cached_blocks == {name: (0, 1, 2) for name in report.blocks}
+    assert report.cached_blocks == dict.fromkeys(report.blocks, (0, 1, 2))
     assert [(len(run), run[0], run[-1]) for run in report.captures[0].runs] == [
         (6, "transformer_blocks.0", "single_transformer_blocks.2")
     ]

@@ -87,6 +87,11 @@ def make(kind: Callable[..., nn.Module], **options: Any) -> nn.Module:
     return built(partial(kind, **options))
 
 
+def new(kind: Callable[..., nn.Module], *args: Any, seed: int = 5) -> nn.Module:
+    """A module in evaluation mode with weights drawn by `seed`."""
+    return built(lambda: kind(*args), seed)
+
+
 def toy_inputs(
     timestep: float,
     *,
@@ -245,6 +250,21 @@ class ResidualsDiT(ToyDiT):
             if residuals is not None:
                 h = h + residuals[index]
         return self.head(h)
+
+
+class StatefulDiT(ToyDiT):
+    """Its own code reads a parameter, a buffer and options in containers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.zeros(TOKENS, DIM))
+        self.register_buffer("phases", torch.linspace(0, 1, DIM))
+        self.factors = [1.0, 0.5]
+        self.options = {"bias": 0.25}
+
+    def trunk(self, h: Tensor, c: Tensor) -> Tensor:
+        h = self.factors[0] * (h + self.position) + self.options["bias"]
+        return super().trunk(h, c * self.factors[1] + self.phases)
 
 
 # --- toys for the call's form -----------------------------------------------------------------
@@ -485,6 +505,43 @@ class PairsDiT(ToyDiT):
         h = h + c[:, None]
         for attention, feed_forward in self.blocks:  # type: ignore[misc]
             h = feed_forward(attention(h))
+        return h
+
+
+class NestedBlocksDiT(ToyDiT):
+    """Its list is inside another module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk_module = nn.Module()
+        self.trunk_module.layers = self.blocks
+        del self.blocks
+
+    def trunk(self, h: Tensor, c: Tensor) -> Tensor:
+        for block in self.trunk_module.layers:  # type: ignore[union-attr]
+            h = block(h, c)
+        return h
+
+
+class PlainLayersDiT(ToyDiT):
+    """No list of it could be a trunk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.blocks
+        self.layers = nn.ModuleList([nn.Linear(DIM, DIM) for _ in range(DEPTH)])
+        self.text_layers = layers(2)
+        self.spare = layers(2)
+
+    def condition(self, timestep: Tensor, text: Tensor) -> Tensor:
+        for layer in self.text_layers:
+            text = layer(text)
+        return super().condition(timestep, text)
+
+    def trunk(self, h: Tensor, c: Tensor) -> Tensor:
+        h = h + c[:, None]
+        for layer in self.layers:
+            h = torch.tanh(layer(h))
         return h
 
 

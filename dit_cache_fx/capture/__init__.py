@@ -19,7 +19,12 @@ from torch import fx, nn
 from dit_cache_fx.capture.blocks import mark_blocks
 from dit_cache_fx.capture.check import compare, refuse, second_inputs
 from dit_cache_fx.capture.intercept import intercepted
-from dit_cache_fx.capture.leaves import BlockList, candidate_lists, kept_modules
+from dit_cache_fx.capture.leaves import (
+    BlockList,
+    candidate_lists,
+    kept_modules,
+    named_list,
+)
 from dit_cache_fx.capture.normal_form import Guards, normal_form
 from dit_cache_fx.capture.record import ModuleCall, Recording, record
 from dit_cache_fx.capture.signal import mark_input, mark_modulated, parts_of
@@ -43,6 +48,7 @@ __all__ = [
     "candidate_lists",
     "capture",
     "flatten_call",
+    "named_list",
     "named_timestep",
     "replayed",
 ]
@@ -72,10 +78,15 @@ class Subject:
 
     model: nn.Module
     signature: CallSignature
-    lists: Sequence[BlockList]
-    chosen: bool
+    blocks: tuple[str, ...] | None  # the block lists' names where the user gave them
     strategy: Strategy
     check: bool = True
+
+    def lists(self) -> list[BlockList]:
+        """The lists that may hold the trunk, as they are now."""
+        if self.blocks is None:
+            return candidate_lists(self.model)
+        return [named_list(self.model, name) for name in self.blocks]
 
     def always_runs(self, name: str) -> bool:
         """Whether the block of this name may be one that is never cached.
@@ -88,10 +99,10 @@ class Subject:
             never_cached(block, self.strategy, lists) for lists in ((list_name,), ("", list_name))
         )
 
-    def opened(self) -> list[nn.Module]:
+    def opened(self, lists: Sequence[BlockList]) -> list[nn.Module]:
         """The blocks whose inside is recorded, to find the strategy's signal there."""
         wanted = self.strategy.has_rule and self.strategy.looks_at() == "modulated"
-        return [blocks.modules[0] for blocks in self.lists] if wanted else []
+        return [blocks.modules[0] for blocks in lists] if wanted else []
 
     def run(self, call: FlatCall, tensors: Sequence[torch.Tensor]) -> Any:
         """The model's own answer to a flattened call with these tensors."""
@@ -107,20 +118,21 @@ def capture(subject: Subject, call: FlatCall, timestep: str | None) -> Captured:
     """
     with torch.inference_mode(False), torch.no_grad():
         tensors = [t.clone() if t.is_inference() else t for t in call.tensors]
-        kept = kept_modules(subject.model, subject.lists)
-        members = {m: kept[m] for blocks in subject.lists for m in blocks.modules}
+        lists = subject.lists()
+        kept = kept_modules(subject.model, lists)
+        members = {m: kept[m] for blocks in lists for m in blocks.modules}
         recording = record(
             lambda: subject.run(call, tensors),
             kept,
             set(members),
             {m for m, name in members.items() if subject.always_runs(name)},
-            {m: parts_of(m, kept[m]) for m in subject.opened()},
+            {m: parts_of(m, kept[m]) for m in subject.opened(lists)},
         )
         traced = trace(lambda inputs: subject.run(call, inputs), tensors, kept, recording)
         step = timestep if timestep is not None else guessed_timestep(call)
         _require_timestep(call, step)
         program, guards = normal_form(subject.model, traced, call, step)
-        mark_blocks(program, subject.lists, subject.chosen)
+        mark_blocks(program, lists, chosen=subject.blocks is not None)
         _mark_signal(program, subject.strategy, recording)
         trunk = {str(node.target) for node in program.block_calls()}
         blocks = {m: name for m, name in members.items() if f"model.{name}" in trunk}

@@ -7,7 +7,7 @@ calls whole are looked up live and need no such check.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -16,6 +16,8 @@ from torch import nn
 Fingerprint = dict[tuple[str, str], Hashable]
 
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
+_OTHER = object()
+_TORCHS = frozenset(vars(nn.Module()))  # parameters, hooks, training: not the model's options
 
 
 def fingerprint(model: nn.Module, whole: Collection[nn.Module]) -> Fingerprint:
@@ -36,9 +38,11 @@ def _parts(
 ) -> Iterator[tuple[tuple[str, str], Hashable]]:
     yield (path, "class"), id(type(module))
     yield (path, "forward"), "forward" in vars(module)
+    if path:  # the model's own hooks run around the graph
+        yield (path, "hooks"), bool(module._forward_hooks or module._forward_pre_hooks)
     for name, value in vars(module).items():
-        if isinstance(value, _PLAIN) and name != "training":
-            yield (path, name), value
+        if name not in _TORCHS and (plain := _plain(value)) is not _OTHER:
+            yield (path, name), plain
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         yield (path, name), None if tensor is None else (tensor.dtype, tensor.device)
     for name, child in module._modules.items():
@@ -50,3 +54,14 @@ def _parts(
             yield (inner, "weights"), None if tensor is None else (tensor.dtype, tensor.device)
         elif child is not None:
             yield from _parts(child, inner, whole)
+
+
+def _plain(value: object) -> Hashable:
+    """A value that can be compared: a number, text, or a container of such; else `_OTHER`."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(_plain(v) for v in value)
+    if isinstance(value, Mapping):
+        return tuple((str(k), _plain(v)) for k, v in value.items())
+    return _OTHER

@@ -32,6 +32,11 @@ def candidate_lists(model: nn.Module) -> list[BlockList]:
     return list(_lists(model, ""))
 
 
+def named_list(model: nn.Module, name: str) -> BlockList:
+    """The module list at this attribute path."""
+    return BlockList(name, tuple(model.get_submodule(name).children()))
+
+
 def _lists(module: nn.Module, prefix: str) -> Iterator[BlockList]:
     for name, child in module.named_children():
         path = f"{prefix}{name}"

@@ -10,7 +10,6 @@ from torch import fx, nn
 from dit_cache_fx.capture import (
     CallSignature,
     Subject,
-    candidate_lists,
     capture,
     flatten_call,
 )
@@ -73,7 +72,7 @@ def captured(strategy: Strategy, model: nn.Module | None = None) -> Program:
     model = (model or Toy()).eval()
     signature = CallSignature(model.forward)
     call = flatten_call(signature.bind((), inputs()), "timestep")
-    subject = Subject(model, signature, candidate_lists(model), False, strategy)
+    subject = Subject(model, signature, None, strategy)
     return capture(subject, call, "timestep").program
 
 
