@@ -21,6 +21,7 @@ from dit_cache_fx.module import CachedModel, is_compiled, original
 from dit_cache_fx.runtime.engine import Engine, check_block_ids
 from dit_cache_fx.strategies import ALIASES, Strategy, make_strategy
 
+_LISTS = (nn.ModuleList, nn.Sequential)
 Blocks = str | nn.ModuleList | Sequence[str | nn.ModuleList]
 
 
@@ -75,10 +76,8 @@ def apply(
 
 
 def _named_lists(model: nn.Module, blocks: Blocks) -> list[BlockList]:
-    given = [blocks] if isinstance(blocks, (str, nn.ModuleList)) else list(blocks)
-    names = {
-        m: n for n, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential))
-    }
+    given = [blocks] if isinstance(blocks, (str, *_LISTS)) else list(blocks)
+    names = {m: n for n, m in model.named_modules() if isinstance(m, _LISTS)}
     lists = []
     for item in given:
         found = next((m for m, n in names.items() if m is item or n == item), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,10 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def run(script: str, *arguments: str, cwd: Path) -> str:
+def run(script: str, cwd: Path) -> str:
     """What `python examples/<script>` prints."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "examples" / script), *arguments]
+    command = [sys.executable, str(ROOT / "examples" / script)]
     result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -52,9 +53,12 @@ def test_the_graph_in_the_readme(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["teacache", "taylorcache"])
-def test_read_the_graph_of(strategy: str, tmp_path: Path) -> None:
-    output = run("read_the_graph.py", strategy, cwd=tmp_path)
-    assert "run_0 = cache_or_compute(0, run_0_compute, run_0_reuse" in output
+def test_read_the_graph_of(
+    strategy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["read_the_graph.py", strategy])
+    runpy.run_path(str(ROOT / "examples" / "read_the_graph.py"), run_name="__main__")
+    assert "run_0 = cache_or_compute(0, run_0_compute, run_0_reuse" in capsys.readouterr().out
 
 
 def test_the_code_in_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:

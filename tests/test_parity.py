@@ -61,18 +61,18 @@ def model_of(model_case: Case) -> nn.Module:
 
 
 @cache
-def uncached(model_case: Case, steps: int) -> Outputs:
+def uncached(model_case: Case, steps: int, **inputs: Any) -> Outputs:
     model = model_of(model_case)
-    return [flat(model(**moving_inputs(model_case, i, steps))) for i in range(steps)]
+    return [flat(model(**moving_inputs(model_case, i, steps, **inputs))) for i in range(steps)]
 
 
-def cached_outputs(model_case: Case, cached: CachedModel, steps: int) -> Outputs:
+def cached_outputs(model_case: Case, cached: CachedModel, steps: int, **inputs: Any) -> Outputs:
     """A generation of the cached model, which has to tell its steps by itself."""
-    return [flat(cached(**moving_inputs(model_case, i, steps))) for i in range(steps)]
+    return [flat(cached(**moving_inputs(model_case, i, steps, **inputs))) for i in range(steps)]
 
 
-def reference_outputs(model_case: Case, reference: Reference, steps: int) -> Outputs:
-    return [flat(reference(i, moving_inputs(model_case, i, steps))) for i in range(steps)]
+def reference_outputs(model_case: Case, reference: Reference, steps: int, **inputs: Any) -> Outputs:
+    return [flat(reference(i, moving_inputs(model_case, i, steps, **inputs))) for i in range(steps)]
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -80,18 +80,15 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def assert_computed_steps_are_the_models_own(
-    got: Outputs, model_case: Case, computed: Collection[int]
+    got: Outputs, exact: Outputs, computed: Collection[int]
 ) -> None:
-    exact = uncached(model_case, len(got))
-    different = [i for i in computed if not torch.equal(got[i], exact[i])]
-    assert not different
+    assert [i for i in computed if i < len(got) and not torch.equal(got[i], exact[i])] == []
 
 
 def assert_reused_steps_differ_from_the_model(
-    reference: Outputs, model_case: Case, computed: Collection[int]
+    reference: Outputs, exact: Outputs, computed: Collection[int]
 ) -> None:
     """Else the comparison with the reference would show nothing."""
-    exact = uncached(model_case, len(reference))
     reused = [i for i in range(len(exact)) if i not in computed]
     assert reused
     assert all(relative_error(reference[i], exact[i]) > 10 * CLOSE for i in reused)
@@ -103,12 +100,14 @@ def assert_parity(
     reference: Reference,
     steps: int,
     largest_error: float,
+    **inputs: Any,
 ) -> None:
     """Every step is the reference's, and every computed step the model's."""
-    want = reference_outputs(model_case, reference, steps)
-    got = cached_outputs(model_case, cached, steps)
-    assert_computed_steps_are_the_models_own(got, model_case, reference.computed)
-    assert_reused_steps_differ_from_the_model(want, model_case, reference.computed)
+    exact = uncached(model_case, steps, **inputs)
+    want = reference_outputs(model_case, reference, steps, **inputs)
+    got = cached_outputs(model_case, cached, steps, **inputs)
+    assert_computed_steps_are_the_models_own(got, exact, reference.computed)
+    assert_reused_steps_differ_from_the_model(want, exact, reference.computed)
     if largest_error:
         errors = {i: relative_error(got[i], want[i]) for i in range(steps)}
         assert {i: e for i, e in errors.items() if not e < largest_error} == {}
@@ -325,6 +324,48 @@ def test_teacache_does_not_take_text_of_the_images_shape_for_the_image() -> None
     assert max(errors) < CLOSE
 
 
+# --- all three, called in other ways -------------------------------------------------------------
+
+LOW_AND_HIGH = {"low_freqs_order": 1, "high_freqs_order": 2}
+FEW = 6
+IN_FEW = frozenset({0, 1, 3})
+
+
+def pairs(
+    model_case: Case, lists: Sequence[str], **options: Any
+) -> Iterator[tuple[CachedModel, Reference, float]]:
+    """Each strategy's cached model with its reference and the largest error."""
+    model, streams = model_of(model_case), STREAMS[model_case.name]
+    options["no_cache_steps"] = IN_FEW
+    deep = dit_cache_fx.apply(model, "deepcache", **options)
+    yield deep, DeepCacheReference(model, lists, IN_FEW), 0
+    tea = dit_cache_fx.apply(model, "teacache", **options)
+    yield tea, TeaCacheReference(streams, model, lists, IN_FEW), CLOSE
+    taylor = dit_cache_fx.apply(model, "taylorcache", **options, **LOW_AND_HIGH)
+    yield taylor, TaylorReference(model, lists, IN_FEW, **LOW_AND_HIGH), CLOSE
+
+
+@each_case
+def test_a_batch_at_another_resolution(model_case: Case) -> None:
+    for cached, reference, error in pairs(model_case, model_case.block_lists):
+        assert_parity(model_case, cached, reference, FEW, error, batch=2, size=1, prompt=1)
+
+
+@pytest.mark.parametrize("name", [c.name for c in CASES if "HunyuanVideo15" in c.name])
+def test_a_model_that_takes_another_way_with_an_image(name: str) -> None:
+    """From prompt 2 on there is an image: one branch of the model's own control flow or another."""
+    for cached, reference, error in pairs(case(name), case(name).block_lists):
+        assert_parity(case(name), cached, reference, FEW, error, prompt=2)
+
+
+@pytest.mark.parametrize("chosen", [0, 1])
+@pytest.mark.parametrize("name", [c.name for c in CASES if len(c.block_lists) == 2])
+def test_only_one_of_two_lists_is_cached(name: str, chosen: int) -> None:
+    blocks = case(name).block_lists[chosen]
+    for cached, reference, error in pairs(case(name), [blocks], blocks=blocks):
+        assert_parity(case(name), cached, reference, FEW, error)
+
+
 # --- TeaCache's own rule -------------------------------------------------------------------------
 
 Signal = Callable[[nn.Module, Mapping[str, Any]], Tensor]
@@ -437,7 +478,8 @@ def computed_by(model_case: Case, **options: Any) -> list[int]:
     computed = [record.step for record in timeline if record.action == "computed"]
     reference = tea_reference(model_case, computed)
     want = reference_outputs(model_case, reference, RULE_STEPS)
-    assert_computed_steps_are_the_models_own(got, model_case, computed)
+    exact = uncached(model_case, RULE_STEPS)
+    assert_computed_steps_are_the_models_own(got, exact, computed)
     assert max(map(relative_error, got, want)) < CLOSE
     return computed
 
@@ -500,3 +542,43 @@ def test_rule_of_a_second_generation_starts_anew(name: str) -> None:
         timeline = cached.cache_report().timeline
         computed = [record.step for record in timeline if record.action == "computed"]
         assert computed == dynamic_steps(signals, threshold)
+
+
+class BareBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        return x + torch.tanh(self.linear(x) * (1 + temb))
+
+
+class BareModel(nn.Module):
+    """Its first block is given the caller's own tensor: there is no embedding before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = nn.Linear(1, 8)
+        self.blocks = nn.ModuleList([BareBlock(), BareBlock()])
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        temb = self.time(timestep[:, None, None])
+        for block in self.blocks:
+            x = block(x, temb)
+        return x
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["new-tensors", "in-place"])
+def test_rule_when_the_sampler_changes_the_sample_in_place(in_place: bool) -> None:
+    start, move = torch.randn(1, 6, 8), torch.randn(1, 6, 8)
+    samples = [start + 0.1 * i * move for i in range(RULE_STEPS)]
+    threshold = threshold_for(samples, every=2.6)
+    cached = dit_cache_fx.apply(
+        BareModel().eval(), "teacache", rel_l1_thresh=threshold, signal="input"
+    )
+    buffer = torch.empty_like(start)
+    for i, sample in enumerate(samples):
+        cached(buffer.copy_(sample) if in_place else sample, torch.tensor([1 - i / RULE_STEPS]))
+    timeline = cached.cache_report().timeline
+    computed = [record.step for record in timeline if record.action == "computed"]
+    assert computed == dynamic_steps(samples, threshold)

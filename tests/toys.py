@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,8 @@ DIM = 8
 TOKENS = 6
 TEXT = 4
 DEPTH = 3
+#: computed steps of a generation of six
+STEPS_OF_SIX = frozenset({0, 2, 3})
 
 
 # --- the parts ---------------------------------------------------------------------------------
@@ -622,7 +624,7 @@ def follows(
 
 
 def generation(
-    case: Case, computed: set[int], *, steps: int = 6, **options: Any
+    case: Case, computed: Collection[int], *, steps: int = 6, **options: Any
 ) -> list[tuple[bool, dict[str, Any]]]:
     """The calls of one generation: another sample at each step, the same conditioning."""
     return [

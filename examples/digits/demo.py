@@ -28,7 +28,7 @@ OUT = Path(__file__).with_name("out") / "demo.png"
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=50, help="steps of the uncached sampler")
-    parser.add_argument("--samples", type=int, default=30, help="digits to generate (10 or more)")
+    parser.add_argument("--samples", type=int, default=20, help="digits to generate (10 or more)")
     parser.add_argument("--threshold", type=float, default=0.2, help="of the dynamic TeaCache")
     parser.add_argument("--threads", type=int, default=1, help="1: seconds are then wall seconds")
     parser.add_argument("--out", type=Path, default=OUT, help="where to write the picture")

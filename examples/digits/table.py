@@ -59,7 +59,7 @@ def header(steps: int, reference_steps: int) -> str:
     )
     below = (
         f"{'system':38}{'computed':>9}{'seconds':>9}{'speedup':>9}{'KiB':>10}"
-        f"{f'{steps} steps':>10}{f'{reference_steps}':>10}{'digits':>9}"
+        f"{f'{steps} steps':>10}{f'{reference_steps} steps':>10}{'digits':>9}"
     )
     return "\n".join([above, below, "-" * len(below)])
 
