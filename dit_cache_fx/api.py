@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -76,10 +76,13 @@ def apply(
 
 
 def _named_lists(model: nn.Module, blocks: Blocks) -> list[BlockList]:
-    given = [blocks] if isinstance(blocks, (str, *_LISTS)) else list(blocks)
+    if isinstance(blocks, (str, *_LISTS)):
+        blocks = [blocks]
+    if not isinstance(blocks, Iterable):
+        raise OptionError("blocks", blocks, "attribute paths of module lists, or the lists")
     names = {m: n for n, m in model.named_modules() if isinstance(m, _LISTS)}
     lists = []
-    for item in given:
+    for item in blocks:
         found = next((m for m, n in names.items() if m is item or n == item), None)
         if found is None or not len(found):
             what = item if isinstance(item, str) else type(item).__name__
@@ -99,4 +102,4 @@ def _check_ids_early(strategy: Strategy, lists: Sequence[BlockList], known: bool
         check_block_ids(strategy, sizes)
         return
     largest = max(sizes.values())
-    check_block_ids(strategy, {**{a: largest for a in ALIASES if a not in sizes}, **sizes})
+    check_block_ids(strategy, sizes, aliases=dict.fromkeys(ALIASES, largest))

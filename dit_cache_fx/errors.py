@@ -14,6 +14,10 @@ class OptionError(DitCacheError, ValueError):
         super().__init__(f"{name}={value!r}: {expected}")
         self.name = name
         self.value = value
+        self.expected = expected
+
+    def __reduce__(self) -> tuple[type[OptionError], tuple[str, object, str]]:
+        return type(self), (self.name, self.value, self.expected)
 
 
 class DiscoveryError(DitCacheError):

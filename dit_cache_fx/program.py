@@ -178,6 +178,11 @@ def block_call_of(value: fx.Node) -> fx.Node:
     return value
 
 
+def operations(graph: fx.Graph) -> int:
+    """How many nodes of the graph compute something."""
+    return sum(n.op in ("call_function", "call_method", "call_module") for n in graph.nodes)
+
+
 def spec_of(node: fx.Node) -> torch.Tensor | None:
     """A tensor without data of the node's shape and dtype, where the capture knew them."""
     value = node.meta.get("val")

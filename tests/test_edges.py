@@ -66,9 +66,8 @@ SOME = tuple(
         "OfficialHunyuanVideo15Single",
     )
 )
-some_cases = pytest.mark.parametrize("model_case", SOME, ids=lambda c: c.name)
 each_mode = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-two_cases = pytest.mark.parametrize("model_case", SOME[::2], ids=lambda c: c.name)
+two_cases = pytest.mark.parametrize("model_case", SOME[:2], ids=lambda c: c.name)
 each_strategy = pytest.mark.parametrize("strategy", ["deepcache", "teacache", "taylorcache"])
 
 #: computed steps of a generation of six
@@ -271,7 +270,7 @@ def test_two_generations_of_two_resolutions_at_different_steps_in_turn() -> None
 
 @two_cases
 def test_half_precision(model_case: Case) -> None:
-    for dtype in model_case.half:
+    for dtype in model_case.half[-1:]:
         model = model_case.build().to(dtype)
         cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps={0, 2})
         by_hand = ByHand(model, model_case.block_lists)
@@ -314,7 +313,7 @@ def test_autocast_that_changes_within_a_generation() -> None:
 # --- autograd ------------------------------------------------------------------------------------
 
 
-@some_cases
+@two_cases
 def test_works_under_no_grad_and_inference_mode_in_turn(model_case: Case) -> None:
     cached, by_hand = pair(model_case)
     modes = itertools.cycle([torch.inference_mode, torch.no_grad, torch.no_grad])
@@ -396,7 +395,7 @@ def interrupt(*_: Any) -> None:
     raise Interrupted
 
 
-@two_cases
+@pytest.mark.parametrize("model_case", [TOY, SOME[2]], ids=lambda c: c.name)
 @pytest.mark.parametrize("step", [0, 2], ids=["while capturing", "later"])
 def test_a_failed_call_leaves_no_trace_in_the_next_generation(model_case: Case, step: int) -> None:
     cached, by_hand = pair(model_case)
@@ -748,7 +747,7 @@ def test_computed_steps_of_a_toy_are_the_uncached_models(kind: type[ToyDiT], str
         assert torch.equal(got, model(**inputs)) == computes
 
 
-@pytest.mark.parametrize("never", [{0}, {1}, {2}, {0, 2}, {0, 1}])
+@pytest.mark.parametrize("never", [{1}, {2}, {0, 2}])
 @pytest.mark.parametrize(
     "kind", [ToyDiT, UnchangedDiT, InPlaceDiT, JoinedDiT, CalledTwiceDiT, ResidualsDiT]
 )

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_cache_fx._torch import Emitter, emit_node, opaque, trace_functional, untraced
 from dit_cache_fx.capture.intercept import intercepted
+from dit_cache_fx.capture.numbers import NumberFactories
 from dit_cache_fx.capture.record import ModuleCall, Recording
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.program import OUTPUT, PATH
@@ -99,7 +100,12 @@ def _trace(
 
     def body(*inputs: torch.Tensor) -> list[torch.Tensor]:
         # make_fx replaces Module.__call__ itself: ours must come after
-        with intercepted(kept, player.handle), _PythonReads(read), _DataReads(read):
+        with (
+            intercepted(kept, player.handle),
+            _PythonReads(read),
+            NumberFactories(),
+            _DataReads(read),
+        ):
             leaves, skeleton = flatten(run(inputs))
         output.append(skeleton)
         return leaves

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from dit_cache_fx.errors import CaptureError, OptionError
 from dit_cache_fx.identity import Seen
 from dit_cache_fx.lowering import lower_eager
 from dit_cache_fx.passes import run_passes
-from dit_cache_fx.program import device_of, spec_of
+from dit_cache_fx.program import device_of, operations, spec_of
 from dit_cache_fx.runtime.branches import Branch, Session
 from dit_cache_fx.runtime.report import StepRecord
 from dit_cache_fx.runtime.step import HeldSpec, Step
@@ -58,6 +58,7 @@ class Entry:
     timestep: int  # which of the call's tensors
     conditioning: tuple[int, ...]  # those that are neither the timestep nor the sample
     serial: int
+    served: set[float] = field(default_factory=set)  # a few of the timesteps that it answered
 
 
 class SessionKey(NamedTuple):
@@ -126,6 +127,8 @@ class Engine:
                 return self(args, kwargs)
             output = self._run(entry, step, call, first)
         self._newest = generation
+        if len(entry.served) < 2:
+            entry.served.add(value)
         self._note(step, value, session, branch)
         return output
 
@@ -165,16 +168,14 @@ class Engine:
     def _entry(self, call: FlatCall, key: Hashable) -> tuple[Entry, bool]:
         entries = self.entries.setdefault(key, [])
         self.entries.move_to_end(key)
-        for entry in entries:
+        for entry in reversed(entries):
             if accepts(self.subject, entry.captured, call):
+                entries.remove(entry)
+                entries.append(entry)  # the newest is the last
                 return entry, False
         if len(entries) >= MAX_VARIANTS:
-            raise CaptureError(
-                f"{MAX_VARIANTS} captures of the same inputs have guards of different values: the "
-                "model's own code (outside its blocks and layers) reads a value that changes from "
-                "call to call, such as the timestep's. Last: "
-                f"{entries[-1].captured.guards and entries[-1].captured.guards.expected}"
-            )
+            _refuse_one_for_each_step(entries)
+            entries.pop(0)
         try:
             entries.append(self._capture(call))
         finally:
@@ -196,7 +197,7 @@ class Engine:
         program = captured.program
         self.timestep = program.arguments[program.inputs.index(str(program.timestep))]
         check_block_ids(self.strategy, program.block_lists)
-        nodes = len(program.graph.nodes)
+        nodes = operations(program.graph)
         run_passes(program, self.strategy)
         self._serial += 1
         moving = (program.sample, self.timestep)
@@ -272,10 +273,27 @@ class Engine:
         log.debug("step %d (timestep %g, branch %d): %s", step.index, value, place, action)
 
 
-def check_block_ids(strategy: Strategy, lists: dict[str, int]) -> None:
-    """Raise `OptionError` where `no_cache_block_id` names a list or block that is not there."""
+def _refuse_one_for_each_step(entries: Sequence[Entry]) -> None:
+    """Raise where every capture answered one step only: their guards change with the step."""
+    if all(len(entry.served) <= 1 for entry in entries):
+        guards = entries[-1].captured.guards
+        raise CaptureError(
+            f"{len(entries)} captures of the same inputs have guards of different values: the "
+            "model's own code (outside its blocks and layers) reads a value that changes from "
+            f"step to step, such as the timestep's. Last: {guards and guards.expected}"
+        )
+
+
+def check_block_ids(
+    strategy: Strategy, lists: dict[str, int], aliases: dict[str, int] | None = None
+) -> None:
+    """Raise `OptionError` where `no_cache_block_id` names a list or block that is not there.
+
+    `lists`: name -> number of blocks, in call order. `aliases`: the same for "double_blocks" and
+    "single_blocks" where the order is not known yet.
+    """
     names = list(lists)
-    sizes = {**dict(zip(ALIASES, lists.values(), strict=False)), **lists}
+    sizes = {**(aliases or dict(zip(ALIASES, lists.values(), strict=False))), **lists}
     for name, ids in (strategy.no_cache_block_id or {}).items():
         if name not in sizes:
             raise OptionError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dit_cache_fx.program import Program
+from dit_cache_fx.program import Program, operations
 from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.engine import Engine, Entry
 from dit_cache_fx.runtime.report import CacheReport, CaptureReport
@@ -95,5 +95,4 @@ def _capture(entry: Entry) -> CaptureReport:
 def _nodes_reused(program: Program) -> int:
     """Nodes of the top graph and of the reuse sides."""
     sides = [getattr(program.gm, f"run_{r.index}_reuse").graph for r in program.regions]
-    nodes = [n for graph in (program.graph, *sides) for n in graph.nodes]
-    return sum(n.op in ("call_function", "call_method", "call_module") for n in nodes)
+    return sum(operations(graph) for graph in (program.graph, *sides))

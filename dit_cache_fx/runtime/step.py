@@ -70,10 +70,11 @@ class Step:
 
         The caller may change its inputs and its outputs in place: no memory of theirs is held.
         """
-        if self.computes:
-            foreign = {_memory(t) for t in inputs}
-            for run, held in self._new.items():
-                self._new[run] = [h.copy() if _memory(h.tensor) in foreign else h for h in held]
+        foreign = {_memory(t) for t in inputs}
+        for run, held in self._new.items():
+            self._new[run] = [_own(h, foreign) for h in held]
+        if self._memory is not None:
+            self._memory = tuple(_own(Held.of(t), foreign).tensor for t in self._memory)
         self._write()
         own = {_memory(h.tensor) for held in self._branch.held.values() for h in held}
         return [t.clone() if _memory(t) in own else t for t in outputs]
@@ -104,6 +105,10 @@ class HeldSpec:
             for shape, dtype, device in self.shapes
             for _ in range(self.slots)
         ]
+
+
+def _own(held: Held, foreign: set[int]) -> Held:
+    return held.copy() if _memory(held.tensor) in foreign else held
 
 
 def _memory(tensor: torch.Tensor) -> int:
