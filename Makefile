@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m examples.digits.demo
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

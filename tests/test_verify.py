@@ -25,7 +25,7 @@ def test_an_in_place_operator_is_refused() -> None:
     program = captured(DEEP)
     add = next(n for n in program.graph.nodes if n.target is torch.ops.aten.add.Tensor)
     add.target = torch.ops.aten.add_.Tensor
-    with pytest.raises(VerifyError, match="changes a tensor in place: aten.add_.Tensor"):
+    with pytest.raises(VerifyError, match=r"changes a tensor in place: aten\.add_\.Tensor"):
         verify(program)
 
 
@@ -81,7 +81,7 @@ def test_a_strategy_that_holds_more_than_it_says_is_refused() -> None:
 
 def test_the_observer_sees_every_pass() -> None:
     seen: list[str] = []
-    run_passes(captured(DEEP), DEEP, lambda name, program: seen.append(name))
+    run_passes(captured(DEEP), DEEP, lambda name, _: seen.append(name))
     assert seen == [
         "forward_slices",
         "select_runs",

@@ -39,7 +39,9 @@ def measure_all(plan: list[Section], model: nn.Module, samples: int) -> list[lis
     """The runs of every section, under one progress bar."""
     every = [system for section in plan for system in section.systems]
     run(System("warm-up", every[0].sampler, 3), model, samples, ignore)
-    with tqdm(total=sum(system.steps for system in every), unit="step", leave=False) as progress:
+    with tqdm(
+        total=sum(system.steps for system in every), unit="step", leave=False, disable=None
+    ) as progress:
 
         def measure(system: System) -> Run:
             progress.set_description(system.name)

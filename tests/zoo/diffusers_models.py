@@ -433,7 +433,6 @@ def z_image_inputs(
         "x": list(latents.unbind(dim=0)),
         "t": expanded(timestep, batch),
         "cap_feats": [caption[:length] for caption, length in zip(captions, lengths, strict=True)],
-        "joint_attention_kwargs": None,
         "return_dict": False,
     }
 
