@@ -47,7 +47,9 @@ class Emitter:
         )
         return proxy
 
-    def attribute(self, name: str) -> fx.Proxy:
+    def attribute(self, name: str, value: object) -> fx.Proxy:
+        """A node that gives `value`; the traced module gets it as its attribute."""
+        setattr(self._tracer.root, name, value)
         proxy: fx.Proxy = self._tracer.create_proxy("get_attr", name, (), {})
         return proxy
 

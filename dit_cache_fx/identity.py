@@ -1,11 +1,16 @@
-"""Knowing tensors again from call to call without reading them."""
+"""Knowing tensors and objects again from call to call."""
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Sequence
+from typing import Any
 from weakref import ref
 
 import torch
+
+from dit_cache_fx.structure import attributes
 
 
 def version(tensor: torch.Tensor) -> int:
@@ -36,3 +41,36 @@ class Seen:
     def gone(self) -> bool:
         """Whether none of them is there any more as it was."""
         return not self._alive()
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether two values that are no tensors do the same: equal, or of equal parts.
+
+    Functions are alike when their code is and what they closed over is.
+    """
+    if a is b:
+        return True
+    if type(a) is not type(b) or isinstance(a, torch.Tensor):
+        return False
+    mine, others = _parts(a), _parts(b)
+    if mine is None or others is None:
+        return bool(a == b or (a != a and b != b))
+    return len(mine) == len(others) and all(map(alike, mine, others))
+
+
+def _parts(value: Any) -> list[Any] | None:
+    """What a value is made of; None for what is compared as it is."""
+    if isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return [value.__code__, cells, value.__defaults__, value.__kwdefaults__]
+    if isinstance(value, types.MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if isinstance(value, dict):
+        return [list(value), list(value.values())]
+    if hasattr(value, "tobytes"):  # an array
+        return [value.shape, str(value.dtype), value.tobytes()]
+    return [v for item in attributes(value) for v in item] or None

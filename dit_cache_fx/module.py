@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
 
-from dit_cache_fx.errors import DitCacheWarning, OptionError
+from dit_cache_fx.errors import OptionError
 from dit_cache_fx.runtime.engine import Engine, requires_grad
 from dit_cache_fx.runtime.report import CacheReport
 from dit_cache_fx.runtime.reporting import report
 
 #: attributes that belong to the cached model itself; every other one is the model's
-_OWN = frozenset({"_model", "_engine", "_rebuild", "_enabled", "_warned", "_compiled_call_impl"})
+_OWN = frozenset({"_model", "_engine", "_rebuild", "_enabled", "_compiled_call_impl"})
 #: what accelerate's hooks (offloading) set to wrap a forward: they wrap that of the cached model
 _HOOK = frozenset({"forward", "_old_forward", "_hf_hook"})
 
@@ -42,7 +41,6 @@ class CachedModel(nn.Module):
         self._engine = engine
         self._rebuild = rebuild
         self._enabled = True
-        self._warned: set[str] = set()
 
     # --- being the model -------------------------------------------------------------------------
 
@@ -52,7 +50,7 @@ class CachedModel(nn.Module):
             return self._model.forward(*args, **kwargs)
         reason = self._uncached_because(args, kwargs)
         if reason is not None:
-            self._warn_once(reason)
+            self._engine.warn_once(reason)
             return self._model.forward(*args, **kwargs)
         return self._engine(args, kwargs)
 
@@ -65,11 +63,6 @@ class CachedModel(nn.Module):
                 "torch.inference_mode())"
             )
         return None
-
-    def _warn_once(self, reason: str) -> None:
-        if reason not in self._warned:
-            self._warned.add(reason)
-            warnings.warn(f"not cached: {reason}", DitCacheWarning, stacklevel=4)
 
     def __getattr__(self, name: str) -> Any:
         if name in _OWN or name in _HOOK:  # its own, and not there

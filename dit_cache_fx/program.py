@@ -8,7 +8,7 @@ is one placeholder. There is no in-place operation in it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from dit_cache_fx.structure import Skeleton
 BLOCK = "dit_cache_block"  # on a block's call: its BlockId
 OUTPUT = "dit_cache_output"  # on a value of a block: the index among the block's tensors
 PATH = "dit_cache_path"  # beside it: the keys that lead to it in the block's result
+KEYS = "dit_cache_keys"  # on a container that is made as a block's argument: its keys
 SIGNAL = "dit_cache_signal"  # on the value that the strategy's own rule looks at
 DEVICE = "dit_cache_device"  # where "val" is on the meta device: the real one
 
@@ -169,6 +170,32 @@ def block_values(call: fx.Node) -> list[fx.Node]:
         return [call]
     items = [user for user in call.users if user.target in (operator.getitem, getattr)]
     return [value for item in items for value in block_values(item)]
+
+
+#: where a tensor is among a block's arguments: its place or keyword, then keys of containers
+Slot = tuple[Any, ...]
+
+
+def argument_leaves(call: fx.Node) -> list[tuple[Slot, fx.Node]]:
+    """The tensors among a block call's arguments, in order, as often as they appear."""
+    arguments = [*enumerate(call.args), *call.kwargs.items()]
+    return [leaf for key, value in arguments for leaf in _leaves((key,), value)]
+
+
+def _leaves(slot: Slot, value: Any) -> Iterator[tuple[Slot, fx.Node]]:
+    children: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, fx.Node) and KEYS in value.meta:
+        parts = [*value.kwargs.values()] or value.args[1:]
+        children = zip(value.meta[KEYS], parts, strict=True)
+    elif isinstance(value, fx.Node):
+        if value.op != "get_attr" or spec_of(value) is not None:
+            yield slot, value
+    elif isinstance(value, dict):
+        children = value.items()
+    elif isinstance(value, (list, tuple)):
+        children = zip(getattr(value, "_fields", range(len(value))), value, strict=True)
+    for key, child in children:
+        yield from _leaves((*slot, key), child)
 
 
 def block_call_of(value: fx.Node) -> fx.Node:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,15 +15,14 @@ from dit_cache_fx.program import (
     PATH,
     Program,
     Region,
+    Slot,
+    argument_leaves,
     block_call_of,
     block_values,
     descendants,
     device_of,
     spec_of,
 )
-
-#: a block's argument: its place among the positional ones, or its keyword
-Slot = int | str
 
 
 def start_of(program: Program, region: Region, value: fx.Node, cache_name: str) -> fx.Node | None:
@@ -50,7 +48,7 @@ def start_of(program: Program, region: Region, value: fx.Node, cache_name: str) 
 def stream_input(program: Program, call: fx.Node, cache_name: str) -> fx.Node | None:
     """The input of a block call that carries the sample's stream through it."""
     slot = _tracked_slot(program, call, cache_name)
-    return None if slot is None else dict(_tensor_arguments(call))[slot]
+    return None if slot is None else dict(argument_leaves(call))[slot]
 
 
 def _tracked_slot(program: Program, call: fx.Node, cache_name: str) -> Slot | None:
@@ -64,7 +62,7 @@ def _candidates(program: Program, call: fx.Node, shapes: set[torch.Size]) -> dic
     needs = program.needs()
     return {
         slot: node
-        for slot, node in _tensor_arguments(call)
+        for slot, node in argument_leaves(call)
         if _shape(node) in shapes and (program.sample is None or program.sample in needs[node])
     }
 
@@ -119,23 +117,17 @@ def _pad(
     return padded
 
 
-def _tensor_arguments(call: fx.Node) -> Iterator[tuple[Slot, fx.Node]]:
-    arguments: list[tuple[Slot, Any]] = [*enumerate(call.args), *call.kwargs.items()]
-    for slot, argument in arguments:
-        if isinstance(argument, fx.Node) and spec_of(argument) is not None:
-            yield slot, argument
-
-
 def _shape(node: fx.Node) -> Any:
     spec = spec_of(node)
     return None if spec is None else spec.shape
 
 
 def _named_slots(program: Program, call: fx.Node, name: str) -> list[Slot]:
-    """The slots that could be the block's parameter `name`: its keyword and its position."""
+    """The slots that are the block's parameter `name`, or a part of that name in a container."""
     module = program.gm.get_submodule(str(call.target))
     parameters = list(inspect.signature(module.forward).parameters)
-    return [name, parameters.index(name)] if name in parameters else [name]
+    place = parameters.index(name) if name in parameters else None
+    return [slot for slot, _ in argument_leaves(call) if slot[-1] == name or slot == (place,)]
 
 
 def _wired_slot(program: Program, value: fx.Node, first: fx.Node) -> Slot | None:
@@ -147,7 +139,7 @@ def _wired_slot(program: Program, value: fx.Node, first: fx.Node) -> Slot | None
     calls = [c for c in program.block_calls() if c.meta[BLOCK].list_name == list_name]
     for before, after in itertools.pairwise(calls):
         outputs = [v for v in block_values(before) if v.meta[PATH] == path]
-        for slot, node in _tensor_arguments(after):
+        for slot, node in argument_leaves(after):
             if node in outputs:
                 return slot
     return None

@@ -7,10 +7,13 @@ with equal skeletons (and tensors of equal shape, dtype and device) run the same
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 
@@ -43,7 +46,7 @@ class Identity:
 
 
 class Container(NamedTuple):
-    """A dict, list, tuple, named tuple or dataclass: its type, keys and children."""
+    """A dict, list, tuple, dataclass or plain object: its type, keys and children."""
 
     kind: type
     keys: tuple[Any, ...]
@@ -81,47 +84,122 @@ def _items(value: Any) -> list[tuple[Any, Any]] | None:
     if isinstance(value, dict):
         return list(value.items())
     if isinstance(value, (list, tuple)):
-        return list(enumerate(value))
-    return None
+        return list(zip(getattr(value, "_fields", range(len(value))), value, strict=True))
+    return attributes(value) if holds_tensors(value) or _is_record(value) else None
+
+
+def attributes(value: object) -> list[tuple[str, Any]]:
+    """The attributes of an object, in its dictionary or in slots."""
+    slots = (name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()))
+    found = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    found.pop("__dict__", None)
+    found.pop("__weakref__", None)
+    return [*found.items(), *getattr(value, "__dict__", {}).items()]
+
+
+#: what is never taken apart: it has tensors of its own, or is told by identity
+_WHOLE = (nn.Module, Enum, type, types.FunctionType, types.ModuleType, types.MethodType)
+
+
+def _is_record(value: Any, within: tuple[object, ...] = ()) -> bool:
+    """Whether an object is nothing but named plain values, down through all that it has."""
+    if isinstance(value, _WHOLE) or any(value is v for v in within):
+        return False
+    own = attributes(value)
+    return bool(own) and all(_is_plain(child, (*within, value)) for _, child in own)
+
+
+def _is_plain(value: Any, within: tuple[object, ...]) -> bool:
+    if isinstance(value, _PLAIN):
+        return True
+    if isinstance(value, (dict, list, tuple)):
+        children = value.values() if isinstance(value, dict) else value
+        return all(_is_plain(child, within) for child in children)
+    return _is_record(value, within)
+
+
+def holds_tensors(value: Any, within: tuple[object, ...] = ()) -> bool:
+    """Whether a tensor is reached through containers and attributes (`within`: on the way)."""
+    if isinstance(value, torch.Tensor):
+        return True
+    if isinstance(value, (*_PLAIN, *_WHOLE)) or any(value is v for v in within):
+        return False
+    if isinstance(value, dict):
+        children = list(value.values())
+    elif isinstance(value, (list, tuple)):
+        children = list(value)
+    else:
+        children = [child for _, child in attributes(value)]
+    return any(holds_tensors(child, (*within, value)) for child in children)
 
 
 def unflatten(
     skeleton: Skeleton,
     leaves: Sequence[Any],
     constant: Callable[[Any], Any] = lambda value: value,
+    make: Callable[[type, tuple[Any, ...], list[Any]], Any] | None = None,
 ) -> Any:
     """Rebuild a value with `leaves` (tensors, or anything that stands for them) in its places.
 
-    `constant` maps the values that are compared by identity.
+    `constant` maps the values that are compared by identity; `make(kind, keys, children)` makes
+    the containers (`build` by default).
     """
-    return _unflatten(skeleton, iter(leaves), constant)
+    return _unflatten(skeleton, iter(leaves), constant, make or build)
 
 
-def _unflatten(skeleton: Skeleton, leaves: Iterator[Any], constant: Callable[[Any], Any]) -> Any:
+def _unflatten(
+    skeleton: Skeleton, leaves: Iterator[Any], constant: Callable[[Any], Any], make: Any
+) -> Any:
     if isinstance(skeleton, Leaf):
         return next(leaves)
     if isinstance(skeleton, Constant):
         return skeleton.value
     if isinstance(skeleton, Identity):
         return constant(skeleton.value)
-    children = [_unflatten(child, leaves, constant) for child in skeleton.children]
-    return _build(skeleton.kind, skeleton.keys, children)
+    children = [_unflatten(child, leaves, constant, make) for child in skeleton.children]
+    return make(skeleton.kind, skeleton.keys, children)
 
 
-def _build(kind: Any, keys: tuple[Any, ...], children: list[Any]) -> Any:
-    make: Any = kind
-    if dataclasses.is_dataclass(kind):
-        return make(**dict(zip(keys, children, strict=True)))
+def build(kind: Any, keys: tuple[Any, ...], children: list[Any]) -> Any:
+    """A container of this type."""
+    if is_constructible(kind):
+        return kind(**dict(zip(keys, children, strict=True)))
     if issubclass(kind, dict):
         return kind(zip(keys, children, strict=True))
-    if hasattr(kind, "_fields"):
-        return kind(*children)
-    return kind(children)
+    if issubclass(kind, (list, tuple)):
+        return kind(children)
+    value = _blank(kind)
+    for key, child in zip(keys, children, strict=True):
+        object.__setattr__(value, key, child)
+    return value
 
 
-def paths(skeleton: Skeleton) -> list[tuple[Callable[[Any], Any], ...]]:
-    """For each leaf, the accessors that lead to it from the value (see `accessor`)."""
-    return [tuple(accessor(kind, key) for kind, key in path) for path in key_paths(skeleton)]
+def _blank(kind: Any) -> Any:
+    """An object of this type whose `__init__` has not run."""
+    try:
+        return object.__new__(kind)
+    except TypeError:  # types of C have a `__new__` of their own
+        return kind.__new__(kind)
+
+
+def is_constructible(kind: Any) -> bool:
+    """Whether a container is made by naming all of its parts: a named tuple, most dataclasses."""
+    if dataclasses.is_dataclass(kind):
+        return all(f.init for f in dataclasses.fields(kind))
+    return issubclass(kind, tuple) and hasattr(kind, "_fields")
+
+
+@dataclasses.dataclass(frozen=True)
+class Maker:
+    """Makes containers of one type and keys; an object that a graph can hold."""
+
+    kind: type
+    keys: tuple[Any, ...]
+
+
+def make_container(maker: Maker, *children: Any) -> Any:
+    """A container as a node of a graph, where the graph's own literals cannot be it."""
+    return build(maker.kind, maker.keys, list(children))
 
 
 def key_paths(skeleton: Skeleton) -> list[tuple[tuple[type, Any], ...]]:
@@ -139,15 +217,16 @@ def key_paths(skeleton: Skeleton) -> list[tuple[tuple[type, Any], ...]]:
 
 def accessor(kind: Any, key: Any) -> Callable[[Any], Any]:
     """How to reach the child `key` of a container of type `kind`."""
-    if dataclasses.is_dataclass(kind):
-        return lambda value: getattr(value, key)
-    return lambda value: value[key]
+    by_item = issubclass(kind, (dict, list, tuple)) and not hasattr(kind, "_fields")
+    if by_item and not dataclasses.is_dataclass(kind):
+        return lambda value: value[key]
+    return lambda value: getattr(value, key)
 
 
-def constants(skeleton: Skeleton) -> Iterator[Constant | Identity]:
-    """Every value in the skeleton that is not a tensor."""
+def constants(skeleton: Skeleton) -> Iterator[Any]:
+    """Every value in the skeleton that is not a tensor, in order."""
     if isinstance(skeleton, (Constant, Identity)):
-        yield skeleton
+        yield skeleton.value
     elif isinstance(skeleton, Container):
         for child in skeleton.children:
             yield from constants(child)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import dit_cache_fx
-from dit_cache_fx import CachedModel
+from dit_cache_fx import CachedModel, DitCacheWarning
 from tests.toys import (
     DEPTH,
     DIM,
@@ -343,6 +343,17 @@ def test_a_new_prompt_that_goes_on_downwards_starts_with_nothing(mode: Mode) -> 
 
 
 # --- what is held is bounded ---------------------------------------------------------------------
+
+
+def test_more_branches_than_are_told_apart_are_computed_with_one_warning() -> None:
+    model = make(ToyDiT, depth=1)
+    cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps={0})
+    texts = [text_of(f"prompt {i}") for i in range(9)]
+    calls = [i | {"text": text} for _, i in generation(TOY, {0}, steps=4) for text in texts]
+    with pytest.warns(DitCacheWarning, match="more than 8 calls with one timestep") as caught:
+        outputs = [cached(**inputs) for inputs in calls]
+    assert len(caught) == 1
+    assert all(torch.equal(out, model(**i)) for out, i in zip(outputs, calls, strict=True))
 
 
 def test_many_resolutions_hold_a_bounded_number_of_states_and_graphs() -> None:

@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from dit_cache_fx.capture.blocks import mark_blocks
 from dit_cache_fx.capture.check import compare, refuse, second_inputs
-from dit_cache_fx.capture.intercept import intercepted
+from dit_cache_fx.capture.intercept import CAPTURING, intercepted
 from dit_cache_fx.capture.leaves import (
     BlockList,
     candidate_lists,
@@ -35,9 +35,10 @@ from dit_cache_fx.errors import CaptureError, DiscoveryError
 from dit_cache_fx.identity import Seen
 from dit_cache_fx.program import OUTPUT, BlockId, Program, block_values
 from dit_cache_fx.strategies import Strategy, never_cached
-from dit_cache_fx.structure import unflatten
+from dit_cache_fx.structure import constants, unflatten
 
 __all__ = [
+    "CAPTURING",
     "BlockList",
     "CallSignature",
     "Captured",
@@ -121,13 +122,8 @@ def capture(subject: Subject, call: FlatCall, timestep: str | None) -> Captured:
         lists = subject.lists()
         kept = kept_modules(subject.model, lists)
         members = {m: kept[m] for blocks in lists for m in blocks.modules}
-        recording = record(
-            lambda: subject.run(call, tensors),
-            kept,
-            set(members),
-            {m for m, name in members.items() if subject.always_runs(name)},
-            {m: parts_of(m, kept[m]) for m in subject.opened(lists)},
-        )
+        recording = _recorded(subject, call, tensors, lists, kept)
+        _refuse_rewritten_arguments(recording)
         traced = trace(lambda inputs: subject.run(call, inputs), tensors, kept, recording)
         step = timestep if timestep is not None else guessed_timestep(call)
         _require_timestep(call, step)
@@ -146,6 +142,31 @@ def capture(subject: Subject, call: FlatCall, timestep: str | None) -> Captured:
             _check(subject, captured, call, tensors)
     log.info("captured %d blocks in %s", len(blocks), dict(program.block_lists))
     return captured
+
+
+def _recorded(
+    subject: Subject,
+    call: FlatCall,
+    tensors: Sequence[torch.Tensor],
+    lists: Sequence[BlockList],
+    kept: dict[nn.Module, str],
+) -> Recording:
+    """Record the model; a layer that answers with numbers is looked into, so leaves `kept`."""
+    members = {m: kept[m] for blocks in lists for m in blocks.modules}
+    recording = record(
+        lambda: subject.run(call, tensors),
+        kept,
+        set(members),
+        {m for m, name in members.items() if subject.always_runs(name)},
+        {m: parts_of(m, kept[m]) for m in subject.opened(lists)},
+    )
+    numbers = {c.name for c in recording.calls if any(v is not None for v in constants(c.skeleton))}
+    open_layers = [m for m, name in kept.items() if name in numbers and m not in members]
+    if not open_layers:
+        return recording
+    for module in open_layers:
+        del kept[module]
+    return _recorded(subject, call, tensors, lists, kept)
 
 
 def accepts(subject: Subject, captured: Captured, call: FlatCall) -> bool:
@@ -231,6 +252,16 @@ def _mark_signal(program: Program, strategy: Strategy, recording: Recording) -> 
     mark_modulated(program, made, strategy.stream_name())
     for call in recording.calls:
         call.inside = None
+
+
+def _refuse_rewritten_arguments(recording: Recording) -> None:
+    rewriting = next((call.name for call in recording.calls if call.rewrites), None)
+    if rewriting is not None:
+        raise CaptureError(
+            f"module {rewriting!r} puts a value into a container (a dict, list or object) among "
+            "its arguments: a cached step could not do the same. Let the module return the value "
+            "instead"
+        )
 
 
 def _refuse_late_guards(guards: Guards, trunk: set[str]) -> None:

@@ -9,7 +9,14 @@ from torch import fx, nn
 
 from dit_cache_fx.capture.leaves import BlockList
 from dit_cache_fx.errors import DiscoveryError
-from dit_cache_fx.program import BLOCK, BlockId, Program, block_values, spec_of
+from dit_cache_fx.program import (
+    BLOCK,
+    BlockId,
+    Program,
+    argument_leaves,
+    block_values,
+    spec_of,
+)
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,8 @@ def _composite(module: nn.Module) -> bool:
 
 
 def _carries_stream(call: fx.Node) -> bool:
-    inputs = {spec.shape for n in call.all_input_nodes if (spec := spec_of(n)) is not None}
+    given = [node for _, node in argument_leaves(call)]
+    inputs = {spec.shape for n in given if (spec := spec_of(n)) is not None}
     outputs = [spec for n in block_values(call) if (spec := spec_of(n)) is not None]
     return any(spec.ndim > 1 and spec.shape in inputs for spec in outputs)
 

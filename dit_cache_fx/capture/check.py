@@ -17,7 +17,8 @@ from torch import nn
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.record import ModuleCall, Recording
 from dit_cache_fx.errors import CaptureError
-from dit_cache_fx.structure import flatten, unflatten
+from dit_cache_fx.identity import alike
+from dit_cache_fx.structure import constants, flatten, unflatten
 
 
 class _Print(NamedTuple):
@@ -40,6 +41,7 @@ class _Run:
     """The block calls of a run and prints of the tensors that it showed."""
 
     calls: list[str] = field(default_factory=list)
+    constants: list[list[Any]] = field(default_factory=list)  # of each call, what is no tensor
     prints: dict[_Place, _Print] = field(default_factory=dict)
     wanted: _Place | None = None
     tensor: torch.Tensor | None = None
@@ -63,6 +65,10 @@ def compare(
     got = _run(graph, blocks, recording, _Run())
     if want.calls != got.calls:
         return f"it calls blocks {got.calls}, the model calls {want.calls}"
+    for name, *each in zip(want.calls, want.constants, got.constants, strict=True):
+        unlike = _first_unlike(*each)
+        if unlike is not None:
+            return f"it calls block {name} with {unlike}"
     place = next((p for p in want.prints if want.prints[p] != got.prints.get(p)), None)
     if place is None:
         return None if len(want.prints) == len(got.prints) else "it passes more tensors"
@@ -114,7 +120,8 @@ def _run(
     def handle(
         module: nn.Module, name: str, call: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        inputs, _ = flatten((args, kwargs))
+        inputs, skeleton = flatten((args, kwargs))
+        shown.constants.append(list(constants(skeleton)))
         shown.show(len(shown.calls), inputs)
         shown.calls.append(name)
         made = next(calls, None)
@@ -151,6 +158,20 @@ def _print(tensor: torch.Tensor) -> _Print:
     weights = torch.arange(bits.numel(), device=bits.device) % 8191 + 1
     total, weighted = torch.stack([bits.sum(), (bits * weights).sum()]).tolist()
     return _Print(kind, total, weighted)
+
+
+def _first_unlike(want: Sequence[Any], got: Sequence[Any]) -> str | None:
+    if len(want) != len(got):
+        return f"{len(got)} values that are no tensors, the model's with {len(want)}"
+    for a, b in zip(want, got, strict=True):
+        if not alike(a, b):
+            return f"{_short(b)}, the model's with {_short(a)}"
+    return None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _difference(want: torch.Tensor | None, got: torch.Tensor | None) -> str:

@@ -12,9 +12,9 @@ from torch import nn
 #: (module, its name, run it for real, args, kwargs) -> what the caller gets
 Handler = Callable[[nn.Module, str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
-# torch.fx's own tracer replaces Module.__call__ in the same way; two captures in two threads
-# must not restore each other's replacement.
-_LOCK = threading.RLock()
+#: torch.fx's own tracer replaces Module.__call__ in the same way; two captures in two threads
+#: must not restore each other's replacement: a capture holds this from its start to its end
+CAPTURING = threading.RLock()
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def intercepted(names: Mapping[nn.Module, str], handler: Handler) -> Iterator[No
     owner = threading.get_ident()
     inside = False
 
-    with _LOCK:
+    with CAPTURING:
         original = nn.Module.__call__
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

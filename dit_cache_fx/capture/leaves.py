@@ -71,12 +71,19 @@ def _keep_layers(module: nn.Module, prefix: str, kept: dict[nn.Module, str]) -> 
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """A module without parts, one of torch's own, or one that something else has hold of."""
+    """Weights without parts, one of torch's own, or one that something else has hold of."""
     if isinstance(module, _CONTAINERS):
         return False
-    if next(module.children(), None) is None or _is_adapted(module) or _is_hooked(module):
+    if _is_adapted(module) or _is_hooked(module):
+        return True
+    if next(module.children(), None) is None and _owns_tensors(module):
         return True
     return type(module).__module__.startswith(("torch.nn.", "torch.ao.nn."))
+
+
+def _owns_tensors(module: nn.Module) -> bool:
+    """Whether it has weights: without any, what it does is the model's own code (positions)."""
+    return bool(module._parameters or module._buffers)
 
 
 def _is_adapted(module: nn.Module) -> bool:

@@ -60,6 +60,7 @@ class ModuleCall:
     mutated: tuple[int, ...] = ()  # which of its tensor arguments it changed in place
     like: tuple[int | None, ...] = ()  # for each output a tensor argument of the same shape
     inside: Inside | None = None
+    rewrites: bool = False  # whether it put something else into a container among its arguments
 
     def outputs(self) -> list[torch.Tensor]:
         """What it returned, as new tensor objects; placeholders where no value was kept."""
@@ -111,11 +112,15 @@ def record(
             else:
                 output = call(module, *args, **kwargs)
         outputs, skeleton = flatten(output)
+        after, kept_form = flatten((args, kwargs))
+        rewrites = given != kept_form or any(a is not b for a, b in zip(inputs, after, strict=True))
         mutated = tuple(i for i, t in enumerate(inputs) if version(t) != versions[i])
         shapes = [t.shape for t in inputs]
         like = tuple(shapes.index(t.shape) if t.shape in shapes else None for t in outputs)
         specs = [Spec.of(t) for t in outputs]
-        made = ModuleCall(name, specs, skeleton, mutated=mutated, like=like, inside=inside)
+        made = ModuleCall(
+            name, specs, skeleton, mutated=mutated, like=like, inside=inside, rewrites=rewrites
+        )
         reader.produced(made, outputs, hold=module not in blocks or module in always_run)
         calls.append(made)
         return output

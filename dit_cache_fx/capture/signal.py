@@ -19,6 +19,7 @@ from dit_cache_fx.program import (
     SIGNAL,
     Program,
     ancestors,
+    argument_leaves,
     attributes_of,
     descendants,
     graph_module,
@@ -52,7 +53,7 @@ def mark_modulated(program: Program, made: ModuleCall, cache_name: str) -> None:
     if stream is None or made.inside is None:
         raise _unknown("the first block has no input of the shape of its output")
     inside = made.inside
-    arguments = _argument_nodes(first)
+    arguments = [node for _, node in argument_leaves(first)]
     if len(arguments) != len(inside.tensors):
         raise _unknown("the first block takes arguments that are not tensors in containers")
     conditioning = [n for n in arguments if n is not stream and _timed(program, n)]
@@ -99,18 +100,6 @@ def _add(
         new = translated(program.model, traced, program.graph, attributes, given, needed)
     new[value].meta[SIGNAL] = True
     program.gm = graph_module(program.model, attributes, program.graph, "Captured")
-
-
-def _argument_nodes(call: fx.Node) -> list[fx.Node]:
-    """The nodes in a call's arguments, in order, as often as they appear."""
-    nodes: list[fx.Node] = []
-
-    def note(node: fx.Node) -> fx.Node:
-        nodes.append(node)
-        return node
-
-    fx.map_arg((call.args, call.kwargs), note)
-    return nodes
 
 
 def _timed(program: Program, node: fx.Node) -> bool:

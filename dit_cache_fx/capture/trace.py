@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,8 +21,18 @@ from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.numbers import NumberFactories
 from dit_cache_fx.capture.record import ModuleCall, Recording
 from dit_cache_fx.errors import CaptureError
-from dit_cache_fx.program import OUTPUT, PATH
-from dit_cache_fx.structure import Skeleton, accessor, flatten, key_paths, unflatten
+from dit_cache_fx.program import KEYS, OUTPUT, PATH
+from dit_cache_fx.structure import (
+    Maker,
+    Skeleton,
+    accessor,
+    build,
+    flatten,
+    is_constructible,
+    key_paths,
+    make_container,
+    unflatten,
+)
 
 
 def call_kept(index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -150,13 +161,22 @@ class _Retrace(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is call_kept:
-            index, _, inner_args, inner_kwargs = args
-            return self._player.answer(index, inner_args, inner_kwargs)
+            index, _, *arguments = args
+            return self._player.answer(index, *map(_mutable, arguments))
         return (
             None
             if target in (read_count, read_shape)
             else super().call_function(target, args, kwargs)
         )
+
+
+def _mutable(value: Any) -> Any:
+    """A graph's arguments, whose containers cannot be changed, as a call's."""
+    if isinstance(value, immutable_dict):
+        return {key: _mutable(child) for key, child in value.items()}
+    if type(value) is tuple:
+        return tuple(map(_mutable, value))
+    return list(map(_mutable, value)) if isinstance(value, immutable_list) else value
 
 
 class _Player:
@@ -202,7 +222,12 @@ class _Replay:
         return self.made.outputs()
 
     def emit(self, graph: Emitter, inputs: Sequence[Any]) -> Sequence[Any]:
-        args, kwargs = unflatten(self.inputs, inputs, lambda v: self._attribute(graph, v))
+        args, kwargs = unflatten(
+            self.inputs,
+            inputs,
+            lambda value: self._attribute(graph, value),
+            lambda *container: self._container(graph, *container),
+        )
         name = self.made.name
         node = graph.call(call_kept, (self.index, name, args, kwargs), {}, _node_name(name))
         outputs = []
@@ -212,12 +237,29 @@ class _Replay:
             outputs.append(output)
         return outputs
 
+    def _container(self, graph: Emitter, kind: Any, keys: Any, children: list[Any]) -> Any:
+        """A container as an argument: what a graph cannot write down is made by a node of it."""
+        if kind in (dict, list, tuple):
+            return build(kind, keys, children)
+        if is_constructible(kind):
+            made = graph.call(kind, (), dict(zip(keys, children, strict=True)), kind.__name__)
+        else:
+            maker = self._attribute(graph, self._maker(kind, keys))
+            made = graph.call(make_container, (maker, *children), {}, kind.__name__)
+        made.node.meta[KEYS] = keys
+        return made
+
+    def _maker(self, kind: Any, keys: Any) -> Maker:
+        wanted = Maker(kind, keys)
+        known = [m for m in self.objects.values() if isinstance(m, Maker)]
+        return next((m for m in known if m == wanted), wanted)
+
     def _attribute(self, graph: Emitter, value: object) -> fx.Proxy:
         name = next((n for n, v in self.objects.items() if v is value), None)
         if name is None:
             name = f"_object_{len(self.objects)}"
             self.objects[name] = value
-        return graph.attribute(name)
+        return graph.attribute(name, value)
 
 
 def _node_name(module_name: str) -> str:

@@ -50,6 +50,7 @@ class Branch:
 
     conditioning: Seen = field(default_factory=lambda: Seen([]))
     recognised: bool = False  # its conditioning was seen again on a later step
+    placed: bool = True  # it has a place in its step that tells it from the others
     held: dict[int, list[Held]] = field(default_factory=dict)  # by cached run
     memory: Memory | None = None  # of the strategy's own rule
     computed: int = 0  # computed steps so far
@@ -69,15 +70,25 @@ class Session:
     moment: Moment | None = None  # of its newest call
     branches: list[Branch] = field(default_factory=list)
     called: list[Branch] = field(default_factory=list)  # in the current step
+    crowded: Moment | None = None  # the newest that had more calls than branches are kept
 
-    def enter(self, generation: Generation, moment: Moment) -> None:
-        """Move to `moment`; nothing is held of another generation, or behind too many calls."""
+    def enter(self, generation: Generation, moment: Moment) -> bool:
+        """Move to `moment`; nothing is held of another generation, or behind too many calls.
+
+        Returns whether too many calls made it drop what a step under way held.
+        """
         if generation is not self.generation or moment != self.moment:
             self.called = []
-        if generation is not self.generation or len(self.called) >= MAX_BRANCHES:
+        if generation is not self.generation:
+            self.crowded = None
+        crowded = len(self.called) >= MAX_BRANCHES
+        if crowded:  # which of the step's calls are left depends on their number
+            self.crowded = moment
+        if generation is not self.generation or crowded:
             self.branches, self.called = [], []
         self.generation, self.moment = generation, moment
         generation.moment = moment
+        return crowded and moment.index > 0
 
     def branch_of(self, conditioning: Seen) -> Branch:
         """The branch of a call: known by its conditioning, else by its place in the step.
@@ -87,7 +98,7 @@ class Session:
         """
         free = [b for b in self.branches if not any(b is c for c in self.called)]
         shared = [b.conditioning.shared_with(conditioning) for b in free]
-        strangers = [b for b in free if not b.recognised or not len(conditioning)]
+        strangers = [b for b in free if b.placed and (not b.recognised or not len(conditioning))]
         if shared and max(shared) > 0:
             branch = free[shared.index(max(shared))]
             branch.recognised = True
@@ -96,6 +107,7 @@ class Session:
         else:
             branch = self._place(free)
         branch.conditioning = conditioning
+        branch.placed = self.crowded != self.moment
         self.called.append(branch)
         return branch
 

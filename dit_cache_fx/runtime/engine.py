@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
@@ -13,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from dit_cache_fx.capture import (
+    CAPTURING,
     Captured,
     FlatCall,
     Subject,
@@ -24,12 +26,12 @@ from dit_cache_fx.capture import (
     replayed,
 )
 from dit_cache_fx.capture.fingerprint import Fingerprint, fingerprint, volatile
-from dit_cache_fx.errors import CaptureError, OptionError
+from dit_cache_fx.errors import CaptureError, DitCacheWarning, OptionError
 from dit_cache_fx.identity import Seen
 from dit_cache_fx.lowering import lower_eager
 from dit_cache_fx.passes import run_passes
 from dit_cache_fx.program import device_of, operations, spec_of
-from dit_cache_fx.runtime.branches import Branch, Session
+from dit_cache_fx.runtime.branches import MAX_BRANCHES, Branch, Session
 from dit_cache_fx.runtime.report import StepRecord
 from dit_cache_fx.runtime.step import HeldSpec, Step
 from dit_cache_fx.runtime.steps import Generation, Moment, timestep_value
@@ -41,6 +43,11 @@ MAX_CAPTURES = 32
 MAX_SESSIONS = 8
 #: most captures of one signature: more means that its guards depend on what changes every step
 MAX_VARIANTS = 8
+
+_CROWDED = (
+    f"more than {MAX_BRANCHES} calls with one timestep are not told apart: every step is computed. "
+    "Name each branch (cache_context), or put them into one batch"
+)
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +92,7 @@ class Engine:
         self._newest: Generation | None = None
         self._noted: Generation | None = None  # the one whose steps are in the timeline
         self._serial = 0
+        self._warned: set[str] = set()
 
     # --- life cycle --------------------------------------------------------------------------
 
@@ -163,6 +171,12 @@ class Engine:
                     "check=False if that is wanted"
                 )
 
+    def warn_once(self, reason: str) -> None:
+        """Warn that a call is not cached, with each reason once."""
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(f"not cached: {reason}", DitCacheWarning, stacklevel=6)
+
     # --- graphs ------------------------------------------------------------------------------
 
     def _entry(self, call: FlatCall, key: Hashable) -> tuple[Entry, bool]:
@@ -177,7 +191,8 @@ class Engine:
             _refuse_one_for_each_step(entries)
             entries.pop(0)
         try:
-            entries.append(self._capture(call))
+            with CAPTURING:
+                entries.append(self._capture(call))
         finally:
             if not entries:
                 self.entries.pop(key, None)
@@ -248,7 +263,8 @@ class Engine:
             moment = generation.moment.advanced(value, explicit)
             joins = generation is session.generation or generation.takes(value, explicit)
             if moment is not None and joins:
-                session.enter(generation, moment)
+                if session.enter(generation, moment):
+                    self.warn_once(_CROWDED)
                 return generation
         fresh = Generation(Moment(value, explicit=explicit))
         session.enter(fresh, fresh.moment)
