@@ -6,11 +6,15 @@ the graph, whatever runs behind it. The means are those of torch's own higher-or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import fx
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._dynamo.eval_frame import skip_code
+from torch._dynamo.variables import functions as dynamo_functions
 from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import (
@@ -23,6 +27,9 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.utils import _pytree as pytree
 
 from dit_cache_fx.program import DEVICE
+from dit_cache_fx.specs import TensorSpec
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class OpaqueCall(Protocol):
@@ -113,13 +120,53 @@ def emit_node(target: Callable[..., Any], args: Any, kwargs: Any, name: str) -> 
 
 
 def trace_shapes(
-    function: Callable[..., Sequence[torch.Tensor]], specs: Sequence[tuple[Any, Any, Any]]
-) -> fx.Graph:
-    """The graph of a pure function for tensors of these (shape, dtype, device), without data."""
+    function: Callable[..., Sequence[torch.Tensor]], specs: Sequence[TensorSpec]
+) -> fx.GraphModule:
+    """The graph of a pure function for tensors of these specs, without data."""
     with FakeTensorMode():
         inputs = [torch.empty(shape, dtype=dtype, device=d) for shape, dtype, d in specs]
         gm: fx.GraphModule = make_fx(function)(*inputs)
-    return gm.graph
+    return gm
+
+
+def not_a_compiled_frame(function: _F) -> _F:
+    """Mark a function that `torch.compile` must not make code of; it looks at what it calls.
+
+    As for `Module.__call__`, this is about frames: within another compiled function it is traced.
+    """
+    code: Any = function.__code__
+    skip_code(code)
+    return function
+
+
+#: what `torch.compile` has set to look at frames: None where it does not
+dynamo_callback = get_eval_frame_callback
+
+
+@contextmanager
+def signatures_kept() -> Iterator[None]:
+    """Within it, Dynamo looks into the branches of `cond` without mixing up their signatures.
+
+    Up to torch 2.13 it remembers what `inspect.signature` gave in one branch, where what it knows
+    of the object's attributes is dropped with the branch: the other branch then fails with
+    "'Signature' object has no attribute '_parameters'".
+    """
+    variable = getattr(dynamo_functions, "InspectSignatureVariable", None)
+    if variable is None or "call_function" not in vars(variable):
+        yield
+        return
+    remembered = variable.call_function
+
+    def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        within = tx.output.current_tracer.parent is not None
+        plain = dynamo_functions.UserFunctionVariable.call_function
+        return (plain if within else remembered)(self, tx, args, kwargs)
+
+    variable.call_function = call_function
+    try:
+        yield
+    finally:
+        variable.call_function = remembered
 
 
 def untraced() -> Any:

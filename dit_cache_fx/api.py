@@ -18,8 +18,8 @@ from dit_cache_fx.capture import (
 )
 from dit_cache_fx.errors import DiscoveryError, OptionError
 from dit_cache_fx.module import CachedModel, is_compiled, original
-from dit_cache_fx.runtime.engine import Engine, check_block_ids
-from dit_cache_fx.strategies import ALIASES, Strategy, make_strategy
+from dit_cache_fx.runtime.engine import Engine
+from dit_cache_fx.strategies import ALIASES, Strategy, check_block_ids, make_strategy
 
 _LISTS = (nn.ModuleList, nn.Sequential)
 Blocks = str | nn.ModuleList | Sequence[str | nn.ModuleList]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from pathlib import Path
+
 
 class DitCacheError(Exception):
     """Base of every error of this package."""
@@ -34,3 +38,19 @@ class VerifyError(DitCacheError):
 
 class DitCacheWarning(UserWarning):
     """Something is not cached although caching was asked for; the text says why."""
+
+
+_PLUMBING = (str(Path(__file__).parent), "torch", "contextlib")
+
+
+def warn(message: str) -> None:
+    """Warn at the line that called into this package."""
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and _is_plumbing(frame.f_code.co_filename):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, DitCacheWarning, stacklevel=level)
+
+
+def _is_plumbing(filename: str) -> bool:
+    path = Path(filename)
+    return filename.startswith(_PLUMBING[0]) or "torch" in path.parts or path.stem == "contextlib"

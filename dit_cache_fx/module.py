@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
+from dit_cache_fx._torch import dynamo_callback, not_a_compiled_frame
 from dit_cache_fx.errors import OptionError
+from dit_cache_fx.runtime.drive import Serving, drive
 from dit_cache_fx.runtime.engine import Engine, requires_grad
 from dit_cache_fx.runtime.report import CacheReport
 from dit_cache_fx.runtime.reporting import report
@@ -44,15 +47,24 @@ class CachedModel(nn.Module):
 
     # --- being the model -------------------------------------------------------------------------
 
+    @not_a_compiled_frame
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, called as before."""
-        if not self._enabled:
+        serving = self._serving(args, kwargs, dynamo_callback() is not None)
+        if serving is None:
             return self._model.forward(*args, **kwargs)
+        return drive(serving)
+
+    @torch.compiler.disable
+    def _serving(self, args: Any, kwargs: Any, compiled: bool) -> Serving | None:
+        """How a call is answered; None where the model itself answers it."""
+        if not self._enabled:
+            return None
         reason = self._uncached_because(args, kwargs)
         if reason is not None:
             self._engine.warn_once(reason)
-            return self._model.forward(*args, **kwargs)
-        return self._engine(args, kwargs)
+            return None
+        return self._engine.serve(args, kwargs, compiled)
 
     def _uncached_because(self, args: Any, kwargs: Any) -> str | None:
         if self._model.training:
@@ -124,14 +136,14 @@ class CachedModel(nn.Module):
     @property
     def cur_timestep(self) -> int:
         """The step index: as set, else that of the newest call."""
-        explicit = self._engine.explicit
-        return self._engine.current_step if explicit is None else explicit
+        explicit = self._engine.tracker.explicit
+        return self._engine.tracker.current_step if explicit is None else explicit
 
     @cur_timestep.setter
     def cur_timestep(self, step: int | None) -> None:
         if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
             raise OptionError("cur_timestep", step, "a step index: an integer from 0, or None")
-        self._engine.explicit = step
+        self._engine.tracker.explicit = step
 
     def enable(self) -> None:
         """Cache from the next call on."""
@@ -158,16 +170,17 @@ class CachedModel(nn.Module):
         """
         if not isinstance(name, str):
             raise OptionError("name", name, "the name of a branch, such as 'cond'")
-        engine, before = self._engine, self._engine.context
+        tracker = self._engine.tracker
+        before = tracker.context
         own = getattr(self._model, "cache_context", None)
         with ExitStack() as stack:
             if own is not None:  # the model's own hooks may look at it
                 stack.enter_context(own(name, **more))
-            engine.context = name
+            tracker.context = name
             try:
                 yield
             finally:
-                engine.context = before
+                tracker.context = before
 
     def cache_report(self) -> CacheReport:
         """What is cached, what it holds, what the last generation did."""

@@ -8,7 +8,7 @@ is one placeholder. There is no in-place operation in it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +16,14 @@ import torch
 from torch import fx, nn
 
 from dit_cache_fx.errors import VerifyError
+from dit_cache_fx.specs import TensorSpec
 from dit_cache_fx.structure import Skeleton
 
 #: node.meta keys
 BLOCK = "dit_cache_block"  # on a block's call: its BlockId
 OUTPUT = "dit_cache_output"  # on a value of a block: the index among the block's tensors
 PATH = "dit_cache_path"  # beside it: the keys that lead to it in the block's result
+ORIGIN = "dit_cache_origin"  # on a node that was copied into a run: the name of what it was
 KEYS = "dit_cache_keys"  # on a container that is made as a block's argument: its keys
 SIGNAL = "dit_cache_signal"  # on the value that the strategy's own rule looks at
 DEVICE = "dit_cache_device"  # where "val" is on the meta device: the real one
@@ -133,12 +135,48 @@ def attributes_of(gm: fx.GraphModule, graph: fx.Graph) -> dict[str, Any]:
     return {t: getattr(gm, t) for t in sorted(targets) if "." not in t and hasattr(gm, t)}
 
 
+def inline(
+    graph: fx.Graph,
+    attributes: dict[str, Any],
+    gm: fx.GraphModule,
+    inputs: Sequence[fx.Node],
+) -> list[fx.Node]:
+    """Add all of `gm`, called with `inputs`, to `graph`; returns the nodes of its results.
+
+    What it reads from itself (constants) is added to `attributes`, where need be by another name.
+    """
+    places = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    new: dict[fx.Node, fx.Node] = dict(zip(places, inputs, strict=True))
+    for node in gm.graph.nodes:
+        if node.op not in ("placeholder", "output"):
+            new[node] = graph.node_copy(node, new.__getitem__)
+            if node.op == "get_attr" and "." not in str(node.target):
+                new[node].target = _added(attributes, str(node.target), getattr(gm, node.target))
+    results: Any = gm.graph.output_node().args[0]
+    return [new[n] if isinstance(n, fx.Node) else n for n in results]
+
+
+def _added(attributes: dict[str, Any], name: str, value: object) -> str:
+    while name in attributes and attributes[name] is not value:
+        name += "_"
+    attributes[name] = value
+    return name
+
+
 def is_kept(node: fx.Node) -> bool:
     """What dead-code elimination must leave: the interface, and what was marked to run.
 
     A block without readers is one that is never cached, by the user's wish.
     """
     return node.op in ("placeholder", "output") or BLOCK in node.meta or SIGNAL in node.meta
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether an operator's result is a part of its input's memory."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    returns = node.target._schema.returns
+    return bool(returns) and returns[0].alias_info is not None
 
 
 def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:
@@ -168,8 +206,12 @@ def block_values(call: fx.Node) -> list[fx.Node]:
     """The tensors of a block's result: the call itself, or the items taken from it."""
     if OUTPUT in call.meta:
         return [call]
-    items = [user for user in call.users if user.target in (operator.getitem, getattr)]
-    return [value for item in items for value in block_values(item)]
+    return [value for item in items_of(call) for value in block_values(item)]
+
+
+def items_of(node: fx.Node) -> list[fx.Node]:
+    """What is taken from a node that gives a container."""
+    return [user for user in node.users if user.target in (operator.getitem, getattr)]
 
 
 #: where a tensor is among a block's arguments: its place or keyword, then keys of containers
@@ -214,6 +256,14 @@ def spec_of(node: fx.Node) -> torch.Tensor | None:
     """A tensor without data of the node's shape and dtype, where the capture knew them."""
     value = node.meta.get("val")
     return value if isinstance(value, torch.Tensor) else None
+
+
+def tensor_spec(node: fx.Node) -> TensorSpec:
+    """Shape, dtype and device of the node's tensor at capture."""
+    spec = spec_of(node)
+    if spec is None:
+        raise VerifyError(f"the shape of {node.name} is not known")
+    return TensorSpec(spec.shape, spec.dtype, device_of(node))
 
 
 def device_of(node: fx.Node) -> torch.device:

@@ -273,7 +273,7 @@ def test_report_fields() -> None:
     assert (report.bytes_held, report.bytes_per_block) == (2 * ONE, 2 * ONE)
     assert report.bytes_rule == 0
     assert (report.steps_computed, report.steps_reused) == (3, 1)
-    assert (report.captures[0].nodes, report.captures[0].nodes_reused) == (14, 15)
+    assert (report.captures[0].nodes, report.captures[0].nodes_reused) == (14, 11)
     assert [(r.step, r.timestep, r.branch, r.action) for r in report.timeline[:2]] == [
         (0, 1000.0, 0, "computed"),
         (1, 750.0, 0, "reused"),
@@ -343,7 +343,7 @@ deepcache: blocks: 2 of 3 blocks cached
 held: 192 B (one result per block would take 384 B)
 last generation: 3 steps computed, 3 not
 graph for x[1, 6, 8], timestep[1], text[1, 4, 8]:
-  14 nodes captured, 13 on a reused step
+  14 nodes captured, 11 on a reused step
   blocks.0 .. blocks.1 (2 blocks) holds model_blocks_1[1, 6, 8]""",
         )
 

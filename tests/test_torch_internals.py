@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dit_cache_fx
 from dit_cache_fx._torch import Emitter, emit_node, opaque, trace_functional, trace_shapes
 from dit_cache_fx.capture.intercept import intercepted
+from dit_cache_fx.specs import TensorSpec
 
 PACKAGE = Path(dit_cache_fx.__file__).parent
 
@@ -91,8 +92,8 @@ def test_emit_node_adds_a_reader_of_traced_values_only() -> None:
 
 
 def test_trace_shapes_needs_no_data() -> None:
-    spec = (torch.Size([10**6, 10**6]), torch.float32, torch.device("cpu"))
-    graph = trace_shapes(lambda x: [x * 2], [spec])
+    spec = TensorSpec(torch.Size([10**6, 10**6]), torch.float32, torch.device("cpu"))
+    graph = trace_shapes(lambda x: [x * 2], [spec]).graph
     assert [n.target for n in graph.nodes if n.op == "call_function"] == [torch.ops.aten.mul.Tensor]
 
 

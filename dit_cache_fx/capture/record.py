@@ -18,24 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.identity import version
+from dit_cache_fx.specs import TensorSpec
 from dit_cache_fx.structure import Skeleton, flatten
-
-
-@dataclass
-class Spec:
-    """Shape, dtype and device of a tensor that was not kept."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-    @staticmethod
-    def of(tensor: torch.Tensor) -> Spec:
-        return Spec(tensor.shape, tensor.dtype, tensor.device)
-
-    def placeholder(self) -> torch.Tensor:
-        """A tensor of this shape that takes no memory; its values mean nothing."""
-        return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
 
 
 @dataclass
@@ -54,7 +38,7 @@ class ModuleCall:
     """One call of a kept module."""
 
     name: str
-    specs: list[Spec]
+    specs: list[TensorSpec]
     skeleton: Skeleton
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     mutated: tuple[int, ...] = ()  # which of its tensor arguments it changed in place
@@ -117,7 +101,7 @@ def record(
         mutated = tuple(i for i, t in enumerate(inputs) if version(t) != versions[i])
         shapes = [t.shape for t in inputs]
         like = tuple(shapes.index(t.shape) if t.shape in shapes else None for t in outputs)
-        specs = [Spec.of(t) for t in outputs]
+        specs = [TensorSpec.of(t) for t in outputs]
         made = ModuleCall(
             name, specs, skeleton, mutated=mutated, like=like, inside=inside, rewrites=rewrites
         )

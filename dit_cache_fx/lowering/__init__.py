@@ -1,5 +1,12 @@
-"""From a program that went through the passes to something that runs."""
+"""From a program that went through the passes to graphs that run.
 
-from dit_cache_fx.lowering.eager import lower_eager
+`variants` gives one graph for a computed step and one for a reused step, each fully pruned, picked
+on the host. `one_graph` joins both in a single graph with the decision in it (`torch.cond`), for
+`torch.compile` and `torch.export`.
+"""
 
-__all__ = ["lower_eager"]
+from dit_cache_fx.lowering.one_graph import OneGraph, lower_one_graph
+from dit_cache_fx.lowering.preamble import Preamble
+from dit_cache_fx.lowering.variants import Variants, lower_variants
+
+__all__ = ["OneGraph", "Preamble", "Variants", "lower_one_graph", "lower_variants"]

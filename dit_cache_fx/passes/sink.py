@@ -8,6 +8,7 @@ from torch import fx
 
 from dit_cache_fx.cached_run import CachedRun, cached_runs, is_cached_run
 from dit_cache_fx.program import (
+    ORIGIN,
     Program,
     ancestors,
     attributes_of,
@@ -82,6 +83,7 @@ def _absorb(
     for node in nodes:
         if node in sunk:
             new[node] = graph.node_copy(node, new.__getitem__)
+            new[node].meta[ORIGIN] = node.name
     mapped.update(zip(places[len(head) :], (new[n] for n in run.operands), strict=True))
     graph.output(graph.graph_copy(old.graph, mapped))
     own = {**attributes_of(old, graph), **attributes_of(program.gm, graph)}

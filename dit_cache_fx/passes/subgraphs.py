@@ -11,16 +11,20 @@ from torch import fx
 from dit_cache_fx._torch import trace_shapes
 from dit_cache_fx.errors import VerifyError
 from dit_cache_fx.program import (
+    DEVICE,
     Program,
     Region,
     attributes_of,
     device_of,
     graph_module,
+    inline,
     spec_of,
+    tensor_spec,
 )
+from dit_cache_fx.specs import TensorSpec
 from dit_cache_fx.strategies import Clock, Strategy
 
-_SCALAR = (torch.Size([]), torch.float64, torch.device("cpu"))
+_SCALAR = TensorSpec(torch.Size([]), torch.float64, torch.device("cpu"))
 
 
 class Subgraphs:
@@ -43,6 +47,7 @@ class Subgraphs:
         self.strategy = strategy
         self.starts = starts
         self.operands = operands
+        self.attributes = attributes_of(program.gm, program.graph)
 
     def compute(self, members: set[fx.Node]) -> fx.GraphModule:
         """Runs the blocks; returns the values, then all that is to be held."""
@@ -78,6 +83,10 @@ class Subgraphs:
             [graph.placeholder(f"held_{name}_{slot}") for slot in slots]
             for name in self.region.values
         ]
+        for name, places in zip(self.region.values, held, strict=True):
+            value = self.program.node(name)
+            for place in places:
+                place.meta.update({"val": spec_of(value), DEVICE: device_of(value)})
         clock = [graph.placeholder(name) for name in Clock._fields]
         new = {node: graph.placeholder(node.name) for node in inputs}
         for node, placeholder in new.items():
@@ -107,14 +116,11 @@ class Subgraphs:
             at = Clock(*tensors[len(held) : len(held) + 2])
             return list(function(tensors[: len(held)], *arguments, at))
 
-        spec = _spec(node)
+        spec = tensor_spec(node)
         specs = [spec] * len(held) + [_SCALAR] * 2 + [spec] * len(given)
         traced = trace_shapes(flat, specs)
-        places = [n for n in traced.nodes if n.op == "placeholder"]
-        result: Any = graph.graph_copy(
-            traced, dict(zip(places, [*held, *clock, *given], strict=True))
-        )
-        return self._checked(list(result), len(held) if value is not None else 1, node)
+        results = inline(graph, self.attributes, traced, [*held, *clock, *given])
+        return self._checked(results, len(held) if value is not None else 1, node)
 
     def _checked(self, results: list[Any], expected: int, node: fx.Node) -> list[Any]:
         if len(results) != expected or not all(isinstance(r, fx.Node) for r in results):
@@ -125,13 +131,7 @@ class Subgraphs:
         return results
 
     def _module(self, graph: fx.Graph, side: str) -> fx.GraphModule:
-        attributes = attributes_of(self.program.gm, graph)
+        read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+        attributes = {name: value for name, value in self.attributes.items() if name in read}
         name = f"Run{self.region.index}{side}"
         return graph_module(self.program.model, attributes, graph, name)
-
-
-def _spec(node: fx.Node) -> tuple[torch.Size, torch.dtype, torch.device]:
-    spec = spec_of(node)
-    if spec is None:
-        raise VerifyError(f"the shape of {node.name} is not known")
-    return spec.shape, spec.dtype, device_of(node)

@@ -11,6 +11,7 @@ import torch
 
 from dit_cache_fx.identity import Seen, version
 from dit_cache_fx.runtime.steps import Generation, Moment
+from dit_cache_fx.specs import TensorSpec
 from dit_cache_fx.strategies import Memory
 
 #: more calls than this with one timestep are not the branches of one step
@@ -51,15 +52,16 @@ class Branch:
     conditioning: Seen = field(default_factory=lambda: Seen([]))
     recognised: bool = False  # its conditioning was seen again on a later step
     placed: bool = True  # it has a place in its step that tells it from the others
-    held: dict[int, list[Held]] = field(default_factory=dict)  # by cached run
+    held: list[Held] = field(default_factory=list)  # of all cached runs, in order
     memory: Memory | None = None  # of the strategy's own rule
     computed: int = 0  # computed steps so far
     last_computed: int = 0  # the newest computed step
+    prepared: tuple[TensorSpec, ...] = ()  # specs of what the host prepared for its newest graph
     shapes: Any = None  # of the masked selections that the held tensors came from
 
     def forget(self) -> None:
         """Drop what is held: the next call computes."""
-        self.held, self.memory, self.computed = {}, None, 0
+        self.held, self.memory, self.computed = [], None, 0
 
 
 @dataclass

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dit_cache_fx.program import Program, operations
+from dit_cache_fx.program import operations
 from dit_cache_fx.runtime.branches import Branch
-from dit_cache_fx.runtime.engine import Engine, Entry
+from dit_cache_fx.runtime.engine import Engine
+from dit_cache_fx.runtime.graphs import Entry
 from dit_cache_fx.runtime.report import CacheReport, CaptureReport
 
 
 def report(engine: Engine, enabled: bool) -> CacheReport:
     """The state of `engine` right now."""
-    entries = [entry for variants in engine.entries.values() for entry in variants]
+    entries = [entry for variants in engine.graphs.entries.values() for entry in variants]
     blocks = entries[-1].captured.program.block_lists if entries else {}
     branches = list(_branches(engine))
     computed, reused = _steps(engine)
@@ -36,15 +37,15 @@ def report(engine: Engine, enabled: bool) -> CacheReport:
 
 
 def _branches(engine: Engine) -> Iterator[tuple[Entry, Branch]]:
-    entries = {e.serial: e for variants in engine.entries.values() for e in variants}
-    for key, session in engine.sessions.items():
+    entries = {e.serial: e for variants in engine.graphs.entries.values() for e in variants}
+    for key, session in engine.tracker.sessions.items():
         for branch in session.branches:
             if key.serial in entries:
                 yield entries[key.serial], branch
 
 
 def _held(branch: Branch) -> int:
-    return sum(held.nbytes for run in branch.held.values() for held in run)
+    return sum(held.nbytes for held in branch.held)
 
 
 def _remembered(branch: Branch) -> int:
@@ -59,7 +60,7 @@ def _per_block(entry: Entry) -> int:
         for b in region.blocks
     }
     calls = [c for c in entry.captured.recording.calls if c.name in cached]
-    return sum(spec.shape.numel() * spec.dtype.itemsize for call in calls for spec in call.specs)
+    return sum(spec.nbytes for call in calls for spec in call.specs)
 
 
 def _steps(engine: Engine) -> tuple[int, int]:
@@ -88,11 +89,11 @@ def _capture(entry: Entry) -> CaptureReport:
             for region in program.regions
         ),
         nodes=entry.nodes,
-        nodes_reused=_nodes_reused(program),
+        nodes_reused=_nodes_reused(entry),
     )
 
 
-def _nodes_reused(program: Program) -> int:
-    """Nodes of the top graph and of the reuse sides."""
-    sides = [getattr(program.gm, f"run_{r.index}_reuse").graph for r in program.regions]
-    return sum(operations(graph) for graph in (program.graph, *sides))
+def _nodes_reused(entry: Entry) -> int:
+    """Nodes that a reused step executes."""
+    graphs = [entry.variants.reuse, entry.variants.prefix]
+    return sum(operations(gm.graph) for gm in graphs if gm is not None)

@@ -5,14 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.strategies.base import (
-    ALIASES,
-    Clock,
-    Memory,
-    Strategy,
-    never_cached,
-    options_of,
-)
+from dit_cache_fx.strategies.base import Clock, Memory, Strategy, options_of
+from dit_cache_fx.strategies.block_ids import ALIASES, check_block_ids, never_cached
 from dit_cache_fx.strategies.deepcache import DeepCache
 from dit_cache_fx.strategies.taylorcache import TaylorCache
 from dit_cache_fx.strategies.teacache import TeaCache
@@ -25,6 +19,7 @@ __all__ = [
     "Strategy",
     "TaylorCache",
     "TeaCache",
+    "check_block_ids",
     "make_strategy",
     "never_cached",
 ]

@@ -15,10 +15,6 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.program import BlockId
-
-#: what published helpers call the first and the second block list
-ALIASES = ("double_blocks", "single_blocks")
 
 #: how `decide` keeps its memory from step to step
 Memory = tuple[Tensor, ...]
@@ -113,15 +109,6 @@ class Strategy:
 
     def _rule_hint(self) -> str:
         return ""
-
-
-def never_cached(block: BlockId, strategy: Strategy, lists: Sequence[str]) -> bool:
-    """Whether `no_cache_block_id` names this block, by its list's name or alias."""
-    names = {block.list_name}
-    if block.list_name in lists[: len(ALIASES)]:
-        names.add(ALIASES[lists.index(block.list_name)])
-    ids = strategy.no_cache_block_id or {}
-    return any(block.index in ids.get(name, ()) for name in names)
 
 
 def options_of(strategy: type[Strategy]) -> list[str]:

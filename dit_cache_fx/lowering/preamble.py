@@ -1,0 +1,110 @@
+"""What a compiler cannot hold in one graph: parts whose sizes depend on data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from dit_cache_fx.program import (
+    BLOCK,
+    ancestors,
+    attributes_of,
+    descendants,
+    graph_module,
+    spec_of,
+    tensor_spec,
+)
+from dit_cache_fx.specs import TensorSpec
+
+
+@dataclass(frozen=True)
+class Preamble:
+    """The part of a computed step that the host runs before the graph.
+
+    `gm`, of the same arguments as `compute` had, gives what the new `compute` is given behind those
+    arguments. `given`: name -> spec of each (the sizes are those of the capture).
+    """
+
+    gm: fx.GraphModule
+    given: dict[str, TensorSpec]
+    compute: fx.GraphModule
+
+
+def split_preamble(compute: fx.GraphModule) -> Preamble | None:
+    """Split what selects by masks off the graph of a computed step; None where nothing does.
+
+    Before:
+
+        %valid = aten.index.Tensor(%text, [%mask])
+        %padded = aten.constant_pad_nd(%valid, [0, 3])
+        %b0 = call_module[model.blocks.0](%x, %padded)
+        return (%b0, %b0)
+
+    After, `gm` returns `(%padded,)`, and `compute`, with a new argument `padded`:
+
+        %b0 = call_module[model.blocks.0](%x, %padded)
+        return (%b0, %b0)
+    """
+    nodes = list(compute.graph.nodes)
+    behind = descendants(n for n in nodes if BLOCK in n.meta)
+    selecting = [n for n in nodes if _depends_on_data(n) and n not in behind]
+    if not selecting:
+        return None
+    moved = {
+        n
+        for n in ancestors(selecting) | (descendants(selecting) - behind)
+        if n.op not in ("placeholder", "get_attr", "output")
+    }
+    given = [
+        n for n in nodes if n in moved and spec_of(n) is not None and not moved.issuperset(n.users)
+    ]
+    specs = {n.name: tensor_spec(n) for n in given}
+    return Preamble(_first_part(compute, moved, given), specs, _rest(compute, moved, given))
+
+
+def _depends_on_data(node: fx.Node) -> bool:
+    tags = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else ()
+    dynamic = torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags
+    return dynamic and not _selects_by_index(node)
+
+
+def _selects_by_index(node: fx.Node) -> bool:
+    """Whether an indexing has no mask among its indices: its size is known then."""
+    if node.target is not torch.ops.aten.index.Tensor:
+        return False
+    specs = [spec_of(n) for n in node.all_input_nodes[1:]]
+    return all(s is not None and s.dtype not in (torch.bool, torch.uint8) for s in specs)
+
+
+def _first_part(
+    compute: fx.GraphModule, moved: set[fx.Node], given: Iterable[fx.Node]
+) -> fx.GraphModule:
+    graph = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+    for node in compute.graph.nodes:
+        if node in moved or node.op in ("placeholder", "get_attr"):
+            new[node] = graph.node_copy(node, new.__getitem__)
+    graph.output(tuple(new[n] for n in given))
+    return _module(compute, graph, "Preamble")
+
+
+def _rest(compute: fx.GraphModule, moved: set[fx.Node], given: Iterable[fx.Node]) -> fx.GraphModule:
+    graph = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+    places = [n for n in compute.graph.nodes if n.op == "placeholder"]
+    for node in (*places, *given):
+        new[node] = graph.placeholder(node.name)
+        new[node].meta.update(node.meta)
+    for node in compute.graph.nodes:
+        if node not in moved and node.op not in ("placeholder", "output"):
+            new[node] = graph.node_copy(node, new.__getitem__)
+    graph.output(fx.map_arg(compute.graph.output_node().args[0], new.__getitem__))
+    return _module(compute, graph, "Compute")
+
+
+def _module(old: fx.GraphModule, graph: fx.Graph, name: str) -> fx.GraphModule:
+    model = old.get_submodule("model")
+    return graph_module(model, attributes_of(old, graph), graph, name)

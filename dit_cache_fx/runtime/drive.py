@@ -1,0 +1,84 @@
+"""The frame between the host's bookkeeping and the graphs that run.
+
+An engine's call is a generator: it asks for a graph to be run, gets the results, and in the end
+returns the call's output. `drive` runs those graphs, and nothing else. So where `torch.compile`
+looks on, it sees the graphs alone: the bookkeeping is the host's, as a sampler's loop is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dit_cache_fx._torch import not_a_compiled_frame
+
+Results = Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A graph to run, and what with."""
+
+    graph: Callable[..., Results]
+    operands: Sequence[torch.Tensor]
+
+
+#: asks for graphs to be run, gets their results, and returns the call's output
+Serving = Generator[Stage, Results, Any]
+
+
+class _Host:
+    """Runs an engine's generator, out of sight of `torch.compile`."""
+
+    def __init__(self, serving: Serving) -> None:
+        self.serving = serving
+        self.stage: Stage | None = None
+        self.output: Any = None
+
+    @torch.compiler.disable
+    def start(self) -> None:
+        self._resume(lambda: next(self.serving))
+
+    @torch.compiler.disable
+    def take(self, results: Results) -> None:
+        self._resume(lambda: self.serving.send(results))
+
+    @torch.compiler.disable
+    def fail(self, error: BaseException) -> None:
+        """The stage raised: the engine may ask for another one, or the error goes on."""
+        self._resume(lambda: self.serving.throw(error))
+
+    def _resume(self, resume: Callable[[], Stage]) -> None:
+        try:
+            self.stage = resume()
+        except StopIteration as end:
+            self.stage, self.output = None, end.value
+
+
+@not_a_compiled_frame
+def drive(serving: Serving) -> Any:
+    """The output of an engine's call, its graphs run by whatever compiler looks on."""
+    host = _Host(serving)
+    host.start()
+    while host.stage is not None:
+        try:
+            with torch.no_grad():
+                results = host.stage.graph(*host.stage.operands)
+        except BaseException as error:
+            host.fail(error)
+        else:
+            host.take(results)
+    return host.output
+
+
+def drive_here(serving: Serving) -> Any:
+    """The same on the host, where no compiler is to look on."""
+    try:
+        stage = next(serving)
+        while True:
+            stage = serving.send(stage.graph(*stage.operands))
+    except StopIteration as end:
+        return end.value

@@ -1,0 +1,157 @@
+"""The captured graphs of one cached model: found again, captured anew, dropped."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from dit_cache_fx.capture import (
+    CAPTURING,
+    Captured,
+    FlatCall,
+    Subject,
+    accepts,
+    capture,
+    named_timestep,
+)
+from dit_cache_fx.capture.fingerprint import Fingerprint, fingerprint, volatile
+from dit_cache_fx.errors import CaptureError
+from dit_cache_fx.lowering import OneGraph, Variants, lower_one_graph, lower_variants
+from dit_cache_fx.passes import run_passes
+from dit_cache_fx.program import Program, operations
+from dit_cache_fx.strategies import Strategy, check_block_ids
+
+#: most input signatures whose graphs are kept at one time
+MAX_CAPTURES = 32
+#: most captures of one signature: more means that its guards depend on what changes every step
+MAX_VARIANTS = 8
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Entry:
+    """A captured and lowered graph."""
+
+    captured: Captured
+    strategy: Strategy
+    variants: Variants
+    nodes: int  # operations of the graph as captured
+    fingerprint: Fingerprint
+    volatile: frozenset[tuple[str, str]]  # what of it the forward changes by itself
+    serial: int
+    served: set[float] = field(default_factory=set)  # a few of the timesteps that it answered
+
+    @property
+    def program(self) -> Program:
+        return self.captured.program
+
+    @cached_property
+    def one_graph(self) -> OneGraph:
+        """The graph that decides by itself."""
+        return lower_one_graph(self.program, self.variants, self.strategy)
+
+    @cached_property
+    def timestep(self) -> int:
+        """Which of the call's tensors tells the step."""
+        return self.program.inputs.index(str(self.program.timestep))
+
+    @cached_property
+    def conditioning(self) -> list[int]:
+        """Which of the call's tensors are neither the timestep's nor the sample's."""
+        program = self.program
+        moving = (program.sample, program.arguments[self.timestep])
+        return [i for i, argument in enumerate(program.arguments) if argument not in moving]
+
+
+class Graphs:
+    """Every captured graph of one model, by input signature."""
+
+    def __init__(self, subject: Subject, timestep: str | None) -> None:
+        self.subject = subject
+        self.timestep = timestep  # the argument's name, once it is known
+        self.entries: OrderedDict[Hashable, list[Entry]] = OrderedDict()
+        self._serial = 0
+
+    def clear(self) -> None:
+        """Forget every graph."""
+        self.entries.clear()
+
+    def learn_timestep(self, arguments: Sequence[str]) -> None:
+        """Look for the timestep among a call's arguments: it may have come in by `**kwargs`."""
+        if self.timestep is None:
+            self.timestep = named_timestep(arguments, None)
+
+    def find(self, call: FlatCall, key: Hashable) -> tuple[Entry, bool]:
+        """The graph for a call, and whether it was captured just now."""
+        entries = self.entries.setdefault(key, [])
+        self.entries.move_to_end(key)
+        for entry in reversed(entries):
+            if accepts(self.subject, entry.captured, call):
+                entries.remove(entry)
+                entries.append(entry)  # the newest is the last
+                return entry, False
+        if len(entries) >= MAX_VARIANTS:
+            _refuse_one_for_each_step(entries)
+            entries.pop(0)
+        try:
+            with CAPTURING:
+                entries.append(self._capture(call))
+        finally:
+            if not entries:
+                self.entries.pop(key, None)
+        while len(self.entries) > MAX_CAPTURES:
+            self.entries.popitem(last=False)
+        return entries[-1], True
+
+    def stale(self, entry: Entry) -> bool:
+        """Whether the model has changed since the capture."""
+        now = fingerprint(self.subject.model, entry.captured.whole)
+        changed = volatile(entry.fingerprint, now) - entry.volatile
+        if changed:
+            log.info("changed since the capture: %s", sorted(changed))
+        return bool(changed)
+
+    def _capture(self, call: FlatCall) -> Entry:
+        model, strategy = self.subject.model, self.subject.strategy
+        before = fingerprint(model, ())
+        captured = capture(self.subject, call, self.timestep)
+        after = fingerprint(model, ())
+        program = captured.program
+        self.timestep = program.arguments[program.inputs.index(str(program.timestep))]
+        check_block_ids(strategy, program.block_lists)
+        nodes = operations(program.graph)
+        run_passes(program, strategy)
+        self._serial += 1
+        return Entry(
+            captured,
+            strategy,
+            lower_variants(program),
+            nodes,
+            fingerprint(model, captured.whole),
+            volatile(before, after),
+            self._serial,
+        )
+
+
+def input_key(call: FlatCall) -> Hashable:
+    """What two calls must share to run the same graph, autocast included."""
+    device = call.tensors[0].device.type if call.tensors else "cpu"
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    return call.key, autocast
+
+
+def _refuse_one_for_each_step(entries: Sequence[Entry]) -> None:
+    """Raise where every capture answered one step only: their guards change with the step."""
+    if all(len(entry.served) <= 1 for entry in entries):
+        guards = entries[-1].captured.guards
+        raise CaptureError(
+            f"{len(entries)} captures of the same inputs have guards of different values: the "
+            "model's own code (outside its blocks and layers) reads a value that changes from "
+            f"step to step, such as the timestep's. Last: {guards and guards.expected}"
+        )

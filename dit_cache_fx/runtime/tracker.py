@@ -1,0 +1,81 @@
+"""Which generation, step and branch each call belongs to, over all signatures and contexts."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import NamedTuple
+
+from dit_cache_fx.runtime.branches import Session
+from dit_cache_fx.runtime.steps import Generation, Moment
+
+#: most generations (signatures, contexts) whose tensors are held at one time
+MAX_SESSIONS = 8
+
+
+class SessionKey(NamedTuple):
+    """What a generation is told apart by: its input signature, the graph, the cache context."""
+
+    inputs: Hashable
+    serial: int
+    context: str | None
+
+
+class Tracker:
+    """Where the calls of one cached model stand.
+
+    `explicit`: the step index that the user has set, instead of the timestep's value. `context`:
+    the name of the CFG branch that the user is in.
+    """
+
+    def __init__(self) -> None:
+        self.explicit: int | None = None
+        self.context: str | None = None
+        self.sessions: OrderedDict[SessionKey, Session] = OrderedDict()
+        self._newest: Generation | None = None
+
+    def clear(self) -> None:
+        """Forget what is held and where the generation stands."""
+        self.forget()
+        self.explicit = None
+        self._newest = None
+
+    def forget(self) -> None:
+        """Forget what is held."""
+        self.sessions.clear()
+
+    @property
+    def current_step(self) -> int:
+        """The step index of the newest call, 0 before the first."""
+        return self._newest.moment.index if self._newest is not None else 0
+
+    def session(self, inputs: Hashable, serial: int) -> Session:
+        """The session of a call; the one that was used the longest ago gives way."""
+        key = SessionKey(inputs, serial, self.context)
+        session = self.sessions.setdefault(key, Session())
+        self.sessions.move_to_end(key)
+        while len(self.sessions) > MAX_SESSIONS:
+            self.sessions.popitem(last=False)
+        return session
+
+    def enter(self, session: Session, value: float) -> bool:
+        """Move the session to the generation and moment of a call with this timestep.
+
+        A session without a generation, or whose own has ended, joins the newest one when the value
+        fits: it is another branch (with other text, say) of a step under way. Returns whether the
+        step has had more calls than branches are kept apart.
+        """
+        explicit = self.explicit is not None
+        for generation in (session.generation, self._newest):
+            if generation is None:
+                continue
+            moment = generation.moment.advanced(value, explicit)
+            joins = generation is session.generation or generation.takes(value, explicit)
+            if moment is not None and joins:
+                return session.enter(generation, moment)
+        fresh = Generation(Moment(value, explicit=explicit))
+        return session.enter(fresh, fresh.moment)
+
+    def done(self, session: Session) -> None:
+        """The session's call has succeeded."""
+        self._newest = session.generation
