@@ -12,7 +12,7 @@ from torch import nn
 
 from dit_cache_fx._torch import dynamo_callback, not_a_compiled_frame
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.runtime.drive import Serving, drive
+from dit_cache_fx.runtime.drive import Serving, drive, drive_here
 from dit_cache_fx.runtime.engine import Engine, requires_grad
 from dit_cache_fx.runtime.report import CacheReport
 from dit_cache_fx.runtime.reporting import report
@@ -50,12 +50,14 @@ class CachedModel(nn.Module):
     @not_a_compiled_frame
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, called as before."""
-        serving = self._serving(args, kwargs, dynamo_callback() is not None)
-        if serving is None:
-            return self._model.forward(*args, **kwargs)
-        return drive(serving)
+        if dynamo_callback() is None:
+            serving = self._serving(args, kwargs, False)
+            run = drive_here
+        else:
+            serving = self._serving_unseen(args, kwargs, True)
+            run = drive
+        return self._model.forward(*args, **kwargs) if serving is None else run(serving)
 
-    @torch.compiler.disable
     def _serving(self, args: Any, kwargs: Any, compiled: bool) -> Serving | None:
         """How a call is answered; None where the model itself answers it."""
         if not self._enabled:
@@ -65,6 +67,8 @@ class CachedModel(nn.Module):
             self._engine.warn_once(reason)
             return None
         return self._engine.serve(args, kwargs, compiled)
+
+    _serving_unseen = torch.compiler.disable(_serving)
 
     def _uncached_because(self, args: Any, kwargs: Any) -> str | None:
         if self._model.training:

@@ -34,6 +34,9 @@ class FlatCall:
         return [str(path[0][1]) for path in key_paths(self.skeleton)]
 
 
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
 class CallSignature:
     """Binds calls of one forward function to its parameter names."""
 
@@ -44,9 +47,14 @@ class CallSignature:
         self.open = inspect.Parameter.VAR_KEYWORD in kinds.values()
         self._var_keyword = _first(kinds, inspect.Parameter.VAR_KEYWORD)
         self._var_positional = _first(kinds, inspect.Parameter.VAR_POSITIONAL)
+        self._named = all(kind in _BY_NAME for kind in kinds.values())
+        self._defaults = {n: p.default for n, p in self._signature.parameters.items()}
+        self._required = {n for n, d in self._defaults.items() if d is inspect.Parameter.empty}
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments by name, defaults included, `**kwargs` flattened into the names."""
+        if not args and self._named and self._required <= kwargs.keys() <= self._defaults.keys():
+            return {name: kwargs.get(name, default) for name, default in self._defaults.items()}
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = dict(bound.arguments)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from dit_cache_fx._torch import trace_shapes
+from dit_cache_fx.lowering.part import Part
 from dit_cache_fx.lowering.preamble import Preamble, split_preamble
 from dit_cache_fx.lowering.variants import Variants
 from dit_cache_fx.program import Program, graph_module, inline, tensor_spec
@@ -25,27 +26,27 @@ _SCALAR = TensorSpec(torch.Size([]), torch.float64, torch.device("cpu"))
 class OneGraph:
     """A program as one graph.
 
-    `gm(forced, distance, computed, *held, *inputs)` gives `outputs` values of the model, then the
-    tensors to hold. Where it asks the strategy's own rule it is `gm(forced, fresh, *memory,
-    distance, ...)`, and the results end with the decision and the new memory. `forced`, `fresh`:
-    booleans on the CPU; `fresh`: the memory means nothing yet. `memory`: the specs of what the rule
-    remembers. What has no dimensions is given as one of a single element, by `operands`.
+    `part` gives `outputs` values of the model, then the tensors to hold. Beside what the variants
+    read it reads `forced`: whether the step computes. Where it asks the strategy's own rule, it
+    also reads `fresh` (the memory means nothing yet; both are booleans on the CPU) and the memory
+    (name -> spec), and its results end with the decision and the new memory. What has no dimensions
+    is given as one of a single element, by `operands`.
 
     With a `preamble` the host runs that first (and the rule before it): then the graph asks no
-    rule, and takes the prefix's carried tensors and the preamble's behind `inputs`.
+    rule, and reads what the prefix carries and what the preamble gives.
     """
 
-    gm: fx.GraphModule
+    part: Part
     outputs: int
-    memory: tuple[TensorSpec, ...]
+    memory: dict[str, TensorSpec]
     preamble: Preamble | None
 
-    def operands(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The tensors as the graph takes them.
+    def operands(self, given: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """What the graph reads, as it takes it.
 
         Dynamo may take a tensor of no dimensions for a number that does not change.
         """
-        return [t if t.ndim else t.reshape(1) for t in tensors]
+        return [t if t.ndim else t.reshape(1) for t in self.part.operands(given)]
 
 
 def lower_one_graph(
@@ -78,29 +79,30 @@ class _Writer:
         self.graph = fx.Graph()
         self.attributes: dict[str, Any] = {}
         self.preamble = split_preamble(variants.compute)
-        self.memory = () if self.preamble else _memory_specs(program, strategy)
+        self.memory = {} if self.preamble else _memory_specs(program, strategy)
 
     def write(self) -> OneGraph:
         given = self._placeholders()
         predicate, decided = given.pop("forced"), list[fx.Node]()
-        state = [given.pop(name) for name in self._rules_state()]
         if self.memory:
-            called = [given[name] for name in self.program.inputs]
             assert self.variants.prefix is not None
-            seen, *carried = inline(self.graph, self.attributes, self.variants.prefix, called)
+            state = [given.pop(name) for name in ("fresh", *self.memory)]
+            called = self.variants.prefix.operands(given)
+            seen, *carried = inline(self.graph, self.attributes, self.variants.prefix.gm, called)
             carried = [self._flat(self._apart(n, {*carried, *called})) for n in carried]
             given.update(zip(self.variants.carried, carried, strict=True))
             decided = self._decide([seen, predicate, *state])
             predicate = decided[0]
         self.graph.output((*self._cond(predicate, given), *decided))
-        gm = graph_module(self.program.model, self.attributes, self.graph, "OneGraph")
-        return OneGraph(gm, self.variants.outputs, self.memory, self.preamble)
+        part = Part.of(self.program.model, self.attributes, self.graph, "OneGraph")
+        return OneGraph(part, self.variants.outputs, self.memory, self.preamble)
 
     def _placeholders(self) -> dict[str, fx.Node]:
         """All that the graph is given, by name; what has no dimensions is made so."""
         inputs = {name: tensor_spec(self.program.node(name)) for name in self.program.inputs}
         clock = dict.fromkeys(Clock._fields, _SCALAR)
-        specs = {"forced": _FLAG, **self._rules_state(), **clock, **self.variants.held, **inputs}
+        rule = {"fresh": _FLAG, **self.memory} if self.memory else {}
+        specs = {"forced": _FLAG, **rule, **clock, **self.variants.held, **inputs}
         if self.preamble is not None:
             carried = {n: tensor_spec(self.program.node(n)) for n in self.variants.carried}
             specs |= carried | self.preamble.given
@@ -112,12 +114,6 @@ class _Writer:
         return given
 
     # --- the strategy's own rule ---------------------------------------------------------------
-
-    def _rules_state(self) -> dict[str, TensorSpec]:
-        """What the rule is given of the steps before."""
-        if not self.memory:
-            return {}
-        return {"fresh": _FLAG, **{f"memory_{i}": spec for i, spec in enumerate(self.memory)}}
 
     def _decide(self, operands: Sequence[fx.Node]) -> list[fx.Node]:
         """The decision, on the CPU (here the host waits for the device), and the new memory."""
@@ -133,7 +129,7 @@ class _Writer:
             new = [torch.where(anew, a, b) for a, b in zip(first, after, strict=True)]
             return [(compute | anew).to("cpu"), *new]
 
-        specs = [tensor_spec(signal), _FLAG, _FLAG, *self.memory]
+        specs = [tensor_spec(signal), _FLAG, _FLAG, *self.memory.values()]
         return inline(self.graph, self.attributes, trace_shapes(decide, specs), operands)
 
     def _apart(self, node: fx.Node, others: set[fx.Node]) -> fx.Node:
@@ -150,18 +146,18 @@ class _Writer:
     def _cond(self, predicate: fx.Node, given: dict[str, fx.Node]) -> list[fx.Node]:
         variants = self.variants
         compute = variants.compute if self.preamble is None else self.preamble.compute
-        read = {n.name for gm in (compute, variants.reuse) for n in _read(gm.graph)}
-        names = [name for name in given if name in read or (self.carry and name in variants.held)]
-        for name, gm in (("compute", compute), ("reuse", variants.reuse)):
-            self.attributes[name] = self._branch(gm, names, hold=name == "compute")
+        read = {*compute.names, *variants.reuse.names, *(variants.held if self.carry else ())}
+        names = [name for name in given if name in read]
+        for name, part in (("compute", compute), ("reuse", variants.reuse)):
+            self.attributes[name] = self._branch(part, names, hold=name == "compute")
         sides = [self.graph.get_attr(name) for name in ("compute", "reuse")]
         operands = tuple(given[name] for name in names)
         cond = self.graph.call_function(torch.ops.higher_order.cond, (predicate, *sides, operands))
         results = range(variants.outputs + len(variants.held))
         return [self.graph.call_function(operator.getitem, (cond, i)) for i in results]
 
-    def _branch(self, gm: fx.GraphModule, names: Sequence[str], hold: bool) -> fx.GraphModule:
-        """A variant of these arguments, with results in memory of their own."""
+    def _branch(self, part: Part, names: Sequence[str], hold: bool) -> fx.GraphModule:
+        """A variant of these operands, with results in memory of their own."""
         graph, attributes = fx.Graph(), dict[str, Any]()
         given = {name: graph.placeholder(name) for name in names}
         for name in self.variants.carried if self.memory else ():
@@ -170,29 +166,23 @@ class _Writer:
                 given[name] = graph.call_function(
                     torch.ops.aten.reshape.default, (given[name], shape)
                 )
-        places = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
-        unread: Any = None
-        results = inline(graph, attributes, gm, [given.get(name, unread) for name in places])
+        results = inline(graph, attributes, part.gm, part.operands(given))
         results = [_own(graph, node) for node in results]
         if not hold and self.carry:
             results += [_own(graph, given[name]) for name in self.variants.held]
         elif not hold:
             results += [_valueless(graph, spec) for spec in self.variants.held.values()]
         graph.output(tuple(results))
-        return graph_module(self.program.model, attributes, graph, gm._get_name())
+        return graph_module(self.program.model, attributes, graph, part.gm._get_name())
 
 
-def _memory_specs(program: Program, strategy: Strategy) -> tuple[TensorSpec, ...]:
+def _memory_specs(program: Program, strategy: Strategy) -> dict[str, TensorSpec]:
     """What the strategy's rule remembers; nothing where it has none."""
     if program.signal is None:
-        return ()
+        return {}
     first = trace_shapes(lambda s: list(strategy.begin(s)), [tensor_spec(program.signal)])
     results: Any = first.graph.output_node().args[0]
-    return tuple(tensor_spec(node) for node in results)
-
-
-def _read(graph: fx.Graph) -> list[fx.Node]:
-    return [n for n in graph.nodes if n.op == "placeholder" and n.users]
+    return {f"memory_{i}": tensor_spec(node) for i, node in enumerate(results)}
 
 
 def _own(graph: fx.Graph, node: fx.Node) -> fx.Node:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from dit_cache_fx.lowering.part import Part
 from dit_cache_fx.program import (
     BLOCK,
     ancestors,
     attributes_of,
     descendants,
-    graph_module,
     spec_of,
     tensor_spec,
 )
@@ -24,16 +24,16 @@ from dit_cache_fx.specs import TensorSpec
 class Preamble:
     """The part of a computed step that the host runs before the graph.
 
-    `gm`, of the same arguments as `compute` had, gives what the new `compute` is given behind those
-    arguments. `given`: name -> spec of each (the sizes are those of the capture).
+    `part` gives what the new `compute` reads beside the step's other operands. `given`: name ->
+    spec of each (the sizes are those of the capture).
     """
 
-    gm: fx.GraphModule
+    part: Part
     given: dict[str, TensorSpec]
-    compute: fx.GraphModule
+    compute: Part
 
 
-def split_preamble(compute: fx.GraphModule) -> Preamble | None:
+def split_preamble(compute: Part) -> Preamble | None:
     """Split what selects by masks off the graph of a computed step; None where nothing does.
 
     Before:
@@ -43,12 +43,13 @@ def split_preamble(compute: fx.GraphModule) -> Preamble | None:
         %b0 = call_module[model.blocks.0](%x, %padded)
         return (%b0, %b0)
 
-    After, `gm` returns `(%padded,)`, and `compute`, with a new argument `padded`:
+    After, `part` returns `(%padded,)`, and `compute`, with a new operand `padded`:
 
         %b0 = call_module[model.blocks.0](%x, %padded)
         return (%b0, %b0)
     """
-    nodes = list(compute.graph.nodes)
+    gm = compute.gm
+    nodes = list(gm.graph.nodes)
     behind = descendants(n for n in nodes if BLOCK in n.meta)
     selecting = [n for n in nodes if _depends_on_data(n) and n not in behind]
     if not selecting:
@@ -62,7 +63,7 @@ def split_preamble(compute: fx.GraphModule) -> Preamble | None:
         n for n in nodes if n in moved and spec_of(n) is not None and not moved.issuperset(n.users)
     ]
     specs = {n.name: tensor_spec(n) for n in given}
-    return Preamble(_first_part(compute, moved, given), specs, _rest(compute, moved, given))
+    return Preamble(_first_part(gm, moved, given), specs, _rest(gm, moved, given))
 
 
 def _depends_on_data(node: fx.Node) -> bool:
@@ -79,32 +80,29 @@ def _selects_by_index(node: fx.Node) -> bool:
     return all(s is not None and s.dtype not in (torch.bool, torch.uint8) for s in specs)
 
 
-def _first_part(
-    compute: fx.GraphModule, moved: set[fx.Node], given: Iterable[fx.Node]
-) -> fx.GraphModule:
+def _first_part(gm: fx.GraphModule, moved: set[fx.Node], given: Iterable[fx.Node]) -> Part:
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
-    for node in compute.graph.nodes:
+    for node in gm.graph.nodes:
         if node in moved or node.op in ("placeholder", "get_attr"):
             new[node] = graph.node_copy(node, new.__getitem__)
     graph.output(tuple(new[n] for n in given))
-    return _module(compute, graph, "Preamble")
+    return _part(gm, graph, "Preamble")
 
 
-def _rest(compute: fx.GraphModule, moved: set[fx.Node], given: Iterable[fx.Node]) -> fx.GraphModule:
+def _rest(gm: fx.GraphModule, moved: set[fx.Node], given: Iterable[fx.Node]) -> Part:
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
-    places = [n for n in compute.graph.nodes if n.op == "placeholder"]
+    places = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for node in (*places, *given):
         new[node] = graph.placeholder(node.name)
         new[node].meta.update(node.meta)
-    for node in compute.graph.nodes:
+    for node in gm.graph.nodes:
         if node not in moved and node.op not in ("placeholder", "output"):
             new[node] = graph.node_copy(node, new.__getitem__)
-    graph.output(fx.map_arg(compute.graph.output_node().args[0], new.__getitem__))
-    return _module(compute, graph, "Compute")
+    graph.output(fx.map_arg(gm.graph.output_node().args[0], new.__getitem__))
+    return _part(gm, graph, "Compute")
 
 
-def _module(old: fx.GraphModule, graph: fx.Graph, name: str) -> fx.GraphModule:
-    model = old.get_submodule("model")
-    return graph_module(model, attributes_of(old, graph), graph, name)
+def _part(gm: fx.GraphModule, graph: fx.Graph, name: str) -> Part:
+    return Part.of(gm.get_submodule("model"), attributes_of(gm, graph), graph, name)

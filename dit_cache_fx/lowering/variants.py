@@ -10,14 +10,13 @@ from typing import Any
 from torch import fx
 
 from dit_cache_fx.cached_run import CachedRun, is_cached_run
+from dit_cache_fx.lowering.part import Part
 from dit_cache_fx.program import (
     ORIGIN,
     SIGNAL,
     Program,
     ancestors,
     attributes_of,
-    graph_module,
-    is_kept,
     is_view,
     items_of,
     spec_of,
@@ -31,16 +30,15 @@ from dit_cache_fx.strategies import Clock
 class Variants:
     """A program as graphs without a decision in them.
 
-    `compute(distance, computed, *held, *carried, *inputs)` gives `outputs` values of the model,
-    then the tensors to hold. `reuse`, of the same arguments, gives the model's values.
-    `prefix(*inputs)`, where the strategy has a rule of its own, gives what the rule looks at, then
-    the carried tensors; None otherwise. `held`: name -> spec of what is held, run after run.
-    `carried`: the names of the carried tensors.
+    `compute` gives `outputs` values of the model, then the tensors to hold; `reuse` the values of
+    the model alone. Their operands are among the call's inputs, the clock (`distance`, `computed`),
+    what is `held` (name -> spec, run after run) and what is `carried`. `prefix`, where the strategy
+    has a rule of its own, gives what the rule looks at, then the carried tensors; None otherwise.
     """
 
-    compute: fx.GraphModule
-    reuse: fx.GraphModule
-    prefix: fx.GraphModule | None
+    compute: Part
+    reuse: Part
+    prefix: Part | None
     held: dict[str, TensorSpec]
     carried: tuple[str, ...]
     outputs: int
@@ -85,8 +83,8 @@ def _results(program: Program) -> list[fx.Node]:
     return list(results)
 
 
-def _prefix(program: Program) -> tuple[fx.GraphModule | None, tuple[str, ...]]:
-    """What the strategy's rule looks at as a graph of its own; and what else it computes.
+def _prefix(program: Program) -> tuple[Part | None, tuple[str, ...]]:
+    """The graph of what the strategy's rule looks at, and the names of what else it computes.
 
     Views are not carried: the graphs that are given their base make them again.
     """
@@ -107,8 +105,8 @@ def _prefix(program: Program) -> tuple[fx.GraphModule | None, tuple[str, ...]]:
         if node.op == "placeholder" or node in needed:
             new[node] = graph.node_copy(node, new.__getitem__)
     graph.output(tuple(new[n] for n in (signal, *carried)))
-    gm = graph_module(program.model, attributes_of(program.gm, graph), graph, "Prefix")
-    return gm, tuple(n.name for n in carried)
+    part = Part.of(program.model, attributes_of(program.gm, graph), graph, "Prefix")
+    return part, tuple(n.name for n in carried)
 
 
 class _Side:
@@ -128,7 +126,7 @@ class _Side:
         for node in (*map(program.node, carried), *inputs):
             self.new[node] = self.graph.placeholder(node.name)
 
-    def lower(self) -> fx.GraphModule:
+    def lower(self) -> Part:
         for node in self.program.graph.nodes:
             if node in self.new or node.op == "output":
                 continue
@@ -139,10 +137,7 @@ class _Side:
             else:
                 self._copy(node, self.new)
         self.graph.output((*(self.new[n] for n in _results(self.program)), *self.kept))
-        self.graph.eliminate_dead_code(is_kept)
-        read = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
-        attributes = {name: value for name, value in self.attributes.items() if name in read}
-        return graph_module(self.program.model, attributes, self.graph, self.kind.capitalize())
+        return Part.of(self.program.model, self.attributes, self.graph, self.kind.capitalize())
 
     def _copy(self, node: fx.Node, new: dict[fx.Node, Any]) -> None:
         origin = node.meta.get(ORIGIN)

@@ -79,6 +79,12 @@ def drive_here(serving: Serving) -> Any:
     try:
         stage = next(serving)
         while True:
-            stage = serving.send(stage.graph(*stage.operands))
+            try:
+                with torch.no_grad():
+                    results = stage.graph(*stage.operands)
+            except BaseException as error:
+                stage = serving.throw(error)
+            else:
+                stage = serving.send(results)
     except StopIteration as end:
         return end.value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -108,8 +108,7 @@ class Engine:
             branch.forget()
             branch.shapes = entry.captured.shapes
         assert session.moment is not None
-        specs = tuple(entry.variants.held.values())
-        return Step(self.strategy, branch, session.moment.index, specs), branch
+        return Step(self.strategy, branch, session.moment.index, entry.variants.held), branch
 
     def _run(
         self, entry: Entry, step: Step, call: FlatCall, first: bool, compiled: bool
@@ -161,41 +160,45 @@ class Engine:
 
 def _variants(entry: Entry, step: Step, call: FlatCall) -> Serving:
     """Run the graph of the step's kind; the decision is the host's."""
-    variants = entry.variants
-    carried: Results = ()
+    variants, given = entry.variants, entry.inputs(call)
     if variants.prefix is not None:
-        signal, *carried = yield Stage(variants.prefix.forward, call.tensors)
+        signal, *carried = yield Stage(variants.prefix.run, variants.prefix.operands(given))
+        given.update(zip(variants.carried, carried, strict=True))
         step.decide(signal)
-    graph = variants.compute if step.computes else variants.reuse
-    return (yield Stage(graph.forward, [*step.operands(), *carried, *call.tensors]))
+    part = variants.compute if step.computes else variants.reuse
+    given.update(step.given(part.names))
+    return (yield Stage(part.run, part.operands(given)))
 
 
 def _one_graph(entry: Entry, step: Step, call: FlatCall) -> Serving:
     """Run the graph that has the decision in it."""
-    one = entry.one_graph
-    prepared = [] if one.preamble is None else _prepare(entry, one.preamble, step, call)
-    operands = [*step.one_graph_operands(one.memory), *call.tensors, *prepared]
+    one, given = entry.one_graph, entry.inputs(call)
+    if one.preamble is not None:
+        given.update(_prepared(entry, one.preamble, step, given))
+    given.update(step.one_graph_given(one.part.names, one.memory))
     with signatures_kept():
-        results = yield Stage(one.gm.forward, one.operands(operands))
+        results = yield Stage(one.part.run, one.operands(given))
     values = one.outputs + len(entry.variants.held)
     if one.memory:
         step.decided(*results[values:])
     return results[:values]
 
 
-def _prepare(entry: Entry, preamble: Preamble, step: Step, call: FlatCall) -> list[torch.Tensor]:
+def _prepared(
+    entry: Entry, preamble: Preamble, step: Step, given: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Run on the host what the graph cannot hold: the rule first, then the preamble."""
-    carried: Sequence[torch.Tensor] = ()
+    variants, made = entry.variants, dict[str, torch.Tensor]()
     with torch.no_grad():
-        if entry.variants.prefix is not None:
-            signal, *carried = entry.variants.prefix.forward(*call.tensors)
+        if variants.prefix is not None:
+            signal, *carried = variants.prefix.run(*variants.prefix.operands(given))
+            made.update(zip(variants.carried, carried, strict=True))
             step.decide(signal)
-        given = [*step.operands(), *carried, *call.tensors]
-        if step.computes:
-            made = step.prepared(preamble.gm.forward(*given))
-        else:
-            made = step.unprepared(tuple(preamble.given.values()))
-    return [t.clone(memory_format=torch.contiguous_format) for t in (*carried, *made)]
+        part = preamble.part
+        operands = part.operands({**given, **made, **step.given(part.names)})
+        results = step.prepared(preamble.given, lambda: part.run(*operands))
+    made.update(zip(preamble.given, results, strict=True))
+    return {n: t.clone(memory_format=torch.contiguous_format) for n, t in made.items()}
 
 
 def _same(want: torch.Tensor, got: torch.Tensor) -> bool:

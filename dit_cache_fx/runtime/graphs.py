@@ -56,6 +56,10 @@ class Entry:
         """The graph that decides by itself."""
         return lower_one_graph(self.program, self.variants, self.strategy)
 
+    def inputs(self, call: FlatCall) -> dict[str, torch.Tensor]:
+        """The tensors of a call by the names that the graphs have for them."""
+        return dict(zip(self.program.inputs, call.tensors, strict=True))
+
     @cached_property
     def timestep(self) -> int:
         """Which of the call's tensors tells the step."""

@@ -95,5 +95,5 @@ def _capture(entry: Entry) -> CaptureReport:
 
 def _nodes_reused(entry: Entry) -> int:
     """Nodes that a reused step executes."""
-    graphs = [entry.variants.reuse, entry.variants.prefix]
-    return sum(operations(gm.graph) for gm in graphs if gm is not None)
+    parts = [entry.variants.reuse, entry.variants.prefix]
+    return sum(operations(part.gm.graph) for part in parts if part is not None)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
 from dit_cache_fx.runtime.branches import Branch, Held
+from dit_cache_fx.runtime.drive import Results
 from dit_cache_fx.specs import TensorSpec
-from dit_cache_fx.strategies import Memory, Strategy
+from dit_cache_fx.strategies import Clock, Memory, Strategy
 
 
 class Step:
-    """A step of one branch. `specs`: what is held of it.
+    """A step of one branch. `specs`: what is held of it, by name.
 
     Nothing is written to the branch before `commit`: a call that raises leaves no trace.
     """
 
     def __init__(
-        self, strategy: Strategy, branch: Branch, index: int, specs: Sequence[TensorSpec]
+        self, strategy: Strategy, branch: Branch, index: int, specs: Mapping[str, TensorSpec]
     ) -> None:
         self.index = index
         self._strategy = strategy
@@ -35,38 +36,45 @@ class Step:
 
     # --- what a graph is given -------------------------------------------------------------------
 
-    @property
-    def _clock(self) -> list[torch.Tensor]:
-        branch = self._branch
-        distance = self.index - branch.last_computed if branch.computed else 0
-        return [torch.tensor(float(n), dtype=torch.float64) for n in (distance, branch.computed)]
-
-    def operands(self) -> list[torch.Tensor]:
-        """For a variant: the clock, then what is held (placeholders where nothing is)."""
+    def given(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        """For a variant that reads `names`: the clock, and what is held (else placeholders)."""
         held = [h.tensor for h in self._branch.held]
-        return [*self._clock, *(held or [spec.placeholder() for spec in self._specs])]
+        held = held or [spec.placeholder() for spec in self._specs.values()]
+        return {**self._clock(names), **dict(zip(self._specs, held, strict=True))}
 
-    def one_graph_operands(self, memory: Sequence[TensorSpec]) -> list[torch.Tensor]:
+    def one_graph_given(
+        self, names: Collection[str], memory: Mapping[str, TensorSpec]
+    ) -> dict[str, torch.Tensor]:
         """For the graph that decides by itself: flags, the rule's memory, the clock, what is held.
 
-        Every step gives it tensors of the same strides: others would be compiled for again.
+        Every step gives tensors of the same strides: for others it would be compiled again.
         """
         held = [h.tensor.contiguous() for h in self._branch.held]
-        state: list[torch.Tensor] = []
+        held = held or [spec.zeros() for spec in self._specs.values()]
+        given = {"forced": _flag(self.computes), **self._clock(names)}
+        given.update(zip(self._specs, held, strict=True))
         if memory:
-            remembered = self._memory or [spec.zeros() for spec in memory]
-            state = [_flag(self._memory is None), *(t.contiguous() for t in remembered)]
-        held = held or [spec.zeros() for spec in self._specs]
-        return [_flag(self.computes), *state, *self._clock, *held]
+            remembered = self._memory or [spec.zeros() for spec in memory.values()]
+            given["fresh"] = _flag(self._memory is None)
+            given.update(zip(memory, (t.contiguous() for t in remembered), strict=True))
+        return given
 
-    def prepared(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """What the host has made for the graph of this computed step; returns it."""
-        self._branch.prepared = tuple(map(TensorSpec.of, tensors))
-        return tensors
+    def _clock(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        branch = self._branch
+        distance = self.index - branch.last_computed if branch.computed else 0
+        clock = zip(Clock._fields, (distance, branch.computed), strict=True)
+        return {name: _scalar(value) for name, value in clock if name in names}
 
-    def unprepared(self, first: Sequence[TensorSpec]) -> list[torch.Tensor]:
-        """In its place on a reused step, where nothing reads it. `first`: specs of the capture."""
-        return [spec.empty() for spec in self._branch.prepared or first]
+    def prepared(self, first: Mapping[str, TensorSpec], make: Callable[[], Results]) -> Results:
+        """What the host makes for a computed step's graph; on others nothing reads it.
+
+        `first`: the specs of the capture. Another step's may be of other sizes (masks).
+        """
+        if not self.computes:
+            return [spec.empty() for spec in self._branch.prepared or first.values()]
+        made = make()
+        self._branch.prepared = tuple(map(TensorSpec.of, made))
+        return made
 
     # --- the strategy's own rule -----------------------------------------------------------------
 
@@ -111,6 +119,10 @@ class Step:
         branch.held = held
         branch.computed += 0 if again else 1
         branch.last_computed = self.index
+
+
+def _scalar(value: int) -> torch.Tensor:
+    return torch.tensor(float(value), dtype=torch.float64)
 
 
 def _flag(value: bool) -> torch.Tensor:

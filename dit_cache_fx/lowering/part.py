@@ -1,0 +1,43 @@
+"""A graph that is given its operands by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import fx, nn
+
+from dit_cache_fx.program import graph_module, is_kept
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A lowered graph. `names`: of its operands, in order; it is given no other than it reads."""
+
+    gm: fx.GraphModule
+    names: tuple[str, ...]
+
+    @staticmethod
+    def of(model: nn.Module, attributes: Mapping[str, Any], graph: fx.Graph, name: str) -> Part:
+        """A part of a graph whose placeholders are called as its operands are."""
+        graph.eliminate_dead_code(is_kept)
+        for node in [n for n in graph.nodes if n.op == "placeholder" and not n.users]:
+            graph.erase_node(node)
+        names = tuple(n.name for n in graph.nodes if n.op == "placeholder")
+        read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+        own = {key: value for key, value in attributes.items() if key in read}
+        return Part(graph_module(model, own, graph, name), names)
+
+    @property
+    def run(self) -> Callable[..., Sequence[torch.Tensor]]:
+        """The graph as a function of its operands."""
+        forward: Callable[..., Sequence[torch.Tensor]] = self.gm.forward
+        return forward
+
+    def operands(self, given: Mapping[str, _T]) -> list[_T]:
+        """What the graph reads of all that there is."""
+        return [given[name] for name in self.names]
