@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import fx
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._dynamo import exc as dynamo_errors
 from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.variables import functions as dynamo_functions
 from torch._ops import HigherOrderOperator
@@ -139,8 +140,22 @@ def not_a_compiled_frame(function: _F) -> _F:
     return function
 
 
+#: what `torch.compile` raises for a graph that it, or its backend, cannot make
+CANNOT_COMPILE = (
+    dynamo_errors.Unsupported,
+    dynamo_errors.UncapturedHigherOrderOpError,
+    dynamo_errors.UserError,
+    dynamo_errors.TorchRuntimeError,
+    dynamo_errors.BackendCompilerFailed,
+)
+
 #: what `torch.compile` has set to look at frames: None where it does not
 dynamo_callback = get_eval_frame_callback
+
+
+def wants_one_graph(callback: object) -> bool:
+    """Whether it is that of `torch.compile(fullgraph=True)`."""
+    return getattr(callback, "_one_graph", False) is True
 
 
 @contextmanager

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_cache_fx._torch import dynamo_callback, not_a_compiled_frame
+from dit_cache_fx._torch import dynamo_callback, not_a_compiled_frame, wants_one_graph
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.runtime.drive import Serving, drive, drive_here
+from dit_cache_fx.runtime.drive import Compiler, Serving, drive, drive_here
 from dit_cache_fx.runtime.engine import Engine, requires_grad
 from dit_cache_fx.runtime.report import CacheReport
 from dit_cache_fx.runtime.reporting import report
@@ -50,15 +50,16 @@ class CachedModel(nn.Module):
     @not_a_compiled_frame
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, called as before."""
-        if dynamo_callback() is None:
-            serving = self._serving(args, kwargs, False)
+        callback = dynamo_callback()
+        if callback is None:
+            serving = self._serving(args, kwargs, None)
             run = drive_here
         else:
-            serving = self._serving_unseen(args, kwargs, True)
+            serving = self._serving_unseen(args, kwargs, callback)
             run = drive
         return self._model.forward(*args, **kwargs) if serving is None else run(serving)
 
-    def _serving(self, args: Any, kwargs: Any, compiled: bool) -> Serving | None:
+    def _serving(self, args: Any, kwargs: Any, callback: object) -> Serving | None:
         """How a call is answered; None where the model itself answers it."""
         if not self._enabled:
             return None
@@ -66,7 +67,7 @@ class CachedModel(nn.Module):
         if reason is not None:
             self._engine.warn_once(reason)
             return None
-        return self._engine.serve(args, kwargs, compiled)
+        return self._engine.serve(args, kwargs, _compiler(callback))
 
     _serving_unseen = torch.compiler.disable(_serving)
 
@@ -189,6 +190,12 @@ class CachedModel(nn.Module):
     def cache_report(self) -> CacheReport:
         """What is cached, what it holds, what the last generation did."""
         return report(self._engine, self._enabled)
+
+
+def _compiler(callback: object) -> Compiler:
+    if callback is None:
+        return Compiler.NONE
+    return Compiler.FULLGRAPH if wants_one_graph(callback) else Compiler.ANY
 
 
 def original(model: nn.Module) -> nn.Module:

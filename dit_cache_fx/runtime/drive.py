@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -16,6 +17,14 @@ import torch
 from dit_cache_fx._torch import not_a_compiled_frame
 
 Results = Sequence[torch.Tensor]
+
+
+class Compiler(Enum):
+    """What looks on where graphs run: nothing, `torch.compile`, or that with `fullgraph=True`."""
+
+    NONE = 0
+    ANY = 1
+    FULLGRAPH = 2
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_cache_fx._torch import signatures_kept
+from dit_cache_fx._torch import CANNOT_COMPILE, signatures_kept
 from dit_cache_fx.capture import FlatCall, Subject, can_replay, flatten_call, replayed
 from dit_cache_fx.errors import CaptureError, warn
 from dit_cache_fx.identity import Seen
 from dit_cache_fx.lowering import Preamble
 from dit_cache_fx.runtime.branches import MAX_BRANCHES, Branch, Session
-from dit_cache_fx.runtime.drive import Results, Serving, Stage, drive_here
+from dit_cache_fx.runtime.drive import Compiler, Results, Serving, Stage, drive_here
 from dit_cache_fx.runtime.graphs import Entry, Graphs, input_key
 from dit_cache_fx.runtime.report import StepRecord
 from dit_cache_fx.runtime.step import Step
@@ -67,8 +67,8 @@ class Engine:
 
     # --- a call ------------------------------------------------------------------------------
 
-    def serve(self, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool) -> Serving:
-        """Answer a call. `compiled`: `torch.compile` turns the graphs that are asked for into code.
+    def serve(self, args: tuple[Any, ...], kwargs: dict[str, Any], compiler: Compiler) -> Serving:
+        """Answer a call. `compiler`: what the graphs that are asked for go through.
 
         Nothing of the call is noted when it raises.
         """
@@ -85,12 +85,12 @@ class Engine:
             step, branch = self._begin(session, call, entry)
             stale = step.computes and not first and self.graphs.stale(entry)
             if not stale:
-                output = yield from self._run(entry, step, call, first, compiled)
+                output = yield from self._run(entry, step, call, first, compiler)
         if stale:
             log.info("capturing again")
             self.graphs.clear()
             self.tracker.forget()
-            return (yield from self.serve(args, kwargs, compiled))
+            return (yield from self.serve(args, kwargs, compiler))
         self.tracker.done(session)
         if len(entry.served) < 2:
             entry.served.add(value)
@@ -111,12 +111,13 @@ class Engine:
         return Step(self.strategy, branch, session.moment.index, entry.variants.held), branch
 
     def _run(
-        self, entry: Entry, step: Step, call: FlatCall, first: bool, compiled: bool
+        self, entry: Entry, step: Step, call: FlatCall, first: bool, compiler: Compiler
     ) -> Serving:
+        compiled = compiler is not Compiler.NONE
         if first:
             results = self._first(entry, step.anew() if compiled else step, call)
         if compiled:
-            results = yield from _one_graph(entry, step, call)
+            results = yield from _compiled(entry, step, call, compiler)
         elif not first:
             results = yield from _variants(entry, step, call)
         outputs, kept = results[: entry.variants.outputs], results[entry.variants.outputs :]
@@ -168,6 +169,19 @@ def _variants(entry: Entry, step: Step, call: FlatCall) -> Serving:
     part = variants.compute if step.computes else variants.reuse
     given.update(step.given(part.names))
     return (yield Stage(part.run, part.operands(given)))
+
+
+def _compiled(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> Serving:
+    """Run one graph; where its blocks break it, and may, one for each kind of step."""
+    if not entry.breaks or compiler is Compiler.FULLGRAPH:
+        try:
+            return (yield from _one_graph(entry, step, call))
+        except CANNOT_COMPILE as error:
+            if compiler is Compiler.FULLGRAPH:
+                raise
+            log.info("no single graph, so one for each kind of step: %s", error)
+        entry.broken()
+    return (yield from _variants(entry, step, call))
 
 
 def _one_graph(entry: Entry, step: Step, call: FlatCall) -> Serving:

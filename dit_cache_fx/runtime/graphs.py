@@ -10,6 +10,7 @@ from functools import cached_property
 
 import torch
 
+from dit_cache_fx._torch import not_a_compiled_frame
 from dit_cache_fx.capture import (
     CAPTURING,
     Captured,
@@ -45,6 +46,7 @@ class Entry:
     fingerprint: Fingerprint
     volatile: frozenset[tuple[str, str]]  # what of it the forward changes by itself
     serial: int
+    breaks: bool = False  # it cannot be compiled as one graph
     served: set[float] = field(default_factory=set)  # a few of the timesteps that it answered
 
     @property
@@ -55,6 +57,11 @@ class Entry:
     def one_graph(self) -> OneGraph:
         """The graph that decides by itself."""
         return lower_one_graph(self.program, self.variants, self.strategy)
+
+    def broken(self) -> None:
+        """Its blocks cannot be in one graph: let the compiler look at each of them by itself."""
+        self.breaks = True
+        not_a_compiled_frame(self.variants.compute.run)
 
     def inputs(self, call: FlatCall) -> dict[str, torch.Tensor]:
         """The tensors of a call by the names that the graphs have for them."""
