@@ -9,6 +9,7 @@ from dit_cache_fx.errors import (
     OptionError,
     VerifyError,
 )
+from dit_cache_fx.export import Exported, Runner, export, load
 from dit_cache_fx.module import CachedModel
 from dit_cache_fx.runtime.report import CacheReport, CaptureReport, StepRecord
 from dit_cache_fx.schedule import interval_schedule
@@ -26,12 +27,16 @@ __all__ = [
     "DiscoveryError",
     "DitCacheError",
     "DitCacheWarning",
+    "Exported",
     "OptionError",
+    "Runner",
     "StepRecord",
     "Strategy",
     "TaylorCache",
     "TeaCache",
     "VerifyError",
     "apply",
+    "export",
     "interval_schedule",
+    "load",
 ]

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from os import PathLike
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import _inductor as inductor
 from torch import fx
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo import exc as dynamo_errors
@@ -18,6 +20,7 @@ from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.variables import functions as dynamo_functions
 from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensorMode
+from torch.export import _trace as export_trace
 from torch.fx.experimental.proxy_tensor import (
     ProxyTorchDispatchMode,
     disable_proxy_modes_tracing,
@@ -184,6 +187,13 @@ def signatures_kept() -> Iterator[None]:
         variable.call_function = remembered
 
 
+def exporting() -> bool:
+    """Whether `torch.export` is at work; its public flag is not set yet when it lists buffers."""
+    return torch.compiler.is_exporting() or (
+        getattr(export_trace, "_EXPORT_MODULE_HIERARCHY", None) is not None
+    )
+
+
 def untraced() -> Any:
     """A context in which operations run without being added to the graph."""
     return disable_proxy_modes_tracing()
@@ -195,3 +205,20 @@ def trace_functional(
     """The graph of `function(*tensors)` on ATen level, without in-place operations."""
     gm: fx.GraphModule = make_fx(torch.func.functionalize(function))(*tensors)
     return gm
+
+
+def aoti_package(
+    program: torch.export.ExportedProgram,
+    path: str | PathLike[str],
+    metadata: dict[str, str],
+    configs: dict[str, Any],
+) -> None:
+    """Compile a program with AOTInductor into a `.pt2` file, with metadata."""
+    options = {**configs, "aot_inductor.metadata": metadata}
+    inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+
+
+def aoti_load(path: str | PathLike[str]) -> tuple[Any, dict[str, str]]:
+    """What a `.pt2` file holds, as a function, and its metadata."""
+    function = inductor.aoti_load_package(str(path))
+    return function, dict(function.get_metadata())

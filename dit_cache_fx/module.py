@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
-from dit_cache_fx._torch import dynamo_callback, not_a_compiled_frame, wants_one_graph
+from dit_cache_fx._torch import dynamo_callback, exporting, not_a_compiled_frame, wants_one_graph
+from dit_cache_fx.capture import CallSignature, FlatCall
 from dit_cache_fx.errors import OptionError
 from dit_cache_fx.runtime.drive import Compiler, Serving, drive, drive_here
 from dit_cache_fx.runtime.engine import Engine, requires_grad
+from dit_cache_fx.runtime.graphs import Entry
 from dit_cache_fx.runtime.report import CacheReport
 from dit_cache_fx.runtime.reporting import report
+from dit_cache_fx.runtime.tracker import CacheContext
 
 #: attributes that belong to the cached model itself; every other one is the model's
 _OWN = frozenset({"_model", "_engine", "_rebuild", "_enabled", "_compiled_call_impl"})
@@ -50,6 +53,8 @@ class CachedModel(nn.Module):
     @not_a_compiled_frame
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, called as before."""
+        if torch.compiler.is_compiling():
+            return self._traced(args, kwargs)
         callback = dynamo_callback()
         if callback is None:
             serving = self._serving(args, kwargs, None)
@@ -58,6 +63,13 @@ class CachedModel(nn.Module):
             serving = self._serving_unseen(args, kwargs, callback)
             run = drive
         return self._model.forward(*args, **kwargs) if serving is None else run(serving)
+
+    def _traced(self, args: Any, kwargs: Any) -> Any:
+        """The answer as part of another graph that is being made: no host runs beside it."""
+        wanted = not torch.compiler.is_exporting() and self._uncached_because(args, kwargs)
+        if wanted or not self._enabled:
+            return self._model.forward(*args, **kwargs)
+        return self._engine.carried(args, kwargs)
 
     def _serving(self, args: Any, kwargs: Any, callback: object) -> Serving | None:
         """How a call is answered; None where the model itself answers it."""
@@ -126,6 +138,20 @@ class CachedModel(nn.Module):
         self._model._apply(*args, **kwargs)
         return self
 
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """The model's modules; while `torch.export` looks, what carries the cache's state too."""
+        yield from super().named_modules(*args, **kwargs)
+        if exporting():
+            prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+            path = f"{prefix}.cache_state" if prefix else "cache_state"
+            for name, module in self.cache_state.named_children():
+                yield f"{path}.{name}", module
+
+    @property
+    def cache_state(self) -> nn.ModuleDict:
+        """What carries the state through an exported program, one module for each graph."""
+        return self._engine.graphs.carried(self._engine.tracker.context)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> CachedModel:
         """A copy of the model, cached in the same way; it holds nothing yet."""
         return self._rebuild(copy.deepcopy(self._model, memo))
@@ -135,6 +161,13 @@ class CachedModel(nn.Module):
 
     def __reduce__(self) -> Any:
         return self._rebuild, (self._model,)
+
+    def _captured(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Entry, FlatCall, CallSignature]:
+        """The graph for a call like this, captured where there is none."""
+        entry, call = self._engine.captured(args, kwargs)
+        return entry, call, self._engine.subject.signature
 
     # --- life cycle ----------------------------------------------------------------------------
 
@@ -167,25 +200,15 @@ class CachedModel(nn.Module):
         """Forget everything: graphs and counts too."""
         self._engine.reset_states()
 
-    @contextmanager
-    def cache_context(self, name: str, **more: Any) -> Iterator[None]:
+    def cache_context(self, name: str, **more: Any) -> AbstractContextManager[None]:
         """Calls within belong to the CFG branch `name`, which has a state of its own.
 
         `more`: what a pipeline tells beside the name; passed on to the model's own method.
         """
         if not isinstance(name, str):
             raise OptionError("name", name, "the name of a branch, such as 'cond'")
-        tracker = self._engine.tracker
-        before = tracker.context
-        own = getattr(self._model, "cache_context", None)
-        with ExitStack() as stack:
-            if own is not None:  # the model's own hooks may look at it
-                stack.enter_context(own(name, **more))
-            tracker.context = name
-            try:
-                yield
-            finally:
-                tracker.context = before
+        own = getattr(self._model, "cache_context", None)  # the model's own hooks may look at it
+        return CacheContext(self._engine.tracker, name, own and own(name, **more))
 
     def cache_report(self) -> CacheReport:
         """What is cached, what it holds, what the last generation did."""

@@ -12,7 +12,7 @@ from torch import fx
 
 from dit_cache_fx._torch import trace_shapes
 from dit_cache_fx.lowering.part import Part
-from dit_cache_fx.lowering.preamble import Preamble, split_preamble
+from dit_cache_fx.lowering.preamble import Preamble, pinned, split_preamble
 from dit_cache_fx.lowering.variants import Variants
 from dit_cache_fx.program import Program, graph_module, inline, tensor_spec
 from dit_cache_fx.specs import TensorSpec
@@ -63,7 +63,8 @@ def lower_one_graph(
 
     `compute` and `reuse` are the variants; as `cond` wants it, no result is an operand's memory.
     In the place of tensors to hold `reuse` gives the held ones when they are to be carried on
-    (`carry`), else tensors without values.
+    (`carry`), else tensors without values. Carried state is for where there is no host: there is no
+    preamble then, and the sizes of masked selections are fixed.
     """
     return _Writer(program, variants, strategy, carry).write()
 
@@ -78,7 +79,7 @@ class _Writer:
         self.carry = carry
         self.graph = fx.Graph()
         self.attributes: dict[str, Any] = {}
-        self.preamble = split_preamble(variants.compute)
+        self.preamble = None if carry else split_preamble(variants.compute)
         self.memory = {} if self.preamble else _memory_specs(program, strategy)
 
     def write(self) -> OneGraph:
@@ -145,14 +146,15 @@ class _Writer:
 
     def _cond(self, predicate: fx.Node, given: dict[str, fx.Node]) -> list[fx.Node]:
         variants = self.variants
-        compute = variants.compute if self.preamble is None else self.preamble.compute
+        compute = pinned(variants.compute) if self.carry else variants.compute
+        compute = compute if self.preamble is None else self.preamble.compute
         read = {*compute.names, *variants.reuse.names, *(variants.held if self.carry else ())}
         names = [name for name in given if name in read]
         for name, part in (("compute", compute), ("reuse", variants.reuse)):
             self.attributes[name] = self._branch(part, names, hold=name == "compute")
         sides = [self.graph.get_attr(name) for name in ("compute", "reuse")]
         operands = tuple(given[name] for name in names)
-        cond = self.graph.call_function(torch.ops.higher_order.cond, (predicate, *sides, operands))
+        cond = self.graph.call_function(torch.cond, (predicate, *sides, operands))
         results = range(variants.outputs + len(variants.held))
         return [self.graph.call_function(operator.getitem, (cond, i)) for i in results]
 

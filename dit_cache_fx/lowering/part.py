@@ -27,7 +27,7 @@ class Part:
         graph.eliminate_dead_code(is_kept)
         for node in [n for n in graph.nodes if n.op == "placeholder" and not n.users]:
             graph.erase_node(node)
-        names = tuple(n.name for n in graph.nodes if n.op == "placeholder")
+        names = tuple(str(n.target) for n in graph.nodes if n.op == "placeholder")
         read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
         own = {key: value for key, value in attributes.items() if key in read}
         return Part(graph_module(model, own, graph, name), names)

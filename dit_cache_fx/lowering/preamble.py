@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -14,6 +15,7 @@ from dit_cache_fx.program import (
     ancestors,
     attributes_of,
     descendants,
+    inline,
     spec_of,
     tensor_spec,
 )
@@ -54,16 +56,48 @@ def split_preamble(compute: Part) -> Preamble | None:
     selecting = [n for n in nodes if _depends_on_data(n) and n not in behind]
     if not selecting:
         return None
-    moved = {
-        n
-        for n in ancestors(selecting) | (descendants(selecting) - behind)
-        if n.op not in ("placeholder", "get_attr", "output")
-    }
+    needed = ancestors(descendants(selecting) - behind - {gm.graph.output_node()})
+    moved = {n for n in needed if n.op not in ("placeholder", "get_attr")}
     given = [
         n for n in nodes if n in moved and spec_of(n) is not None and not moved.issuperset(n.users)
     ]
     specs = {n.name: tensor_spec(n) for n in given}
     return Preamble(_first_part(gm, moved, given), specs, _rest(gm, moved, given))
+
+
+def pinned(compute: Part) -> Part:
+    """The graph of a computed step with the sizes of masked selections as at capture.
+
+    Before (the size of `padded` depends on `mask`):
+
+        %padded = aten.constant_pad_nd(%valid, [0, 3])
+        %b0 = call_module[model.blocks.0](%x, %padded)
+
+    After, where another size raises:
+
+        %padded = aten.constant_pad_nd(%valid, [0, 3])
+        %fixed = fixed_shape(%padded, [1, 8, 64])
+        %b0 = call_module[model.blocks.0](%x, %fixed)
+    """
+    preamble = split_preamble(compute)
+    if preamble is None:
+        return compute
+    graph, attributes = fx.Graph(), dict[str, Any]()
+    given = {name: graph.placeholder(name) for name in compute.names}
+    first = inline(graph, attributes, preamble.part.gm, preamble.part.operands(given))
+    for (name, spec), node in zip(preamble.given.items(), first, strict=True):
+        given[name] = graph.call_function(fixed_shape, (node, list(spec.shape)))
+    rest = preamble.compute
+    graph.output(tuple(inline(graph, attributes, rest.gm, rest.operands(given))))
+    return Part.of(compute.gm.get_submodule("model"), attributes, graph, "Compute")
+
+
+def fixed_shape(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """The tensor, known to be of this shape; it raises where it is not."""
+    for size, expected in zip(tensor.shape, shape, strict=True):
+        torch._check(size == expected)
+    strides = torch.empty(shape, device="meta").stride()
+    return tensor.contiguous().as_strided(shape, strides)
 
 
 def _depends_on_data(node: fx.Node) -> bool:
@@ -84,7 +118,9 @@ def _first_part(gm: fx.GraphModule, moved: set[fx.Node], given: Iterable[fx.Node
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
-        if node in moved or node.op in ("placeholder", "get_attr"):
+        if node.op == "placeholder":
+            new[node] = graph.placeholder(str(node.target))
+        elif node in moved or node.op == "get_attr":
             new[node] = graph.node_copy(node, new.__getitem__)
     graph.output(tuple(new[n] for n in given))
     return _part(gm, graph, "Preamble")
@@ -95,7 +131,8 @@ def _rest(gm: fx.GraphModule, moved: set[fx.Node], given: Iterable[fx.Node]) -> 
     new: dict[fx.Node, fx.Node] = {}
     places = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for node in (*places, *given):
-        new[node] = graph.placeholder(node.name)
+        name = str(node.target) if node.op == "placeholder" else node.name
+        new[node] = graph.placeholder(name)
         new[node].meta.update(node.meta)
     for node in gm.graph.nodes:
         if node not in moved and node.op not in ("placeholder", "output"):

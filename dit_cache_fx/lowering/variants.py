@@ -102,7 +102,9 @@ def _prefix(program: Program) -> tuple[Part | None, tuple[str, ...]]:
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
     for node in program.graph.nodes:
-        if node.op == "placeholder" or node in needed:
+        if node.op == "placeholder":
+            new[node] = graph.placeholder(node.name)
+        elif node in needed:
             new[node] = graph.node_copy(node, new.__getitem__)
     graph.output(tuple(new[n] for n in (signal, *carried)))
     part = Part.of(program.model, attributes_of(program.gm, graph), graph, "Prefix")

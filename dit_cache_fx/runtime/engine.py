@@ -51,6 +51,7 @@ class Engine:
     def clear_states(self) -> None:
         """Forget what is held and where the generation stands; keep the graphs."""
         self.tracker.clear()
+        self.graphs.forget_carried()
 
     def reset_states(self) -> None:
         """Forget everything, graphs and counts included."""
@@ -72,9 +73,7 @@ class Engine:
 
         Nothing of the call is noted when it raises.
         """
-        arguments = self.subject.signature.bind(args, kwargs)
-        self.graphs.learn_timestep(tuple(arguments))
-        call = flatten_call(arguments, self.graphs.timestep)
+        call = self._flat(args, kwargs)
         key = input_key(call)
         entry, first = self.graphs.find(call, key)
         value = self._value(call, entry)
@@ -96,6 +95,35 @@ class Engine:
             entry.served.add(value)
         self._note(step, value, session, branch)
         return output
+
+    def captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Entry, FlatCall]:
+        """The graph for a call like this, captured and checked where there is none."""
+        call = self._flat(args, kwargs)
+        entry, first = self.graphs.find(call, input_key(call))
+        if first:
+            self._first(entry, Step(self.strategy, Branch(), 0, entry.variants.held), call)
+        return entry, call
+
+    def carried(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer a call from inside another graph that is being made, where there is no host.
+
+        The state is carried in buffers; the step is told from the timestep in the graph.
+        """
+        call = self._flat(args, kwargs)
+        entry = self.graphs.known(input_key(call))
+        if entry is None:
+            raise CaptureError(
+                "inside torch.export, or inside another compiled function, tensors have no values, "
+                "and no graph was captured for a call like this: call the cached model once with "
+                "these arguments before"
+            )
+        outputs = entry.carried_in(self.tracker.context)(entry.inputs(call))
+        return unflatten(entry.program.output, outputs)
+
+    def _flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FlatCall:
+        arguments = self.subject.signature.bind(args, kwargs)
+        self.graphs.learn_timestep(tuple(arguments))
+        return flatten_call(arguments, self.graphs.timestep)
 
     def _value(self, call: FlatCall, entry: Entry) -> float:
         if self.tracker.explicit is not None:

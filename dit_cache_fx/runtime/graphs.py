@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+from torch import nn
 
 from dit_cache_fx._torch import not_a_compiled_frame
 from dit_cache_fx.capture import (
@@ -23,6 +24,7 @@ from dit_cache_fx.capture import (
 from dit_cache_fx.capture.fingerprint import Fingerprint, fingerprint, volatile
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.lowering import OneGraph, Variants, lower_one_graph, lower_variants
+from dit_cache_fx.lowering.stateful import Carried, Stateful
 from dit_cache_fx.passes import run_passes
 from dit_cache_fx.program import Program, operations
 from dit_cache_fx.strategies import Strategy, check_block_ids
@@ -47,6 +49,7 @@ class Entry:
     volatile: frozenset[tuple[str, str]]  # what of it the forward changes by itself
     serial: int
     breaks: bool = False  # it cannot be compiled as one graph
+    carried: dict[str | None, Carried] = field(default_factory=dict)  # by cache context
     served: set[float] = field(default_factory=set)  # a few of the timesteps that it answered
 
     @property
@@ -66,6 +69,25 @@ class Entry:
     def inputs(self, call: FlatCall) -> dict[str, torch.Tensor]:
         """The tensors of a call by the names that the graphs have for them."""
         return dict(zip(self.program.inputs, call.tensors, strict=True))
+
+    def stateful(self, check_conditioning: bool = True) -> Stateful:
+        """The program with its clock, its state given and returned."""
+        names = [self.program.inputs[i] for i in self.conditioning] if check_conditioning else []
+        guards = self.captured.guards
+        return Stateful(self.program, self.variants, self.strategy, guards, names)
+
+    def carried_in(self, context: str | None) -> Carried:
+        """The program with the state of a cache context in its buffers."""
+        return getattr(self, self._carry(context))  # type: ignore[no-any-return]
+
+    @torch.compiler.assume_constant_result
+    def _carry(self, context: str | None) -> str:
+        """The name of the attribute that holds it: made while a graph is traced, where need be."""
+        if context not in self.carried:
+            self.carried[context] = Carried(self.stateful())
+        name = f"_carried_{[*self.carried].index(context)}"
+        setattr(self, name, self.carried[context])
+        return name
 
     @cached_property
     def timestep(self) -> int:
@@ -119,6 +141,22 @@ class Graphs:
         while len(self.entries) > MAX_CAPTURES:
             self.entries.popitem(last=False)
         return entries[-1], True
+
+    def known(self, key: Hashable) -> Entry | None:
+        """The newest graph for calls of this key, whatever its guards say."""
+        entries = self.entries.get(key)
+        return entries[-1] if entries else None
+
+    def carried(self, context: str | None) -> nn.ModuleDict:
+        """Each graph with the state of a cache context in its buffers."""
+        entries = (entry for variants in self.entries.values() for entry in variants)
+        return nn.ModuleDict({str(entry.serial): entry.carried_in(context) for entry in entries})
+
+    def forget_carried(self) -> None:
+        """Set what is carried in buffers to the state before the first call."""
+        for entry in (entry for variants in self.entries.values() for entry in variants):
+            for carried in entry.carried.values():
+                carried.forget()
 
     def stale(self, entry: Entry) -> bool:
         """Whether the model has changed since the capture."""

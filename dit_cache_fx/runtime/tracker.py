@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 from dit_cache_fx.runtime.branches import Session
 from dit_cache_fx.runtime.steps import Generation, Moment
@@ -24,13 +25,13 @@ class SessionKey(NamedTuple):
 class Tracker:
     """Where the calls of one cached model stand.
 
-    `explicit`: the step index that the user has set, instead of the timestep's value. `context`:
-    the name of the CFG branch that the user is in.
+    `explicit`: the step index that the user has set, instead of the timestep's value. `contexts`:
+    the names of the CFG branches that the user is in, the innermost last.
     """
 
     def __init__(self) -> None:
         self.explicit: int | None = None
-        self.context: str | None = None
+        self.contexts: list[str] = []
         self.sessions: OrderedDict[SessionKey, Session] = OrderedDict()
         self._newest: Generation | None = None
 
@@ -43,6 +44,11 @@ class Tracker:
     def forget(self) -> None:
         """Forget what is held."""
         self.sessions.clear()
+
+    @property
+    def context(self) -> str | None:
+        """The name of the CFG branch that the user is in."""
+        return self.contexts[-1] if self.contexts else None
 
     @property
     def current_step(self) -> int:
@@ -79,3 +85,27 @@ class Tracker:
     def done(self, session: Session) -> None:
         """The session's call has succeeded."""
         self._newest = session.generation
+
+
+class CacheContext(AbstractContextManager[None]):
+    """Within it calls belong to the branch `name`; `inner` is entered beside it.
+
+    A class and a list, since `torch.compile` loses what a generator does behind its `yield`, and an
+    attribute that is set back to what it was.
+    """
+
+    def __init__(
+        self, tracker: Tracker, name: str, inner: AbstractContextManager[Any] | None
+    ) -> None:
+        self._tracker = tracker
+        self._name = name
+        self._inner = inner
+
+    def __enter__(self) -> None:
+        if self._inner is not None:
+            self._inner.__enter__()
+        self._tracker.contexts.append(self._name)
+
+    def __exit__(self, *error: Any) -> bool | None:
+        self._tracker.contexts.pop()
+        return None if self._inner is None else self._inner.__exit__(*error)

@@ -1,0 +1,64 @@
+"""Steps and generations told from the timestep inside a graph.
+
+The same rules as `runtime.steps` has for the host, as arithmetic on a few numbers that are carried
+from call to call.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class ClockState(NamedTuple):
+    """Where a generation stands; tensors of no dimensions, float64.
+
+    `started`: whether there was a call. `value`: the newest timestep. `direction`: +1 or -1 once it
+    has moved, else 0. `step`: the step, counted from the generation's first. `computed`: computed
+    steps so far. `last`: the newest computed step.
+    """
+
+    started: torch.Tensor
+    value: torch.Tensor
+    direction: torch.Tensor
+    step: torch.Tensor
+    computed: torch.Tensor
+    last: torch.Tensor
+
+    @staticmethod
+    def unpack(packed: torch.Tensor) -> ClockState:
+        """From one tensor, of shape [6]."""
+        return ClockState(*packed.unbind())
+
+    def pack(self) -> torch.Tensor:
+        """As one tensor, of shape [6]."""
+        return torch.stack(list(self))
+
+    def advanced(self, value: torch.Tensor, known: torch.Tensor) -> ClockState:
+        """At a call with this timestep. `known`: it has the conditioning of the call before.
+
+        The same value is the same step, one that moves on the next, and one that moves back against
+        the direction so far is a new generation's first step. Nothing is computed so far for
+        another conditioning.
+        """
+        moved = torch.sign(value - self.value)
+        running = self.started > 0
+        same = running & (moved == 0)
+        on = running & (moved != 0) & ((self.direction == 0) | (moved == self.direction))
+        step = torch.where(same, self.step, torch.where(on, self.step + 1, 0.0))
+        direction = torch.where(same, self.direction, torch.where(on, moved, 0.0))
+        computed = torch.where((same | on) & known, self.computed, 0.0)
+        started = torch.ones_like(self.started)
+        return ClockState(started, value, direction, step, computed, self.last)
+
+    @property
+    def distance(self) -> torch.Tensor:
+        """Steps since the last computed one; 0 before the first."""
+        return torch.where(self.computed > 0, self.step - self.last, 0.0)
+
+    def after(self, computes: torch.Tensor) -> ClockState:
+        """After the call's step. A second evaluation of a step counts once."""
+        again = (self.computed > 0) & (self.last == self.step)
+        computed = torch.where(computes & ~again, self.computed + 1, self.computed)
+        return self._replace(computed=computed, last=torch.where(computes, self.step, self.last))

@@ -1,0 +1,115 @@
+"""A program with its clock and its state: state in, state out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from dit_cache_fx.capture.normal_form import Guards
+from dit_cache_fx.lowering.asserts import assertions
+from dit_cache_fx.lowering.clock import ClockState
+from dit_cache_fx.lowering.one_graph import lower_one_graph
+from dit_cache_fx.lowering.variants import Variants
+from dit_cache_fx.program import Program
+from dit_cache_fx.strategies import Strategy
+
+State = dict[str, torch.Tensor]
+
+
+class Stateful(nn.Module):
+    """Answers a call from its tensors and the state that the call before has left.
+
+    `forward(state, inputs)` returns the model's tensors and the new state. `state`: "clock"
+    (float64 [6], on the CPU), what is held, and what the strategy's rule remembers. It is the state
+    of one branch of a generation: CFG as two calls a step takes two. So that a state never answers
+    for another branch, it has a "print" of the conditioning (float64 [2 n], on the CPU, for the n
+    inputs in `conditioning`): a call with another one computes.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        variants: Variants,
+        strategy: Strategy,
+        guards: Guards | None,
+        conditioning: Sequence[str],
+    ) -> None:
+        super().__init__()
+        self.steps: torch.Tensor
+        self.conditioning = tuple(conditioning)
+        one = lower_one_graph(program, variants, strategy, carry=True)
+        self._one = one
+        self.program = one.part.gm
+        self.held = variants.held
+        self.inputs = program.inputs
+        self.timestep = str(program.timestep)
+        self.guards = None if guards is None else assertions(guards)
+        steps = sorted(strategy.no_cache_steps or ())
+        self.register_buffer("steps", torch.tensor(steps, dtype=torch.float64), persistent=False)
+
+    def initial(self) -> State:
+        """The state before the first call."""
+        specs = {**self.held, **self._one.memory}
+        zeros = {name: spec.zeros() for name, spec in specs.items()}
+        clock = torch.zeros(len(ClockState._fields), dtype=torch.float64)
+        prints = torch.zeros(2 * len(self.conditioning), dtype=torch.float64)
+        return {"clock": clock, "print": prints, **zeros}
+
+    def forward(
+        self, state: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]
+    ) -> tuple[list[torch.Tensor], State]:
+        if self.guards is not None:
+            self.guards(*(inputs[name] for name in self.inputs))
+        now = inputs[self.timestep].to("cpu", torch.float64).mean()
+        seen = _print([inputs[name] for name in self.conditioning])
+        clock = ClockState.unpack(state["clock"]).advanced(
+            now, torch.eq(seen, state["print"]).all()
+        )
+        scheduled = torch.eq(self.steps, clock.step).any()
+        forced = (clock.computed == 0) | (clock.step == 0) | scheduled
+        flags = {"forced": forced, "fresh": clock.computed == 0}
+        times = {"distance": clock.distance, "computed": clock.computed}
+        operands = self._one.operands({**inputs, **state, **flags, **times})
+        results = list(self.program(*operands))
+        outputs, rest = results[: self._one.outputs], results[self._one.outputs :]
+        held, decided = rest[: len(self.held)], rest[len(self.held) :]
+        computes = decided[0] if decided else forced
+        new = {"clock": clock.after(computes).pack(), "print": seen}
+        new.update(zip(self.held, held, strict=True))
+        new.update(zip(self._one.memory, decided[1:], strict=True))
+        return outputs, new
+
+
+def _print(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Two sums over each tensor, on the CPU: other values give others."""
+    sums = [torch.zeros(0, dtype=torch.float64)]
+    for tensor in tensors:
+        values = tensor.to(torch.float64)
+        sums.append(torch.stack([values.sum(), values.square().sum()]).to("cpu"))
+    return torch.cat(sums)
+
+
+class Carried(nn.Module):
+    """A `Stateful` program that keeps its state in buffers, for `torch.export` of a model."""
+
+    def __init__(self, stateful: Stateful) -> None:
+        super().__init__()
+        self.stateful = stateful
+        self.names = tuple(stateful.initial())
+        for name, tensor in stateful.initial().items():
+            self.register_buffer(f"state_{name}", tensor, persistent=False)
+
+    def forget(self) -> None:
+        """Set the state to that before the first call."""
+        for name, tensor in self.stateful.initial().items():
+            getattr(self, f"state_{name}").copy_(tensor)
+
+    def forward(self, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        state = {name: getattr(self, f"state_{name}") for name in self.names}
+        outputs: list[torch.Tensor]
+        outputs, new = self.stateful(state, inputs)
+        for name, tensor in new.items():
+            state[name].copy_(tensor.detach())
+        return outputs
