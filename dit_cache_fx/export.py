@@ -53,6 +53,7 @@ def export(
     entry, call, signature = cached._captured(tuple(args), dict(kwargs or {}))
     stateful = entry.stateful(check_conditioning)
     specs = {n: TensorSpec.of(t) for n, t in zip(stateful.inputs, call.tensors, strict=True)}
+    assert entry.timestep is not None
     timestep = entry.program.arguments[entry.timestep]
     state = {name: TensorSpec.of(t) for name, t in stateful.initial().items()}
     form = CallForm(signature, timestep, call.skeleton, specs, entry.program.output, state)

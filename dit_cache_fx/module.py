@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,13 +12,12 @@ from torch import nn
 
 from dit_cache_fx._torch import dynamo_callback, exporting, not_a_compiled_frame, wants_one_graph
 from dit_cache_fx.capture import CallSignature, FlatCall
-from dit_cache_fx.errors import OptionError
 from dit_cache_fx.runtime.drive import Compiler, Serving, drive, drive_here
 from dit_cache_fx.runtime.engine import Engine, requires_grad
 from dit_cache_fx.runtime.graphs import Entry
-from dit_cache_fx.runtime.report import CacheReport
-from dit_cache_fx.runtime.reporting import report
-from dit_cache_fx.runtime.tracker import CacheContext
+from dit_cache_fx.runtime.host import Host
+from dit_cache_fx.runtime.life_cycle import LifeCycle
+from dit_cache_fx.runtime.lowered import Lowered
 
 #: attributes that belong to the cached model itself; every other one is the model's
 _OWN = frozenset({"_model", "_engine", "_rebuild", "_enabled", "_compiled_call_impl"})
@@ -26,7 +25,7 @@ _OWN = frozenset({"_model", "_engine", "_rebuild", "_enabled", "_compiled_call_i
 _HOOK = frozenset({"forward", "_old_forward", "_hf_hook"})
 
 
-class CachedModel(nn.Module):
+class CachedModel(LifeCycle, nn.Module):
     """A view of `model` whose forward skips what its cache holds.
 
     It owns nothing: parameters, submodules and hooks are the model's own dictionaries, so that
@@ -77,7 +76,7 @@ class CachedModel(nn.Module):
             return None
         reason = self._uncached_because(args, kwargs)
         if reason is not None:
-            self._engine.warn_once(reason)
+            self._engine.host.warn_once(reason)
             return None
         return self._engine.serve(args, kwargs, _compiler(callback))
 
@@ -114,7 +113,7 @@ class CachedModel(nn.Module):
         return sorted({*super().__dir__(), *dir(self._model)})
 
     def __repr__(self) -> str:
-        return f"CachedModel({self._engine.strategy.name}, {self._model!r})"
+        return f"CachedModel({self._engine.host.strategy.name}, {self._model!r})"
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
@@ -150,7 +149,7 @@ class CachedModel(nn.Module):
     @property
     def cache_state(self) -> nn.ModuleDict:
         """What carries the state through an exported program, one module for each graph."""
-        return self._engine.graphs.carried(self._engine.tracker.context)
+        return self._engine.graphs.carried(self._engine.host.tracker.context)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CachedModel:
         """A copy of the model, cached in the same way; it holds nothing yet."""
@@ -172,25 +171,11 @@ class CachedModel(nn.Module):
     # --- life cycle ----------------------------------------------------------------------------
 
     @property
-    def cur_timestep(self) -> int:
-        """The step index: as set, else that of the newest call."""
-        explicit = self._engine.tracker.explicit
-        return self._engine.tracker.current_step if explicit is None else explicit
+    def _host(self) -> Host:
+        return self._engine.host
 
-    @cur_timestep.setter
-    def cur_timestep(self, step: int | None) -> None:
-        if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
-            raise OptionError("cur_timestep", step, "a step index: an integer from 0, or None")
-        self._engine.tracker.explicit = step
-
-    def enable(self) -> None:
-        """Cache from the next call on."""
-        self._enabled = True
-
-    def disable(self) -> None:
-        """Be exactly the original model; nothing is held any more."""
-        self._enabled = False
-        self.clear_states()
+    def _lowered(self) -> Sequence[Lowered]:
+        return self._engine.graphs.all()
 
     def clear_states(self) -> None:
         """Forget what is held and where the generation stands; keep the graphs."""
@@ -200,19 +185,9 @@ class CachedModel(nn.Module):
         """Forget everything: graphs and counts too."""
         self._engine.reset_states()
 
-    def cache_context(self, name: str, **more: Any) -> AbstractContextManager[None]:
-        """Calls within belong to the CFG branch `name`, which has a state of its own.
-
-        `more`: what a pipeline tells beside the name; passed on to the model's own method.
-        """
-        if not isinstance(name, str):
-            raise OptionError("name", name, "the name of a branch, such as 'cond'")
+    def _own_context(self, name: str, more: dict[str, Any]) -> AbstractContextManager[Any] | None:
         own = getattr(self._model, "cache_context", None)  # the model's own hooks may look at it
-        return CacheContext(self._engine.tracker, name, own and own(name, **more))
-
-    def cache_report(self) -> CacheReport:
-        """What is cached, what it holds, what the last generation did."""
-        return report(self._engine, self._enabled)
+        return own and own(name, **more)  # type: ignore[no-any-return]
 
 
 def _compiler(callback: object) -> Compiler:

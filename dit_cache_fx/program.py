@@ -77,6 +77,7 @@ class Program:
     output: Skeleton
     block_lists: dict[str, int] = field(default_factory=dict)  # list name -> blocks in it
     regions: tuple[Region, ...] = ()
+    owned: frozenset[str] = frozenset()  # inputs that are the model's own parameters and buffers
 
     @property
     def graph(self) -> fx.Graph:
@@ -99,11 +100,12 @@ class Program:
         return next((n for n in self.graph.nodes if SIGNAL in n.meta), None)
 
     def needs(self) -> dict[fx.Node, frozenset[str]]:
-        """For each node the forward arguments that it depends on."""
+        """For each node the forward arguments that it depends on; the model's own are none."""
         arguments = dict(zip(self.inputs, self.arguments, strict=True))
         needs: dict[fx.Node, frozenset[str]] = {}
         for node in self.graph.nodes:
-            own = {arguments[node.name]} if node.op == "placeholder" else set()
+            given = node.op == "placeholder" and node.name not in self.owned
+            own = {arguments[node.name]} if given else set()
             needs[node] = frozenset(own).union(*(needs[n] for n in node.all_input_nodes))
         return needs
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -13,22 +12,15 @@ from torch import nn
 
 from dit_cache_fx._torch import CANNOT_COMPILE, signatures_kept
 from dit_cache_fx.capture import FlatCall, Subject, can_replay, flatten_call, replayed
-from dit_cache_fx.errors import CaptureError, warn
-from dit_cache_fx.identity import Seen
+from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.lowering import Preamble
-from dit_cache_fx.runtime.branches import MAX_BRANCHES, Branch, Session
+from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.drive import Compiler, Results, Serving, Stage, drive_here
 from dit_cache_fx.runtime.graphs import Entry, Graphs, input_key
-from dit_cache_fx.runtime.report import StepRecord
+from dit_cache_fx.runtime.host import Host
 from dit_cache_fx.runtime.step import Step
 from dit_cache_fx.runtime.steps import timestep_value
-from dit_cache_fx.runtime.tracker import Tracker
 from dit_cache_fx.structure import flatten, unflatten
-
-_CROWDED = (
-    f"more than {MAX_BRANCHES} calls with one timestep are not told apart: every step is computed. "
-    "Name each branch (cache_context), or put them into one batch"
-)
 
 log = logging.getLogger(__name__)
 
@@ -38,33 +30,21 @@ class Engine:
 
     def __init__(self, subject: Subject, timestep: str | None) -> None:
         self.subject = subject
-        self.strategy = subject.strategy
-        self.tracker = Tracker()
+        self.host = Host(subject.strategy)
         self.graphs = Graphs(subject, timestep)
-        self.timeline: deque[StepRecord] = deque(maxlen=4096)
-        self.calls = {"computed": 0, "reused": 0}
-        self._noted: object = None  # the generation whose steps are in the timeline
-        self._warned: set[str] = set()
 
     # --- life cycle --------------------------------------------------------------------------
 
     def clear_states(self) -> None:
         """Forget what is held and where the generation stands; keep the graphs."""
-        self.tracker.clear()
+        self.host.tracker.clear()
         self.graphs.forget_carried()
 
     def reset_states(self) -> None:
         """Forget everything, graphs and counts included."""
         self.clear_states()
         self.graphs.clear()
-        self.timeline.clear()
-        self.calls = {"computed": 0, "reused": 0}
-
-    def warn_once(self, reason: str) -> None:
-        """Warn that a call is not cached, with each reason once."""
-        if reason not in self._warned:
-            self._warned.add(reason)
-            warn(f"not cached: {reason}")
+        self.host.forget_calls()
 
     # --- a call ------------------------------------------------------------------------------
 
@@ -77,23 +57,23 @@ class Engine:
         key = input_key(call)
         entry, first = self.graphs.find(call, key)
         value = self._value(call, entry)
-        session = self.tracker.session(key, entry.serial)
+        session = self.host.tracker.session(key, entry.serial)
         with session.restored_on_error():
-            if self.tracker.enter(session, value):
-                self.warn_once(_CROWDED)
-            step, branch = self._begin(session, call, entry)
+            conditioning = [call.tensors[i] for i in entry.conditioning]
+            held, shapes = entry.variants.held, entry.captured.shapes
+            place = self.host.begin(session, value, conditioning, held, shapes)
+            step = place.step
             stale = step.computes and not first and self.graphs.stale(entry)
             if not stale:
                 output = yield from self._run(entry, step, call, first, compiler)
         if stale:
             log.info("capturing again")
             self.graphs.clear()
-            self.tracker.forget()
+            self.host.tracker.forget()
             return (yield from self.serve(args, kwargs, compiler))
-        self.tracker.done(session)
         if len(entry.served) < 2:
             entry.served.add(value)
-        self._note(step, value, session, branch)
+        self.host.done(place, value)
         return output
 
     def captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Entry, FlatCall]:
@@ -101,7 +81,7 @@ class Engine:
         call = self._flat(args, kwargs)
         entry, first = self.graphs.find(call, input_key(call))
         if first:
-            self._first(entry, Step(self.strategy, Branch(), 0, entry.variants.held), call)
+            self._first(entry, Step(self.host.strategy, Branch(), 0, entry.variants.held), call)
         return entry, call
 
     def carried(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -117,7 +97,7 @@ class Engine:
                 "and no graph was captured for a call like this: call the cached model once with "
                 "these arguments before"
             )
-        outputs = entry.carried_in(self.tracker.context)(entry.inputs(call))
+        outputs = entry.carried_in(self.host.tracker.context)(entry.inputs(call))
         return unflatten(entry.program.output, outputs)
 
     def _flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FlatCall:
@@ -126,17 +106,10 @@ class Engine:
         return flatten_call(arguments, self.graphs.timestep)
 
     def _value(self, call: FlatCall, entry: Entry) -> float:
-        if self.tracker.explicit is not None:
-            return float(self.tracker.explicit)
+        if self.host.tracker.explicit is not None:
+            return float(self.host.tracker.explicit)
+        assert entry.timestep is not None
         return timestep_value(call.tensors[entry.timestep])
-
-    def _begin(self, session: Session, call: FlatCall, entry: Entry) -> tuple[Step, Branch]:
-        branch = session.branch_of(Seen([call.tensors[i] for i in entry.conditioning]))
-        if branch.shapes != entry.captured.shapes:
-            branch.forget()
-            branch.shapes = entry.captured.shapes
-        assert session.moment is not None
-        return Step(self.strategy, branch, session.moment.index, entry.variants.held), branch
 
     def _run(
         self, entry: Entry, step: Step, call: FlatCall, first: bool, compiler: Compiler
@@ -173,18 +146,6 @@ class Engine:
                 "check=False if that is wanted"
             )
         return results
-
-    # --- steps and branches --------------------------------------------------------------------
-
-    def _note(self, step: Step, value: float, session: Session, branch: Branch) -> None:
-        action = "computed" if step.computes else self.strategy.action
-        if session.generation is not self._noted:
-            self.timeline.clear()
-            self._noted = session.generation
-        place = next(i for i, b in enumerate(session.branches) if b is branch)
-        self.timeline.append(StepRecord(step.index, value, place, action))
-        self.calls["computed" if step.computes else "reused"] += 1
-        log.debug("step %d (timestep %g, branch %d): %s", step.index, value, place, action)
 
 
 def _variants(entry: Entry, step: Step, call: FlatCall) -> Serving:

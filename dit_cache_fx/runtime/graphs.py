@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -22,11 +22,13 @@ from dit_cache_fx.capture import (
     named_timestep,
 )
 from dit_cache_fx.capture.fingerprint import Fingerprint, fingerprint, volatile
+from dit_cache_fx.capture.record import Recording
 from dit_cache_fx.errors import CaptureError
-from dit_cache_fx.lowering import OneGraph, Variants, lower_one_graph, lower_variants
+from dit_cache_fx.lowering import OneGraph, lower_one_graph, lower_variants
 from dit_cache_fx.lowering.stateful import Carried, Stateful
 from dit_cache_fx.passes import run_passes
-from dit_cache_fx.program import Program, operations
+from dit_cache_fx.program import operations
+from dit_cache_fx.runtime.lowered import Lowered
 from dit_cache_fx.strategies import Strategy, check_block_ids
 
 #: most input signatures whose graphs are kept at one time
@@ -37,24 +39,17 @@ MAX_VARIANTS = 8
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class Entry:
+@dataclass(eq=False)
+class Entry(Lowered):
     """A captured and lowered graph."""
 
     captured: Captured
     strategy: Strategy
-    variants: Variants
-    nodes: int  # operations of the graph as captured
     fingerprint: Fingerprint
     volatile: frozenset[tuple[str, str]]  # what of it the forward changes by itself
-    serial: int
     breaks: bool = False  # it cannot be compiled as one graph
     carried: dict[str | None, Carried] = field(default_factory=dict)  # by cache context
     served: set[float] = field(default_factory=set)  # a few of the timesteps that it answered
-
-    @property
-    def program(self) -> Program:
-        return self.captured.program
 
     @cached_property
     def one_graph(self) -> OneGraph:
@@ -88,18 +83,6 @@ class Entry:
         name = f"_carried_{[*self.carried].index(context)}"
         setattr(self, name, self.carried[context])
         return name
-
-    @cached_property
-    def timestep(self) -> int:
-        """Which of the call's tensors tells the step."""
-        return self.program.inputs.index(str(self.program.timestep))
-
-    @cached_property
-    def conditioning(self) -> list[int]:
-        """Which of the call's tensors are neither the timestep's nor the sample's."""
-        program = self.program
-        moving = (program.sample, program.arguments[self.timestep])
-        return [i for i, argument in enumerate(program.arguments) if argument not in moving]
 
 
 class Graphs:
@@ -142,6 +125,10 @@ class Graphs:
             self.entries.popitem(last=False)
         return entries[-1], True
 
+    def all(self) -> list[Entry]:
+        """Every graph, the newest last."""
+        return [entry for variants in self.entries.values() for entry in variants]
+
     def known(self, key: Hashable) -> Entry | None:
         """The newest graph for calls of this key, whatever its guards say."""
         entries = self.entries.get(key)
@@ -149,12 +136,11 @@ class Graphs:
 
     def carried(self, context: str | None) -> nn.ModuleDict:
         """Each graph with the state of a cache context in its buffers."""
-        entries = (entry for variants in self.entries.values() for entry in variants)
-        return nn.ModuleDict({str(entry.serial): entry.carried_in(context) for entry in entries})
+        return nn.ModuleDict({str(e.serial): e.carried_in(context) for e in self.all()})
 
     def forget_carried(self) -> None:
         """Set what is carried in buffers to the state before the first call."""
-        for entry in (entry for variants in self.entries.values() for entry in variants):
+        for entry in self.all():
             for carried in entry.carried.values():
                 carried.forget()
 
@@ -178,13 +164,15 @@ class Graphs:
         run_passes(program, strategy)
         self._serial += 1
         return Entry(
-            captured,
-            strategy,
+            program,
             lower_variants(program),
             nodes,
+            block_bytes(captured.recording, captured.blocks.values()),
+            self._serial,
+            captured,
+            strategy,
             fingerprint(model, captured.whole),
             volatile(before, after),
-            self._serial,
         )
 
 
@@ -193,6 +181,15 @@ def input_key(call: FlatCall) -> Hashable:
     device = call.tensors[0].device.type if call.tensors else "cpu"
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     return call.key, autocast
+
+
+def block_bytes(recording: Recording, blocks: Iterable[str]) -> dict[str, int]:
+    """Bytes of all results of each of these blocks."""
+    found = dict.fromkeys(blocks, 0)
+    for call in recording.calls:
+        if call.name in found:
+            found[call.name] += sum(spec.nbytes for spec in call.specs)
+    return found
 
 
 def _refuse_one_for_each_step(entries: Sequence[Entry]) -> None:

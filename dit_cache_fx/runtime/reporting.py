@@ -1,47 +1,46 @@
-"""Makes a `CacheReport` from an engine."""
+"""Makes a `CacheReport` of what a host and its graphs hold."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from dit_cache_fx.program import operations
 from dit_cache_fx.runtime.branches import Branch
-from dit_cache_fx.runtime.engine import Engine
-from dit_cache_fx.runtime.graphs import Entry
+from dit_cache_fx.runtime.host import Host
+from dit_cache_fx.runtime.lowered import Lowered
 from dit_cache_fx.runtime.report import CacheReport, CaptureReport
 
 
-def report(engine: Engine, enabled: bool) -> CacheReport:
-    """The state of `engine` right now."""
-    entries = [entry for variants in engine.graphs.entries.values() for entry in variants]
-    blocks = entries[-1].captured.program.block_lists if entries else {}
-    branches = list(_branches(engine))
-    computed, reused = _steps(engine)
+def report(host: Host, entries: Sequence[Lowered], enabled: bool) -> CacheReport:
+    """The state right now. `entries`: the host's graphs."""
+    blocks = entries[-1].program.block_lists if entries else {}
+    branches = list(_branches(host, entries))
+    computed, reused = _steps(host)
     return CacheReport(
-        strategy=engine.strategy.name or type(engine.strategy).__name__,
+        strategy=host.strategy.name or type(host.strategy).__name__,
         enabled=enabled,
         blocks=dict(blocks),
         cached_blocks=_cached(entries[-1]) if entries else {},
         captures=tuple(_capture(entry) for entry in entries),
         bytes_held=sum(_held(branch) for _, branch in branches),
         bytes_per_block=sum(
-            _per_block(entry) * engine.strategy.slots() for entry, b in branches if b.held
+            _per_block(entry) * host.strategy.slots() for entry, b in branches if b.held
         ),
         bytes_rule=sum(_remembered(branch) for _, branch in branches),
         steps_computed=computed,
         steps_reused=reused,
-        calls_computed=engine.calls["computed"],
-        calls_reused=engine.calls["reused"],
-        timeline=tuple(engine.timeline),
+        calls_computed=host.calls["computed"],
+        calls_reused=host.calls["reused"],
+        timeline=tuple(host.timeline),
     )
 
 
-def _branches(engine: Engine) -> Iterator[tuple[Entry, Branch]]:
-    entries = {e.serial: e for variants in engine.graphs.entries.values() for e in variants}
-    for key, session in engine.tracker.sessions.items():
+def _branches(host: Host, entries: Sequence[Lowered]) -> Iterator[tuple[Lowered, Branch]]:
+    known = {e.serial: e for e in entries}
+    for key, session in host.tracker.sessions.items():
         for branch in session.branches:
-            if key.serial in entries:
-                yield entries[key.serial], branch
+            if key.serial in known:
+                yield known[key.serial], branch
 
 
 def _held(branch: Branch) -> int:
@@ -52,25 +51,20 @@ def _remembered(branch: Branch) -> int:
     return sum(t.numel() * t.element_size() for t in branch.memory or ())
 
 
-def _per_block(entry: Entry) -> int:
+def _per_block(entry: Lowered) -> int:
     """Bytes of all results of the cached blocks, as a helper that wraps each block holds them."""
-    cached = {
-        f"{b.list_name}.{b.index}"
-        for region in entry.captured.program.regions
-        for b in region.blocks
-    }
-    calls = [c for c in entry.captured.recording.calls if c.name in cached]
-    return sum(spec.nbytes for call in calls for spec in call.specs)
+    cached = {f"{b.list_name}.{b.index}" for r in entry.program.regions for b in r.blocks}
+    return sum(entry.block_bytes[name] for name in cached)
 
 
-def _steps(engine: Engine) -> tuple[int, int]:
+def _steps(host: Host) -> tuple[int, int]:
     """Steps of the last generation that a branch computed, and that none did."""
-    computed = {r.step for r in engine.timeline if r.action == "computed"}
-    return len(computed), len({r.step for r in engine.timeline} - computed)
+    computed = {r.step for r in host.timeline if r.action == "computed"}
+    return len(computed), len({r.step for r in host.timeline} - computed)
 
 
-def _cached(entry: Entry) -> dict[str, tuple[int, ...]]:
-    program = entry.captured.program
+def _cached(entry: Lowered) -> dict[str, tuple[int, ...]]:
+    program = entry.program
     blocks = {(b.list_name, b.index) for region in program.regions for b in region.blocks}
     return {
         name: tuple(sorted(index for of, index in blocks if of == name))
@@ -78,8 +72,8 @@ def _cached(entry: Entry) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _capture(entry: Entry) -> CaptureReport:
-    program = entry.captured.program
+def _capture(entry: Lowered) -> CaptureReport:
+    program = entry.program
     inputs = [n for n in program.graph.nodes if n.op == "placeholder"]
     return CaptureReport(
         inputs=", ".join(f"{n.name}{list(n.meta['val'].shape)}" for n in inputs),
@@ -93,7 +87,7 @@ def _capture(entry: Entry) -> CaptureReport:
     )
 
 
-def _nodes_reused(entry: Entry) -> int:
+def _nodes_reused(entry: Lowered) -> int:
     """Nodes that a reused step executes."""
     parts = [entry.variants.reuse, entry.variants.prefix]
     return sum(operations(part.gm.graph) for part in parts if part is not None)

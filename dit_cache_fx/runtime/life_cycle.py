@@ -1,0 +1,74 @@
+"""What a user can ask of a cached model, whichever way it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from dit_cache_fx.errors import OptionError
+from dit_cache_fx.runtime.host import Host
+from dit_cache_fx.runtime.lowered import Lowered
+from dit_cache_fx.runtime.report import CacheReport
+from dit_cache_fx.runtime.reporting import report
+from dit_cache_fx.runtime.tracker import CacheContext
+
+
+class LifeCycle:
+    """The life cycle of a cache. A subclass says where its bookkeeping and its graphs are."""
+
+    _enabled: bool
+
+    @property
+    def _host(self) -> Host:
+        raise NotImplementedError
+
+    def _lowered(self) -> Sequence[Lowered]:
+        """The graphs that there are."""
+        raise NotImplementedError
+
+    def clear_states(self) -> None:
+        """Forget what is held and where the generation stands; keep the graphs."""
+        self._host.tracker.clear()
+
+    def reset_states(self) -> None:
+        """Forget everything: graphs and counts too."""
+        raise NotImplementedError
+
+    @property
+    def cur_timestep(self) -> int:
+        """The step index: as set, else that of the newest call."""
+        tracker = self._host.tracker
+        return tracker.current_step if tracker.explicit is None else tracker.explicit
+
+    @cur_timestep.setter
+    def cur_timestep(self, step: int | None) -> None:
+        if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
+            raise OptionError("cur_timestep", step, "a step index: an integer from 0, or None")
+        self._host.tracker.explicit = step
+
+    def enable(self) -> None:
+        """Cache from the next call on."""
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Be exactly the original model; nothing is held any more."""
+        self._enabled = False
+        self.clear_states()
+
+    def cache_context(self, name: str, **more: Any) -> AbstractContextManager[None]:
+        """Calls within belong to the CFG branch `name`, which has a state of its own.
+
+        `more`: what a pipeline tells beside the name; passed on to the model's own method, where
+        there is one.
+        """
+        if not isinstance(name, str):
+            raise OptionError("name", name, "the name of a branch, such as 'cond'")
+        return CacheContext(self._host.tracker, name, self._own_context(name, more))
+
+    def _own_context(self, name: str, more: dict[str, Any]) -> AbstractContextManager[Any] | None:
+        return None
+
+    def cache_report(self) -> CacheReport:
+        """What is cached, what it holds, what the last generation did."""
+        return report(self._host, self._lowered(), self._enabled)

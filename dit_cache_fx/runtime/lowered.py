@@ -1,0 +1,41 @@
+"""A graph that is ready to answer calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from dit_cache_fx.lowering import Variants
+from dit_cache_fx.program import Program
+
+
+@dataclass(eq=False)
+class Lowered:
+    """A program that went through the passes, and its graphs for each kind of step."""
+
+    program: Program
+    variants: Variants
+    nodes: int  # operations of the graph as captured
+    block_bytes: dict[str, int]  # block -> bytes of its results
+    serial: int
+
+    @cached_property
+    def timestep(self) -> int | None:
+        """Which of the call's tensors tells the step."""
+        name = self.program.timestep
+        return None if name is None else self.program.inputs.index(name)
+
+    @cached_property
+    def conditioning(self) -> list[int]:
+        """Which of the call's tensors are neither the timestep's, the sample's nor the model's."""
+        program = self.program
+        moving = {program.sample}
+        if self.timestep is not None:
+            moving.add(program.arguments[self.timestep])
+        return [
+            i
+            for i, (name, argument) in enumerate(
+                zip(program.inputs, program.arguments, strict=True)
+            )
+            if argument not in moving and name not in program.owned
+        ]
