@@ -1,6 +1,7 @@
 """Step caching for Diffusion Transformers as a compiler pass."""
 
 from dit_cache_fx.api import apply
+from dit_cache_fx.dynamo import Backend, backend
 from dit_cache_fx.errors import (
     CaptureError,
     DiscoveryError,
@@ -18,6 +19,7 @@ from dit_cache_fx.strategies import Clock, DeepCache, Strategy, TaylorCache, Tea
 __version__ = "0.1.0"
 
 __all__ = [
+    "Backend",
     "CacheReport",
     "CachedModel",
     "CaptureError",
@@ -36,6 +38,7 @@ __all__ = [
     "TeaCache",
     "VerifyError",
     "apply",
+    "backend",
     "export",
     "interval_schedule",
     "load",

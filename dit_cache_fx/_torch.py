@@ -6,12 +6,14 @@ the graph, whatever runs behind it. The means are those of torch's own higher-or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
+from torch import _guards as guards
 from torch import _inductor as inductor
 from torch import fx
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
@@ -28,6 +30,7 @@ from torch.fx.experimental.proxy_tensor import (
     make_fx,
     track_tensor,
 )
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from dit_cache_fx.program import DEVICE
@@ -131,6 +134,95 @@ def trace_shapes(
         inputs = [torch.empty(shape, dtype=dtype, device=d) for shape, dtype, d in specs]
         gm: fx.GraphModule = make_fx(function)(*inputs)
     return gm
+
+
+def _static_mode() -> FakeTensorMode:
+    """Stand-ins whose shapes are numbers, whatever Dynamo has seen vary."""
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+
+
+@contextmanager
+def fakes(values: Sequence[Any]) -> Iterator[list[Any]]:
+    """Within it nothing is computed; gives stand-ins without data for the tensors among `values`.
+
+    Their shapes are fixed. What is no tensor is left as it is.
+    """
+    mode = _static_mode()
+    with mode:
+        yield [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in values]
+
+
+@contextmanager
+def compiling_static() -> Iterator[None]:
+    """Within it a backend compiles for the shapes that its example inputs have."""
+    with guards.tracing(guards.TracingContext(_static_mode())):
+        yield
+
+
+def like_dynamos(
+    gm: fx.GraphModule, dynamos: fx.GraphModule, inputs: Mapping[str, fx.Node]
+) -> fx.GraphModule:
+    """Mark a graph as made from Dynamo's: some of its inputs are inputs of that one.
+
+    So a compiler knows the parameters among them, whose memory stays where it is (CUDA graphs need
+    not copy them).
+    """
+    gm.meta.update(dynamos.meta)
+    gm._param_name_to_source = {}  # type: ignore[assignment]
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            origin = inputs.get(str(node.target))
+            node._dynamo_source = getattr(origin, "_dynamo_source", None)
+            if origin is not None and "tensor_dict" in origin.meta:
+                node.meta["tensor_dict"] = origin.meta["tensor_dict"]
+    return gm
+
+
+def inductor_compiler(mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
+    """Inductor as `torch.compile` calls it with a mode and options, which it checks."""
+    compiler: Callable[..., Any] = torch._TorchCompileInductorWrapper(mode, options, None)
+    return compiler
+
+
+def known_backends() -> list[str]:
+    """Every backend name that `torch.compile` takes."""
+    return list(torch._dynamo.list_backends(exclude_tags=()))
+
+
+def lookup_backend(backend: Any) -> Callable[..., Any]:
+    """The backend of a name; a callable is one itself."""
+    function: Callable[..., Any] = torch._dynamo.lookup_backend(backend)
+    return function
+
+
+class Piece(NamedTuple):
+    """What Dynamo's graph is of the function that is compiled.
+
+    `whole`: all of it; else a graph break parts it. `function`: the file and name of the function.
+    """
+
+    whole: bool
+    function: tuple[str, str]
+
+
+_RESUMED = re.compile(r"^torch_dynamo_resume_in_(.+)_at_\d+$")
+
+
+def piece_of(gm: fx.GraphModule) -> Piece:
+    """Which piece a graph is that Dynamo has just handed to a backend."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    stack = getattr(reason, "user_stack", None) or []
+    file, name = (stack[0].filename, stack[0].name) if stack else ("", "")
+    resumed = _RESUMED.match(name)
+    whole = not getattr(reason, "graph_break", False) and resumed is None
+    return Piece(whole, (file, resumed[1] if resumed else name))
+
+
+def dynamo_source(node: fx.Node) -> str:
+    """How the compiled function reaches an input of Dynamo's graph; empty where it is unknown."""
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)
 
 
 def not_a_compiled_frame(function: _F) -> _F:

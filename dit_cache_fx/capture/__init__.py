@@ -27,7 +27,7 @@ from dit_cache_fx.capture.leaves import (
 )
 from dit_cache_fx.capture.normal_form import Guards, normal_form
 from dit_cache_fx.capture.record import ModuleCall, Recording, record
-from dit_cache_fx.capture.signal import mark_input, mark_modulated, parts_of
+from dit_cache_fx.capture.signal import mark_signal, parts_of
 from dit_cache_fx.capture.signature import CallSignature, FlatCall, flatten_call, unflatten_call
 from dit_cache_fx.capture.timestep import guessed_timestep, named_timestep
 from dit_cache_fx.capture.trace import trace
@@ -49,6 +49,7 @@ __all__ = [
     "candidate_lists",
     "capture",
     "flatten_call",
+    "guessed_timestep",
     "named_list",
     "named_timestep",
     "replayed",
@@ -129,7 +130,7 @@ def capture(subject: Subject, call: FlatCall, timestep: str | None) -> Captured:
         _require_timestep(call, step)
         program, guards = normal_form(subject.model, traced, call, step)
         mark_blocks(program, lists, chosen=subject.blocks is not None)
-        _mark_signal(program, subject.strategy, recording)
+        mark_signal(program, subject.strategy, recording)
         trunk = {str(node.target) for node in program.block_calls()}
         blocks = {m: name for m, name in members.items() if f"model.{name}" in trunk}
         captured = Captured(program, program.gm, guards, recording, blocks, set(kept), set())
@@ -238,20 +239,6 @@ def _require_timestep(call: FlatCall, timestep: str) -> None:
             f"the timestep argument {timestep!r} must be one tensor or number; in this call it is "
             "not. Name another one: timestep='...'"
         )
-
-
-def _mark_signal(program: Program, strategy: Strategy, recording: Recording) -> None:
-    """Find what the strategy's own rule looks at, where it has one."""
-    if not strategy.has_rule:
-        return
-    if strategy.looks_at() == "input":
-        mark_input(program, strategy.stream_name())
-        return
-    name = str(program.block_calls()[0].target).removeprefix("model.")
-    made = next(c for c in recording.calls if c.name == name)
-    mark_modulated(program, made, strategy.stream_name())
-    for call in recording.calls:
-        call.inside = None
 
 
 def _refuse_rewritten_arguments(recording: Recording) -> None:

@@ -28,9 +28,11 @@ class _Found:
     needs: frozenset[str]
     fault: str | None
 
-    @property
-    def parameters(self) -> int:
-        return sum(p.numel() for m in self.blocks.modules for p in m.parameters())
+    def parameters(self, program: Program) -> int:
+        """How many its members own, and are given as inputs of the graph."""
+        given = {n for c in self.calls for n in c.all_input_nodes if n.name in program.owned}
+        own = sum(p.numel() for m in self.blocks.modules for p in m.parameters())
+        return own + sum(spec.numel() for n in given if (spec := spec_of(n)) is not None)
 
 
 def mark_blocks(program: Program, lists: Sequence[BlockList], chosen: bool) -> None:
@@ -48,7 +50,7 @@ def mark_blocks(program: Program, lists: Sequence[BlockList], chosen: bool) -> N
     program.sample = _sample(program)
     found = [_look(program, blocks, needs, program.sample) for blocks in lists]
     called = [f for f in found if f.calls]
-    trunk = called if chosen else _trunk(called, needs)
+    trunk = called if chosen else _trunk(program, called, needs)
     missing = [f.blocks.name for f in found if chosen and not f.calls]
     if missing or not trunk:
         raise DiscoveryError(_explain(found, missing))
@@ -84,11 +86,13 @@ def _fault(
     return None
 
 
-def _trunk(called: Sequence[_Found], needs: dict[fx.Node, frozenset[str]]) -> list[_Found]:
+def _trunk(
+    program: Program, called: Sequence[_Found], needs: dict[fx.Node, frozenset[str]]
+) -> list[_Found]:
     sound = [f for f in called if f.fault is None]
     if not sound:
         return []
-    main = max(sound, key=lambda f: f.parameters)
+    main = max(sound, key=lambda f: f.parameters(program))
     start = needs[main.calls[0]]
     return [f for f in sound if f is main or f.needs >= start]
 
@@ -110,7 +114,7 @@ def _sample(program: Program) -> str | None:
     inputs = [
         (program.node(name), argument)
         for name, argument in zip(program.inputs, program.arguments, strict=True)
-        if name != step
+        if name != step and name not in program.owned
     ]
     output = program.graph.output_node().all_input_nodes
     shape = spec.shape if output and (spec := spec_of(output[0])) is not None else None

@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx, nn
 
 from dit_cache_fx.capture.normal_form import translated
-from dit_cache_fx.capture.record import ModuleCall
+from dit_cache_fx.capture.record import ModuleCall, Recording
 from dit_cache_fx.capture.trace import Trace, call_kept, trace
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.program import (
@@ -24,6 +24,7 @@ from dit_cache_fx.program import (
     descendants,
     graph_module,
 )
+from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.streams import stream_input
 from dit_cache_fx.structure import unflatten
 
@@ -31,6 +32,20 @@ from dit_cache_fx.structure import unflatten
 def parts_of(block: nn.Module, name: str) -> dict[nn.Module, str]:
     """The modules inside a block, with their names; of nested ones the outer call counts."""
     return {m: f"{name}.{key}" for key, m in block.named_modules() if m is not block}
+
+
+def mark_signal(program: Program, strategy: Strategy, recording: Recording) -> None:
+    """Find what the strategy's own rule looks at, where it has one."""
+    if not strategy.has_rule:
+        return
+    if strategy.looks_at() == "input":
+        mark_input(program, strategy.stream_name())
+        return
+    name = str(program.block_calls()[0].target).removeprefix("model.")
+    made = next(c for c in recording.calls if c.name == name)
+    mark_modulated(program, made, strategy.stream_name())
+    for call in recording.calls:
+        call.inside = None
 
 
 def mark_input(program: Program, cache_name: str) -> None:
@@ -103,7 +118,9 @@ def _add(
 
 
 def _timed(program: Program, node: fx.Node) -> bool:
-    timestep = program.arguments[program.inputs.index(str(program.timestep))]
+    if program.timestep is None:
+        raise _unknown("the graph does not take the timestep")
+    timestep = program.arguments[program.inputs.index(program.timestep)]
     return timestep in program.needs()[node]
 
 

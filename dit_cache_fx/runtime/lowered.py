@@ -26,16 +26,20 @@ class Lowered:
         return None if name is None else self.program.inputs.index(name)
 
     @cached_property
+    def places(self) -> dict[str, int]:
+        """Where each input is among the call's tensors."""
+        return {name: place for place, name in enumerate(self.program.inputs)}
+
+    @cached_property
+    def given(self) -> list[int]:
+        """Which of the call's tensors are not the model's own."""
+        return [i for i, name in enumerate(self.program.inputs) if name not in self.program.owned]
+
+    @cached_property
     def conditioning(self) -> list[int]:
         """Which of the call's tensors are neither the timestep's, the sample's nor the model's."""
         program = self.program
         moving = {program.sample}
         if self.timestep is not None:
             moving.add(program.arguments[self.timestep])
-        return [
-            i
-            for i, (name, argument) in enumerate(
-                zip(program.inputs, program.arguments, strict=True)
-            )
-            if argument not in moving and name not in program.owned
-        ]
+        return [i for i in self.given if program.arguments[i] not in moving]

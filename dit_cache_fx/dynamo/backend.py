@@ -1,0 +1,209 @@
+"""`backend`: the passes as a backend of `torch.compile`, run on the graph that Dynamo captures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import fx, nn
+
+from dit_cache_fx._torch import dynamo_source, piece_of
+from dit_cache_fx.capture import BlockList, flatten_call, guessed_timestep, named_timestep
+from dit_cache_fx.dynamo.capture import Outlined
+from dit_cache_fx.dynamo.graph import CachedGraph, Compiled, NotingGraph, Shared
+from dit_cache_fx.dynamo.inner import Compile, Inner, inner_compiler
+from dit_cache_fx.dynamo.outline import outline
+from dit_cache_fx.dynamo.sources import argument_of, is_owned, path_of
+from dit_cache_fx.errors import DiscoveryError, OptionError
+from dit_cache_fx.runtime.host import Host
+from dit_cache_fx.runtime.life_cycle import LifeCycle
+from dit_cache_fx.runtime.lowered import Lowered
+from dit_cache_fx.strategies import Strategy
+
+Blocks = str | nn.ModuleList | Sequence[str | nn.ModuleList]
+
+
+class Backend(LifeCycle):
+    """A backend of `torch.compile`. One object is for one model: its life cycle is that model's."""
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        inner: Inner,
+        mode: str | None,
+        options: Mapping[str, Any] | None,
+        blocks: Sequence[str | nn.ModuleList] | None,
+        timestep: str | None,
+    ) -> None:
+        self._inner = inner
+        self._compile = inner_compiler(inner, mode, options)
+        self._blocks = blocks
+        self._timestep = timestep
+        self._shared = Shared(Host(strategy))
+        self._graphs: WeakSet[CachedGraph] = WeakSet()
+
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Compiled:
+        """What `torch.compile` calls with each graph; `mode` and `options` go to the inner one."""
+        compile_graph = self._compile
+        if mode is not None or options is not None:
+            compile_graph = inner_compiler(self._inner, mode, options)
+        if torch.is_grad_enabled() and any(map(_requires_grad, example_inputs)):
+            self._host.warn_once(
+                "gradients are enabled and wanted (call the model under torch.no_grad() or "
+                "torch.inference_mode())"
+            )
+            return compile_graph(gm, example_inputs)
+        return self._cached(gm, example_inputs, compile_graph)
+
+    def _cached(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Compile
+    ) -> Compiled:
+        piece = piece_of(gm)
+        function = None if piece.whole else piece.function
+        outlined = outlined_graph(gm, example_inputs, self._blocks, self._timestep, piece.whole)
+        place = outlined.timestep_place
+        if outlined.lists:
+            graph = CachedGraph(self._shared, compile_graph, outlined, function)
+            self._graphs.add(graph)
+            return graph
+        compiled = compile_graph(gm, example_inputs)
+        if piece.whole:
+            self._host.warn_once(
+                "no block list found in the compiled graph (an nn.ModuleList whose members are "
+                "called one after another)"
+            )
+        elif place is not None:
+            return NotingGraph(self._shared, compiled, place, function)
+        return compiled
+
+    # --- life cycle --------------------------------------------------------------------------
+
+    @property
+    def _host(self) -> Host:
+        return self._shared.host
+
+    @property
+    def _enabled(self) -> bool:  # type: ignore[override]
+        return self._shared.enabled
+
+    @_enabled.setter
+    def _enabled(self, value: bool) -> None:
+        self._shared.enabled = value
+
+    def _lowered(self) -> list[Lowered]:
+        found = [lowered for graph in self._graphs for lowered in graph.lowered()]
+        return sorted(found, key=lambda lowered: lowered.serial)
+
+    def reset_states(self) -> None:
+        """Forget everything: graphs and counts too."""
+        self.clear_states()
+        self._host.forget_calls()
+        for graph in self._graphs:
+            graph.forget()
+
+    def __repr__(self) -> str:
+        return f"backend({self._host.strategy!r}, inner={self._inner!r})"
+
+
+def outlined_graph(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    blocks: Sequence[str | nn.ModuleList] | None,
+    timestep: str | None,
+    whole: bool,
+) -> Outlined:
+    """Dynamo's graph with its blocks as calls, and the names of its inputs.
+
+    Raises `OptionError` where the lists that the user named are not in a `whole` graph.
+    """
+    outlined, lists = outline(gm)
+    places = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    tensors = [i for i, v in enumerate(example_inputs) if isinstance(v, torch.Tensor)]
+    origins = [places[i] for i in tensors]
+    own = {i for i in tensors if is_owned(places[i], example_inputs[i])}
+    names = _names(origins, {places[i] for i in own})
+    given = {n: example_inputs[i] for n, i in zip(names, tensors, strict=True) if i not in own}
+    return Outlined(
+        dynamos=gm,
+        gm=outlined,
+        lists=tuple(lists if blocks is None else _chosen(lists, blocks, gm, example_inputs, whole)),
+        chosen=blocks is not None,
+        tensors=tuple(tensors),
+        names=tuple(names),
+        origins=tuple(origins),
+        owned=frozenset(n for n, i in zip(names, tensors, strict=True) if i in own),
+        given=tuple(i for i in range(len(example_inputs)) if i not in own),
+        dynamic=len(tensors) < len(example_inputs),
+        timestep=_timestep(given, timestep, whole),
+    )
+
+
+def _names(origins: Sequence[fx.Node], owned: set[fx.Node]) -> list[str]:
+    """A name for each input: the argument's; for the model's own, as Dynamo calls it."""
+    names: list[str] = []
+    for node in origins:
+        name = node.name if node in owned else re.sub(r"\W", "_", argument_of(node))
+        names.append(name if name.isidentifier() and name not in names else node.name)
+    return names
+
+
+def _timestep(given: Mapping[str, torch.Tensor], timestep: str | None, whole: bool) -> str | None:
+    """The name of the timestep among a graph's inputs; None where it is not among them."""
+    if timestep is not None:
+        return timestep if timestep in given else None
+    name = named_timestep(list(given), None)
+    if name is None and whole:
+        try:
+            return guessed_timestep(flatten_call(dict(given), None))
+        except DiscoveryError:
+            return None
+    return name
+
+
+def _chosen(
+    lists: Sequence[BlockList],
+    blocks: Iterable[str | nn.ModuleList],
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    whole: bool,
+) -> list[BlockList]:
+    """The lists that the user named, or gave."""
+    found = []
+    for item in blocks:
+        name = item if isinstance(item, str) else _name_of(item, lists, gm, example_inputs)
+        match = [b for b in lists if b.name == name or f".{b.name}".endswith(f".{name}")]
+        if len(match) == 1:
+            found.append(match[0])
+        elif whole:
+            what = item if isinstance(item, str) else type(item).__name__
+            known = [b.name for b in lists]
+            raise OptionError("blocks", what, f"the compiled graph has the block lists {known}")
+    return found
+
+
+def _name_of(
+    module: nn.Module, lists: Sequence[BlockList], gm: fx.GraphModule, example_inputs: Sequence[Any]
+) -> str | None:
+    """The name of the list that has the parameters of `module`."""
+    own = {id(p) for p in module.parameters()}
+    places = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    paths = [
+        ".".join(path_of(dynamo_source(node))[1:]) + "."
+        for node, value in zip(places, example_inputs, strict=True)
+        if id(value) in own
+    ]
+    names = [b.name for b in lists if any(path.startswith(f"{b.name}.") for path in paths)]
+    return max(names, key=len, default=None)
+
+
+def _requires_grad(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad

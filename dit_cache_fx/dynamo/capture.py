@@ -1,0 +1,102 @@
+"""From Dynamo's graph, called with tensors of certain shapes, to a `Program`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from dit_cache_fx._torch import fakes
+from dit_cache_fx.capture import BlockList, flatten_call
+from dit_cache_fx.capture.blocks import mark_blocks
+from dit_cache_fx.capture.normal_form import normal_form
+from dit_cache_fx.capture.record import Recording, record
+from dit_cache_fx.capture.signal import mark_signal, parts_of
+from dit_cache_fx.capture.trace import trace
+from dit_cache_fx.errors import CaptureError
+from dit_cache_fx.program import Program
+from dit_cache_fx.strategies import Strategy
+
+#: Dynamo's graph takes tensors and, where shapes are dynamic, numbers
+Input = torch.Tensor | int | float
+
+
+@dataclass(frozen=True)
+class Outlined:
+    """Dynamo's graph with its blocks as calls again, and what its inputs are.
+
+    `dynamos`: the graph as it was. `tensors`: which inputs are tensors; for each of these `names`
+    has a name unlike all others and `origins` Dynamo's node; the model's own are in `owned`.
+    `given`: all inputs that are not. `timestep`: the name of the timestep, where there is one.
+    """
+
+    dynamos: fx.GraphModule
+    gm: fx.GraphModule
+    lists: tuple[BlockList, ...]
+    chosen: bool  # the user has named the lists
+    tensors: tuple[int, ...]
+    names: tuple[str, ...]
+    origins: tuple[fx.Node, ...]
+    owned: frozenset[str]
+    given: tuple[int, ...]
+    dynamic: bool  # some inputs are sizes
+    timestep: str | None
+
+    @property
+    def timestep_place(self) -> int | None:
+        """Which input the timestep is."""
+        if self.timestep is None:
+            return None
+        return self.tensors[self.names.index(self.timestep)]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A program, and the block calls that its shapes were learnt from."""
+
+    program: Program
+    recording: Recording
+    blocks: tuple[str, ...]
+
+
+def capture_graph(outlined: Outlined, inputs: Sequence[Input], strategy: Strategy) -> Traced:
+    """The program for inputs of these shapes; nothing is computed.
+
+    Raises `DiscoveryError` where the blocks cannot be told, `CaptureError` where it cannot be made.
+    """
+    with fakes(inputs) as faked, torch.no_grad():
+        tensors = [value for value in faked if isinstance(value, torch.Tensor)]
+        call = flatten_call(dict(zip(outlined.names, tensors, strict=True)), None)
+        members = _members(outlined.lists)
+        opened = [blocks.modules[0] for blocks in outlined.lists] if _looks(strategy) else []
+        parts = {m: parts_of(m, members[m]) for m in opened if m in members}
+
+        def run(given: Sequence[torch.Tensor]) -> Any:
+            rest = iter(given)
+            return outlined.gm(*(next(rest) if isinstance(v, torch.Tensor) else v for v in inputs))
+
+        try:
+            recording = record(lambda: run(tensors), members, set(members), opened=parts)
+            traced = trace(run, tensors, members, recording)
+        except Exception as error:
+            raise CaptureError(f"the graph of the model cannot be traced: {error}") from error
+        program, guards = normal_form(outlined.gm, traced, call, outlined.timestep)
+        if guards is not None:
+            raise CaptureError("the graph reads values out of tensors")
+        program.owned = outlined.owned
+        mark_blocks(program, outlined.lists, outlined.chosen)
+        mark_signal(program, strategy, recording)
+    blocks = {str(node.target).removeprefix("model.") for node in program.block_calls()}
+    return Traced(program, recording, tuple(sorted(blocks)))
+
+
+def _looks(strategy: Strategy) -> bool:
+    """Whether the strategy's rule looks at what is inside of the first block."""
+    return strategy.has_rule and strategy.looks_at() == "modulated"
+
+
+def _members(lists: Sequence[BlockList]) -> dict[nn.Module, str]:
+    return {m: f"{blocks.name}.{i}" for blocks in lists for i, m in enumerate(blocks.modules)}

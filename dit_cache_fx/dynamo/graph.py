@@ -1,0 +1,221 @@
+"""One graph that Dynamo has captured, cached."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import torch
+
+from dit_cache_fx._torch import compiling_static
+from dit_cache_fx.dynamo.capture import Input, Outlined, capture_graph
+from dit_cache_fx.dynamo.inner import Compile
+from dit_cache_fx.dynamo.parts import compiled_part
+from dit_cache_fx.errors import CaptureError, DiscoveryError
+from dit_cache_fx.lowering import Part, lower_variants
+from dit_cache_fx.passes import run_passes
+from dit_cache_fx.program import operations
+from dit_cache_fx.runtime.graphs import block_bytes
+from dit_cache_fx.runtime.host import Host
+from dit_cache_fx.runtime.lowered import Lowered
+from dit_cache_fx.runtime.step import Step
+from dit_cache_fx.runtime.steps import timestep_value
+from dit_cache_fx.strategies import check_block_ids
+from dit_cache_fx.structure import unflatten
+
+#: most shapes of one graph with dynamic shapes whose variants are kept
+MAX_SHAPES = 32
+
+_NO_TIMESTEP = (
+    "the timestep is no tensor input of the compiled graph. Pass it as a tensor (a number is a "
+    "constant there), name it (timestep='...'), or set cur_timestep"
+)
+
+Compiled = Callable[..., Sequence[Any]]
+
+
+@dataclass
+class Shared:
+    """What all graphs of one backend have in common.
+
+    `timesteps`: by the function that Dynamo has split, the timestep that its first piece was given.
+    """
+
+    host: Host
+    enabled: bool = True
+    serials: Iterator[int] = field(default_factory=lambda: count(1))
+    timesteps: dict[Hashable, float] = field(default_factory=dict)
+
+
+class CachedGraph:
+    """Answers the calls of one of Dynamo's graphs. `function`: what it is a piece of, if it is."""
+
+    def __init__(
+        self, shared: Shared, compile_graph: Compile, outlined: Outlined, function: Hashable
+    ) -> None:
+        self._shared = shared
+        self._compile = compile_graph
+        self._outlined = outlined
+        self._function = function
+        self._entries: OrderedDict[Hashable, Lowered | None] = OrderedDict()
+        self._plain: OrderedDict[Hashable, Compiled] = OrderedDict()
+
+    def __call__(self, *inputs: Input) -> Sequence[Any]:
+        key = self._key(inputs)
+        value = self._value(inputs) if self._shared.enabled else None
+        lowered = None if value is None else self._lowered(key, inputs)
+        if value is None or lowered is None:
+            return self._uncached(key, inputs)
+        tensors = [inputs[i] for i in self._outlined.tensors]
+        return self._serve(lowered, key, value, tensors)  # type: ignore[arg-type]
+
+    def lowered(self) -> list[Lowered]:
+        """The graphs that there are."""
+        return [entry for entry in self._entries.values() if entry is not None]
+
+    def forget(self) -> None:
+        """Forget them."""
+        self._entries.clear()
+
+    # --- a call ------------------------------------------------------------------------------
+
+    def _key(self, inputs: Sequence[Input]) -> Hashable:
+        """What the graphs are made for. Without dynamic shapes Dynamo sees that it is the same."""
+        if not self._outlined.dynamic:
+            return ()
+        given = [inputs[i] for i in self._outlined.given]
+        return tuple(
+            (v.shape, v.stride(), v.dtype, v.device) if isinstance(v, torch.Tensor) else v
+            for v in given
+        )
+
+    def _value(self, inputs: Sequence[Input]) -> float | None:
+        """The step's timestep: set by the user, told by an earlier piece, or among the inputs."""
+        host, told = self._shared.host, None
+        if self._function is not None:
+            told = self._shared.timesteps.pop(self._function, None)
+        if host.tracker.explicit is not None:
+            return float(host.tracker.explicit)
+        place = self._outlined.timestep_place
+        if told is None and place is not None:
+            told = timestep_value(inputs[place])  # type: ignore[arg-type]
+        if told is None:
+            host.warn_once(_NO_TIMESTEP)
+        elif self._function is not None:
+            self._shared.timesteps[self._function] = told  # for the pieces behind this one
+        return told
+
+    def _serve(
+        self, lowered: Lowered, key: Hashable, value: float, tensors: Sequence[torch.Tensor]
+    ) -> Sequence[Any]:
+        host, variants = self._shared.host, lowered.variants
+        session = host.tracker.session(key, lowered.serial)
+        given = [tensors[i] for i in lowered.given]
+        with session.restored_on_error(), torch.no_grad():
+            conditioning = [tensors[i] for i in lowered.conditioning]
+            place = host.begin(session, value, conditioning, variants.held)
+            results = _run(lowered, place.step, tensors)
+            outputs = [_lasting(t) for t in results[: variants.outputs]]
+            kept = [_lasting(t.contiguous()) for t in results[variants.outputs :]]
+            owned = place.step.commit(given, outputs, kept)
+        host.done(place, value)
+        output: Sequence[Any] = unflatten(lowered.program.output, owned)
+        return output
+
+    def _uncached(self, key: Hashable, inputs: Sequence[Input]) -> Sequence[Any]:
+        if key not in self._plain:
+            with compiling_static():
+                self._plain[key] = self._compile(self._outlined.dynamos, inputs)
+            _drop_oldest(self._plain)
+        return self._plain[key](*inputs)
+
+    # --- a capture ---------------------------------------------------------------------------
+
+    def _lowered(self, key: Hashable, inputs: Sequence[Input]) -> Lowered | None:
+        """The graphs for inputs like these; None where they cannot be made."""
+        if key not in self._entries:
+            try:
+                self._entries[key] = self._lower(inputs)
+            except (CaptureError, DiscoveryError) as error:
+                self._shared.host.warn_once(str(error))
+                self._entries[key] = None
+            _drop_oldest(self._entries)
+        return self._entries[key]
+
+    def _lower(self, inputs: Sequence[Input]) -> Lowered:
+        strategy, outlined = self._shared.host.strategy, self._outlined
+        traced = capture_graph(outlined, inputs, strategy)
+        program = traced.program
+        check_block_ids(strategy, program.block_lists)
+        nodes = operations(program.graph)
+        run_passes(program, strategy)
+        variants = lower_variants(program)
+        origins = dict(zip(program.inputs, outlined.origins, strict=True))
+
+        def compiled(part: Part) -> Part:
+            return compiled_part(part, self._compile, variants.held, outlined.dynamos, origins)
+
+        lowered = dataclasses.replace(
+            variants,
+            compute=compiled(variants.compute),
+            reuse=compiled(variants.reuse),
+            prefix=variants.prefix and compiled(variants.prefix),
+        )
+        return Lowered(
+            program,
+            lowered,
+            nodes,
+            block_bytes(traced.recording, traced.blocks),
+            next(self._shared.serials),
+        )
+
+
+class NotingGraph:
+    """A piece without blocks that is given the timestep: it tells the pieces behind it."""
+
+    def __init__(self, shared: Shared, compiled: Compiled, place: int, function: Hashable) -> None:
+        self._shared = shared
+        self._compiled = compiled
+        self._place = place
+        self._function = function
+
+    def __call__(self, *inputs: Any) -> Sequence[Any]:
+        if self._shared.enabled:
+            self._shared.timesteps[self._function] = timestep_value(inputs[self._place])
+        return self._compiled(*inputs)
+
+
+def _run(lowered: Lowered, step: Step, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Run the graph of the step's kind; what it reads of the inputs is picked by name."""
+    variants, made = lowered.variants, dict[str, torch.Tensor]()
+    if variants.prefix is not None:
+        signal, *carried = _call(lowered, variants.prefix, tensors, made)
+        made.update(zip(variants.carried, carried, strict=True))
+        step.decide(_lasting(signal))
+    part = variants.compute if step.computes else variants.reuse
+    made.update(step.compiled_given(part.names, tensors[lowered.given[0]].device))
+    return _call(lowered, part, tensors, made)
+
+
+def _call(
+    lowered: Lowered,
+    part: Part,
+    tensors: Sequence[torch.Tensor],
+    made: Mapping[str, torch.Tensor],
+) -> Sequence[torch.Tensor]:
+    places = lowered.places
+    return part.run(*(tensors[places[n]] if n in places else made[n] for n in part.names))
+
+
+def _lasting(tensor: torch.Tensor) -> torch.Tensor:
+    """The values in memory that the next replay of a CUDA graph does not overwrite."""
+    return tensor.clone() if tensor.is_cuda else tensor
+
+
+def _drop_oldest(kept: OrderedDict[Hashable, Any]) -> None:
+    while len(kept) > MAX_SHAPES:
+        kept.popitem(last=False)

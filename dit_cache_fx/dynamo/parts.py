@@ -1,0 +1,122 @@
+"""Lowered graphs as the inner compiler takes them: flat, and compiled at their first call."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from dit_cache_fx._torch import compiling_static, like_dynamos
+from dit_cache_fx.dynamo.inner import Compile
+from dit_cache_fx.lowering import Part
+from dit_cache_fx.specs import TensorSpec
+
+
+@dataclass(frozen=True)
+class CompiledPart(Part):
+    """A lowered graph that the inner compiler compiles when it is called first."""
+
+    compile: Compile
+    own: Mapping[str, TensorSpec]  # operands that are the cache's own: what is held
+    compiled: list[Callable[..., Sequence[torch.Tensor]]] = field(default_factory=list)
+
+    @property
+    def run(self) -> Callable[..., Sequence[torch.Tensor]]:
+        return self.compiled[0] if self.compiled else self._first
+
+    def _first(self, *operands: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Compile for operands like these.
+
+        The compiler may take two operands that are one tensor now for one for good: Dynamo tells
+        when it may not for a call's inputs, so only what is held is stood in for.
+        """
+        given = zip(self.names, operands, strict=True)
+        examples = [self.own[n].zeros() if n in self.own else t for n, t in given]
+        with compiling_static():
+            self.compiled.append(self.compile(self.gm, examples))
+        return self.compiled[0](*operands)
+
+
+def compiled_part(
+    part: Part,
+    compile_graph: Compile,
+    held: Mapping[str, TensorSpec],
+    dynamos: fx.GraphModule,
+    inputs: Mapping[str, fx.Node],
+) -> CompiledPart:
+    """`part`, with its blocks inlined. `inputs`: name -> the input of Dynamo's graph that it is."""
+    gm = like_dynamos(flat(part.gm), dynamos, inputs)
+    return CompiledPart(gm, part.names, compile_graph, held)
+
+
+def flat(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same graph without calls of other graphs.
+
+    Before:
+
+        %blocks_0 = call_module[model.blocks.0](%x)         # gives {0: relu(%x)}
+        %h = getitem(%blocks_0, 0)
+
+    After:
+
+        %h = relu(%x)
+    """
+    graph, owner = fx.Graph(), nn.Module()
+    places = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    given: dict[fx.Node, Any] = {}
+    for node in places:
+        given[node] = graph.placeholder(str(node.target))
+        given[node].meta.update(node.meta)
+    graph.output(_inlined(gm, given, graph, owner))
+    return fx.GraphModule(owner, graph, type(gm).__name__)
+
+
+def _inlined(gm: fx.GraphModule, new: dict[fx.Node, Any], graph: fx.Graph, owner: nn.Module) -> Any:
+    """Add a graph's nodes to `graph`; returns its output in terms of the new nodes."""
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        source = node.args[0] if node.target is operator.getitem else None
+        if isinstance(source, fx.Node) and isinstance(new[source], dict):
+            new[node] = new[source][node.args[1]]
+        elif node.op == "get_attr":
+            new[node] = graph.get_attr(_kept(owner, _value(gm, str(node.target))))
+        elif node.op == "call_module":
+            new[node] = _called(gm, node, new, graph, owner)
+        else:
+            new[node] = graph.node_copy(node, new.__getitem__)
+    return fx.map_arg(gm.graph.output_node().args[0], new.__getitem__)
+
+
+def _called(
+    gm: fx.GraphModule, node: fx.Node, new: dict[fx.Node, Any], graph: fx.Graph, owner: nn.Module
+) -> Any:
+    module = gm.get_submodule(str(node.target))
+    args, kwargs = fx.map_arg((node.args, node.kwargs), new.__getitem__)
+    if not isinstance(module, fx.GraphModule) or kwargs:
+        return graph.call_module(_kept(owner, module), args, kwargs)
+    places = [n for n in module.graph.nodes if n.op == "placeholder"]
+    return _inlined(module, dict(zip(places, args, strict=True)), graph, owner)
+
+
+def _value(gm: fx.GraphModule, target: str) -> Any:
+    value: Any = gm
+    for name in target.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _kept(owner: nn.Module, value: Any) -> str:
+    """The name under which `owner` has a value; it gets what it has not."""
+    names = [*owner._parameters, *owner._buffers, *owner._modules, *vars(owner)]
+    known = next((n for n in names if n.startswith("_kept_") and getattr(owner, n) is value), None)
+    name = known or f"_kept_{len(names)}"
+    if known is None and isinstance(value, torch.Tensor):
+        owner.register_buffer(name, value, persistent=False)
+    elif known is None:
+        setattr(owner, name, value)
+    return name
