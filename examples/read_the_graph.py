@@ -6,12 +6,12 @@ Run: python examples/read_the_graph.py [deepcache | teacache | taylorcache]
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from dit_cache_fx.capture import CallSignature, Subject, capture, flatten_call
+from dit_cache_fx.listing import lines
 from dit_cache_fx.passes import run_passes
 from dit_cache_fx.program import Program
 from dit_cache_fx.strategies import make_strategy
@@ -53,24 +53,6 @@ class SmallDiT(nn.Module):
             x, y = block(x, y, time)
         out: Tensor = self.out(x + time[:, None])
         return out
-
-
-def lines(gm: fx.GraphModule, name: str, indent: str = "") -> Iterator[str]:
-    """The graph as text, one line a node; the two sides of a cached run come first."""
-    nodes = list(gm.graph.nodes)
-    for node in nodes:
-        if node.op == "get_attr":
-            yield from lines(getattr(gm, str(node.target)), str(node.target), indent + "    ")
-    inputs = [str(node) for node in nodes if node.op == "placeholder"]
-    yield f"{indent}{name}({', '.join(inputs)}):"
-    for node in nodes:
-        if node.op == "output":
-            yield f"{indent}    return {node.args[0]}"
-        elif node.op not in ("placeholder", "get_attr"):
-            target = getattr(node.target, "__name__", node.target)
-            if isinstance(node.target, torch._ops.OpOverload):
-                target = node.target
-            yield f"{indent}    {node} = {target}({', '.join(map(str, node.args))})"
 
 
 def main() -> None:

@@ -66,8 +66,13 @@ class Branch:
 
 @dataclass
 class Session:
-    """What is held for one input signature and cache context, in the generation under way."""
+    """What is held for one input signature and cache context, in the generation under way.
 
+    `serial`: of the signature's graph. `context`: the name of the cache context, if in one.
+    """
+
+    serial: int = 0
+    context: str | None = None
     generation: Generation | None = None
     moment: Moment | None = None  # of its newest call
     branches: list[Branch] = field(default_factory=list)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,11 @@ _CROWDED = (
     "Name each branch (cache_context), or put them into one batch"
 )
 
+#: most calls of a generation that are noted
+MAX_RECORDS = 4096
+
+Measured = torch.Tensor | float | None
+
 log = logging.getLogger(__name__)
 
 
@@ -40,14 +46,16 @@ class Host:
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
         self.tracker = Tracker()
-        self.timeline: deque[StepRecord] = deque(maxlen=4096)
+        self.timeline: deque[StepRecord] = deque(maxlen=MAX_RECORDS)
+        #: beside it: what the strategy's rule measured, not yet read from a device
+        self.measured: deque[Measured] = deque(maxlen=MAX_RECORDS)
         self.calls = {"computed": 0, "reused": 0}
         self._noted: object = None  # the generation whose steps are in the timeline
         self._warned: set[str] = set()
 
     def forget_calls(self) -> None:
         """Forget what the calls were."""
-        self.timeline.clear()
+        self._clear_timeline()
         self.calls = {"computed": 0, "reused": 0}
 
     def warn_once(self, reason: str) -> None:
@@ -87,9 +95,33 @@ class Host:
         self.tracker.done(session)
         action = "computed" if step.computes else self.strategy.action
         if session.generation is not self._noted:
-            self.timeline.clear()
+            self._clear_timeline()
             self._noted = session.generation
         number = next(i for i, b in enumerate(session.branches) if b is branch)
-        self.timeline.append(StepRecord(step.index, value, number, action))
+        record = StepRecord(
+            step.index, value, number, action, step.why, session.serial, session.context
+        )
+        self.timeline.append(record)
+        self.measured.append(self._measured(branch))
         self.calls["computed" if step.computes else "reused"] += 1
-        log.debug("step %d (timestep %g, branch %d): %s", step.index, value, number, action)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s", _read(record, self.measured[-1]))
+
+    def records(self) -> list[StepRecord]:
+        """The last generation's calls. Reads what the rule measured from its device."""
+        return list(map(_read, self.timeline, self.measured))
+
+    def _measured(self, branch: Branch) -> Measured:
+        """As a number where that waits for no device; else a copy, since state may be cleared."""
+        tensor = None if branch.memory is None else self.strategy.measured(branch.memory)
+        if tensor is None:
+            return None
+        return float(tensor) if tensor.device.type == "cpu" else tensor.clone()
+
+    def _clear_timeline(self) -> None:
+        self.timeline.clear()
+        self.measured.clear()
+
+
+def _read(record: StepRecord, measured: Measured) -> StepRecord:
+    return record if measured is None else replace(record, measured=float(measured))

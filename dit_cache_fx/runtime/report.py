@@ -7,12 +7,28 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One call in the last generation. `action`: "computed", "reused" or "predicted"."""
+    """One call in the last generation. `action`: "computed", "reused" or "predicted".
+
+    `why`: why it computed. `graph`: the number of the captured graph. `context`: the cache context.
+    A branch is one of a graph and context. `measured`: what the strategy's own rule had measured
+    when it decided.
+    """
 
     step: int
     timestep: float
     branch: int
     action: str
+    why: str = ""
+    graph: int = 0
+    context: str | None = None
+    measured: float | None = None
+
+    def __str__(self) -> str:
+        where = f"branch {self.branch}" if self.context is None else f"{self.context!r}"
+        text = f"step {self.step} (timestep {self.timestep:g}, {where}): {self.action}"
+        notes = [self.why] if self.why else []
+        notes += [] if self.measured is None else [f"measured {self.measured:.4g}"]
+        return f"{text} ({', '.join(notes)})" if notes else text
 
 
 @dataclass(frozen=True)
@@ -37,7 +53,8 @@ class CacheReport:
     `bytes_held`: of the cache right now, all branches and signatures. `bytes_per_block`: what
     holding every cached block's result would take for the same calls. `bytes_rule`: what the
     strategy's own rule remembers. `steps_computed`, `steps_reused`: steps of the last generation.
-    `calls_computed`, `calls_reused`: calls since `apply` or `reset_states`.
+    `calls_computed`, `calls_reused`: calls since `apply` or `reset_states`. `threshold`: what the
+    strategy's own rule compares a step's `measured` with.
     """
 
     strategy: str
@@ -52,6 +69,7 @@ class CacheReport:
     steps_reused: int
     calls_computed: int
     calls_reused: int
+    threshold: float | None = None
     timeline: tuple[StepRecord, ...] = field(repr=False, default=())
 
     def __str__(self) -> str:

@@ -31,7 +31,8 @@ def report(host: Host, entries: Sequence[Lowered], enabled: bool) -> CacheReport
         steps_reused=reused,
         calls_computed=host.calls["computed"],
         calls_reused=host.calls["reused"],
-        timeline=tuple(host.timeline),
+        threshold=host.strategy.threshold,
+        timeline=tuple(host.records()),
     )
 
 

@@ -12,6 +12,10 @@ from dit_cache_fx.specs import TensorSpec
 from dit_cache_fx.strategies import Clock, Memory, Strategy
 
 
+#: why a step computes
+FIRST, SCHEDULED, MISSING, RULE = "the first step", "scheduled", "nothing is held", "its rule"
+
+
 class Step:
     """A step of one branch. `specs`: what is held of it, by name.
 
@@ -27,12 +31,21 @@ class Step:
         self._specs = specs
         self._memory: Memory | None = branch.memory
         missing = len(branch.held) != len(specs) or not all(h.untouched() for h in branch.held)
-        self._forced = index == 0 or index in (strategy.no_cache_steps or ()) or missing
+        scheduled = index in (strategy.no_cache_steps or ())
+        self._forced = index == 0 or scheduled or missing
         self.computes = self._forced
+        self._why = FIRST if index == 0 else SCHEDULED if scheduled else MISSING
 
     def anew(self) -> Step:
         """The same step of a branch that holds nothing."""
         return Step(self._strategy, Branch(), self.index, self._specs)
+
+    @property
+    def why(self) -> str:
+        """Why it computes; empty where it does not."""
+        if not self.computes:
+            return ""
+        return self._why if self._forced else RULE
 
     # --- what a graph is given -------------------------------------------------------------------
 

@@ -107,6 +107,15 @@ class Strategy:
         """
         raise NotImplementedError
 
+    @property
+    def threshold(self) -> float | None:
+        """What the rule compares `measured` with, for reports; None where it is no such rule."""
+        return None
+
+    def measured(self, memory: Memory) -> Tensor | None:
+        """What the rule had measured when it decided last, of no dimensions, for reports."""
+        return None
+
     def _rule_hint(self) -> str:
         return ""
 

@@ -64,16 +64,25 @@ class TeaCache(Strategy):
     def has_rule(self) -> bool:
         return self.rel_l1_thresh is not None
 
+    @property
+    def threshold(self) -> float | None:
+        return self.rel_l1_thresh
+
+    def measured(self, memory: Memory) -> Tensor | None:
+        """The sum at the newest step, before a computed step sets it to 0."""
+        return memory[2]
+
     def begin(self, signal: Tensor) -> Memory:
-        return signal, torch.zeros((), dtype=torch.float64, device=signal.device)
+        zero = torch.zeros((), dtype=torch.float64, device=signal.device)
+        return signal, zero, zero.clone()
 
     def decide(self, signal: Tensor, memory: Memory, forced: Tensor) -> tuple[Tensor, Memory]:
         assert self.rel_l1_thresh is not None
-        previous, accumulated = memory
+        previous, accumulated, _ = memory
         change = (signal - previous).abs().mean() / previous.abs().mean()
         accumulated = accumulated + self._polynomial(change.double())
         compute = forced | (accumulated >= self.rel_l1_thresh)
-        return compute, (signal, torch.where(compute, 0.0, accumulated))
+        return compute, (signal, torch.where(compute, 0.0, accumulated), accumulated)
 
     def _polynomial(self, x: Tensor) -> Tensor:
         result = torch.zeros_like(x)

@@ -1,0 +1,73 @@
+"""Graphs as text to read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from dit_cache_fx.program import spec_of
+
+#: an argument that is longer is cut
+_LONGEST = 100
+
+
+def lines(gm: fx.GraphModule, name: str, indent: str = "", shapes: bool = False) -> Iterator[str]:
+    """The graph as text, one line a node; graphs that it has (a run's sides) come first.
+
+    `shapes`: say the dtype and shape of each value, as known at capture.
+    """
+    nodes = list(gm.graph.nodes)
+    for node in nodes:
+        side = _value(gm, node)
+        if isinstance(side, fx.GraphModule):
+            yield from lines(side, str(node.target), indent + "    ", shapes)
+    inputs = [str(node) for node in nodes if node.op == "placeholder"]
+    yield f"{indent}{name}({', '.join(inputs)}):"
+    for node in nodes:
+        if node.op != "placeholder" and not isinstance(_value(gm, node), fx.GraphModule):
+            yield f"{indent}    {_line(node)}{_shape(node) if shapes else ''}"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending integers as text: `0-11, 15, 19`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+
+
+def _line(node: fx.Node) -> str:
+    if node.op == "output":
+        return f"return {node.args[0]}"
+    if node.op == "get_attr":
+        return f"{node} = {node.target}"
+    named = [f"{key}={_short(value)}" for key, value in node.kwargs.items()]
+    return f"{node} = {_target(node)}({', '.join([*map(_short, node.args), *named])})"
+
+
+def _target(node: fx.Node) -> Any:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target
+    return getattr(node.target, "__name__", node.target)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def _shape(node: fx.Node) -> str:
+    spec = spec_of(node)
+    return "" if spec is None else f"  # {str(spec.dtype).removeprefix('torch.')}{[*spec.shape]}"
+
+
+def _value(gm: fx.GraphModule, node: fx.Node) -> Any:
+    """What a `get_attr` node gives, where the graph itself has it."""
+    own = node.op == "get_attr" and "." not in str(node.target)
+    return getattr(gm, str(node.target), None) if own else None
