@@ -7,11 +7,13 @@ from dit_cache_fx.errors import (
     DiscoveryError,
     DitCacheError,
     DitCacheWarning,
+    MissingPackageError,
     OptionError,
     VerifyError,
 )
 from dit_cache_fx.export import Exported, Runner, export, load
 from dit_cache_fx.module import CachedModel
+from dit_cache_fx.runtime.explain import Explanation
 from dit_cache_fx.runtime.report import CacheReport, CaptureReport, StepRecord
 from dit_cache_fx.schedule import interval_schedule
 from dit_cache_fx.strategies import Clock, DeepCache, Strategy, TaylorCache, TeaCache
@@ -29,7 +31,9 @@ __all__ = [
     "DiscoveryError",
     "DitCacheError",
     "DitCacheWarning",
+    "Explanation",
     "Exported",
+    "MissingPackageError",
     "OptionError",
     "Runner",
     "StepRecord",

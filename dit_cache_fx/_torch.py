@@ -20,6 +20,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo import exc as dynamo_errors
 from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.variables import functions as dynamo_functions
+from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensorMode
 from torch.export import _trace as export_trace
@@ -277,6 +278,19 @@ def signatures_kept() -> Iterator[None]:
         yield
     finally:
         variable.call_function = remembered
+
+
+def trace_text(name: str, text: Callable[[], str]) -> None:
+    """Add an artifact to torch's structured trace (`TORCH_TRACE`), where there is one.
+
+    `tlparse` shows it under `name`. `text` is called only for a trace.
+    """
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=text,
+        expect_trace_id=False,
+    )
 
 
 def exporting() -> bool:

@@ -36,6 +36,10 @@ class VerifyError(DitCacheError):
     """A pass left a program that breaks an invariant (a bug in a pass or in a strategy)."""
 
 
+class MissingPackageError(DitCacheError, ImportError):
+    """Something that is only needed for this one thing is not installed; the text says what."""
+
+
 class DitCacheWarning(UserWarning):
     """Something is not cached although caching was asked for; the text says why."""
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
+from dit_cache_fx._torch import trace_text
 from dit_cache_fx.program import spec_of
 
 #: an argument that is longer is cut
@@ -31,7 +32,12 @@ def lines(gm: fx.GraphModule, name: str, indent: str = "", shapes: bool = False)
             yield f"{indent}    {_line(node)}{_shape(node) if shapes else ''}"
 
 
-def ranges(numbers: Sequence[int]) -> str:
+def trace_graph(name: str, gm: fx.GraphModule) -> None:
+    """Show a graph in torch's structured trace, where there is one, as `dit_cache_fx_<name>`."""
+    trace_text(f"dit_cache_fx_{name}", lambda: "\n".join(lines(gm, name, shapes=True)))
+
+
+def ranges(numbers: Iterable[int]) -> str:
     """Ascending integers as text: `0-11, 15, 19`."""
     runs: list[list[int]] = []
     for number in numbers:

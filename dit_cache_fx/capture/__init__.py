@@ -141,7 +141,6 @@ def capture(subject: Subject, call: FlatCall, timestep: str | None) -> Captured:
             captured.accepted.add(captured.shapes)
         if subject.check:
             _check(subject, captured, call, tensors)
-    log.info("captured %d blocks in %s", len(blocks), dict(program.block_lists))
     return captured
 
 
@@ -184,15 +183,24 @@ def accepts(subject: Subject, captured: Captured, call: FlatCall) -> bool:
     with torch.no_grad():
         read = guards.gm(*call.tensors)
     if guards.values(read) != guards.values(guards.expected):
-        log.info("guards: read %s, captured %s", read, guards.expected)
+        _log_failed(guards, read)
         return False
     shapes = guards.shapes(read)
     if shapes not in captured.accepted:
-        if _compare(subject, captured, call, call.tensors) is not None:
+        difference = _compare(subject, captured, call, call.tensors)
+        if difference is not None:
+            log.info("a graph is not for this call: with %s %s", shapes, difference)
             return False
         captured.accepted.add(shapes)
     captured.shapes, captured.seen = shapes, tensors
     return True
+
+
+def _log_failed(guards: Guards, read: Sequence[Any]) -> None:
+    if log.isEnabledFor(logging.INFO):
+        pairs = zip(guards.described(read), guards.expected, read, strict=True)
+        failed = [f"{text} (captured with {a})" for text, a, b in pairs if a != b]
+        log.info("a graph is not for this call: it reads %s", "; ".join(failed))
 
 
 def can_replay(captured: Captured) -> bool:

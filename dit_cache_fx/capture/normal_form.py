@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from dit_cache_fx.capture.signature import FlatCall
-from dit_cache_fx.capture.trace import READS, Trace, call_kept
+from dit_cache_fx.capture.trace import READS, Trace, call_kept, read_value
 from dit_cache_fx.program import Program, ancestors, graph_module
 
 # without autograd and without in-place operations these return their argument
@@ -32,6 +32,11 @@ class Guards:
     gm: fx.GraphModule
     expected: tuple[Any, ...]  # a torch.Size where a shape was read
     inputs: tuple[int, ...]  # which of the call's tensors they depend on
+
+    def described(self, read: Sequence[Any]) -> list[str]:
+        """What was read, in words, with the values in `read`."""
+        nodes = [n for n in self.gm.graph.nodes if n.target in READS]
+        return [f"{_reading(n)}: {value}" for n, value in zip(nodes, read, strict=True)]
 
     def values(self, read: Sequence[Any]) -> list[Any]:
         """Those of the reads that must be equal."""
@@ -137,6 +142,15 @@ def _owned(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         for name, value in items.items():
             if isinstance(value, torch.Tensor):
                 yield name, value
+
+
+def _reading(node: fx.Node) -> str:
+    """What a guard reads, and of which inputs."""
+    inputs = sorted(n.name for n in ancestors([node]) if n.op == "placeholder")
+    what = str(node.target.__name__)  # type: ignore[union-attr]
+    if node.target is read_value:
+        what = str(node.args[0])
+    return f"{what} of {', '.join(inputs)}"
 
 
 def _split_guards(

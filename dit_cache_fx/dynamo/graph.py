@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ _NO_TIMESTEP = (
     "the timestep is no tensor input of the compiled graph. Pass it as a tensor (a number is a "
     "constant there), name it (timestep='...'), or set cur_timestep"
 )
+
+log = logging.getLogger(__name__)
 
 Compiled = Callable[..., Sequence[Any]]
 
@@ -165,13 +168,15 @@ class CachedGraph:
             reuse=compiled(variants.reuse),
             prefix=variants.prefix and compiled(variants.prefix),
         )
-        return Lowered(
+        entry = Lowered(
             program,
             lowered,
             nodes,
             block_bytes(traced.recording, traced.blocks),
             next(self._shared.serials),
         )
+        log.info("captured %s", entry)
+        return entry
 
 
 class NotingGraph:

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from dit_cache_fx._torch import trace_shapes
+from dit_cache_fx.listing import trace_graph
 from dit_cache_fx.lowering.part import Part
 from dit_cache_fx.lowering.preamble import Preamble, pinned, split_preamble
 from dit_cache_fx.lowering.variants import Variants
@@ -96,6 +97,7 @@ class _Writer:
             predicate = decided[0]
         self.graph.output((*self._cond(predicate, given), *decided))
         part = Part.of(self.program.model, self.attributes, self.graph, "OneGraph")
+        trace_graph("one_graph", part.gm)
         return OneGraph(part, self.variants.outputs, self.memory, self.preamble)
 
     def _placeholders(self) -> dict[str, fx.Node]:

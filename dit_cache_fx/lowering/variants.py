@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx
 
 from dit_cache_fx.cached_run import CachedRun, is_cached_run
+from dit_cache_fx.listing import trace_graph
 from dit_cache_fx.lowering.part import Part
 from dit_cache_fx.program import (
     ORIGIN,
@@ -62,6 +63,9 @@ def lower_variants(program: Program) -> Variants:
     """
     prefix, carried = _prefix(program)
     compute, reuse = (_Side(program, kind, carried).lower() for kind in ("compute", "reuse"))
+    for name, part in (("compute", compute), ("reuse", reuse), ("prefix", prefix)):
+        if part is not None:
+            trace_graph(name, part.gm)
     return Variants(compute, reuse, prefix, _held(program), carried, len(_results(program)))
 
 

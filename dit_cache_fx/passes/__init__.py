@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from dit_cache_fx.listing import trace_graph
 from dit_cache_fx.passes.dead_code import dead_code
 from dit_cache_fx.passes.find_values import find_values
 from dit_cache_fx.passes.forward_slices import forward_slices
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 def run_passes(program: Program, strategy: Strategy, observe: Observer | None = None) -> None:
     """Run every pass, and the verifier after each. `observe` sees the program after each."""
+    trace_graph("captured", program.gm)
     for apply_pass in PASSES:
         began, before = time.perf_counter(), len(program.graph.nodes)
         apply_pass(program, strategy)
@@ -44,5 +46,6 @@ def run_passes(program: Program, strategy: Strategy, observe: Observer | None = 
             len(program.graph.nodes),
             1e3 * (time.perf_counter() - began),
         )
+        trace_graph(f"after_{apply_pass.__name__}", program.gm)
         if observe is not None:
             observe(apply_pass.__name__, program)

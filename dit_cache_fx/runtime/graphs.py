@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from dit_cache_fx._torch import not_a_compiled_frame
 from dit_cache_fx.capture import (
@@ -27,8 +27,9 @@ from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.lowering import OneGraph, lower_one_graph, lower_variants
 from dit_cache_fx.lowering.stateful import Carried, Stateful
 from dit_cache_fx.passes import run_passes
-from dit_cache_fx.program import operations
+from dit_cache_fx.program import operations, tensor_spec
 from dit_cache_fx.runtime.lowered import Lowered
+from dit_cache_fx.specs import TensorSpec
 from dit_cache_fx.strategies import Strategy, check_block_ids
 
 #: most input signatures whose graphs are kept at one time
@@ -50,6 +51,13 @@ class Entry(Lowered):
     breaks: bool = False  # it cannot be compiled as one graph
     carried: dict[str | None, Carried] = field(default_factory=dict)  # by cache context
     served: set[float] = field(default_factory=set)  # a few of the timesteps that it answered
+
+    def guards(self) -> list[str]:
+        guards = self.captured.guards
+        return [] if guards is None else guards.described(guards.expected)
+
+    def captured_graph(self) -> fx.GraphModule:
+        return self.captured.gm
 
     @cached_property
     def one_graph(self) -> OneGraph:
@@ -115,6 +123,7 @@ class Graphs:
         if len(entries) >= MAX_VARIANTS:
             _refuse_one_for_each_step(entries)
             entries.pop(0)
+        log.info("capturing: %s", _Because(self.all(), entries, call))
         try:
             with CAPTURING:
                 entries.append(self._capture(call))
@@ -149,7 +158,7 @@ class Graphs:
         now = fingerprint(self.subject.model, entry.captured.whole)
         changed = volatile(entry.fingerprint, now) - entry.volatile
         if changed:
-            log.info("changed since the capture: %s", sorted(changed))
+            log.info("the model has changed since the capture: %s", _changes(changed, entry, now))
         return bool(changed)
 
     def _capture(self, call: FlatCall) -> Entry:
@@ -163,7 +172,7 @@ class Graphs:
         nodes = operations(program.graph)
         run_passes(program, strategy)
         self._serial += 1
-        return Entry(
+        entry = Entry(
             program,
             lower_variants(program),
             nodes,
@@ -174,6 +183,8 @@ class Graphs:
             fingerprint(model, captured.whole),
             volatile(before, after),
         )
+        log.info("captured %s", entry)
+        return entry
 
 
 def input_key(call: FlatCall) -> Hashable:
@@ -181,6 +192,41 @@ def input_key(call: FlatCall) -> Hashable:
     device = call.tensors[0].device.type if call.tensors else "cpu"
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     return call.key, autocast
+
+
+class _Because:
+    """Why a call is captured, as text where it is asked for."""
+
+    def __init__(self, known: Sequence[Entry], same: Sequence[Entry], call: FlatCall) -> None:
+        self._known = known
+        self._same = same
+        self._call = call
+
+    def __str__(self) -> str:
+        if self._same:
+            return f"none of the {len(self._same)} graphs for such inputs is for this call"
+        if not self._known:
+            return "the first call"
+        program = self._known[-1].program
+        was = {name: tensor_spec(program.node(name)) for name in program.inputs}
+        now = dict(zip(self._call.names(), map(TensorSpec.of, self._call.tensors), strict=True))
+        unlike = [
+            f"{name} is {now.get(name)}, was {was.get(name)}"
+            for name in dict.fromkeys((*now, *was))
+            if now.get(name) != was.get(name)
+        ]
+        return "another signature: " + (
+            "; ".join(unlike) or "an argument that is no tensor has another value, or autocast"
+        )
+
+
+def _changes(changed: Iterable[tuple[str, str]], entry: Entry, now: Fingerprint) -> str:
+    before = entry.fingerprint
+    return "; ".join(
+        f"{what} of {path.lstrip('.') or 'the model'}: {before.get((path, what))!r} -> "
+        f"{now.get((path, what))!r}"
+        for path, what in sorted(changed)
+    )
 
 
 def block_bytes(recording: Recording, blocks: Iterable[str]) -> dict[str, int]:

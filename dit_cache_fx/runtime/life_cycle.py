@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from os import PathLike
+from typing import TYPE_CHECKING, Any
 
 from dit_cache_fx.errors import OptionError
+from dit_cache_fx.picture import draw
+from dit_cache_fx.runtime.explain import Explanation, explain
 from dit_cache_fx.runtime.host import Host
 from dit_cache_fx.runtime.lowered import Lowered
 from dit_cache_fx.runtime.report import CacheReport
 from dit_cache_fx.runtime.reporting import report
 from dit_cache_fx.runtime.tracker import CacheContext
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class LifeCycle:
@@ -72,3 +78,20 @@ class LifeCycle:
     def cache_report(self) -> CacheReport:
         """What is cached, what it holds, what the last generation did."""
         return report(self._host, self._lowered(), self._enabled)
+
+    def explain(self, full: bool = False) -> Explanation:
+        """What was found in the model, what is held of it, and what a reused step still runs.
+
+        To be printed. `full`: with the text of every graph.
+        """
+        return explain(self._host, self._lowered(), self._enabled, full)
+
+    def plot(self, path: str | PathLike[str] | None = None) -> Figure:
+        """The last generation as a picture: what was done with each block on each step.
+
+        For a rule of the strategy's own (TeaCache with `rel_l1_thresh`) also what it measured
+        against its threshold. Written to `path` (PNG, PDF, SVG by its ending), if given.
+
+        Raises `MissingPackageError` without matplotlib, `DitCacheError` before the first call.
+        """
+        return draw(self.cache_report(), path)

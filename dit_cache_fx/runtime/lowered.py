@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from dit_cache_fx.lowering import Variants
-from dit_cache_fx.program import Program
+from torch import fx
+
+from dit_cache_fx.lowering import Part, Variants
+from dit_cache_fx.program import Program, operations
 
 
 @dataclass(eq=False)
@@ -18,6 +20,43 @@ class Lowered:
     nodes: int  # operations of the graph as captured
     block_bytes: dict[str, int]  # block -> bytes of its results
     serial: int
+
+    def guards(self) -> list[str]:
+        """What the graph depends on of the data, in words; none where Dynamo guards it."""
+        return []
+
+    def captured_graph(self) -> fx.GraphModule | None:
+        """The graph before the passes, where it is kept."""
+        return None
+
+    @property
+    def nodes_computed(self) -> int:
+        """Nodes that a computed step executes."""
+        return _nodes(self.variants.prefix, self.variants.compute)
+
+    @property
+    def nodes_reused(self) -> int:
+        """Nodes that a reused step executes."""
+        return _nodes(self.variants.prefix, self.variants.reuse)
+
+    @property
+    def takes(self) -> str:
+        """What it was captured for: the call's tensors by name and shape."""
+        nodes = [n for n in self.program.graph.nodes if n.op == "placeholder"]
+        given = [n for n in nodes if n.name not in self.program.owned]
+        return ", ".join(f"{n.name}{list(n.meta['val'].shape)}" for n in given)
+
+    def __str__(self) -> str:
+        """In one line."""
+        program = self.program
+        lists = ", ".join(f"{name} ({n})" for name, n in program.block_lists.items())
+        held = ", ".join(value for region in program.regions for value in region.values)
+        return (
+            f"graph {self.serial} for {self.takes}: blocks {lists or 'none'}; timestep "
+            f"{program.timestep}; {len(program.regions)} cached runs that leave {held or 'nothing'}"
+            f"; {self.nodes} nodes, {self.nodes_computed} on a computed step, {self.nodes_reused} "
+            "on a reused one"
+        )
 
     @cached_property
     def timestep(self) -> int | None:
@@ -43,3 +82,7 @@ class Lowered:
         if self.timestep is not None:
             moving.add(program.arguments[self.timestep])
         return [i for i in self.given if program.arguments[i] not in moving]
+
+
+def _nodes(*parts: Part | None) -> int:
+    return sum(operations(part.gm.graph) for part in parts if part is not None)

@@ -80,8 +80,8 @@ class CacheReport:
         name = self.strategy if self.enabled else f"{self.strategy} (disabled)"
         lines = [
             f"{name}: {lists or 'nothing captured'}",
-            f"held: {_size(self.bytes_held)} (one result per block would take "
-            f"{_size(self.bytes_per_block)})",
+            f"held: {size(self.bytes_held)} (one result per block would take "
+            f"{size(self.bytes_per_block)})",
             f"last generation: {self.steps_computed} steps computed, {self.steps_reused} not",
         ]
         for capture in self.captures:
@@ -94,7 +94,8 @@ class CacheReport:
         return "\n".join(lines)
 
 
-def _size(nbytes: int) -> str:
+def size(nbytes: int) -> str:
+    """Bytes as text: `96 KiB`."""
     amount = float(nbytes)
     for unit in ("B", "KiB", "MiB"):
         if amount < 1024:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from dit_cache_fx.program import operations
 from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.host import Host
 from dit_cache_fx.runtime.lowered import Lowered
@@ -75,20 +74,13 @@ def _cached(entry: Lowered) -> dict[str, tuple[int, ...]]:
 
 def _capture(entry: Lowered) -> CaptureReport:
     program = entry.program
-    inputs = [n for n in program.graph.nodes if n.op == "placeholder"]
     return CaptureReport(
-        inputs=", ".join(f"{n.name}{list(n.meta['val'].shape)}" for n in inputs),
+        inputs=entry.takes,
         runs=tuple(tuple(str(b) for b in region.blocks) for region in program.regions),
         values=tuple(
             ", ".join(f"{v}{list(program.node(v).meta['val'].shape)}" for v in region.values)
             for region in program.regions
         ),
         nodes=entry.nodes,
-        nodes_reused=_nodes_reused(entry),
+        nodes_reused=entry.nodes_reused,
     )
-
-
-def _nodes_reused(entry: Lowered) -> int:
-    """Nodes that a reused step executes."""
-    parts = [entry.variants.reuse, entry.variants.prefix]
-    return sum(operations(part.gm.graph) for part in parts if part is not None)

@@ -11,7 +11,6 @@ from dit_cache_fx.runtime.drive import Results
 from dit_cache_fx.specs import TensorSpec
 from dit_cache_fx.strategies import Clock, Memory, Strategy
 
-
 #: why a step computes
 FIRST, SCHEDULED, MISSING, RULE = "the first step", "scheduled", "nothing is held", "its rule"
 

@@ -1,0 +1,202 @@
+"""What `explain()` returns: what was found in the model, what is cached of it, and why."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from dit_cache_fx.cached_run import cached_runs
+from dit_cache_fx.listing import lines, ranges
+from dit_cache_fx.program import BLOCK
+from dit_cache_fx.runtime.host import Host
+from dit_cache_fx.runtime.lowered import Lowered
+from dit_cache_fx.runtime.report import size
+from dit_cache_fx.specs import TensorSpec
+from dit_cache_fx.strategies import Strategy
+
+NOTHING_YET = "nothing is captured yet: call the model once (under torch.no_grad()), then ask again"
+
+
+@dataclass(frozen=True)
+class RunExplanation:
+    """Blocks that are cached together. `held`: what is held of them, one tensor each."""
+
+    blocks: tuple[str, ...]
+    held: tuple[tuple[str, TensorSpec], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held for each branch."""
+        return sum(spec.nbytes for _, spec in self.held)
+
+    def __str__(self) -> str:
+        tensors = "\n".join(f"  holds {name}: {s}, {size(s.nbytes)}" for name, s in self.held)
+        if len(self.blocks) == 1:
+            return f"{self.blocks[0]}\n{tensors}"
+        return f"{self.blocks[0]} .. {self.blocks[-1]} ({len(self.blocks)} blocks)\n{tensors}"
+
+
+@dataclass(frozen=True)
+class GraphExplanation:
+    """One captured graph.
+
+    `block_lists`: list -> blocks in it. `always_run`: blocks that are never cached. `data_guards`:
+    what the model's own code read out of tensors at capture; a call that gives other values takes
+    another graph. `nodes`, `nodes_computed`, `nodes_reused`: of the graph as captured, and what a
+    step of each kind executes. `reused`: that of a reused step, as text. `graphs`: the whole graphs
+    as text, where they were asked for.
+    """
+
+    number: int
+    takes: str
+    block_lists: dict[str, int]
+    timestep: str
+    runs: tuple[RunExplanation, ...]
+    always_run: tuple[str, ...]
+    data_guards: tuple[str, ...]
+    nodes: int
+    nodes_computed: int
+    nodes_reused: int
+    reused: str
+    graphs: str = ""
+
+    def __str__(self) -> str:
+        lists = ", ".join(f"{name} ({n} blocks)" for name, n in self.block_lists.items())
+        parts = [
+            f"block lists: {lists or 'none'}",
+            f"timestep: {self.timestep}",
+            *(f"cached run {i}: {run}" for i, run in enumerate(self.runs)),
+            f"always run: {', '.join(self.always_run) or 'no block'}",
+            _data_guards(self.data_guards),
+            f"nodes: {self.nodes} captured, {self.nodes_computed} on a computed step, "
+            f"{self.nodes_reused} on a reused step",
+            f"a reused step executes:\n{textwrap.indent(self.reused, '  ')}",
+        ]
+        if self.graphs:
+            parts.append(f"all graphs:\n{textwrap.indent(self.graphs, '  ')}")
+        title = f"graph {self.number}, for {self.takes}"
+        return f"{title}\n{textwrap.indent(chr(10).join(parts), '  ')}"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What is cached, and what decides. `str()` of it is meant to be read.
+
+    `decides`: in words, on which steps the blocks are computed.
+    """
+
+    strategy: str
+    enabled: bool
+    decides: str
+    graphs: tuple[GraphExplanation, ...]
+
+    def __str__(self) -> str:
+        name = self.strategy if self.enabled else f"{self.strategy} (disabled)"
+        return "\n".join([f"{name}: {self.decides}", *(map(str, self.graphs or [NOTHING_YET]))])
+
+    __repr__ = __str__
+
+
+def explain(
+    host: Host, entries: Sequence[Lowered], enabled: bool, full: bool = False
+) -> Explanation:
+    """What a host and its graphs do. `full`: with the text of every graph."""
+    strategy = host.strategy
+    return Explanation(
+        strategy.name or type(strategy).__name__,
+        enabled,
+        _decides(strategy),
+        tuple(_explained(entry, strategy, full) for entry in entries),
+    )
+
+
+def _explained(entry: Lowered, strategy: Strategy, full: bool) -> GraphExplanation:
+    program = entry.program
+    timestep = program.timestep
+    return GraphExplanation(
+        number=entry.serial,
+        takes=entry.takes,
+        block_lists=dict(program.block_lists),
+        timestep=f"argument {timestep!r}"
+        if timestep
+        else "told by an earlier graph, or by the user",
+        runs=tuple(_runs(entry, strategy)),
+        always_run=tuple(str(call.meta[BLOCK]) for call in program.block_calls()),
+        data_guards=tuple(entry.guards()),
+        nodes=entry.nodes,
+        nodes_computed=entry.nodes_computed,
+        nodes_reused=entry.nodes_reused,
+        reused="\n".join(_reused(entry)),
+        graphs="\n".join(_graphs(entry)) if full else "",
+    )
+
+
+def _runs(entry: Lowered, strategy: Strategy) -> Iterator[RunExplanation]:
+    program, held = entry.program, iter(entry.variants.held.values())
+    for region, run in zip(program.regions, cached_runs(program.graph), strict=True):
+        results: Any = getattr(program.gm, run.compute).graph.output_node().args[0]
+        names = [
+            _held_as(value, start, _source(result))
+            for value, start, result in zip(region.values, region.inputs, results, strict=False)
+        ]
+        slots = strategy.slots()
+        slotted = [f"{n}, slot {i}" if slots > 1 else n for n in names for i in range(slots)]
+        tensors = tuple((name, next(held)) for name in slotted)
+        yield RunExplanation(tuple(map(str, region.blocks)), tensors)
+
+
+def _held_as(value: str, start: str | None, source: str | None) -> str:
+    name = value if source is None else f"{value} of {source}"
+    return name if start is None else f"{name}, less {start}"
+
+
+def _source(node: fx.Node) -> str | None:
+    """The block that a value is from."""
+    while BLOCK not in node.meta and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return str(node.meta[BLOCK]) if BLOCK in node.meta else None
+
+
+def _reused(entry: Lowered) -> Iterator[str]:
+    """What the host runs on a reused step: what the rule looks at, where there is one, then."""
+    variants = entry.variants
+    if variants.prefix is not None:
+        yield from lines(variants.prefix.gm, "before_the_decision")
+    yield from lines(variants.reuse.gm, "reused_step")
+
+
+def _graphs(entry: Lowered) -> Iterator[str]:
+    captured = entry.captured_graph()
+    if captured is not None:
+        yield from lines(captured, "captured", shapes=True)
+    yield from lines(entry.program.gm, "after_the_passes", shapes=True)
+    yield from lines(entry.variants.compute.gm, "computed_step", shapes=True)
+
+
+def _decides(strategy: Strategy) -> str:
+    """In words, when the blocks are computed."""
+    steps = sorted(strategy.no_cache_steps or ())
+    when = [f"on a generation's first step{_scheduled(steps)}"]
+    if strategy.has_rule:
+        limit = strategy.threshold
+        reaches = "" if limit is None else f" (measured against {limit:g})"
+        seen = {"modulated": "modulated input"}.get(strategy.looks_at(), strategy.looks_at())
+        when.append(f"when its own rule on the first block's {seen} says so{reaches}")
+    when.append("where nothing is held")
+    return f"computes {', '.join(when)}; all other steps are {strategy.action}"
+
+
+def _scheduled(steps: Sequence[int]) -> str:
+    return f", on steps {ranges(steps)} ({len(steps)} in all)" if steps else ""
+
+
+def _data_guards(guards: Sequence[str]) -> str:
+    if not guards:
+        return "data guards: none"
+    return "data guards (other values lead to another graph):\n" + "\n".join(
+        f"  {guard}" for guard in guards
+    )
