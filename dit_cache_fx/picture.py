@@ -129,9 +129,10 @@ def _rows(report: CacheReport) -> Iterator[tuple[str | None, list[StepRecord], f
     """Each axes from the top: the title of a step map (None: what was measured), calls, inches."""
     height = 0.9 + 0.14 * min(30, sum(report.blocks.values()))
     for keys, records in _alike(branches(report.timeline)):
-        computed = sum(record.action == "computed" for record in records)
+        computed = len({r.step for r in records if r.action == "computed"})
+        steps = len({record.step for record in records})
         who = "" if len(keys) == 1 and keys[0][1] is None else f"{_names(keys)}: "
-        yield f"{who}{computed} of {len(records)} steps computed", records, height
+        yield f"{who}{computed} of {steps} steps computed", records, height
         if any(record.measured is not None for record in records):
             yield None, records, 1.6
 

@@ -9,22 +9,18 @@ import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import SubFigure
 from matplotlib.patches import Patch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dit_cache_fx import CacheReport
+from dit_cache_fx.picture import ACTIONS, COLORS, INK, draw_map
 from examples.digits.running import Run
 from examples.digits.table import psnr
 
-ACTIONS = ("computed", "reused", "predicted")
-COLORS = ("#1f4e79", "#dfe5ec", "#f2a541")
 COLUMNS = 10  # pictures shown of each run
 ZOOM = 8
 GAP = 6  # between pictures, in enlarged pixels
-INK = "#222222"
 
 Panel = tuple[str, list[Run]]  # a title and the runs under it
 
@@ -34,20 +30,6 @@ def strip(pictures: Tensor) -> npt.NDArray[np.float32]:
     large = F.interpolate(pictures[:COLUMNS], scale_factor=ZOOM, mode="bicubic").clamp(-1, 1)
     framed = F.pad(large, (0, GAP), value=float("nan"))  # drawn as white
     return np.concatenate(list(framed[:, 0].numpy()), axis=1)
-
-
-def step_map(report: CacheReport, steps: int) -> npt.NDArray[np.int64]:
-    """Index into ACTIONS for every block and step: [blocks, steps]."""
-    offsets: dict[str, int] = {}
-    total = 0
-    for name, count in report.blocks.items():
-        offsets[name], total = total, total + count
-    actions = np.zeros((total, steps), dtype=np.int64)
-    for record in report.timeline:
-        for name, cached in report.cached_blocks.items():
-            rows = [offsets[name] + block for block in cached]
-            actions[rows, record.step] = ACTIONS.index(record.action)
-    return actions
 
 
 def draw_strip(axes: Axes, run: Run, target: Run, named: bool) -> None:
@@ -61,31 +43,13 @@ def draw_strip(axes: Axes, run: Run, target: Run, named: bool) -> None:
         axes.text(-0.02, 0.5, run.system.name, ha="right", **style)
 
 
-def draw_map(axes: Axes, run: Run) -> None:
+def draw_step_map(axes: Axes, run: Run) -> None:
     """The block x step map of a cached run."""
     assert run.report is not None
-    actions = step_map(run.report, run.system.steps)
-    axes.pcolormesh(
-        actions,
-        cmap=ListedColormap(COLORS),
-        vmin=-0.5,
-        vmax=len(ACTIONS) - 0.5,
-        edgecolors="white",
-        linewidth=0.5,
-    )
-    axes.set_title(
-        f"{run.system.name}: {run.computed} of {run.system.steps} steps computed",
-        fontsize=9.5,
-        loc="left",
-        color=INK,
-    )
-    axes.set_yticks(np.arange(len(actions)) + 0.5, [str(block) for block in range(len(actions))])
-    ticks = np.arange(0, run.system.steps, max(1, run.system.steps // 10))
-    axes.set_xticks(ticks + 0.5, [str(step) for step in ticks])
-    axes.tick_params(length=0, labelsize=7.5)
-    axes.spines[:].set_visible(False)
+    steps = run.system.steps
+    title = f"{run.system.name}: {run.computed} of {steps} steps computed"
+    draw_map(axes, run.report, run.report.timeline, title, steps)
     axes.set_xlabel("step", fontsize=8.5)
-    axes.set_ylabel("block", fontsize=8.5)
 
 
 def draw_panels(figure: SubFigure, target: Run, panels: list[Panel]) -> None:
@@ -108,7 +72,7 @@ def draw_maps(figure: SubFigure, runs: list[Run]) -> None:
         rows_of_maps(runs), 2, left=0.05, right=0.98, top=0.83, bottom=0.1, hspace=0.62, wspace=0.1
     )
     for index, run in enumerate(runs):
-        draw_map(figure.add_subplot(grid[index // 2, index % 2]), run)
+        draw_step_map(figure.add_subplot(grid[index // 2, index % 2]), run)
     title = "What each block did at each step"
     figure.text(0.05, 0.95, title, fontsize=11, fontweight="bold", color=INK, va="center")
     figure.legend(
