@@ -93,7 +93,6 @@ def draw_map(
     every = -(-len(labels) // _MOST_LABELS)
     axes.set_yticks([row + 0.5 for row in range(0, len(labels), every)], labels[::every])
     _step_ticks(axes, steps)
-    axes.set_ylabel("block", fontsize=8.5)
 
 
 def draw_measured(axes: Axes, records: Sequence[StepRecord], threshold: float | None) -> None:

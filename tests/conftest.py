@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+#: pytest listens at each logger that does not propagate, and torch writes every graph out as text
+#: for its trace as soon as somebody listens
+logging.getLogger("torch.__trace").propagate = True
 
 
 @pytest.fixture(autouse=True)

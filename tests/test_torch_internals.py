@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,14 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_cache_fx
-from dit_cache_fx._torch import Emitter, emit_node, opaque, trace_functional, trace_shapes
+from dit_cache_fx._torch import (
+    Emitter,
+    emit_node,
+    opaque,
+    trace_functional,
+    trace_shapes,
+    trace_text,
+)
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.specs import TensorSpec
 
@@ -116,6 +124,34 @@ def test_module_call_is_restored_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), intercepted({}, lambda *_: None):
         raise ZeroDivisionError
     assert nn.Module.__call__ is original
+
+
+class Listener(logging.Handler):
+    """Keeps what torch's structured trace is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[Any] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+def test_trace_text_is_an_artifact_of_the_structured_trace() -> None:
+    listener, trace_log = Listener(), logging.getLogger("torch.__trace")
+    trace_log.addHandler(listener)
+    try:
+        trace_text("a_graph", lambda: "a text")
+    finally:
+        trace_log.removeHandler(listener)
+    (record,) = listener.records
+    assert record.metadata["artifact"] == {"name": "a_graph", "encoding": "string"}
+    assert record.payload == "a text"
+
+
+def test_trace_text_makes_no_text_where_nobody_listens() -> None:
+    trace_text("a_graph", lambda: "a text")  # torch's own handler takes itself away
+    trace_text("a_graph", lambda: pytest.fail("called"))
 
 
 def test_no_other_file_imports_private_torch_modules() -> None:
