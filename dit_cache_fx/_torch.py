@@ -199,10 +199,12 @@ def lookup_backend(backend: Any) -> Callable[..., Any]:
 class Piece(NamedTuple):
     """What Dynamo's graph is of the function that is compiled.
 
-    `whole`: all of it; else a graph break parts it. `function`: the file and name of the function.
+    `whole`: all of it; else a graph break parts it. `first`: nothing of it comes before.
+    `function`: the file and name of the function.
     """
 
     whole: bool
+    first: bool
     function: tuple[str, str]
 
 
@@ -216,7 +218,7 @@ def piece_of(gm: fx.GraphModule) -> Piece:
     file, name = (stack[0].filename, stack[0].name) if stack else ("", "")
     resumed = _RESUMED.match(name)
     whole = not getattr(reason, "graph_break", False) and resumed is None
-    return Piece(whole, (file, resumed[1] if resumed else name))
+    return Piece(whole, resumed is None, (file, resumed[1] if resumed else name))
 
 
 def dynamo_source(node: fx.Node) -> str:

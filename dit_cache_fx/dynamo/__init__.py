@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from dit_cache_fx.dynamo.backend import Backend, Blocks
+from dit_cache_fx.dynamo.front_end import Backend, Blocks
 from dit_cache_fx.dynamo.inner import Inner
 from dit_cache_fx.errors import OptionError
 from dit_cache_fx.strategies import Strategy, make_strategy

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dit_cache_fx._torch import compiling_static
+from dit_cache_fx._torch import Piece, compiling_static
 from dit_cache_fx.dynamo.capture import Input, Outlined, capture_graph
 from dit_cache_fx.dynamo.inner import Compile
 from dit_cache_fx.dynamo.parts import compiled_part
@@ -38,6 +38,15 @@ _NO_TIMESTEP = (
 
 log = logging.getLogger(__name__)
 
+NO_BLOCKS = (
+    "no block list found in the compiled graph (an nn.ModuleList whose members are called one "
+    "after another)"
+)
+_SPLIT = (
+    "Dynamo splits the model (TORCH_LOGS=graph_breaks tells where) and no piece can be cached, but "
+    "dit_cache_fx.apply(model, ...) can capture it"
+)
+
 Compiled = Callable[..., Sequence[Any]]
 
 
@@ -46,26 +55,47 @@ class Shared:
     """What all graphs of one backend have in common.
 
     `timesteps`: by the function that Dynamo has split, the timestep that its first piece was given.
+    `split`: there was a piece that is not the whole of its function. `caches`: some graph is cached.
     """
 
     host: Host
     enabled: bool = True
     serials: Iterator[int] = field(default_factory=lambda: count(1))
     timesteps: dict[Hashable, float] = field(default_factory=dict)
+    split: bool = False
+    caches: bool = False
+    warned: bool = False
+
+    def tell(self, piece: Piece, value: float) -> None:
+        """Note the timestep of a piece for those behind it."""
+        if not piece.whole:
+            self.timesteps[piece.function] = value
+
+    def uncached(self, reason: str, again: bool) -> None:
+        """A graph is not cached: warn, once. Of a split model only where no piece is cached.
+
+        That is known when a graph is called `again`: by then all pieces were compiled.
+        """
+        if self.warned or (self.split and (self.caches or not again)):
+            return
+        self.warned = True
+        self.host.warn_once(f"{_SPLIT}; {reason}" if self.split else reason)
 
 
 class CachedGraph:
-    """Answers the calls of one of Dynamo's graphs. `function`: what it is a piece of, if it is."""
+    """Answers the calls of one of Dynamo's graphs: a model, or a piece of one."""
 
     def __init__(
-        self, shared: Shared, compile_graph: Compile, outlined: Outlined, function: Hashable
+        self, shared: Shared, compile_graph: Compile, outlined: Outlined, piece: Piece
     ) -> None:
         self._shared = shared
         self._compile = compile_graph
         self._outlined = outlined
-        self._function = function
+        self._piece = piece
         self._entries: OrderedDict[Hashable, Lowered | None] = OrderedDict()
         self._plain: OrderedDict[Hashable, Compiled] = OrderedDict()
+        self._reason = ""  # why it is not cached
+        self._called = False
 
     def __call__(self, *inputs: Input) -> Sequence[Any]:
         key = self._key(inputs)
@@ -97,20 +127,19 @@ class CachedGraph:
         )
 
     def _value(self, inputs: Sequence[Input]) -> float | None:
-        """The step's timestep: set by the user, told by an earlier piece, or among the inputs."""
-        host, told = self._shared.host, None
-        if self._function is not None:
-            told = self._shared.timesteps.pop(self._function, None)
+        """The step's timestep: set by the user, among the inputs, or told by an earlier piece."""
+        host, place, value = self._shared.host, self._outlined.timestep_place, None
+        if not self._piece.first:
+            value = self._shared.timesteps.get(self._piece.function)
         if host.tracker.explicit is not None:
-            return float(host.tracker.explicit)
-        place = self._outlined.timestep_place
-        if told is None and place is not None:
-            told = timestep_value(inputs[place])  # type: ignore[arg-type]
-        if told is None:
-            host.warn_once(_NO_TIMESTEP)
-        elif self._function is not None:
-            self._shared.timesteps[self._function] = told  # for the pieces behind this one
-        return told
+            value = float(host.tracker.explicit)
+        elif value is None and place is not None:
+            value = timestep_value(inputs[place])  # type: ignore[arg-type]
+        if value is None:
+            self._missed(_NO_TIMESTEP)
+        elif self._piece.first:
+            self._shared.tell(self._piece, value)
+        return value
 
     def _serve(
         self, lowered: Lowered, key: Hashable, value: float, tensors: Sequence[torch.Tensor]
@@ -143,11 +172,19 @@ class CachedGraph:
         if key not in self._entries:
             try:
                 self._entries[key] = self._lower(inputs)
+                self._shared.caches = True
             except (CaptureError, DiscoveryError) as error:
-                self._shared.host.warn_once(str(error))
                 self._entries[key] = None
+                self._reason = str(error)
             _drop_oldest(self._entries)
-        return self._entries[key]
+        entry = self._entries[key]
+        if entry is None:
+            self._missed(self._reason)
+        return entry
+
+    def _missed(self, reason: str) -> None:
+        self._shared.uncached(reason, self._called)
+        self._called = True
 
     def _lower(self, inputs: Sequence[Input]) -> Lowered:
         strategy, outlined = self._shared.host.strategy, self._outlined
@@ -182,15 +219,18 @@ class CachedGraph:
 class NotingGraph:
     """A piece without blocks that is given the timestep: it tells the pieces behind it."""
 
-    def __init__(self, shared: Shared, compiled: Compiled, place: int, function: Hashable) -> None:
+    def __init__(self, shared: Shared, compiled: Compiled, place: int, piece: Piece) -> None:
         self._shared = shared
         self._compiled = compiled
         self._place = place
-        self._function = function
+        self._piece = piece
+        self._called = False
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         if self._shared.enabled:
-            self._shared.timesteps[self._function] = timestep_value(inputs[self._place])
+            self._shared.tell(self._piece, timestep_value(inputs[self._place]))
+            self._shared.uncached(NO_BLOCKS, self._called)
+            self._called = True
         return self._compiled(*inputs)
 
 

@@ -13,7 +13,7 @@ from torch import fx, nn
 from dit_cache_fx._torch import dynamo_source, piece_of
 from dit_cache_fx.capture import BlockList, flatten_call, guessed_timestep, named_timestep
 from dit_cache_fx.dynamo.capture import Outlined
-from dit_cache_fx.dynamo.graph import CachedGraph, Compiled, NotingGraph, Shared
+from dit_cache_fx.dynamo.graph import NO_BLOCKS, CachedGraph, Compiled, NotingGraph, Shared
 from dit_cache_fx.dynamo.inner import Compile, Inner, inner_compiler
 from dit_cache_fx.dynamo.outline import outline
 from dit_cache_fx.dynamo.sources import argument_of, is_owned, path_of
@@ -68,21 +68,18 @@ class Backend(LifeCycle):
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Compile
     ) -> Compiled:
         piece = piece_of(gm)
-        function = None if piece.whole else piece.function
+        self._shared.split |= not piece.whole
         outlined = outlined_graph(gm, example_inputs, self._blocks, self._timestep, piece.whole)
         place = outlined.timestep_place
         if outlined.lists:
-            graph = CachedGraph(self._shared, compile_graph, outlined, function)
+            graph = CachedGraph(self._shared, compile_graph, outlined, piece)
             self._graphs.add(graph)
             return graph
         compiled = compile_graph(gm, example_inputs)
         if piece.whole:
-            self._host.warn_once(
-                "no block list found in the compiled graph (an nn.ModuleList whose members are "
-                "called one after another)"
-            )
-        elif place is not None:
-            return NotingGraph(self._shared, compiled, place, function)
+            self._shared.uncached(NO_BLOCKS, again=False)
+        elif piece.first and place is not None:
+            return NotingGraph(self._shared, compiled, place, piece)
         return compiled
 
     # --- life cycle --------------------------------------------------------------------------
