@@ -455,7 +455,7 @@ def test_captures_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="dit_cache_fx"):
         cached(**toy_inputs(1.0))
     assert "captured graph 1 for x[1, 6, 8]" in caplog.text
-    assert f"blocks blocks ({DEPTH})" in caplog.text
+    assert f"block lists blocks ({DEPTH})" in caplog.text
 
 
 def through_tensor(t: Any) -> Tensor:

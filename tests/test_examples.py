@@ -1,4 +1,4 @@
-"""The examples run as their headers say, and what the README shows is what they give."""
+"""The examples run as their headers say, and the README shows what they print."""
 
 from __future__ import annotations
 
@@ -59,10 +59,3 @@ def test_read_the_graph_of(
     monkeypatch.setattr(sys, "argv", ["read_the_graph.py", strategy])
     runpy.run_path(str(ROOT / "examples" / "read_the_graph.py"), run_name="__main__")
     assert "run_0 = cache_or_compute(0, run_0_compute, run_0_reuse" in capsys.readouterr().out
-
-
-def test_the_code_in_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
-    names: dict[str, object] = {}
-    for code in blocks("python"):
-        exec(compile(code, "README.md", "exec"), names)

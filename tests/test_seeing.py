@@ -409,7 +409,10 @@ def run_script(**environment: str) -> str:
 
 def test_torch_logs_and_torch_trace_show_it_in_compiled_mode(tmp_path: Path) -> None:
     text = run_script(TORCH_LOGS="+dit_cache_fx", TORCH_TRACE=str(tmp_path))
-    assert "captured graph 1 for x[1, 4], timestep[1]: blocks blocks (2)" in text
+    assert (
+        "captured graph 1 for x[1, 4], timestep[1]: block lists blocks (2), timestep 'timestep'"
+        in text
+    )
     for step, action in enumerate(["computed (the first step)", "reused", "reused"]):
         assert f"step {step} (timestep {9 - step}, branch 0): {action}" in text
     assert "guard_runs: " in text

@@ -50,12 +50,11 @@ class Lowered:
         """In one line."""
         program = self.program
         lists = ", ".join(f"{name} ({n})" for name, n in program.block_lists.items())
-        held = ", ".join(value for region in program.regions for value in region.values)
+        runs = "".join(f", run {r.index} leaves {' '.join(r.values)}" for r in program.regions)
         return (
-            f"graph {self.serial} for {self.takes}: blocks {lists or 'none'}; timestep "
-            f"{program.timestep}; {len(program.regions)} cached runs that leave {held or 'nothing'}"
-            f"; {self.nodes} nodes, {self.nodes_computed} on a computed step, {self.nodes_reused} "
-            "on a reused one"
+            f"graph {self.serial} for {self.takes}: block lists {lists}, timestep "
+            f"{program.timestep!r}{runs}; {self.nodes} nodes captured, {self.nodes_computed} on a "
+            f"computed step, {self.nodes_reused} on a reused step"
         )
 
     @cached_property
