@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ def examples(page: Path) -> list[Example]:
     text = page.read_text()
     blocks = list(_BLOCK.finditer(text))
     found = []
-    for block, after in zip(blocks, [*blocks[1:], None], strict=True):
+    for block, after in zip_longest(blocks, blocks[1:]):
         if block["language"] == "python" and not block["skip"]:
             line = text[: block.start()].count("\n") + 1
             follows = after is not None and not text[block.end() : after.start()].strip()

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from dit_cache_fx.capture.signature import FlatCall
-from dit_cache_fx.capture.trace import READS, Trace, call_kept, read_value
+from dit_cache_fx.capture.trace import READS, Trace, call_kept, read_count, read_list, read_shape
 from dit_cache_fx.program import Program, ancestors, graph_module
 
 # without autograd and without in-place operations these return their argument
@@ -36,7 +36,10 @@ class Guards:
     def described(self, read: Sequence[Any]) -> list[str]:
         """What was read, in words, with the values in `read`."""
         nodes = [n for n in self.gm.graph.nodes if n.target in READS]
-        return [f"{_reading(n)}: {value}" for n, value in zip(nodes, read, strict=True)]
+        return [
+            f"{_reading(n)}: {[*value] if isinstance(value, torch.Size) else value}"
+            for n, value in zip(nodes, read, strict=True)
+        ]
 
     def values(self, read: Sequence[Any]) -> list[Any]:
         """Those of the reads that must be equal."""
@@ -147,10 +150,16 @@ def _owned(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _reading(node: fx.Node) -> str:
     """What a guard reads, and of which inputs."""
     inputs = sorted(n.name for n in ancestors([node]) if n.op == "placeholder")
-    what = str(node.target.__name__)  # type: ignore[union-attr]
-    if node.target is read_value:
-        what = str(node.args[0])
-    return f"{what} of {', '.join(inputs)}"
+    what = _WHAT.get(node.target) or str(node.args[0])
+    return f"{what} of {', '.join(inputs) or 'a constant'}"
+
+
+#: what a guard reads, where it is not the result of an operator
+_WHAT: dict[Any, str] = {
+    read_list: "values",
+    read_count: "count of true values",
+    read_shape: "shape that depends on values",
+}
 
 
 def _split_guards(

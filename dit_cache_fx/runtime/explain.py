@@ -126,7 +126,7 @@ def _explained(entry: Lowered, strategy: Strategy, full: bool) -> GraphExplanati
         else "told by an earlier graph, or by the user",
         runs=tuple(_runs(entry, strategy)),
         always_run=tuple(str(call.meta[BLOCK]) for call in program.block_calls()),
-        data_guards=tuple(entry.guards()),
+        data_guards=tuple(dict.fromkeys(entry.guards())),
         nodes=entry.nodes,
         nodes_computed=entry.nodes_computed,
         nodes_reused=entry.nodes_reused,
