@@ -53,8 +53,8 @@ def _line(node: fx.Node) -> str:
         return f"return {node.args[0]}"
     if node.op == "get_attr":
         return f"{node} = {node.target}"
-    named = [f"{key}={_short(value)}" for key, value in node.kwargs.items()]
-    return f"{node} = {_target(node)}({', '.join([*map(_short, node.args), *named])})"
+    named = [f"{key}={short(value)}" for key, value in node.kwargs.items()]
+    return f"{node} = {_target(node)}({', '.join([*map(short, node.args), *named])})"
 
 
 def _target(node: fx.Node) -> Any:
@@ -63,7 +63,8 @@ def _target(node: fx.Node) -> Any:
     return getattr(node.target, "__name__", node.target)
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """A value as text, cut where it is long."""
     text = str(value)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 

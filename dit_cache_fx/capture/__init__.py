@@ -33,6 +33,7 @@ from dit_cache_fx.capture.timestep import guessed_timestep, named_timestep
 from dit_cache_fx.capture.trace import trace
 from dit_cache_fx.errors import CaptureError, DiscoveryError
 from dit_cache_fx.identity import Seen
+from dit_cache_fx.listing import short
 from dit_cache_fx.program import OUTPUT, BlockId, Program, block_values
 from dit_cache_fx.strategies import Strategy, never_cached
 from dit_cache_fx.structure import constants, unflatten
@@ -198,8 +199,12 @@ def accepts(subject: Subject, captured: Captured, call: FlatCall) -> bool:
 
 def _log_failed(guards: Guards, read: Sequence[Any]) -> None:
     if log.isEnabledFor(logging.INFO):
-        pairs = zip(guards.described(read), guards.expected, read, strict=True)
-        failed = [f"{text} (captured with {a})" for text, a, b in pairs if a != b]
+        texts, wanted = guards.described(read), guards.expected
+        failed = [
+            f"{text} (captured with {short(want)})"
+            for text, want, value in zip(texts, wanted, read, strict=True)
+            if want != value and not isinstance(value, torch.Size)
+        ]
         log.info("a graph is not for this call: it reads %s", "; ".join(failed))
 
 

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from dit_cache_fx.capture.signature import FlatCall
 from dit_cache_fx.capture.trace import READS, Trace, call_kept, read_count, read_list, read_shape
+from dit_cache_fx.listing import short
 from dit_cache_fx.program import Program, ancestors, graph_module
 
 # without autograd and without in-place operations these return their argument
@@ -37,7 +38,7 @@ class Guards:
         """What was read, in words, with the values in `read`."""
         nodes = [n for n in self.gm.graph.nodes if n.target in READS]
         return [
-            f"{_reading(n)}: {[*value] if isinstance(value, torch.Size) else value}"
+            f"{_reading(n)}: {short([*value] if isinstance(value, torch.Size) else value)}"
             for n, value in zip(nodes, read, strict=True)
         ]
 
