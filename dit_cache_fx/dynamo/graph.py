@@ -52,7 +52,7 @@ class Shared:
     """What all graphs of one backend have in common.
 
     `timesteps`: by the function that Dynamo has split, the timestep that its first piece was given.
-    `split`: there was a piece that is not the whole of its function. `caches`: some graph is cached.
+    `split`: there was a piece that is not the whole of its function. `caches`: a graph is cached.
     """
 
     host: Host

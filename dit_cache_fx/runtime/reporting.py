@@ -74,7 +74,9 @@ def _cached(entry: Lowered) -> dict[str, tuple[int, ...]]:
 
 def _capture(entry: Lowered) -> CaptureReport:
     program = entry.program
-    inputs = [n for n in program.graph.nodes if n.op == "placeholder"]
+    inputs = [
+        n for n in program.graph.nodes if n.op == "placeholder" and n.name not in program.owned
+    ]
     return CaptureReport(
         inputs=", ".join(f"{n.name}{list(n.meta['val'].shape)}" for n in inputs),
         runs=tuple(tuple(str(b) for b in region.blocks) for region in program.regions),
