@@ -77,11 +77,12 @@ class Engine:
         key = input_key(call)
         entry, first = self.graphs.find(call, key)
         value = self._value(call, entry)
+        conditioning = Seen([call.tensors[i] for i in entry.conditioning])
         session = self.tracker.session(key, entry.serial)
         with session.restored_on_error():
-            if self.tracker.enter(session, value):
+            if self.tracker.enter(session, value, conditioning):
                 self.warn_once(_CROWDED)
-            step, branch = self._begin(session, call, entry)
+            step, branch = self._begin(session, conditioning, entry)
             stale = step.computes and not first and self.graphs.stale(entry)
             if not stale:
                 output = yield from self._run(entry, step, call, first, compiler)
@@ -90,7 +91,7 @@ class Engine:
             self.graphs.clear()
             self.tracker.forget()
             return (yield from self.serve(args, kwargs, compiler))
-        self.tracker.done(session)
+        self.tracker.done(session, conditioning)
         if len(entry.served) < 2:
             entry.served.add(value)
         self._note(step, value, session, branch)
@@ -130,8 +131,8 @@ class Engine:
             return float(self.tracker.explicit)
         return timestep_value(call.tensors[entry.timestep])
 
-    def _begin(self, session: Session, call: FlatCall, entry: Entry) -> tuple[Step, Branch]:
-        branch = session.branch_of(Seen([call.tensors[i] for i in entry.conditioning]))
+    def _begin(self, session: Session, conditioning: Seen, entry: Entry) -> tuple[Step, Branch]:
+        branch = session.branch_of(conditioning)
         if branch.shapes != entry.captured.shapes:
             branch.forget()
             branch.shapes = entry.captured.shapes
