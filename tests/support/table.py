@@ -84,7 +84,7 @@ def versions() -> str:
 
 def rows_on(text: str) -> dict[str, list[str]]:
     """The cells of each class on a page."""
-    tabled = [[c.strip() for c in at[1:-1].split("|")] for at in text.splitlines() if "|" in at]
+    tabled = [[c.strip() for c in at[1:-1].split("|")] for at in text.splitlines() if at[:1] == "|"]
     return {cells[0]: cells[1:] for cells in tabled[2:]}
 
 
