@@ -7,12 +7,19 @@ import functools
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import nn
 
 from dit_cache_fx._torch import not_a_compiled_frame
+from dit_cache_fx.capture.intercept import capturing
+from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.module import CachedModel, original
 
 _NOTHING = object()
+_TWICE = (
+    "a helper is enabled on the model of this cached model: call the model itself, or disable() "
+    "the helper"
+)
 
 
 class InstalledForward:
@@ -36,6 +43,8 @@ class InstalledForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._inside or self._cached is None:
             return self._forward(*args, **kwargs)
+        if not torch.compiler.is_compiling() and capturing():
+            raise CaptureError(_TWICE)
         self._inside = True
         try:
             return self._cached.forward(*args, **kwargs)

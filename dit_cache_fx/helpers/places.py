@@ -49,7 +49,9 @@ def model_with(given: Given) -> nn.Module:
     A module does not know its parents, so all modules that are alive are looked at.
     """
     wanted = {block for blocks in given.values() for block in blocks}
-    found: list[nn.Module] = [m for m in gc.get_objects() if _can_own(m) and wanted <= _members(m)]
+    # type(): isinstance would ask the objects
+    alive = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
+    found: list[nn.Module] = [m for m in alive if wanted <= _members(m)]
     if len(found) == 1:
         return found[0]
     names = [type(m).__name__ for m in found]
@@ -57,12 +59,10 @@ def model_with(given: Given) -> nn.Module:
     raise OptionError("model", None, f"{reason}; give the model that is called: model=...")
 
 
-def _can_own(thing: Any) -> bool:
-    kind = type(thing)  # isinstance would ask the object
-    return issubclass(kind, nn.Module) and not issubclass(kind, (CachedModel, *_LISTS))
-
-
 def _members(model: nn.Module) -> set[nn.Module]:
+    """What is in the lists that are this module's own; none where it is a list or a view itself."""
+    if issubclass(type(model), (CachedModel, *_LISTS)):
+        return set()
     children = vars(model).get("_modules", {}).values()
     return {m for child in children if isinstance(child, _LISTS) for m in child}
 
@@ -112,13 +112,15 @@ def checked_ids(given: Given, ids: Any) -> dict[str, set[int]]:
     for name, some in ids.items():
         if name not in given:
             raise OptionError(
-                "no_cache_block_id", ids, f"no list of the name {name!r}; given are {list(given)}"
+                "no_cache_block_id",
+                {name: sorted(some)},
+                f"no list of the name {name!r}; given are {list(given)}",
             )
         beyond = sorted(i for i in some if i >= len(given[name]))
         if beyond:
             raise OptionError(
                 "no_cache_block_id",
-                ids,
+                {name: sorted(some)},
                 f"{name} has {len(given[name])} blocks, ids 0 to {len(given[name]) - 1}; "
                 f"got {beyond}",
             )
