@@ -45,19 +45,19 @@ class Pipeline:
         self.cache_helper.enable()
 
     @torch.no_grad()
-    def __call__(self, prompt: int = 0, steps: int = STEPS) -> Tensor:
+    def __call__(self) -> Tensor:
         cache_helper = getattr(self, "cache_helper", None)
         if cache_helper is not None:
             cache_helper.clear_states()
-        given = self.case.inputs(0.0, prompt=prompt)
+        given = self.case.inputs(0.0)
         latents = given["hidden_states"][:, :4]
         cond_latents = given["hidden_states"][:, 4:]
-        timesteps = torch.tensor(self.case.timesteps(steps))
+        timesteps = torch.tensor(self.case.timesteps(STEPS))
         for i, t in enumerate(timesteps):
             if cache_helper is not None:
                 cache_helper.cur_timestep = i
             latent_model_input = torch.cat([torch.concat([latents, cond_latents], dim=1)] * 2)
-            rows = self.case.inputs(0.0, prompt=prompt, batch=2)
+            rows = self.case.inputs(0.0, batch=2)
             output = self.transformer(
                 latent_model_input,
                 t.repeat(2),
@@ -72,7 +72,7 @@ class Pipeline:
                 extra_kwargs=rows["extra_kwargs"],
             )
             uncond, text = output[0].chunk(2)
-            latents = latents - (uncond + 6.0 * (text - uncond)) / steps
+            latents = latents - (uncond + 6.0 * (text - uncond)) / STEPS
         return latents
 
 
@@ -141,15 +141,14 @@ def test_documented_integration(name: str, strategy: str) -> None:
     uncached = pipe()
     pipe.apply_infer_optimization(KINDS[strategy])
     with runs_of(blocks) as runs:
-        first, second = pipe(), pipe(prompt=1)
+        first, second = pipe(), pipe()
     assert set(runs) == {2 * len(SCHEDULE)}
     pipe.cache_helper.disable()
     cached = dit_cache_fx.apply(
         pipe.transformer, strategy, blocks="double_blocks", no_cache_steps=SCHEDULE
     )
-    other = Pipeline(cached, name)
-    assert torch.equal(first, other())
-    assert torch.equal(second, other(prompt=1))
+    assert torch.equal(first, Pipeline(cached, name)())
+    assert torch.equal(first, second)
     assert not torch.equal(first, uncached)
 
 
@@ -247,6 +246,13 @@ def test_blocks_that_are_not_given_always_run() -> None:
     assert runs == [6, 2, 6, 2, 6]
     ids = {"blocks": {0, 2, 4}}
     assert same(got, generate(deepcache(toy(depth=5), {0, 3}, no_cache_block_id=ids)))
+
+
+def test_only_single_blocks() -> None:
+    model = toy()
+    helper = TeaCacheHelper(single_blocks=model.blocks, no_cache_steps={0, 3}, cache_name="h")
+    helper.enable()
+    assert same(generate(model, helper), wanted(0, 3, strategy="teacache"))
 
 
 def test_the_cached_model_reports() -> None:
@@ -532,8 +538,10 @@ def test_a_cached_view_of_the_model_is_none_of_them() -> None:
 # --- torch.compile --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("enabled", ["before", "after", "late"])
-@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize(
+    ("enabled", "fullgraph"),
+    [("before", False), ("before", True), ("after", True), ("late", False)],
+)
 def test_compiled(enabled: str, fullgraph: bool) -> None:
     """`late`: the compiled model has run without the helper."""
     torch._dynamo.reset()
