@@ -43,7 +43,9 @@ class InstalledForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._inside or self._cached is None:
             return self._forward(*args, **kwargs)
-        if not torch.compiler.is_compiling() and capturing():
+        if torch.compiler.is_compiling():  # Dynamo would leave the flag set
+            return CachedModel._traced(self._cached, self._forward, args, kwargs)
+        if capturing():
             raise CaptureError(_TWICE)
         self._inside = True
         try:
