@@ -1,8 +1,8 @@
 """Measure step caching side by side: tables, pictures and JSON in one command.
 
-    python -m benchmarks                        # all of it, on the CPU and on a GPU where there is one
+    python -m benchmarks            # all of it, on the CPU and on a GPU where there is one
     python -m benchmarks --models flux --systems eager,compiled,limit,apply-compile
-    python -m benchmarks --quick                # a smoke run of a minute, its figures mean nothing
+    python -m benchmarks --quick    # a smoke run of a minute, its figures mean nothing
 
 Run it again to go on where it was stopped: what is measured with the same settings is kept.
 """
@@ -26,9 +26,7 @@ from benchmarks.systems import ROWS
 ROOT = Path(__file__).resolve().parents[1]
 DEVICES = {
     "cpu": Settings(ROOT / "benchmarks" / "results"),
-    "cuda": Settings(
-        ROOT / "benchmarks" / "results", device="cuda", size="cuda", dtype="bfloat16"
-    ),
+    "cuda": Settings(ROOT / "benchmarks" / "results", device="cuda", size="cuda", dtype="bfloat16"),
 }
 QUICK_SYSTEMS = ("eager", "compiled", "limit", "apply", "apply-compile")
 
@@ -65,8 +63,13 @@ def _settings(options: argparse.Namespace) -> list[Settings]:
     }
     if options.quick:
         options.docs = options.docs or ROOT / "benchmarks" / "results" / "quick"
-        chosen |= {"folder": options.docs, "size": "tiny", "steps": 6, "generations": 2}
-        chosen |= {"inner": "aot_eager", "in_process": True, "fresh": True}
+        chosen |= {"folder": options.docs, "size": "tiny", "generations": 2}
+        chosen |= {
+            "schedule": (8, 3, 7, 2),
+            "inner": "eager",
+            "in_process": True,
+            "fresh": True,
+        }
         if options.systems == list(ROWS):
             chosen["systems"] = QUICK_SYSTEMS
     options.docs = options.docs or ROOT / "docs"

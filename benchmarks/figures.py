@@ -41,9 +41,9 @@ class Figures:
         return self.reused_ms / self.computed_ms
 
 
-def figures(rows: dict[str, Any]) -> list[Figures]:
+def figures(rows: dict[str, Any], settings: dict[str, Any]) -> list[Figures]:
     """The rows of a model, in the order of `ROWS`."""
-    limit = physical_limit(rows)
+    limit = physical_limit(rows, settings)
     return [_figures(name, rows[name], limit) for name in ROWS if name in rows]
 
 
@@ -71,15 +71,14 @@ def _figures(name: str, row: dict[str, Any], limit: float | None) -> Figures:
     )
 
 
-def physical_limit(rows: dict[str, Any]) -> float | None:
+def physical_limit(rows: dict[str, Any], settings: dict[str, Any]) -> float | None:
     """Seconds: the compiled model on computed steps, only what must still run on the others."""
     full = over_generations(rows.get("compiled", {}), "computed_ms")
     rest = over_generations(rows.get("limit", {}), "reused_ms")
     if full is None or rest is None:
         return None
-    steps = rows["compiled"]["generations"][-1]["computed"]
-    computed = (steps + 1) // 2
-    return (computed * full + (steps - computed) * rest) / 1000
+    computed = settings["computed"]
+    return (computed * full + (settings["steps"] - computed) * rest) / 1000
 
 
 def over_generations(row: dict[str, Any], name: str) -> float | None:

@@ -43,11 +43,15 @@ def angelslim_helpers() -> ModuleType:
     assert spec is not None
     (root,) = spec.submodule_search_locations or ()
     compressor = Path(root) / "compressor"
-    for name in ("angelslim", "angelslim.compressor"):
-        sys.modules.setdefault(name, ModuleType(name))
-    _load("angelslim.compressor._platform", compressor / "_platform.py")
-    folder = compressor / "diffusion" / "cache"
-    return _load("angelslim_cache_helpers", folder / "__init__.py", folder)
+    parents = ("angelslim", "angelslim.compressor")
+    sys.modules.update((name, ModuleType(name)) for name in parents)
+    try:
+        _load("angelslim.compressor._platform", compressor / "_platform.py")
+        folder = compressor / "diffusion" / "cache"
+        return _load("angelslim_cache_helpers", folder / "__init__.py", folder)
+    finally:
+        for name in parents:
+            del sys.modules[name]
 
 
 def _load(name: str, file: Path, package: Path | None = None) -> ModuleType:

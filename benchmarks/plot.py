@@ -14,10 +14,12 @@ def plot(data: dict[str, Any], folder: Path) -> list[Path]:
     """`bench_<device>_<model>.png` for each model that has figures."""
     files = []
     for name, entry in data["models"].items():
-        rows = [row for row in figures(entry["rows"]) if row.seconds and row.kind != "limit"]
+        measured = figures(entry["rows"], data["settings"])
+        rows = [row for row in measured if row.seconds and row.kind != "limit"]
         if rows:
             file = folder / f"bench_{data['settings']['device']}_{name}.png"
-            _picture(entry["title"], rows, physical_limit(entry["rows"]), data["settings"], file)
+            limit = physical_limit(entry["rows"], data["settings"])
+            _picture(entry["title"], rows, limit, data["settings"], file)
             files.append(file)
     return files
 
@@ -43,7 +45,9 @@ def _picture(
         left.set_title(f"dashed: physical limit, {limit:.2f} s", fontsize=8)
     left.set_xlabel(f"seconds for {settings['steps']} steps")
     bars = right.barh(names, [row.reused_ms or 0 for row in rows], color=colours)
-    right.bar_label(bars, [f" {row.reused_ms:.2f}" if row.reused_ms else "" for row in rows], fontsize=7)
+    right.bar_label(
+        bars, [f" {row.reused_ms:.2f}" if row.reused_ms else "" for row in rows], fontsize=7
+    )
     right.set_xscale("log")
     right.set_xlabel("reused step, milliseconds (logarithmic)")
     left.tick_params(labelsize=7)

@@ -6,6 +6,7 @@ so.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ from benchmarks import peers
 from benchmarks.models import shape
 from benchmarks.systems import ROWS
 from benchmarks.worker import Bench, Job, Result, reason, serve
+from dit_cache_fx import interval_schedule
 
 MODELS = ("flux", "hunyuan", "dit")
 FAILED = "failed"
@@ -38,7 +40,7 @@ class Settings:
     models: Sequence[str] = MODELS
     systems: Sequence[str] = tuple(ROWS)
     generations: int = 3
-    steps: int = 50
+    schedule: tuple[int, int, int, int] = (50, 11, 45, 4)
     threads: int = 2
     inner: str = "inductor"
     live: int = 0
@@ -59,7 +61,7 @@ class Settings:
             system,
             self.device,
             self.dtype,
-            self.steps,
+            self.schedule,
             self.threads,
             self.inner,
             str(reference),
@@ -166,8 +168,10 @@ def _note(results: Results, row: dict[str, Any], answer: Result, what: str) -> b
         row["generations"].append(answer["ok"])
     else:
         row.update(answer["ok"])
-    seconds = answer.get("ok", {}).get("seconds", answer.get("ok", {}).get("first_seconds"))
-    _say(f"{what}: {answer[FAILED] if not good else 'done' if seconds is None else f'{seconds:.2f} s'}")
+    told = answer.get("ok", {})
+    seconds = told.get("seconds", told.get("first_seconds"))
+    done = "done" if seconds is None else f"{seconds:.2f} s"
+    _say(f"{what}: {done if good else answer[FAILED]}")
     results.save()
     return good
 
@@ -202,10 +206,8 @@ class Process:
 
     def stop(self) -> None:
         """End the process, which gives its memory back."""
-        try:
+        with contextlib.suppress(OSError, ValueError):
             self.connection.send("stop")
-        except (OSError, ValueError):
-            pass
         self.process.join(30)
         if self.process.is_alive():
             self.process.kill()
@@ -263,7 +265,7 @@ def _memory(device: str) -> float:
 
 def compile_times(settings: Settings, repeats: int = 3) -> dict[str, list[float]]:
     """Seconds to compile a model of 24 blocks: uncached and cached, each time in a new process."""
-    settings = replace(settings, steps=4, fresh=True)
+    settings = replace(settings, schedule=(4, 2, 4, 2), fresh=True)
     (settings.folder / "work").mkdir(parents=True, exist_ok=True)
     seconds: dict[str, list[float]] = {}
     _make_reference(settings, "flux24", ["compiled"])
@@ -306,8 +308,13 @@ def _device_name(device: str) -> str:
 
 
 def _told(settings: Settings) -> dict[str, Any]:
-    names = ("device", "size", "dtype", "steps", "generations", "inner")
-    return {name: getattr(settings, name) for name in names}
+    names = ("device", "size", "dtype", "generations", "inner")
+    return {
+        **{name: getattr(settings, name) for name in names},
+        "schedule": list(settings.schedule),
+        "steps": settings.schedule[0],
+        "computed": len(interval_schedule(*settings.schedule)),
+    }
 
 
 def _say(line: str) -> None:

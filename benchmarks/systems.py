@@ -1,6 +1,7 @@
 """The systems that are measured: this library, the uncached model, and the other libraries.
 
-Every one computes the same steps in full where it can be told to, every second one.
+Every one computes the same steps in full where it can be told to: the published schedule of
+HunyuanVideo-1.5's helpers, 25 of 50.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import dit_cache_fx
 from benchmarks import peers
 from benchmarks.models import Inputs, Place, Shape
+from dit_cache_fx import interval_schedule
 
 
 class NotSupported(Exception):
@@ -25,12 +27,20 @@ class NotSupported(Exception):
 
 @dataclass(frozen=True)
 class Plan:
-    """What each system is told. `inner`: what `torch.compile` compiles with."""
+    """What each system is told: compute all steps before `start` and from `end` on, and from
+    `start` to `end` every `interval`-th. `inner`: what `torch.compile` compiles with."""
 
     steps: int
-    computed: frozenset[int]
+    start: int
+    end: int
+    interval: int
     place: Place
     inner: str = "inductor"
+
+    @property
+    def computed(self) -> frozenset[int]:
+        """The steps to compute."""
+        return frozenset(interval_schedule(self.steps, self.start, self.end, self.interval))
 
     def compiled(self, function: Any, **more: Any) -> Any:
         """`torch.compile` of a module or function."""
@@ -260,15 +270,24 @@ class DiffusersCache(Hooked):
 
 
 class TaylorSeer(DiffusersCache):
-    """Blocks skipped, the output layer extrapolated: what diffusers calls its lite mode."""
+    """Blocks skipped, the output layer extrapolated: what diffusers calls its lite mode.
+
+    It counts its interval from one step later.
+    """
+
+    def computes(self, index: int) -> bool:
+        plan = self.plan
+        between = plan.start <= index < plan.end
+        return not between or (index - plan.start - 1) % plan.interval == 0
 
     def put_in(self) -> None:
         from diffusers.hooks import TaylorSeerCacheConfig
         from diffusers.hooks.taylorseer_cache import apply_taylorseer_cache
 
         config = TaylorSeerCacheConfig(
-            cache_interval=2,
-            disable_cache_before_step=1,
+            cache_interval=self.plan.interval,
+            disable_cache_before_step=self.plan.start,
+            disable_cache_after_step=self.plan.end,
             max_order=2,
             taylor_factors_dtype=self.plan.place.dtype,
             skip_predict_identifiers=[rf"{name}\.\d+" for name in self.shape.block_lists],

@@ -28,8 +28,8 @@ HEAD = (
 )
 ABOUT = """\
 Columns: medians over {generations} generations of {steps} steps, the systems taking turns, one \
-generation each, never two at once. *x limit*: over the physical limit, which is {half} x the \
-uncached compiled step + {half} x the compiled time of what must still run. *compile*: what the \
+generation each, never two at once. *x limit*: over the physical limit, which is {computed} x the \
+uncached compiled step + {reused} x the compiled time of what must still run. *compile*: what the \
 first generation takes beyond a later one, with empty caches. *graphs*, *breaks*, *recompiles*: \
 what Dynamo compiled. *cache*: bytes that a generation leaves behind, measured. *peak*: allocated \
 on the GPU, weights included. *error*: the largest relative difference to the uncached output on \
@@ -49,23 +49,23 @@ def report(data: dict[str, Any], command: str) -> str:
         f"{settings['dtype']}{threads}; Python {machine['python']}, PyTorch {machine['torch']}, "
         f"{versions}; compiled with {settings['inner']}. Command: `{command}`.",
         "",
-        ABOUT.format(half=settings["steps"] // 2, **settings),
+        ABOUT.format(reused=settings["steps"] - settings["computed"], **settings),
     ]
     for name, entry in data["models"].items():
-        lines += [f"### {entry['title']}", "", *model_table(entry["rows"], settings["steps"]), ""]
+        lines += [f"### {entry['title']}", "", *model_table(entry["rows"], settings), ""]
         lines += [f"![{name}](img/bench_{settings['device']}_{name}.png)", ""]
     lines += _compile_times(data.get("compile_times", {}))
     return "\n".join(lines)
 
 
-def model_table(rows: dict[str, Any], steps: int) -> list[str]:
+def model_table(rows: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     """The lines of a model's table, and what follows from it."""
-    measured = figures(rows)
-    head = tuple(title.replace("50", str(steps)) for title in HEAD)
+    measured = figures(rows, settings)
+    head = tuple(title.replace("50", str(settings["steps"])) for title in HEAD)
     keep = [i for i in range(len(head)) if i != 12 or any(row.peak_bytes for row in measured)]
     table = [head, ["---"] + ["---:"] * (len(head) - 1), *map(_cells, measured)]
     lines = ["| " + " | ".join(cells[i] for i in keep) + " |" for cells in table]
-    return [*lines, "", *_conclusions(rows, measured)]
+    return [*lines, "", *_conclusions(physical_limit(rows, settings), measured)]
 
 
 def _cells(row: Figures) -> Sequence[str]:
@@ -94,8 +94,7 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _conclusions(rows: dict[str, Any], measured: list[Figures]) -> list[str]:
-    limit = physical_limit(rows)
+def _conclusions(limit: float | None, measured: list[Figures]) -> list[str]:
     uncached = best(measured, "uncached")
     lines = []
     if limit is not None and uncached is not None and uncached.seconds is not None:

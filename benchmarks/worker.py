@@ -33,14 +33,18 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker measures. `reference`: the file with the uncached model's outputs."""
+    """What a worker measures.
+
+    `schedule`: steps, start, end, interval; see `Plan`. `reference`: the file with the uncached
+    model's outputs.
+    """
 
     model: str
     size: str
     system: str
     device: str
     dtype: str
-    steps: int
+    schedule: tuple[int, int, int, int]
     threads: int
     inner: str
     reference: str
@@ -49,8 +53,7 @@ class Job:
         return Place(self.device, getattr(torch, self.dtype))
 
     def plan(self) -> Plan:
-        computed = frozenset(range(0, self.steps, 2))
-        return Plan(self.steps, computed, self.place(), self.inner)
+        return Plan(*self.schedule, self.place(), self.inner)
 
 
 class Bench:
@@ -113,7 +116,7 @@ class Bench:
 
     def _generation(self, keep: bool = False) -> tuple[list[Tensor], float, list[float]]:
         """Outputs, seconds, and milliseconds of each step."""
-        inputs = self.shape.generation(self.plan.place, self.job.steps)
+        inputs = self.shape.generation(self.plan.place, self.plan.steps)
         outputs, decided = [], []
         clock = _CudaClock() if self.cuda else _HostClock()
         with torch.no_grad():
@@ -163,7 +166,7 @@ class Bench:
             return torch.cuda.memory_allocated()
         storages = {}
         for thing in gc.get_objects():
-            if issubclass(type(thing), Tensor) and thing.layout is torch.strided:
+            if type(thing) in (Tensor, nn.Parameter):  # not the compiler's stand-ins
                 storage = thing.untyped_storage()
                 storages[storage._cdata] = storage.nbytes()
         return sum(storages.values())
