@@ -53,7 +53,6 @@ def _figures(name: str, row: dict[str, Any], limit: float | None) -> Figures:
         return Figures(**about, failed=row["failed"])
     seconds = over_generations(row, "seconds")
     compiles = ROWS[name].compiles and seconds is not None
-    own = ROWS[name].kind in ("ours", "peer")
     return Figures(
         **about,
         seconds=seconds,
@@ -64,10 +63,10 @@ def _figures(name: str, row: dict[str, Any], limit: float | None) -> Figures:
         graphs=row.get("graphs"),
         breaks=row.get("breaks"),
         recompiles=row.get("recompiles"),
-        cache_bytes=row.get("cache_bytes") if own else None,
+        cache_bytes=row.get("cache_bytes"),
         peak_bytes=max((g.get("peak_bytes", 0) for g in row["generations"]), default=0) or None,
         error_computed=row.get("error_computed"),
-        of_limit=seconds / limit if own and limit and seconds else None,
+        of_limit=seconds / limit if ROWS[name].caches and limit and seconds else None,
     )
 
 

@@ -272,7 +272,7 @@ def dit(layers: int, heads: int, head_dim: int, side: int, batch: int) -> Shape:
 #: by size: "cpu" takes about 100 ms a step on two cores, "cuda" is the real one where it fits
 SHAPES: dict[str, dict[str, Callable[[], Shape]]] = {
     "flux": {
-        "tiny": partial(flux, 1, 2, 2, 16, 4, 8, 32),
+        "tiny": partial(flux, 1, 1, 2, 16, 4, 8, 32),
         "cpu": partial(flux, 4, 8, 6, 64, 16, 64, 768),
         "cuda": partial(flux, 19, 38, 24, 128, 64, 512, 4096),
     },

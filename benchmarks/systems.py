@@ -368,6 +368,11 @@ class Row:
     gpu_only: bool = False
 
     @property
+    def caches(self) -> bool:
+        """Whether anything is held from step to step."""
+        return self.kind in ("ours", "peer")
+
+    @property
     def compiles(self) -> bool:
         """Whether anything of the model is compiled."""
         return not self.title.endswith("eager")

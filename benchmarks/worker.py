@@ -110,7 +110,7 @@ class Bench:
             "breaks": sum(counters["graph_break"].values()),
             "break_reasons": [str(reason)[:200] for reason in counters["graph_break"]][:3],
             "recompiles": sum(metrics.recompile_reason is not None for metrics in compiled),
-            "cache_bytes": self._cache_bytes(),
+            "cache_bytes": self._cache_bytes() if self.row.caches else None,
             "weight_bytes": self.weights,
         }
 
