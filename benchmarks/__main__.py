@@ -28,7 +28,7 @@ DEVICES = {
     "cpu": Settings(ROOT / "benchmarks" / "results"),
     "cuda": Settings(ROOT / "benchmarks" / "results", device="cuda", size="cuda", dtype="bfloat16"),
 }
-QUICK_SYSTEMS = ("eager", "compiled", "limit", "apply", "apply-compile")
+QUICK_SYSTEMS = ("eager", "compiled", "limit", "apply", "apply-compile", "backend")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

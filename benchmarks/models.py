@@ -282,7 +282,7 @@ SHAPES: dict[str, dict[str, Callable[[], Shape]]] = {
         "cuda": partial(hunyuan, 54, 16, 128, (9, 30, 40), 256, 3584),
     },
     "dit": {
-        "tiny": partial(dit, 3, 2, 16, 4, 1),
+        "tiny": partial(dit, 2, 2, 16, 4, 1),
         "cpu": partial(dit, 12, 6, 64, 16, 1),
         "cuda": partial(dit, 28, 16, 72, 16, 2),
     },
