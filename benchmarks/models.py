@@ -278,12 +278,12 @@ SHAPES: dict[str, dict[str, Callable[[], Shape]]] = {
     },
     "hunyuan": {
         "tiny": partial(hunyuan, 3, 2, 16, (1, 4, 4), 8, 32),
-        "cpu": partial(hunyuan, 12, 6, 64, (4, 8, 8), 64, 768),
+        "cpu": partial(hunyuan, 8, 6, 64, (4, 8, 8), 64, 768),
         "cuda": partial(hunyuan, 54, 16, 128, (9, 30, 40), 256, 3584),
     },
     "dit": {
         "tiny": partial(dit, 2, 2, 16, 4, 1),
-        "cpu": partial(dit, 12, 6, 64, 16, 1),
+        "cpu": partial(dit, 10, 6, 64, 16, 1),
         "cuda": partial(dit, 28, 16, 72, 16, 2),
     },
     # for the time that compiling takes: many blocks, little to compute

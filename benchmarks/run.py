@@ -14,6 +14,7 @@ import platform
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,7 @@ class Process:
     """A worker in a process of its own."""
 
     def __init__(self, job: Job, folder: Path, timeout: float) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = _processes()
         self.timeout = timeout
         self.log = folder / f"{job.device}-{job.model}-{job.system}.log"
         self.connection, theirs = context.Pipe()
@@ -213,6 +214,15 @@ class Process:
             self.process.kill()
             self.process.join()
         self.connection.close()
+
+
+def _processes() -> BaseContext:
+    """Workers are forked from a process that has imported everything and run nothing."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.preload"])
+    return context
 
 
 class InProcess:
@@ -253,7 +263,7 @@ def _live(settings: Settings, model: str) -> int:
     with torch.device("meta"):
         weights = sum(p.numel() for p in shape(model, settings.size).model().parameters())
     width = torch.finfo(getattr(torch, settings.dtype)).bits // 8
-    overhead = 0.7e9 if settings.device == "cpu" else 4e9
+    overhead = 0.5e9 if settings.device == "cpu" else 4e9
     return max(1, int(0.8 * _memory(settings.device) / (1.3 * weights * width + overhead)))
 
 
