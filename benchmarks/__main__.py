@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=2, help="of each system on the CPU")
     parser.add_argument("--live", type=int, default=0, help="workers held at once (0: what fits)")
     parser.add_argument("--compile-time", action="store_true", help="a model of 24 blocks, too")
-    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
+    parser.add_argument("--fresh", action="store_true", help="measure the chosen systems again")
     parser.add_argument("--report", action="store_true", help="only write what is measured already")
     parser.add_argument("--quick", action="store_true", help="a smoke run: tiny models, few steps")
     parser.add_argument("--docs", type=Path, help="where benchmarks.md and img/ are written")

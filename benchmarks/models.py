@@ -42,6 +42,7 @@ class Shape:
     `sample`: shape of the noisy sample. `condition(place)`: the arguments that stay the same
     through a generation. `rest(model)`: a module called with what the cache holds (of shape
     `held`) and the arguments named in `rest_reads`. `output_layer`: the model's last layer.
+    `pairs`: a block returns two streams, not one.
     """
 
     title: str
@@ -55,6 +56,7 @@ class Shape:
     held: tuple[int, ...]
     first_timestep: float
     integer_timesteps: bool = False
+    pairs: bool = True
 
     def build(self, place: Place) -> nn.Module:
         """The model, for inference, its weights drawn from a fixed seed."""
@@ -266,6 +268,7 @@ def dit(layers: int, heads: int, head_dim: int, side: int, batch: int) -> Shape:
         held=(batch, side * side, heads * head_dim),
         first_timestep=999.0,
         integer_timesteps=True,
+        pairs=False,
     )
 
 

@@ -32,7 +32,11 @@ FAILED = "failed"
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. `folder`: where results are kept. `live`: how many workers are held at once."""
+    """One run.
+
+    `folder`: where results are kept. `live`: how many workers are held at once (0: what fits).
+    `fresh`: measure the chosen systems again. `schedule`: see `Plan`.
+    """
 
     folder: Path
     device: str = "cpu"
@@ -55,7 +59,9 @@ class Settings:
         return self.folder / f"{self.device}.json"
 
     def job(self, model: str, system: str) -> Job:
-        reference = self.folder / "work" / f"{self.device}-{self.size}-{model}.pt"
+        steps, dtype = self.schedule[0], self.dtype
+        name = f"{self.device}-{self.size}-{dtype}-{steps}-{model}.pt"
+        reference = self.folder / "work" / name
         return Job(
             model,
             self.size,
@@ -78,12 +84,14 @@ class Results:
 
     @staticmethod
     def open(settings: Settings) -> Results:
-        """Those of the file, if they were measured with the same settings."""
+        """Those of the file, if they were measured on the same machine with the same settings."""
         wanted = {"settings": _told(settings), "machine": machine(settings), "models": {}}
-        if settings.file.exists() and not settings.fresh:
+        if settings.file.exists():
             found = json.loads(settings.file.read_text())
+            found["settings"]["generations"] = settings.generations
             if found["settings"] == wanted["settings"] and found["machine"] == wanted["machine"]:
                 return Results(settings.file, found)
+            _say(f"{settings.file} was measured with other settings or elsewhere: begun anew")
         return Results(settings.file, wanted)
 
     def rows(self, model: str) -> dict[str, Any]:
@@ -113,7 +121,11 @@ def measure(settings: Settings) -> dict[str, Any]:
         results.data["models"].setdefault(model, {"rows": {}})["title"] = shape(
             model, settings.size
         ).title
-        todo = [s for s in _wanted(settings) if not results.done(model, s, settings.generations)]
+        todo = [
+            name
+            for name in _wanted(settings)
+            if settings.fresh or not results.done(model, name, settings.generations)
+        ]
         _make_reference(settings, model, todo)
         for group in _groups(todo, _live(settings, model)):
             _measure_together(settings, results, model, group)
@@ -128,7 +140,7 @@ def _wanted(settings: Settings) -> list[str]:
 def _make_reference(settings: Settings, model: str, todo: Sequence[str]) -> None:
     """The uncached outputs, which every system is compared with."""
     job = settings.job(model, "eager")
-    if not todo or (Path(job.reference).exists() and not settings.fresh):
+    if not todo:
         return
     Path(job.reference).unlink(missing_ok=True)
     _say(f"{model}: the uncached outputs")

@@ -6,7 +6,6 @@ HunyuanVideo-1.5's helpers, 25 of 50.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -79,8 +78,14 @@ class Uncached(System):
 
 
 class UncachedCompiled(Uncached):
+    mode: str | None = None
+
     def setup(self) -> None:
-        self.call = self.plan.compiled(self.model)
+        self.call = self.plan.compiled(self.model, mode=self.mode)
+
+
+class UncachedCudaGraphs(UncachedCompiled):
+    mode = "reduce-overhead"
 
 
 class Limit(System):
@@ -181,9 +186,7 @@ class AngelSlim(System):
             for block in (block for blocks in lists for block in blocks):
                 block.forward = self.plan.compiled(block.forward)
         helper = getattr(peers.angelslim_helpers(), self.helper_name)
-        names = ("double_blocks", "single_blocks")
-        if len(lists) == 1 and not _returns_a_pair(lists[0][0]):
-            names = ("single_blocks",)
+        names = ("double_blocks", "single_blocks") if self.shape.pairs else ("single_blocks",)
         self.helper = helper(
             no_cache_steps=set(self.plan.computed), **dict(zip(names, lists, strict=False))
         )
@@ -197,11 +200,6 @@ class AngelSlim(System):
     def step(self, index: int, inputs: Inputs) -> Any:
         self.helper.cur_timestep = index
         return self.call(**inputs)
-
-
-def _returns_a_pair(block: nn.Module) -> bool:
-    code = inspect.getsource(inspect.unwrap(type(block).forward))
-    return "return hidden_states, encoder_hidden_states" in code
 
 
 # --- cache-dit and diffusers -------------------------------------------------------------------
@@ -387,6 +385,12 @@ def _rows() -> dict[str, Row]:
     rows = {
         "eager": Row("uncached, eager", "uncached", Uncached),
         "compiled": Row("uncached, torch.compile", "uncached", UncachedCompiled),
+        "compiled-cudagraphs": Row(
+            'uncached, torch.compile, mode="reduce-overhead"',
+            "uncached",
+            UncachedCudaGraphs,
+            gpu_only=True,
+        ),
         "limit": Row("only what must still run, torch.compile", "limit", Limit),
         "apply": Row(ours + "apply, eager", "ours", Apply),
         "apply-compile": Row(
