@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import (
+    CompilationMetrics,
     clear_compilation_metrics,
     counters,
     get_compilation_metrics,
@@ -112,7 +113,8 @@ class Bench:
         return {
             "graphs": counters["stats"]["unique_graphs"],
             "inner_graphs": counters["aot_autograd"]["total"],
-            "breaks": sum(counters["graph_break"].values()),
+            # Dynamo does not count every break, but what follows each is a function of its own
+            "breaks": max(sum(counters["graph_break"].values()), _resumed(compiled)),
             "break_reasons": [str(reason)[:200] for reason in counters["graph_break"]][:3],
             "recompiles": sum(metrics.recompile_reason is not None for metrics in compiled),
             "cache_bytes": self.cache_bytes,
@@ -230,6 +232,12 @@ class _CudaClock:
 
 def _tensor(output: Any) -> Tensor:
     return next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+
+
+def _resumed(compiled: list[CompilationMetrics]) -> int:
+    """In how many places a function went on after a break."""
+    places = {(m.co_name, m.co_filename, m.co_firstlineno) for m in compiled}
+    return sum(str(name).startswith("torch_dynamo_resume_in") for name, _, _ in places)
 
 
 def _median(values: Any) -> float | None:
