@@ -3,15 +3,23 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# its own requirements, which its cache helpers do not use, are a hundred packages
+ANGELSLIM := angelslim==0.5.0
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check
+.PHONY: demo test check bench
 
 demo: $(INSTALLED)
 	$(BIN)/python -m examples.digits.demo
+
+# Everything side by side, with the other libraries; more: .venv/bin/python -m benchmarks --help
+bench: $(INSTALLED)
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	$(BIN)/pip install --quiet --no-deps $(ANGELSLIM)
+	$(BIN)/python -m benchmarks
 
 test: check
 	$(BIN)/python -m pytest -n auto

@@ -17,6 +17,7 @@ from dit_cache_fx.capture import (
     named_timestep,
 )
 from dit_cache_fx.errors import DiscoveryError, OptionError
+from dit_cache_fx.installed import installed_on
 from dit_cache_fx.module import CachedModel, is_compiled, original
 from dit_cache_fx.runtime.engine import Engine
 from dit_cache_fx.strategies import ALIASES, Strategy, check_block_ids, make_strategy
@@ -57,6 +58,8 @@ def apply(
     if is_compiled(model):
         raise OptionError("model", type(model).__name__, "apply first, then torch.compile")
     model = original(model)
+    if installed_on(model) is not None:
+        raise OptionError("model", type(model).__name__, "a helper is enabled on it: disable() it")
     chosen = make_strategy(strategy, options)
     if model.training:
         raise OptionError("model.training", True, "call model.eval() first")

@@ -18,6 +18,11 @@ def version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+def memory(tensor: torch.Tensor) -> int:
+    """The address of a tensor's memory: that of its views too."""
+    return tensor.untyped_storage().data_ptr()
+
+
 class Seen:
     """Tensors of a call. One is the same again when it is the same object, unchanged.
 

@@ -53,7 +53,7 @@ class CachedModel(LifeCycle, nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, called as before."""
         if torch.compiler.is_compiling():
-            return self._traced(args, kwargs)
+            return self._traced(self._model.forward, args, kwargs)
         callback = dynamo_callback()
         if callback is None:
             serving = self._serving(args, kwargs, None)
@@ -63,11 +63,11 @@ class CachedModel(LifeCycle, nn.Module):
             run = drive
         return self._model.forward(*args, **kwargs) if serving is None else run(serving)
 
-    def _traced(self, args: Any, kwargs: Any) -> Any:
+    def _traced(self, uncached: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The answer as part of another graph that is being made: no host runs beside it."""
         wanted = not torch.compiler.is_exporting() and self._uncached_because(args, kwargs)
         if wanted or not self._enabled:
-            return self._model.forward(*args, **kwargs)
+            return uncached(*args, **kwargs)
         return self._engine.carried(args, kwargs)
 
     def _serving(self, args: Any, kwargs: Any, callback: object) -> Serving | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 import sys
 from collections.abc import Collection, Iterator
 from functools import cache
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import dit_cache_fx
+import dit_cache_fx.helpers
 from dit_cache_fx import interval_schedule
 from tests.reference import moving_inputs
 from tests.zoo import Case, case, flat
@@ -81,18 +83,30 @@ def uncached(name: str) -> list[Tensor]:
     return [flat(model(**moving_inputs(case(name), i, STEPS))) for i in range(STEPS)]
 
 
-def helper_outputs(name: str, kind: str, **options: Any) -> list[Tensor]:
-    """A generation with a helper around a copy of the model, told its steps as its users do."""
+def helper_outputs(
+    name: str,
+    kind: str,
+    *,
+    package: ModuleType | None = None,
+    steps: Collection[int] = PUBLISHED,
+    count: int = STEPS,
+    **options: Any,
+) -> list[Tensor]:
+    """A generation with a helper around a copy of the model, told its steps as its users do.
+
+    `package`: where the helper is imported from.
+    """
     model = copy.deepcopy(model_of(name))
-    helper = getattr(helpers(), kind)(
+    helper = getattr(package or helpers(), kind)(
         double_blocks=list(model.double_blocks),
         single_blocks=list(model.single_blocks),
-        no_cache_steps=set(PUBLISHED),
+        no_cache_steps=set(steps),
         **options,
     )
     helper.enable()
+    helper.clear_states()
     outputs = []
-    for step in range(STEPS):
+    for step in range(count):
         helper.cur_timestep = step
         outputs.append(flat(model(**moving_inputs(case(name), step, STEPS))))
     return outputs
@@ -158,3 +172,49 @@ def test_teacache_of_the_helpers_is_deepcache(name: str) -> None:
     assert_skips_change_the_output(helper, name)
     assert max(errors(cached_outputs(name, "deepcache"), helper)) < CLOSE
     assert min(skipped(errors(cached_outputs(name, "teacache"), helper))) > 100 * CLOSE
+
+
+# --- with only the import changed -----------------------------------------------------------------
+
+OURS = dit_cache_fx.helpers
+KINDS = ("CacheHelper", "DeepCacheHelper", "TeaCacheHelper", "TaylorCacheHelper")
+#: a skip after two computed steps, and later ones
+SHORT: dict[str, Any] = {"steps": {0, 1, 4, 7}, "count": 10}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_constructors_and_methods_are_the_published_ones(kind: str) -> None:
+    published, ours = getattr(helpers(), kind), getattr(OURS, kind)
+    want = [(p.name, p.default) for p in inspect.signature(published).parameters.values()]
+    got = [(p.name, p.default) for p in inspect.signature(ours).parameters.values()]
+    assert got[: len(want)] == want
+    assert all(hasattr(ours(), name) for name in (*dict(want), "cur_timestep"))
+    for method in ("enable", "disable", "clear_states", "reset_states"):
+        assert inspect.signature(getattr(ours, method)).parameters.keys() == {"self"}
+
+
+@each_model
+@pytest.mark.parametrize("last_block", [False, True], ids=["all-cached", "last-never-cached"])
+def test_deepcache_helper_is_the_published_bit_by_bit(name: str, last_block: bool) -> None:
+    options = {"no_cache_block_id": {"double_blocks": {2}}} if last_block else {}
+    want = helper_outputs(name, "DeepCacheHelper", **SHORT, **options)
+    got = helper_outputs(name, "DeepCacheHelper", package=OURS, **SHORT, **options)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@each_model
+def test_teacache_helper_on_the_stored_input_is_the_published(name: str) -> None:
+    want = helper_outputs(name, "TeaCacheHelper", **SHORT)
+    got = helper_outputs(name, "TeaCacheHelper", package=OURS, stored_input=True, **SHORT)
+    assert max(errors(got, want)) < CLOSE
+    other = helper_outputs(name, "TeaCacheHelper", package=OURS, **SHORT)
+    assert max(errors(other, want)) > 100 * CLOSE
+
+
+@each_model
+def test_taylorcache_helper_without_the_first_step_is_the_published(name: str) -> None:
+    want = helper_outputs(name, "TaylorCacheHelper", **SHORT)
+    got = helper_outputs(name, "TaylorCacheHelper", package=OURS, skip_first=True, **SHORT)
+    assert max(errors(got, want)) < CLOSE
+    other = helper_outputs(name, "TaylorCacheHelper", package=OURS, **SHORT)
+    assert max(errors(other, want)) > 100 * CLOSE

@@ -342,6 +342,33 @@ def test_a_new_prompt_that_goes_on_downwards_starts_with_nothing(mode: Mode) -> 
         follows(cached, ByHand(model, ["blocks"]), rest)
 
 
+def two_timesteps(step: int, text: Tensor) -> dict[str, Any]:
+    """Two rows with timesteps of their own, given once where they are equal: at the first step."""
+    times = torch.tensor([1000.0 - step, 1000.0 - 2 * step]).unique()
+    return toy_inputs(0.0, seed=step, batch=2) | {"timestep": times, "text": text}
+
+
+def test_a_signature_that_changes_after_the_first_step_is_the_same_generation() -> None:
+    """The timesteps are one tensor of one, then of two: the text tells that it goes on."""
+    model = make(ToyDiT)
+    cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps={0, 3})
+    text = torch.cat([text_of("first"), text_of("second")])
+    for _ in range(2):
+        for step in range(5):
+            inputs = two_timesteps(step, text)
+            got = cached(**inputs)
+            # nothing is held of the new signature yet at step 1
+            assert torch.equal(got, model(**inputs)) == (step in (0, 1, 3))
+        assert [r.step for r in cached.cache_report().timeline] == list(range(5))
+
+
+def test_another_prompt_of_another_size_after_one_step_is_another_generation() -> None:
+    cached = dit_cache_fx.apply(make(ToyDiT), "deepcache", no_cache_steps={0, 3})
+    for step, name in ((0, "first"), (1, "second")):
+        cached(**(two_timesteps(step, torch.cat(2 * [text_of(name)]))))
+        assert [r.step for r in cached.cache_report().timeline] == [0]
+
+
 # --- what is held is bounded ---------------------------------------------------------------------
 
 

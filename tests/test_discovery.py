@@ -270,6 +270,20 @@ def test_an_ambiguous_timestep_lists_the_candidates() -> None:
         cached(**inputs)
 
 
+def test_of_several_the_one_that_a_word_of_its_name_tells() -> None:
+    class Timed(ToyDiT):
+        def forward(  # type: ignore[override]
+            self, x: Tensor, image_timesteps: Tensor, text: Tensor, image_rows: Tensor
+        ) -> Any:
+            return super().forward(x[:, image_rows], image_timesteps, text)
+
+    cached = dit_cache_fx.apply(make(Timed), "deepcache", no_cache_steps=STEPS)
+    for _, inputs in generation(TOY, STEPS):
+        inputs["image_timesteps"] = inputs.pop("timestep")
+        cached(**inputs, image_rows=torch.arange(3))
+    assert actions(cached) == "CrCCrr"
+
+
 @pytest.mark.parametrize("name", ["tau", "rho"])
 def test_a_named_timestep_tells_the_step(name: str) -> None:
     model, inputs = two_taus()

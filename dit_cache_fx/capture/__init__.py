@@ -11,13 +11,14 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from dit_cache_fx.capture.blocks import mark_blocks
-from dit_cache_fx.capture.check import compare, refuse, second_inputs
+from dit_cache_fx.capture.check import IllegalInputs, compare, refusable, refuse, second_inputs
 from dit_cache_fx.capture.intercept import CAPTURING, intercepted
 from dit_cache_fx.capture.leaves import (
     BlockList,
@@ -25,14 +26,14 @@ from dit_cache_fx.capture.leaves import (
     kept_modules,
     named_list,
 )
-from dit_cache_fx.capture.normal_form import Guards, normal_form
+from dit_cache_fx.capture.normal_form import Guards, normal_form, owned_tensors
 from dit_cache_fx.capture.record import ModuleCall, Recording, record
 from dit_cache_fx.capture.signal import mark_signal, parts_of
 from dit_cache_fx.capture.signature import CallSignature, FlatCall, flatten_call, unflatten_call
 from dit_cache_fx.capture.timestep import guessed_timestep, named_timestep
 from dit_cache_fx.capture.trace import trace
-from dit_cache_fx.errors import CaptureError, DiscoveryError
-from dit_cache_fx.identity import Seen
+from dit_cache_fx.errors import CaptureError, DiscoveryError, DitCacheError
+from dit_cache_fx.identity import Seen, memory
 from dit_cache_fx.listing import short
 from dit_cache_fx.program import OUTPUT, BlockId, Program, block_values
 from dit_cache_fx.strategies import Strategy, never_cached
@@ -126,7 +127,9 @@ def capture(subject: Subject, call: FlatCall, timestep: str | None) -> Captured:
         members = {m: kept[m] for blocks in lists for m in blocks.modules}
         recording = _recorded(subject, call, tensors, lists, kept)
         _refuse_rewritten_arguments(recording)
-        traced = trace(lambda inputs: subject.run(call, inputs), tensors, kept, recording)
+        _refuse_written_memory(subject.model, call, tensors, recording)
+        with _explained("the model's own code (outside its blocks and layers) cannot be traced"):
+            traced = trace(lambda inputs: subject.run(call, inputs), tensors, kept, recording)
         step = timestep if timestep is not None else guessed_timestep(call)
         _require_timestep(call, step)
         program, guards = normal_form(subject.model, traced, call, step)
@@ -141,8 +144,24 @@ def capture(subject: Subject, call: FlatCall, timestep: str | None) -> Captured:
             captured.shapes = guards.shapes(guards.expected)
             captured.accepted.add(captured.shapes)
         if subject.check:
-            _check(subject, captured, call, tensors)
+            with _explained("the captured graph fails where the model does not"):
+                _check(subject, captured, call, tensors)
     return captured
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """The model has just answered this call: what fails now is the capture, not the call."""
+    try:
+        yield
+    except (DitCacheError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"{what}: {type(error).__name__}: {error}. Move what fails into a block or a layer, or "
+            "make it before the call and pass it as an argument; or make such calls between "
+            "disable() and enable()"
+        ) from error
 
 
 def _recorded(
@@ -254,14 +273,37 @@ def _require_timestep(call: FlatCall, timestep: str) -> None:
         )
 
 
+_APART = (
+    "a cached step could not do the same. Make such calls between disable() and enable(), turn off "
+    "the option that asks for them (a cache of keys and values, say), or let the module return the "
+    "value instead"
+)
+
+
 def _refuse_rewritten_arguments(recording: Recording) -> None:
     rewriting = next((call.name for call in recording.calls if call.rewrites), None)
     if rewriting is not None:
         raise CaptureError(
             f"module {rewriting!r} puts a value into a container (a dict, list or object) among "
-            "its arguments: a cached step could not do the same. Let the module return the value "
-            "instead"
+            f"its arguments: {_APART}"
         )
+
+
+def _refuse_written_memory(
+    model: nn.Module, call: FlatCall, tensors: Sequence[torch.Tensor], recording: Recording
+) -> None:
+    """Refuse a module that keeps a value for later, in memory that outlives the call."""
+    if not any(made.writes for made in recording.calls):
+        return
+    lasting = {memory(t): f"the model's {name!r}" for name, t in owned_tensors(model)}
+    lasting.update(
+        (memory(t), f"the argument {name!r}")
+        for t, name in zip(tensors, call.arguments_of(), strict=True)
+    )
+    for made in recording.calls:
+        written = next((lasting[m] for m in made.writes if m in lasting), None)
+        if written is not None:
+            raise CaptureError(f"module {made.name!r} writes into {written} in place: {_APART}")
 
 
 def _refuse_late_guards(guards: Guards, trunk: set[str]) -> None:
@@ -283,11 +325,21 @@ def _check(
         _check_number(subject, captured, call, tensors, step)
     sample = [i for i, a in enumerate(program.arguments) if a == program.sample]
     for inputs in second_inputs(tensors, step, sample):
-        if _guards_hold(captured.guards, inputs):
-            difference = _compare(subject, captured, call, inputs)
-            if difference is not None:
-                raise refuse(difference)
-            return
+        if not _guards_hold(captured.guards, inputs):
+            continue
+        try:
+            difference = compare(
+                refusable(partial(subject.run, call, inputs)),
+                partial(captured.gm, *inputs),
+                captured.blocks,
+                captured.recording,
+            )
+        except IllegalInputs as error:
+            log.info("the model refuses inputs made up for a check: %r", error.__cause__)
+            continue
+        if difference is not None:
+            raise refuse(difference)
+        return
 
 
 def _check_number(

@@ -16,7 +16,7 @@ from torch import nn
 
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.record import ModuleCall, Recording
-from dit_cache_fx.errors import CaptureError
+from dit_cache_fx.errors import CaptureError, DitCacheError
 from dit_cache_fx.identity import alike
 from dit_cache_fx.structure import constants, flatten, unflatten
 
@@ -86,6 +86,24 @@ def refuse(difference: str) -> CaptureError:
         "randomness. Move it into a block or a layer; or pass check=False when the difference is "
         "wanted"
     )
+
+
+class IllegalInputs(Exception):
+    """The model refuses inputs that were made up; the cause says why."""
+
+
+def refusable(model: Callable[[], Any]) -> Callable[[], Any]:
+    """A run of the model on made-up inputs: what it raises there is `IllegalInputs`."""
+
+    def run() -> Any:
+        try:
+            return model()
+        except DitCacheError:
+            raise
+        except Exception as error:
+            raise IllegalInputs from error
+
+    return run
 
 
 def second_inputs(

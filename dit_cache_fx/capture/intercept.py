@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from dit_cache_fx._torch import not_a_compiled_frame
+
 #: (module, its name, run it for real, args, kwargs) -> what the caller gets
 Handler = Callable[[nn.Module, str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -41,8 +43,15 @@ def intercepted(names: Mapping[nn.Module, str], handler: Handler) -> Iterator[No
             finally:
                 inside = False
 
+        call.captures = owner  # type: ignore[attr-defined]
         nn.Module.__call__ = call  # type: ignore[method-assign]
         try:
             yield
         finally:
             nn.Module.__call__ = original  # type: ignore[method-assign]
+
+
+@not_a_compiled_frame
+def capturing() -> bool:
+    """Whether a capture is under way in this thread."""
+    return getattr(nn.Module.__call__, "captures", None) == threading.get_ident()

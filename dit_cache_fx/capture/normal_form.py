@@ -133,19 +133,20 @@ def _attribute(
 
 
 def _live_tensors(model: nn.Module) -> dict[int, str]:
-    """id -> attribute path of each tensor that a module owns, plain attributes included."""
+    """id -> attribute path of each tensor that a module owns."""
     found: dict[int, str] = {}
-    for prefix, module in model.named_modules():
-        for name, value in _owned(module):
-            found.setdefault(id(value), f"{prefix}.{name}" if prefix else name)
+    for name, value in owned_tensors(model):
+        found.setdefault(id(value), name)
     return found
 
 
-def _owned(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for items in (module._parameters, module._buffers, vars(module)):
-        for name, value in items.items():
-            if isinstance(value, torch.Tensor):
-                yield name, value
+def owned_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor that a module owns by its attribute path, plain attributes included."""
+    for prefix, module in model.named_modules():
+        for items in (module._parameters, module._buffers, vars(module)):
+            for name, value in items.items():
+                if isinstance(value, torch.Tensor):
+                    yield f"{prefix}.{name}" if prefix else name, value
 
 
 def _reading(node: fx.Node) -> str:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_cache_fx.capture.intercept import intercepted
-from dit_cache_fx.identity import version
+from dit_cache_fx.identity import memory, version
 from dit_cache_fx.specs import TensorSpec
 from dit_cache_fx.structure import Skeleton, flatten
 
@@ -45,6 +45,7 @@ class ModuleCall:
     like: tuple[int | None, ...] = ()  # for each output a tensor argument of the same shape
     inside: Inside | None = None
     rewrites: bool = False  # whether it put something else into a container among its arguments
+    writes: frozenset[int] = frozenset()  # addresses of memory that it changed and did not return
 
     def outputs(self) -> list[torch.Tensor]:
         """What it returned, as new tensor objects; placeholders where no value was kept."""
@@ -99,12 +100,13 @@ def record(
         after, kept_form = flatten((args, kwargs))
         rewrites = given != kept_form or any(a is not b for a, b in zip(inputs, after, strict=True))
         mutated = tuple(i for i, t in enumerate(inputs) if version(t) != versions[i])
+        returned = {memory(t) for t in outputs} if mutated else set()
+        writes = {memory(inputs[i]) for i in mutated} - returned
         shapes = [t.shape for t in inputs]
         like = tuple(shapes.index(t.shape) if t.shape in shapes else None for t in outputs)
         specs = [TensorSpec.of(t) for t in outputs]
-        made = ModuleCall(
-            name, specs, skeleton, mutated=mutated, like=like, inside=inside, rewrites=rewrites
-        )
+        made = ModuleCall(name, specs, skeleton, mutated=mutated, like=like, inside=inside)
+        made.rewrites, made.writes = rewrites, frozenset(writes)
         reader.produced(made, outputs, hold=module not in blocks or module in always_run)
         calls.append(made)
         return output

@@ -12,6 +12,9 @@ from dit_cache_fx.errors import DiscoveryError, OptionError
 #: what forward functions of this field call it, the most telling first
 NAMES = ("timestep", "timesteps", "t", "time", "time_step", "sigma", "sigmas", "noise_level")
 
+#: those of them that tell it as a word of a longer name too
+_WORDS = frozenset({"timestep", "timesteps", "sigma", "sigmas"})
+
 
 def named_timestep(parameters: Sequence[str], given: str | None, more: bool = False) -> str | None:
     """The timestep argument by its name; None when no parameter has a usual one.
@@ -30,16 +33,19 @@ def named_timestep(parameters: Sequence[str], given: str | None, more: bool = Fa
 def guessed_timestep(call: FlatCall) -> str:
     """The only argument that has a timestep's form: one number, or one for each sample.
 
-    Raises `DiscoveryError` with the candidates when it is not one.
+    Of several, the only one with a usual name among the words of its own (`image_timesteps`).
+    Raises `DiscoveryError` with the candidates when neither is one.
     """
     candidates = [
         argument
         for tensor, argument in zip(call.tensors, call.arguments_of(), strict=True)
         if tensor.ndim <= 1 and tensor.dtype != torch.bool and not tensor.is_complex()
     ]
-    if len(candidates) != 1:
+    named = [name for name in candidates if _WORDS.intersection(name.split("_"))]
+    telling = candidates if len(candidates) == 1 else named
+    if len(telling) != 1:
         raise DiscoveryError(
             "the timestep argument cannot be told: no argument has a usual name "
             f"({', '.join(NAMES)}), and those of its form are {candidates}. Name it: timestep='...'"
         )
-    return candidates[0]
+    return telling[0]

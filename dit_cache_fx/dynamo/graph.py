@@ -17,6 +17,7 @@ from dit_cache_fx.dynamo.capture import Input, Outlined, capture_graph
 from dit_cache_fx.dynamo.inner import Compile
 from dit_cache_fx.dynamo.parts import compiled_part
 from dit_cache_fx.errors import CaptureError, DiscoveryError
+from dit_cache_fx.identity import Seen
 from dit_cache_fx.lowering import Part, lower_variants
 from dit_cache_fx.passes import run_passes
 from dit_cache_fx.program import operations
@@ -55,7 +56,7 @@ class Shared:
     """What all graphs of one backend have in common.
 
     `timesteps`: by the function that Dynamo has split, the timestep that its first piece was given.
-    `split`: there was a piece that is not the whole of its function. `caches`: some graph is cached.
+    `split`: there was a piece that is not the whole of its function. `caches`: a graph is cached.
     """
 
     host: Host
@@ -148,7 +149,7 @@ class CachedGraph:
         session = host.tracker.session(key, lowered.serial)
         given = [tensors[i] for i in lowered.given]
         with session.restored_on_error(), torch.no_grad():
-            conditioning = [tensors[i] for i in lowered.conditioning]
+            conditioning = Seen([tensors[i] for i in lowered.conditioning])
             place = host.begin(session, value, conditioning, variants.held)
             results = _run(lowered, place.step, tensors)
             outputs = [_lasting(t) for t in results[: variants.outputs]]

@@ -2,50 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from dit_cache_fx.capture.normal_form import Guards
-from dit_cache_fx.capture.trace import read_count, read_list, read_shape, read_value
+from dit_cache_fx.capture.trace import READS, read_count, read_list, read_value
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.program import attributes_of, graph_module
 
 _ATEN = torch.ops.aten
 
 
-def assertions(guards: Guards) -> fx.GraphModule:
+def assertions(guards: Guards, accepted: Collection[tuple[torch.Size, ...]]) -> fx.GraphModule:
     """A graph of the call's tensors that raises where a guard reads another value.
+
+    The sizes of masked selections may be any of those that the graph was checked with (`accepted`).
 
     Before:
 
         %read = read_value(aten.item, (%count,), {})        # 3 at capture
+        %size = read_count(%mask)                           # 5 at capture, then 7
 
     After:
 
         %holds = holds_value(aten.item, (%count,), {}, 3)
         %_ = aten._assert_async.msg(%holds, "...")
+        %counts = holds_counts((%mask,), [[5], [7]])
+        %_ = aten._assert_async.msg(%counts, "...")
     """
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
     expected = iter(guards.expected)
+    shapes: list[fx.Node] = []
     for node in guards.gm.graph.nodes:
         if node.op == "output":
             continue
-        holds = _HOLDS.get(node.target)
-        if holds is None:
+        if node.target not in READS:
             new[node] = graph.node_copy(node, new.__getitem__)
             continue
         value = next(expected)
+        if isinstance(value, torch.Size):
+            shapes.append(node)
+            continue
         arguments = fx.map_arg(node.args, new.__getitem__)
-        truth = graph.call_function(holds, (*arguments, value))
-        text = f"the captured graph is for other data: it read {value!r} ({node.name})"
-        graph.call_function(_ATEN._assert_async.msg, (truth, text))
+        truth = graph.call_function(_HOLDS[node.target], (*arguments, value))
+        _assert(graph, truth, f"it read {value!r} ({node.name})")
+    _assert_counts(graph, shapes, new, accepted)
     graph.output(())
     attributes = attributes_of(guards.gm, graph)
     return graph_module(guards.gm.get_submodule("model"), attributes, graph, "Assertions")
+
+
+def _assert(graph: fx.Graph, truth: fx.Node, what: str) -> None:
+    text = f"the captured graph is for other data: {what}"
+    graph.call_function(_ATEN._assert_async.msg, (truth, text))
+
+
+def _assert_counts(
+    graph: fx.Graph,
+    shapes: Sequence[fx.Node],
+    new: Mapping[fx.Node, fx.Node],
+    accepted: Collection[tuple[torch.Size, ...]],
+) -> None:
+    """Other sizes that depend on data than those of masks are checked where they are used."""
+    places = [i for i, node in enumerate(shapes) if node.target is read_count]
+    if not places:
+        return
+    masks = tuple(new[shapes[i].args[0]] for i in places)  # type: ignore[index]
+    counts = sorted([sizes[i][0] for i in places] for sizes in accepted)
+    truth = graph.call_function(holds_counts, (masks, counts))
+    _assert(graph, truth, f"its masks selected {counts} rows")
 
 
 def holds_value(operator: Any, args: Any, kwargs: Any, expected: Any) -> torch.Tensor:
@@ -62,21 +91,16 @@ def holds_list(tensor: torch.Tensor, expected: Any) -> torch.Tensor:
     return (tensor == torch.tensor(expected, dtype=tensor.dtype, device=tensor.device)).all()
 
 
-def holds_count(mask: torch.Tensor, expected: torch.Size) -> torch.Tensor:
-    """Whether a mask selects as much."""
-    return mask.count_nonzero() == expected[0]
-
-
-def holds_shape(tensor: torch.Tensor, expected: torch.Size) -> torch.Tensor:
-    """Sizes that depend on data are checked where they are used."""
-    return torch.tensor(True)
+def holds_counts(masks: Sequence[torch.Tensor], accepted: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Whether the masks together select as many rows each as in one of the accepted calls."""
+    device = masks[0].device
+    counts = torch.stack([mask.count_nonzero().to(device) for mask in masks])
+    return (counts == torch.tensor(accepted, device=device)).all(dim=1).any()
 
 
 _HOLDS: dict[Any, Callable[..., torch.Tensor]] = {
     read_value: holds_value,
     read_list: holds_list,
-    read_count: holds_count,
-    read_shape: holds_shape,
 }
 
 _TRUTHS: dict[Any, Callable[..., torch.Tensor]] = {

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from dit_cache_fx.capture.normal_form import Guards
-from dit_cache_fx.lowering.asserts import assertions
 from dit_cache_fx.lowering.clock import ClockState
 from dit_cache_fx.lowering.one_graph import lower_one_graph
 from dit_cache_fx.lowering.variants import Variants
@@ -25,7 +23,8 @@ class Stateful(nn.Module):
     (float64 [6], on the CPU), what is held, and what the strategy's rule remembers. It is the state
     of one branch of a generation: CFG as two calls a step takes two. So that a state never answers
     for another branch, it has a "print" of the conditioning (float64 [2 n], on the CPU, for the n
-    inputs in `conditioning`): a call with another one computes.
+    inputs in `conditioning`): a call with another one computes. `assertions` of the call's tensors
+    stand for the guards of the capture.
     """
 
     def __init__(
@@ -33,7 +32,7 @@ class Stateful(nn.Module):
         program: Program,
         variants: Variants,
         strategy: Strategy,
-        guards: Guards | None,
+        assertions: nn.Module | None,
         conditioning: Sequence[str],
     ) -> None:
         super().__init__()
@@ -45,7 +44,7 @@ class Stateful(nn.Module):
         self.held = variants.held
         self.inputs = program.inputs
         self.timestep = str(program.timestep)
-        self.guards = None if guards is None else assertions(guards)
+        self.guards = assertions
         steps = sorted(strategy.no_cache_steps or ())
         self.register_buffer("steps", torch.tensor(steps, dtype=torch.float64), persistent=False)
 

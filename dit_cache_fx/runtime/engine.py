@@ -13,6 +13,7 @@ from torch import nn
 from dit_cache_fx._torch import CANNOT_COMPILE, signatures_kept
 from dit_cache_fx.capture import FlatCall, Subject, can_replay, flatten_call, replayed
 from dit_cache_fx.errors import CaptureError
+from dit_cache_fx.identity import Seen
 from dit_cache_fx.lowering import Preamble
 from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.drive import Compiler, Results, Serving, Stage, drive_here
@@ -59,7 +60,7 @@ class Engine:
         value = self._value(call, entry)
         session = self.host.tracker.session(key, entry.serial)
         with session.restored_on_error():
-            conditioning = [call.tensors[i] for i in entry.conditioning]
+            conditioning = Seen([call.tensors[i] for i in entry.conditioning])
             held, shapes = entry.variants.held, entry.captured.shapes
             place = self.host.begin(session, value, conditioning, held, shapes)
             step = place.step

@@ -25,6 +25,7 @@ from dit_cache_fx.capture.fingerprint import Fingerprint, fingerprint, volatile
 from dit_cache_fx.capture.record import Recording
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.lowering import OneGraph, lower_one_graph, lower_variants
+from dit_cache_fx.lowering.asserts import assertions
 from dit_cache_fx.lowering.stateful import Carried, Stateful
 from dit_cache_fx.passes import run_passes
 from dit_cache_fx.program import operations, tensor_spec
@@ -76,8 +77,9 @@ class Entry(Lowered):
     def stateful(self, check_conditioning: bool = True) -> Stateful:
         """The program with its clock, its state given and returned."""
         names = [self.program.inputs[i] for i in self.conditioning] if check_conditioning else []
-        guards = self.captured.guards
-        return Stateful(self.program, self.variants, self.strategy, guards, names)
+        guards, accepted = self.captured.guards, self.captured.accepted
+        asserted = None if guards is None else assertions(guards, accepted)
+        return Stateful(self.program, self.variants, self.strategy, asserted, names)
 
     def carried_in(self, context: str | None) -> Carried:
         """The program with the state of a cache context in its buffers."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -33,11 +33,12 @@ log = logging.getLogger(__name__)
 
 
 class Place(NamedTuple):
-    """Where a call stands: its step, and the branch and session that the step is of."""
+    """Where a call stands: its step, the step's branch and session, and its conditioning."""
 
     step: Step
     branch: Branch
     session: Session
+    conditioning: Seen
 
 
 class Host:
@@ -70,7 +71,7 @@ class Host:
         self,
         session: Session,
         value: float,
-        conditioning: Sequence[torch.Tensor],
+        conditioning: Seen,
         held: Mapping[str, TensorSpec],
         shapes: object = (),
     ) -> Place:
@@ -80,19 +81,20 @@ class Host:
         this comes from; what is held of others is forgotten. To be called within
         `session.restored_on_error()`, with `done` behind it.
         """
-        if self.tracker.enter(session, value):
+        if self.tracker.enter(session, value, conditioning):
             self.warn_once(_CROWDED)
-        branch = session.branch_of(Seen(conditioning))
+        branch = session.branch_of(conditioning)
         if branch.shapes != shapes:
             branch.forget()
             branch.shapes = shapes
         assert session.moment is not None
-        return Place(Step(self.strategy, branch, session.moment.index, held), branch, session)
+        step = Step(self.strategy, branch, session.moment.index, held)
+        return Place(step, branch, session, conditioning)
 
     def done(self, place: Place, value: float) -> None:
         """The call has succeeded."""
-        step, branch, session = place
-        self.tracker.done(session)
+        step, branch, session, conditioning = place
+        self.tracker.done(session, conditioning)
         action = "computed" if step.computes else self.strategy.action
         if session.generation is not self._noted:
             self._clear_timeline()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
+from dit_cache_fx.identity import memory
 from dit_cache_fx.runtime.branches import Branch, Held
 from dit_cache_fx.runtime.drive import Results
 from dit_cache_fx.specs import TensorSpec
@@ -131,14 +132,14 @@ class Step:
 
         The caller may change its inputs and its outputs in place: no memory of theirs is held.
         """
-        foreign = {_memory(t) for t in inputs}
+        foreign = {memory(t) for t in inputs}
         if self._memory is not None:
             self._memory = tuple(_own(Held.of(t), foreign).tensor for t in self._memory)
         self._branch.memory = self._memory
         if self.computes:
             self._hold([_own(Held.of(t), foreign) for t in kept])
-        own = {_memory(h.tensor) for h in self._branch.held}
-        return [t.clone() if _memory(t) in own else t for t in outputs]
+        own = {memory(h.tensor) for h in self._branch.held}
+        return [t.clone() if memory(t) in own else t for t in outputs]
 
     def _hold(self, held: list[Held]) -> None:
         branch = self._branch
@@ -157,8 +158,4 @@ def _flag(value: bool) -> torch.Tensor:
 
 
 def _own(held: Held, foreign: set[int]) -> Held:
-    return held.copy() if _memory(held.tensor) in foreign else held
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return held.copy() if memory(held.tensor) in foreign else held

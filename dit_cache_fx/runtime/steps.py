@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+from dit_cache_fx.identity import Seen
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,22 @@ class Moment:
 
 @dataclass
 class Generation:
-    """A denoising loop under way; its branches and signatures share it."""
+    """A denoising loop under way; its branches and signatures share it.
+
+    `conditioning`: of its newest call.
+    """
 
     moment: Moment
+    conditioning: Seen = field(default_factory=lambda: Seen([]))
 
-    def takes(self, value: float, explicit: bool) -> bool:
-        """Whether a first call with this value surely belongs to this generation."""
-        if self.moment.direction == 0 and value != self.moment.value:
+    def takes(self, value: float, explicit: bool, conditioning: Seen) -> bool:
+        """Whether a first call with this value and conditioning surely belongs to this generation.
+
+        Before the value has moved any other one may be the next step's or a new generation's: it is
+        the next step's where the call has conditioning tensors of the newest one.
+        """
+        unmoved = self.moment.direction == 0 and value != self.moment.value
+        if unmoved and not self.conditioning.shared_with(conditioning):
             return False
         return self.moment.advanced(value, explicit) is not None
 

@@ -7,6 +7,7 @@ from collections.abc import Hashable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
+from dit_cache_fx.identity import Seen
 from dit_cache_fx.runtime.branches import Session
 from dit_cache_fx.runtime.steps import Generation, Moment
 
@@ -64,7 +65,7 @@ class Tracker:
             self.sessions.popitem(last=False)
         return session
 
-    def enter(self, session: Session, value: float) -> bool:
+    def enter(self, session: Session, value: float, conditioning: Seen) -> bool:
         """Move the session to the generation and moment of a call with this timestep.
 
         A session without a generation, or whose own has ended, joins the newest one when the value
@@ -76,15 +77,19 @@ class Tracker:
             if generation is None:
                 continue
             moment = generation.moment.advanced(value, explicit)
-            joins = generation is session.generation or generation.takes(value, explicit)
+            joins = generation is session.generation or generation.takes(
+                value, explicit, conditioning
+            )
             if moment is not None and joins:
                 return session.enter(generation, moment)
         fresh = Generation(Moment(value, explicit=explicit))
         return session.enter(fresh, fresh.moment)
 
-    def done(self, session: Session) -> None:
+    def done(self, session: Session, conditioning: Seen) -> None:
         """The session's call has succeeded."""
         self._newest = session.generation
+        if self._newest is not None:
+            self._newest.conditioning = conditioning
 
 
 class CacheContext(AbstractContextManager[None]):

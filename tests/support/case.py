@@ -16,9 +16,11 @@ class SupportCase:
     `build()` gives the model in eval mode with redrawn weights. `inputs(timestep, *, seed=0)`
     gives the keyword arguments of `forward`: `seed` redraws only the noisy sample, conditioning is
     made afresh with equal values. `timesteps(n)` gives `n` timesteps in the model's units.
+    `timestep` names the argument that carries them where the library has to be told.
     """
 
     name: str
     build: Callable[[], nn.Module]
     inputs: Callable[..., dict[str, Any]]
     timesteps: Callable[[int], list[float]]
+    timestep: str | None = None

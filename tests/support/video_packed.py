@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -108,25 +109,29 @@ PACKED: tuple[SupportCase, ...] = (
         vocab_size=2 * TEXT_LEN,
         rope_axes_dim=(4, 2, 2),
     ),
-    # Every second block is followed by an update of the pairs.
-    case(
-        RFD4ProteinaTransformer,
-        proteina_inputs,
-        ascending,
-        nlayers=4,
-        token_dim=HIDDEN,
-        nheads=HEADS,
-        dim_cond=HEAD_DIM,
-        pair_repr_dim=HEAD_DIM,
-        latent_dim=LATENT_DIM,
-        token_type_emb_dim=4,
-        cath_emb_dim=4,
-        t_emb_dim=HEAD_DIM,
-        seq_sep_dim=8,
-        xt_pair_dist_dim=6,
-        feats_seq=("xt_bb_ca", "xt_local_latents", "token_type"),
-        feats_pair_repr=("xt_bb_ca_pair_dists", "bond_mask", "token_bond_path_length"),
-        tri_mult_c=8,
-        num_sequence_classes=12,
+    # Every second block is followed by an update of the pairs. The sample's parts have timesteps of
+    # their own.
+    replace(
+        case(
+            RFD4ProteinaTransformer,
+            proteina_inputs,
+            ascending,
+            nlayers=4,
+            token_dim=HIDDEN,
+            nheads=HEADS,
+            dim_cond=HEAD_DIM,
+            pair_repr_dim=HEAD_DIM,
+            latent_dim=LATENT_DIM,
+            token_type_emb_dim=4,
+            cath_emb_dim=4,
+            t_emb_dim=HEAD_DIM,
+            seq_sep_dim=8,
+            xt_pair_dist_dim=6,
+            feats_seq=("xt_bb_ca", "xt_local_latents", "token_type"),
+            feats_pair_repr=("xt_bb_ca_pair_dists", "bond_mask", "token_bond_path_length"),
+            tri_mult_c=8,
+            num_sequence_classes=12,
+        ),
+        timestep="bb_ca_time",
     ),
 )

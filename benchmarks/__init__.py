@@ -1,0 +1,1 @@
+"""One command measures step caching side by side: `python -m benchmarks`."""

@@ -1,0 +1,118 @@
+"""Measure step caching side by side: tables, pictures and JSON in one command.
+
+    python -m benchmarks            # all of it, on the CPU and on a GPU where there is one
+    python -m benchmarks --models flux --systems eager,compiled,limit,apply-compile
+    python -m benchmarks --quick    # a smoke run of a minute, its figures mean nothing
+
+Run it again to go on where it was stopped: what is measured with the same settings is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks import table
+from benchmarks.plot import plot
+from benchmarks.run import MODELS, Results, Settings, compile_times, measure
+from benchmarks.systems import ROWS
+
+ROOT = Path(__file__).resolve().parents[1]
+DEVICES = {
+    "cpu": Settings(ROOT / "benchmarks" / "results"),
+    "cuda": Settings(ROOT / "benchmarks" / "results", device="cuda", size="cuda", dtype="bfloat16"),
+}
+QUICK_SYSTEMS = ("eager", "compiled", "limit", "apply", "apply-compile", "backend")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: 1 where nothing could be measured."""
+    options = _parser().parse_args(arguments)
+    sections = []
+    for settings in _settings(options):
+        data = {} if options.report else measure(settings)
+        if options.compile_time and not options.report:
+            _keep_compile_times(settings)
+        if not settings.file.exists():
+            continue
+        data = json.loads(settings.file.read_text())
+        plot(data, options.docs / "img")
+        sections.append(table.report(data, "python -m benchmarks"))
+    if not sections:
+        return 1
+    table.write(options.docs / "benchmarks.md", sections)
+    print("\n\n".join(sections))
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> list[Settings]:
+    devices = options.devices or ["cpu", *["cuda"] * torch.cuda.is_available()]
+    chosen = {
+        "models": options.models,
+        "systems": options.systems,
+        "generations": options.generations,
+        "threads": options.threads,
+        "live": options.live,
+        "fresh": options.fresh,
+    }
+    if options.quick:
+        options.docs = options.docs or ROOT / "benchmarks" / "results" / "quick"
+        chosen |= {"folder": options.docs, "size": "tiny", "generations": 2}
+        chosen |= {
+            "schedule": (8, 3, 7, 2),
+            "inner": "eager",
+            "in_process": True,
+            "fresh": True,
+        }
+        if options.systems == list(ROWS):
+            chosen["systems"] = QUICK_SYSTEMS
+    options.docs = options.docs or ROOT / "docs"
+    return [replace(DEVICES[device], **chosen) for device in devices]
+
+
+def _keep_compile_times(settings: Settings) -> None:
+    times = compile_times(settings)
+    results = Results.open(replace(settings, fresh=False))
+    results.data["compile_times"] = times
+    results.save()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--models", type=_names(MODELS), default=list(MODELS))
+    parser.add_argument("--systems", type=_names(ROWS), default=list(ROWS), help=", ".join(ROWS))
+    parser.add_argument("--devices", type=_names(DEVICES), help="cpu, cuda")
+    parser.add_argument("--generations", type=int, default=3, help="timed generations of each")
+    parser.add_argument("--threads", type=int, default=2, help="of each system on the CPU")
+    parser.add_argument("--live", type=int, default=0, help="workers held at once (0: what fits)")
+    parser.add_argument("--compile-time", action="store_true", help="a model of 24 blocks, too")
+    parser.add_argument("--fresh", action="store_true", help="measure the chosen systems again")
+    parser.add_argument("--report", action="store_true", help="only write what is measured already")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: tiny models, few steps")
+    parser.add_argument("--docs", type=Path, help="where benchmarks.md and img/ are written")
+    return parser
+
+
+def _names(known: object) -> object:
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in known:  # type: ignore[operator]
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")  # type: ignore[call-overload]
+        return names
+
+    return parse
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""The helper that the others build on: its life, and how it makes a model skip."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from dit_cache_fx.api import apply
+from dit_cache_fx.errors import OptionError
+from dit_cache_fx.helpers.places import checked_ids, given_blocks, model_with, places
+from dit_cache_fx.installed import InstalledForward, installed_on
+from dit_cache_fx.module import CachedModel
+from dit_cache_fx.strategies import DeepCache, Strategy
+
+Blocks = Iterable[nn.Module]
+Ids = Mapping[str, Iterable[int]]
+
+
+class CacheHelper:
+    """Caches the given blocks of a model that others hold and call; DeepCache for every block.
+
+    While it is enabled, the model's `forward` is that of a cached model. Set `cur_timestep` to the
+    step's index before each step, and call `clear_states()` before each generation.
+
+    Args:
+        double_blocks: block modules of the model (a module list of it, or a list).
+        single_blocks: more of them.
+        no_cache_steps: the steps that are computed in full, counted from the generation's first.
+        model: the model that is called. When None it is the one module whose module lists hold the
+            blocks.
+        timestep: the name of forward's timestep argument; found when None.
+
+    Everything is checked by `enable()`. Attributes that are changed later take effect at the next
+    `enable()` or `clear_states()`.
+    """
+
+    def __init__(
+        self,
+        double_blocks: Blocks | None = None,
+        single_blocks: Blocks | None = None,
+        no_cache_steps: Iterable[int] | None = None,
+        *,
+        model: nn.Module | None = None,
+        timestep: str | None = None,
+    ) -> None:
+        self.double_blocks = [] if double_blocks is None else _kept(double_blocks)
+        self.single_blocks = [] if single_blocks is None else _kept(single_blocks)
+        self.no_cache_steps = _kept(no_cache_steps)
+        self.model = model
+        self.timestep = timestep
+        self._step = 0
+        self._options: Strategy | None = None  # that the cached model was made with
+        self._cached: CachedModel | None = None
+        self._installed: InstalledForward | None = None
+
+    # --- what a kind of helper says ------------------------------------------------------------
+
+    def _strategy(self, ids: Ids | None) -> Strategy:
+        """The strategy, `ids` being its `no_cache_block_id`."""
+        return DeepCache(no_cache_steps=self.no_cache_steps, no_cache_block_id=ids)
+
+    def _never_cached(self) -> Ids | None:
+        """List ("double_blocks", "single_blocks") -> ids in it that always run."""
+        return None
+
+    # --- life cycle ----------------------------------------------------------------------------
+
+    def enable(self) -> None:
+        """Cache from the model's next call on; nothing is held yet.
+
+        Raises `OptionError` for an argument that cannot work, or where another helper is enabled
+        on the model; `DiscoveryError` where the timestep argument cannot be told.
+        """
+        self.disable()
+        given = given_blocks(double_blocks=self.double_blocks, single_blocks=self.single_blocks)
+        model = model_with(given) if self.model is None else _checked(self.model)
+        self._options = self._strategy(self._never_cached())
+        never = checked_ids(given, self._options.no_cache_block_id or {})
+        lists, ids = places(model, given, never)
+        _free(model)
+        self._cached = apply(model, self._strategy(ids), blocks=lists, timestep=self.timestep)
+        self._installed = InstalledForward(self._cached, self)
+        self.cur_timestep = 0
+
+    def disable(self) -> None:
+        """The model is exactly as before; nothing is held any more."""
+        if self._installed is not None:
+            self._installed.remove()
+        self._installed = self._cached = None
+        self._step = 0
+
+    def clear_states(self) -> None:
+        """Forget what is held and start at step 0; keep the graphs."""
+        if self._cached is not None and self._strategy(self._never_cached()) != self._options:
+            self.enable()
+        if self._cached is not None:
+            self._cached.clear_states()
+        self.cur_timestep = 0
+
+    def reset_states(self) -> None:
+        """Forget everything, graphs included, and start at step 0."""
+        if self._cached is not None:
+            self._cached.reset_states()
+        self.cur_timestep = 0
+
+    @property
+    def cur_timestep(self) -> int:
+        """The index of the step under way; several calls with the same one are branches of it."""
+        return self._step
+
+    @cur_timestep.setter
+    def cur_timestep(self, step: int) -> None:
+        try:
+            index = operator.index(step)
+        except TypeError:
+            index = -1
+        if index < 0 or isinstance(step, bool):
+            raise OptionError("cur_timestep", step, "a step index: an integer from 0")
+        self._step = index
+        if self._cached is not None:
+            self._cached.cur_timestep = index
+
+    @property
+    def cached(self) -> CachedModel | None:
+        """What answers the model's calls, for its `cache_report()`; None while not enabled."""
+        return self._cached
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is not enabled: it would share the model's forward with this one."""
+        nothing = {"_installed": None, "_cached": None, "_options": None, "_step": 0}
+        return {**vars(self), **nothing}
+
+
+def _kept(value: Any) -> Any:
+    """An iterator's items, which can be read again; anything else as it is."""
+    return list(value) if isinstance(value, Iterator) else value
+
+
+def _checked(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise OptionError("model", model, "an nn.Module")
+    if isinstance(model, CachedModel):
+        raise OptionError(
+            "model", type(model).__name__, "the model itself: this one caches already"
+        )
+    compiled: nn.Module = getattr(model, "_orig_mod", model)
+    return compiled
+
+
+def _free(model: nn.Module) -> None:
+    """Make sure that no other helper is enabled; one that is gone has nothing to say any more."""
+    installed = installed_on(model)
+    if installed is None:
+        return
+    if installed.owned:
+        raise OptionError(
+            "model", type(model).__name__, "another helper is enabled on it: disable() that first"
+        )
+    installed.remove()

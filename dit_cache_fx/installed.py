@@ -1,0 +1,84 @@
+"""A cached model in the place of its model's `forward`."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import nn
+
+from dit_cache_fx._torch import not_a_compiled_frame
+from dit_cache_fx.capture.intercept import capturing
+from dit_cache_fx.errors import CaptureError
+from dit_cache_fx.module import CachedModel, original
+
+_NOTHING = object()
+_TWICE = (
+    "a helper is enabled on the model of this cached model: call the model itself, or disable() "
+    "the helper"
+)
+
+
+class InstalledForward:
+    """Makes a model object skip by itself, for those who cannot be given another object.
+
+    It is set as the model's `forward` and calls the cached model; when that asks the model for its
+    own answer, it calls the forward that was there before. `owner` is who may remove it.
+    """
+
+    def __init__(self, cached: CachedModel, owner: object) -> None:
+        model = original(cached)
+        functools.update_wrapper(self, model.forward)
+        self._before = vars(model).get("forward", _NOTHING)
+        self._forward = model.forward
+        self._cached: CachedModel | None = cached
+        self._inside = False
+        self._owner = ref(owner)
+        model.forward = self
+
+    @not_a_compiled_frame
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._inside or self._cached is None:
+            return self._forward(*args, **kwargs)
+        if torch.compiler.is_compiling():  # Dynamo would leave the flag set
+            return CachedModel._traced(self._cached, self._forward, args, kwargs)
+        if capturing():
+            raise CaptureError(_TWICE)
+        self._inside = True
+        try:
+            return self._cached.forward(*args, **kwargs)
+        finally:
+            self._inside = False
+
+    @property
+    def owned(self) -> bool:
+        """Whether it is in use and its owner is still there."""
+        return self._cached is not None and self._owner() is not None
+
+    def remove(self) -> None:
+        """Put back what was there; below hooks that came later it stays and passes calls on."""
+        if self._cached is None:
+            return
+        model, self._cached = original(self._cached), None
+        if vars(model).get("forward") is not self:
+            return
+        if self._before is _NOTHING:
+            del model.forward
+        else:
+            model.forward = self._before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the model gets the forward that was there before, bound to the copy."""
+        return copy.deepcopy(self._forward, memo)
+
+    def __reduce__(self) -> Any:
+        return functools.partial, (self._forward,)
+
+
+def installed_on(model: nn.Module) -> InstalledForward | None:
+    """What stands in the place of a model's forward."""
+    forward = vars(model).get("forward")
+    return forward if isinstance(forward, InstalledForward) else None
