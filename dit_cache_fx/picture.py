@@ -19,6 +19,8 @@ COLORS = ("#1f4e79", "#dfe5ec", "#f2a541", "#7f9fbf")
 INK = "#222222"
 
 _LINE = "#c0392b"
+#: step maps in a picture
+_MOST_MAPS = 8
 #: block rows with a number beside them
 _MOST_LABELS = 12
 #: a branch: its graph, its cache context, its place among the context's branches
@@ -127,10 +129,13 @@ def legend(report: CacheReport) -> list[Any]:
 def _rows(report: CacheReport) -> Iterator[tuple[str | None, list[StepRecord], float]]:
     """Each axes from the top: the title of a step map (None: what was measured), calls, inches."""
     height = 0.9 + 0.14 * min(30, sum(report.blocks.values()))
-    for keys, records in _alike(branches(report.timeline)):
+    groups = _alike(branches(report.timeline))
+    graphs = {record.graph for record in report.timeline}
+    for keys, records in groups[:_MOST_MAPS]:
         computed = len({r.step for r in records if r.action == "computed"})
         steps = len({record.step for record in records})
-        who = "" if len(keys) == 1 and keys[0][1] is None else f"{_names(keys)}: "
+        plain = len(groups) == 1 and len(keys) == 1 and keys[0][1] is None
+        who = "" if plain else f"{_names(keys, len(graphs) > 1)}: "
         yield f"{who}{computed} of {steps} steps computed", records, height
         if any(record.measured is not None for record in records):
             yield None, records, 1.6
@@ -147,11 +152,14 @@ def _alike(
     return list(groups.values())
 
 
-def _names(keys: Sequence[BranchKey]) -> str:
-    contexts = [repr(context) for _, context, _ in keys if context is not None]
-    if len(contexts) == len(keys):
-        return ", ".join(contexts)
-    return f"{len(keys)} branches" if len(keys) > 1 else f"branch {keys[0][2]}"
+def _names(keys: Sequence[BranchKey], several_graphs: bool) -> str:
+    if len(keys) > 2:
+        return f"{len(keys)} branches"
+    names = []
+    for graph, context, branch in keys:
+        name = f"branch {branch}" if context is None else repr(context)
+        names.append(f"{name} of graph {graph}" if several_graphs else name)
+    return ", ".join(names)
 
 
 def _labels(report: CacheReport) -> Iterator[str]:

@@ -228,7 +228,16 @@ def test_plot_draws_branches_that_did_the_same_once() -> None:
             for prompt in (0, 1):
                 cached(**toy_inputs(1000.0 - step, prompt=prompt))
     titles = [axes.get_title(loc="left") for axes in cached.plot().axes]
-    assert titles == ["2 branches: 2 of 3 steps computed"]
+    assert titles == ["branch 0, branch 1: 2 of 3 steps computed"]
+
+
+def test_plot_of_a_call_of_another_size_on_each_step() -> None:
+    cached, text = cached_toy(), torch.randn(1, 4, DIM)
+    with torch.no_grad():
+        for step in range(9):
+            cached(torch.randn(1, 1 + step, DIM), torch.tensor([1000.0 - step]), text)
+    titles = [axes.get_title(loc="left") for axes in cached.plot().axes]
+    assert titles == [f"branch 0 of graph {1 + i}: 1 of 1 steps computed" for i in range(8)]
 
 
 def test_plot_of_a_rule_has_the_sum_against_its_threshold() -> None:
