@@ -19,11 +19,15 @@ from dit_cache_fx.runtime.graphs import Entry
 from dit_cache_fx.runtime.report import CacheReport
 from dit_cache_fx.runtime.reporting import report
 from dit_cache_fx.runtime.tracker import CacheContext
+from dit_cache_fx.schedule import check_num_steps
 
 #: attributes that belong to the cached model itself; every other one is the model's
 _OWN = frozenset({"_model", "_engine", "_rebuild", "_enabled", "_compiled_call_impl"})
 #: what accelerate's hooks (offloading) set to wrap a forward: they wrap that of the cached model
 _HOOK = frozenset({"forward", "_old_forward", "_hf_hook"})
+
+#: what can be set on the cached model itself
+_SETTABLE = frozenset({"cur_timestep", "num_steps"})
 
 
 class CachedModel(nn.Module):
@@ -99,7 +103,7 @@ class CachedModel(nn.Module):
         return getattr(self._model, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _OWN or name in _HOOK or name == "cur_timestep":
+        if name in _OWN or name in _HOOK or name in _SETTABLE:
             object.__setattr__(self, name, value)
         else:
             setattr(self._model, name, value)
@@ -182,6 +186,21 @@ class CachedModel(nn.Module):
         if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
             raise OptionError("cur_timestep", step, "a step index: an integer from 0, or None")
         self._engine.tracker.explicit = step
+
+    @property
+    def num_steps(self) -> int | None:
+        """How many steps a generation has, for schedules that go by it; None where not known.
+
+        Set it before a generation begins. It goes before the option of this name.
+        """
+        given = self._engine.count.given
+        return self._engine.tracker.num_steps if given is None else given
+
+    @num_steps.setter
+    def num_steps(self, number: int | None) -> None:
+        if number is not None:
+            check_num_steps(number)
+        self._engine.count.given = number
 
     def enable(self) -> None:
         """Cache from the next call on."""

@@ -27,7 +27,7 @@ from dit_cache_fx.capture.leaves import (
 )
 from dit_cache_fx.capture.normal_form import Guards, normal_form
 from dit_cache_fx.capture.record import ModuleCall, Recording, record
-from dit_cache_fx.capture.signal import mark_input, mark_modulated, parts_of
+from dit_cache_fx.capture.signal import MARKS, mark_modulated, parts_of
 from dit_cache_fx.capture.signature import CallSignature, FlatCall, flatten_call, unflatten_call
 from dit_cache_fx.capture.timestep import guessed_timestep, named_timestep
 from dit_cache_fx.capture.trace import trace
@@ -244,8 +244,9 @@ def _mark_signal(program: Program, strategy: Strategy, recording: Recording) -> 
     """Find what the strategy's own rule looks at, where it has one."""
     if not strategy.has_rule:
         return
-    if strategy.looks_at() == "input":
-        mark_input(program, strategy.stream_name())
+    mark = MARKS.get(strategy.looks_at())
+    if mark is not None:
+        mark(program, strategy.stream_name())
         return
     name = str(program.block_calls()[0].target).removeprefix("model.")
     made = next(c for c in recording.calls if c.name == name)

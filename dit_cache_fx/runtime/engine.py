@@ -17,6 +17,7 @@ from dit_cache_fx.errors import CaptureError, warn
 from dit_cache_fx.identity import Seen
 from dit_cache_fx.lowering import Preamble
 from dit_cache_fx.runtime.branches import MAX_BRANCHES, Branch, Session
+from dit_cache_fx.runtime.count import StepCount
 from dit_cache_fx.runtime.drive import Compiler, Results, Serving, Stage, drive_here
 from dit_cache_fx.runtime.graphs import Entry, Graphs, input_key
 from dit_cache_fx.runtime.report import StepRecord
@@ -39,8 +40,9 @@ class Engine:
     def __init__(self, subject: Subject, timestep: str | None) -> None:
         self.subject = subject
         self.strategy = subject.strategy
-        self.tracker = Tracker()
-        self.graphs = Graphs(subject, timestep)
+        self.count = StepCount(self.strategy.num_steps)
+        self.tracker = Tracker(self.count)
+        self.graphs = Graphs(subject, timestep, self.count)
         self.timeline: deque[StepRecord] = deque(maxlen=4096)
         self.calls = {"computed": 0, "reused": 0}
         self._noted: object = None  # the generation whose steps are in the timeline
@@ -56,6 +58,7 @@ class Engine:
     def reset_states(self) -> None:
         """Forget everything, graphs and counts included."""
         self.clear_states()
+        self.count.counted = None
         self.graphs.clear()
         self.timeline.clear()
         self.calls = {"computed": 0, "reused": 0}
@@ -136,7 +139,9 @@ class Engine:
             branch.forget()
             branch.shapes = entry.captured.shapes
         assert session.moment is not None
-        return Step(self.strategy, branch, session.moment.index, entry.variants.held), branch
+        assert session.generation is not None
+        index, num_steps = session.moment.index, session.generation.num_steps
+        return Step(self.strategy, branch, index, entry.variants.held, num_steps), branch
 
     def _run(
         self, entry: Entry, step: Step, call: FlatCall, first: bool, compiler: Compiler

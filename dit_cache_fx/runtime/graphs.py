@@ -24,9 +24,10 @@ from dit_cache_fx.capture import (
 from dit_cache_fx.capture.fingerprint import Fingerprint, fingerprint, volatile
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.lowering import OneGraph, Variants, lower_one_graph, lower_variants
-from dit_cache_fx.lowering.stateful import Carried, Stateful
+from dit_cache_fx.lowering.stateful import Carried, Stateful, fixed_steps
 from dit_cache_fx.passes import run_passes
 from dit_cache_fx.program import Program, operations
+from dit_cache_fx.runtime.count import StepCount
 from dit_cache_fx.strategies import Strategy, check_block_ids
 
 #: most input signatures whose graphs are kept at one time
@@ -48,6 +49,7 @@ class Entry:
     fingerprint: Fingerprint
     volatile: frozenset[tuple[str, str]]  # what of it the forward changes by itself
     serial: int
+    count: StepCount
     breaks: bool = False  # it cannot be compiled as one graph
     carried: dict[str | None, Carried] = field(default_factory=dict)  # by cache context
     served: set[float] = field(default_factory=set)  # a few of the timesteps that it answered
@@ -74,7 +76,8 @@ class Entry:
         """The program with its clock, its state given and returned."""
         names = [self.program.inputs[i] for i in self.conditioning] if check_conditioning else []
         guards = self.captured.guards
-        return Stateful(self.program, self.variants, self.strategy, guards, names)
+        steps = fixed_steps(self.strategy, self.count.told())
+        return Stateful(self.program, self.variants, self.strategy, guards, names, steps)
 
     def carried_in(self, context: str | None) -> Carried:
         """The program with the state of a cache context in its buffers."""
@@ -105,8 +108,9 @@ class Entry:
 class Graphs:
     """Every captured graph of one model, by input signature."""
 
-    def __init__(self, subject: Subject, timestep: str | None) -> None:
+    def __init__(self, subject: Subject, timestep: str | None, count: StepCount) -> None:
         self.subject = subject
+        self.count = count
         self.timestep = timestep  # the argument's name, once it is known
         self.entries: OrderedDict[Hashable, list[Entry]] = OrderedDict()
         self._serial = 0
@@ -185,6 +189,7 @@ class Graphs:
             fingerprint(model, captured.whole),
             volatile(before, after),
             self._serial,
+            self.count,
         )
 
 

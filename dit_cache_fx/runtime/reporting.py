@@ -9,6 +9,7 @@ from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.engine import Engine
 from dit_cache_fx.runtime.graphs import Entry
 from dit_cache_fx.runtime.report import CacheReport, CaptureReport
+from dit_cache_fx.strategies import Strategy
 
 
 def report(engine: Engine, enabled: bool) -> CacheReport:
@@ -33,7 +34,17 @@ def report(engine: Engine, enabled: bool) -> CacheReport:
         calls_computed=engine.calls["computed"],
         calls_reused=engine.calls["reused"],
         timeline=tuple(engine.timeline),
+        schedule=_schedule(engine.strategy),
+        num_steps=engine.tracker.num_steps,
     )
+
+
+def _schedule(strategy: Strategy) -> str:
+    if strategy.no_cache_steps is not None:
+        return f"{len(strategy.no_cache_steps)} listed steps"
+    if strategy.compute_ratio is not None:
+        return f"compute_ratio {strategy.compute_ratio:.3g}"
+    return "" if strategy.schedule is None else str(strategy.schedule)
 
 
 def _branches(engine: Engine) -> Iterator[tuple[Entry, Branch]]:

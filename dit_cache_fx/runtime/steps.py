@@ -43,9 +43,13 @@ class Moment:
 
 @dataclass
 class Generation:
-    """A denoising loop under way; its branches and signatures share it."""
+    """A denoising loop under way; its branches and signatures share it.
+
+    `num_steps`: how many it is expected to have; None where that is not known.
+    """
 
     moment: Moment
+    num_steps: int | None = None
 
     def takes(self, value: float, explicit: bool) -> bool:
         """Whether a first call with this value surely belongs to this generation."""
