@@ -5,6 +5,7 @@ A schedule is a pure function of the step and of the number of steps, as far as 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -58,22 +59,34 @@ class EvenSteps(Schedule):
         check_ratio("ratio", self.ratio)
 
     def computes(self, step: int, num_steps: int | None) -> bool:
-        share = _fraction(self.ratio)
-        return step == 0 or step * share // 1 > (step - 1) * share // 1
+        return _passes(step, _fraction(self.ratio))
 
 
 @dataclass(frozen=True)
 class EvenAndLast(Schedule):
-    """As `EvenSteps`, and the last step too once the number of steps is known."""
+    """`more` steps and a share of them all: evenly spaced ones, and the last.
+
+    What a skipped step costs goes by its share of the way, so short runs take a larger share. As
+    long as the number of steps is not known, the share is that of a run of 50.
+    """
 
     ratio: float
+    more: int = 6
 
     def __post_init__(self) -> None:
         check_ratio("ratio", self.ratio)
+        if isinstance(self.more, bool) or not isinstance(self.more, int) or self.more < 0:
+            raise OptionError("more", self.more, "an integer from 0")
 
     def computes(self, step: int, num_steps: int | None) -> bool:
-        last = num_steps is not None and step == num_steps - 1
-        return last or EvenSteps(self.ratio).computes(step, num_steps)
+        if num_steps is None:
+            return _passes(step, self._even(50))
+        return step == num_steps - 1 or _passes(step, self._even(num_steps))
+
+    def _even(self, num_steps: int) -> Fraction:
+        """The share of the evenly spaced steps: the last one comes on top."""
+        count = math.ceil(num_steps * _fraction(self.ratio)) + self.more
+        return Fraction(min(max(count - 1, 1), num_steps), num_steps)
 
 
 def interval_schedule(num_steps: int, start: int, end: int, interval: int) -> set[int]:
@@ -107,13 +120,17 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _passes(step: int, share: Fraction) -> bool:
+    return step == 0 or step * share // 1 > (step - 1) * share // 1
+
+
 def _fraction(ratio: float) -> Fraction:
     return max(Fraction(ratio).limit_denominator(_DENOMINATOR), Fraction(1, _DENOMINATOR))
 
 
 #: what `schedule="..."` stands for; docs/schedules.md has the measurements
 PRESETS: Mapping[str, EvenAndLast] = MappingProxyType(
-    {"quality": EvenAndLast(1 / 2), "balanced": EvenAndLast(1 / 3), "fast": EvenAndLast(1 / 5)}
+    {"quality": EvenAndLast(0.4), "balanced": EvenAndLast(0.2), "fast": EvenAndLast(0.1)}
 )
 
 

@@ -92,11 +92,20 @@ def test_gaps_differ_by_one_step_at_most() -> None:
         assert max(gaps) - min(gaps) <= 1
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 20, 30, 50])
-def test_the_last_step_once_the_number_is_known(steps: int) -> None:
-    even = steps_of(EvenSteps(0.5), steps)
-    assert steps_of(EvenAndLast(0.5), steps) == even
-    assert steps_of(EvenAndLast(0.5), steps, told=steps) == sorted({*even, steps - 1})
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        (1, [0]),
+        (2, [0, 1]),
+        (4, [0, 2, 3]),
+        (5, [0, 3, 4]),
+        (20, [0, 4, 8, 12, 16, 19]),
+    ],
+)
+def test_more_steps_a_share_and_the_last(steps: int, expected: list[int]) -> None:
+    schedule = EvenAndLast(0.2, more=2)
+    assert steps_of(schedule, steps, told=steps) == expected
+    assert steps_of(schedule, 60) == steps_of(EvenSteps(11 / 50), 60)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 20, 30, 50])
@@ -172,8 +181,8 @@ def test_the_number_of_steps_is_counted_in_the_first_generation() -> None:
 
 def test_a_number_that_is_too_small_is_as_none() -> None:
     """After a broken-off generation, say: what is not known is not made up."""
-    cached = toy(schedule=EvenAndLast(0.4), num_steps=3)
-    assert run(cached, 7) == "CrC" + "CrCr"
+    cached = toy(schedule=EvenAndLast(0.4, more=0), num_steps=3)
+    assert run(cached, 7) == "CrC" + "CrrC"
 
 
 def test_branches_share_the_number_of_steps() -> None:
@@ -268,6 +277,12 @@ def test_ratios_that_are_no_share(ratio: Any) -> None:
             kind(ratio)
 
 
+@pytest.mark.parametrize("more", [-1, 1.5, True, None])
+def test_more_steps_that_cannot_be(more: Any) -> None:
+    with pytest.raises(OptionError, match=r"^more=.*: an integer from 0"):
+        EvenAndLast(0.5, more=more)
+
+
 @pytest.mark.parametrize("schedule", ["best", "", 0.5, {0, 1}, EvenSteps])
 def test_schedules_that_there_are_not(schedule: Any) -> None:
     refused(
@@ -289,13 +304,14 @@ def test_numbers_of_steps_that_cannot_be(number: Any) -> None:
 
 
 def test_a_program_needs_the_number_where_the_schedule_does() -> None:
-    schedule = EvenAndLast(0.5)
+    schedule = EvenAndLast(0.5, more=0)
     strategy = DeepCache(schedule=schedule)
-    with pytest.raises(OptionError, match=r"num_steps=None: EvenAndLast\(ratio=0.5\) places .*"):
+    with pytest.raises(OptionError, match=r"num_steps=None: EvenAndLast\(.*\) places its steps by"):
         fixed_steps(strategy, None)
     steps, until = fixed_steps(strategy, 6)
-    assert steps[:5] == [0, 2, 4, 5, 6]
-    assert (len(steps), until) == (501, 1000)
+    assert steps[:3] == [0, 3, 5]
+    assert steps[3:] == [s for s in range(6, 1000) if schedule.computes(s, None)]
+    assert until == 1000
 
 
 def test_a_program_of_a_share_or_a_list_needs_no_number() -> None:
@@ -305,7 +321,7 @@ def test_a_program_of_a_share_or_a_list_needs_no_number() -> None:
 
 
 def test_an_exported_program_follows_the_schedule() -> None:
-    cached = toy(schedule=EvenAndLast(0.4))
+    cached = toy(schedule=EvenAndLast(0.4, more=0))
     run(cached, 5)
     run(cached, 5)  # counted by now; but a program would keep that number for ever
     first = generation(TOY, (), steps=5)[0][1]
@@ -316,4 +332,4 @@ def test_an_exported_program_follows_the_schedule() -> None:
     cached.clear_states()
     for _, inputs in generation(TOY, (), steps=5):
         torch.testing.assert_close(runner(**inputs), cached(**inputs))
-    assert actions(cached) == "CrrCC"
+    assert actions(cached) == "CrrrC"
