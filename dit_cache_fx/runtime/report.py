@@ -37,8 +37,8 @@ class CacheReport:
     `bytes_held`: of the cache right now, all branches and signatures. `bytes_per_block`: what
     holding every cached block's result would take for the same calls. `bytes_rule`: what the
     strategy's own rule remembers. `steps_computed`, `steps_reused`: steps of the last generation.
-    `calls_computed`, `calls_reused`: calls since `apply` or `reset_states`. `schedule`: which steps
-    are computed in any case. `num_steps`: how many the schedule was told that there are.
+    `calls_computed`, `calls_reused`: calls since `apply` or `reset_states`. `schedule`: the
+    option, where it is no list of steps. `num_steps`: how many it was told that there are.
     """
 
     strategy: str

@@ -40,8 +40,6 @@ def report(engine: Engine, enabled: bool) -> CacheReport:
 
 
 def _schedule(strategy: Strategy) -> str:
-    if strategy.no_cache_steps is not None:
-        return f"{len(strategy.no_cache_steps)} listed steps"
     if strategy.compute_ratio is not None:
         return f"compute_ratio {strategy.compute_ratio:.3g}"
     return "" if strategy.schedule is None else str(strategy.schedule)

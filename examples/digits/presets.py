@@ -23,7 +23,7 @@ from examples.digits.sampling import Sampler, adams_bashforth2, euler, guided, i
 from examples.digits.table import psnr
 
 RUNS = (20, 30, 50)  # steps of a generation
-CHOSEN_ON, HELD_OUT = 7, 11  # seeds: the presets were chosen on one, the other was not looked at
+CHOSEN_ON, HELD_OUT = 11, 23  # seeds: the presets were chosen on one, the other not looked at
 
 
 @dataclass(frozen=True)
