@@ -9,6 +9,7 @@ from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.host import Host
 from dit_cache_fx.runtime.lowered import Lowered
 from dit_cache_fx.runtime.report import CacheReport, CaptureReport
+from dit_cache_fx.strategies import Strategy
 
 
 def report(host: Host, entries: Sequence[Lowered], enabled: bool) -> CacheReport:
@@ -32,7 +33,15 @@ def report(host: Host, entries: Sequence[Lowered], enabled: bool) -> CacheReport
         calls_computed=host.calls["computed"],
         calls_reused=host.calls["reused"],
         timeline=tuple(host.timeline),
+        schedule=_schedule(host.strategy),
+        num_steps=host.tracker.num_steps,
     )
+
+
+def _schedule(strategy: Strategy) -> str:
+    if strategy.compute_ratio is not None:
+        return f"compute_ratio {strategy.compute_ratio:.3g}"
+    return "" if strategy.schedule is None else str(strategy.schedule)
 
 
 def _branches(host: Host, entries: Sequence[Lowered]) -> Iterator[tuple[Lowered, Branch]]:
