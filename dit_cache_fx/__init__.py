@@ -1,6 +1,7 @@
 """Step caching for Diffusion Transformers as a compiler pass."""
 
 from dit_cache_fx.api import apply
+from dit_cache_fx.coefficients import TEACACHE_COEFFICIENTS, Coefficients
 from dit_cache_fx.dynamo import Backend, backend
 from dit_cache_fx.errors import (
     CaptureError,
@@ -15,27 +16,32 @@ from dit_cache_fx.export import Exported, Runner, export, load
 from dit_cache_fx.module import CachedModel
 from dit_cache_fx.runtime.explain import Explanation
 from dit_cache_fx.runtime.report import CacheReport, CaptureReport, StepRecord
-from dit_cache_fx.schedule import interval_schedule
+from dit_cache_fx.schedule import EvenAndLast, EvenSteps, Schedule, interval_schedule
 from dit_cache_fx.strategies import Clock, DeepCache, Strategy, TaylorCache, TeaCache
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "TEACACHE_COEFFICIENTS",
     "Backend",
     "CacheReport",
     "CachedModel",
     "CaptureError",
     "CaptureReport",
     "Clock",
+    "Coefficients",
     "DeepCache",
     "DiscoveryError",
     "DitCacheError",
     "DitCacheWarning",
+    "EvenAndLast",
+    "EvenSteps",
     "Explanation",
     "Exported",
     "MissingPackageError",
     "OptionError",
     "Runner",
+    "Schedule",
     "StepRecord",
     "Strategy",
     "TaylorCache",

@@ -24,6 +24,9 @@ _OWN = frozenset({"_model", "_engine", "_rebuild", "_enabled", "_compiled_call_i
 #: what accelerate's hooks (offloading) set to wrap a forward: they wrap that of the cached model
 _HOOK = frozenset({"forward", "_old_forward", "_hf_hook"})
 
+#: what can be set on the cached model itself
+_SETTABLE = frozenset({"cur_timestep", "num_steps"})
+
 
 class CachedModel(LifeCycle, nn.Module):
     """A view of `model` whose forward skips what its cache holds.
@@ -98,7 +101,7 @@ class CachedModel(LifeCycle, nn.Module):
         return getattr(self._model, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _OWN or name in _HOOK or name == "cur_timestep":
+        if name in _OWN or name in _HOOK or name in _SETTABLE:
             object.__setattr__(self, name, value)
         else:
             setattr(self._model, name, value)

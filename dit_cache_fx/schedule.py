@@ -1,8 +1,92 @@
-"""Sets of steps that are computed in full."""
+"""Which steps of a generation are computed in full.
+
+A schedule is a pure function of the step and of the number of steps, as far as that is known.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from types import MappingProxyType
+from typing import Any, ClassVar
+
 from dit_cache_fx.errors import OptionError
+
+#: a ratio is taken as a fraction with at most this denominator, so that 0.29 is 29 of 100
+_DENOMINATOR = 1000
+
+
+class Schedule:
+    """Base of the schedules; one of your own defines `computes`."""
+
+    #: whether it places its steps by their number; if not, `num_steps` changes nothing
+    needs_num_steps: ClassVar[bool] = True
+
+    def computes(self, step: int, num_steps: int | None) -> bool:
+        """Whether a step, counted from 0, is computed in full. Step 0 always is.
+
+        `num_steps`: of the running generation, above `step`; None where it is not known.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ListedSteps(Schedule):
+    """These steps, however many there are."""
+
+    steps: frozenset[int]
+
+    needs_num_steps: ClassVar[bool] = False
+
+    def computes(self, step: int, num_steps: int | None) -> bool:
+        return step in self.steps
+
+
+@dataclass(frozen=True)
+class EvenSteps(Schedule):
+    """A share of the steps, evenly spaced: step 0, and each where `step * ratio` passes an integer.
+
+    It is the same sequence for every number of steps: a ratio of 0.4 computes 0, 3, 5, 8, 10, ...
+    """
+
+    ratio: float
+
+    needs_num_steps: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_ratio("ratio", self.ratio)
+
+    def computes(self, step: int, num_steps: int | None) -> bool:
+        return _passes(step, _fraction(self.ratio))
+
+
+@dataclass(frozen=True)
+class EvenAndLast(Schedule):
+    """`more` steps and a share of them all: evenly spaced ones, and the last.
+
+    What a skipped step costs goes by its share of the way, so short runs take a larger share. As
+    long as the number of steps is not known, the share is that of a run of 50.
+    """
+
+    ratio: float
+    more: int = 6
+
+    def __post_init__(self) -> None:
+        check_ratio("ratio", self.ratio)
+        if isinstance(self.more, bool) or not isinstance(self.more, int) or self.more < 0:
+            raise OptionError("more", self.more, "an integer from 0")
+
+    def computes(self, step: int, num_steps: int | None) -> bool:
+        if num_steps is None:
+            return _passes(step, self._even(50))
+        return step == num_steps - 1 or _passes(step, self._even(num_steps))
+
+    def _even(self, num_steps: int) -> Fraction:
+        """The share of the evenly spaced steps: the last one comes on top."""
+        count = math.ceil(num_steps * _fraction(self.ratio)) + self.more
+        return Fraction(min(max(count - 1, 1), num_steps), num_steps)
 
 
 def interval_schedule(num_steps: int, start: int, end: int, interval: int) -> set[int]:
@@ -18,3 +102,42 @@ def interval_schedule(num_steps: int, start: int, end: int, interval: int) -> se
     if not start <= end <= num_steps:
         raise OptionError("start", start, f"start <= end={end} <= num_steps={num_steps} must hold")
     return {*range(start), *range(start, end, interval), *range(end, num_steps)}
+
+
+def check_ratio(name: str, value: Any) -> None:
+    """Raise `OptionError` where it is no share of the steps."""
+    if not _is_number(value) or not 0 < value <= 1:
+        raise OptionError(name, value, "a share of the steps above 0 and at most 1, such as 0.5")
+
+
+def check_num_steps(value: Any, source: str = "num_steps") -> None:
+    """Raise `OptionError` where it is no number of steps."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise OptionError(source, value, "the steps of a generation: an integer from 1")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _passes(step: int, share: Fraction) -> bool:
+    return step == 0 or step * share // 1 > (step - 1) * share // 1
+
+
+def _fraction(ratio: float) -> Fraction:
+    return max(Fraction(ratio).limit_denominator(_DENOMINATOR), Fraction(1, _DENOMINATOR))
+
+
+#: what `schedule="..."` stands for; docs/schedules.md has the measurements
+PRESETS: Mapping[str, EvenAndLast] = MappingProxyType(
+    {"quality": EvenAndLast(0.4), "balanced": EvenAndLast(0.2), "fast": EvenAndLast(0.1)}
+)
+
+
+def named_schedule(value: Any) -> Schedule:
+    """The schedule of `schedule=value`: a preset's name, or the object itself."""
+    if isinstance(value, str) and value in PRESETS:
+        return PRESETS[value]
+    if isinstance(value, Schedule):
+        return value
+    raise OptionError("schedule", value, f"one of {list(PRESETS)}, or a Schedule object")

@@ -11,8 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from dit_cache_fx import TEACACHE_COEFFICIENTS
+from dit_cache_fx.schedule import PRESETS
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+SCHEDULES = (ROOT / "docs" / "schedules.md").read_text()
 
 
 def run(script: str, cwd: Path) -> str:
@@ -24,9 +28,9 @@ def run(script: str, cwd: Path) -> str:
     return result.stdout
 
 
-def blocks(language: str) -> list[str]:
-    """The README's code blocks of this language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+def blocks(language: str, text: str = README) -> list[str]:
+    """The README's (or another text's) code blocks of this language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
 def test_pipeline(tmp_path: Path) -> None:
@@ -59,3 +63,27 @@ def test_read_the_graph_of(
     monkeypatch.setattr(sys, "argv", ["read_the_graph.py", strategy])
     runpy.run_path(str(ROOT / "examples" / "read_the_graph.py"), run_name="__main__")
     assert "run_0 = cache_or_compute(0, run_0_compute, run_0_reuse" in capsys.readouterr().out
+
+
+def test_the_code_in_the_schedules_page(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    names: dict[str, object] = {}
+    for code in blocks("python", SCHEDULES):
+        exec(compile(code, "schedules.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "10 steps computed, 10 not\nschedule: balanced, for 20 steps" in printed
+    assert "16 steps computed, 34 not\nschedule: balanced, for 50 steps" in printed
+
+
+def test_the_schedules_page_lists_the_presets_and_the_coefficients() -> None:
+    for name, preset in PRESETS.items():
+        counts = [sum(preset.computes(i, n) for i in range(n)) for n in (20, 30, 50)]
+        cells = " | ".join(map(str, counts))
+        assert f'| `"{name}"` | {preset.ratio:g} | {cells} |' in SCHEDULES
+    for name, published in TEACACHE_COEFFICIENTS.items():
+        row = next(r for r in SCHEDULES.splitlines() if r.startswith(f'| `"{name}"`'))
+        assert f"| {published.signal} |" in row
+        assert published.source in row
+        assert all(f"{t:g} (" in row for t in published.thresholds)

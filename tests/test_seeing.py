@@ -140,6 +140,16 @@ def test_explain_names_what_was_read_from_data() -> None:
     assert "data guards (other values lead to another graph):" in str(graph)
 
 
+def test_explain_of_a_schedule_that_depends_on_the_number_of_steps() -> None:
+    cached = dit_cache_fx.apply(make(ToyDiT), "deepcache", compute_ratio=0.5)
+    assert "on those of compute_ratio 0.5 once the number" in cached.explain().decides
+    cached = dit_cache_fx.apply(make(ToyDiT), "deepcache", compute_ratio=0.5, num_steps=4)
+    sample(cached)
+    computed = [r.step for r in cached.cache_report().timeline if r.action == "computed"]
+    expected = f"on those of compute_ratio 0.5: {ranges(computed)} ({len(computed)} in all)"
+    assert expected in cached.explain().decides
+
+
 def test_explain_of_a_disabled_cache_says_so() -> None:
     cached = cached_toy()
     cached.disable()

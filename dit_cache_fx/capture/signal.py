@@ -1,12 +1,14 @@
-"""The value that a strategy's own rule looks at: the first block's modulated input.
+"""The value that a strategy's own rule looks at: the first block's modulated input, or another.
 
-A block is one node of the program. For this value its inside is looked at once: what the block
-computes for its first part that sees both the stream and the conditioning (an attention, behind an
-adaptive norm) is added to the program, beside the block itself.
+A block is one node of the program. For its modulated input its inside is looked at once: what the
+block computes for its first part that sees both the stream and the conditioning (an attention,
+behind an adaptive norm) is added to the program, beside the block itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import fx, nn
@@ -23,10 +25,14 @@ from dit_cache_fx.program import (
     attributes_of,
     descendants,
     graph_module,
+    spec_of,
+    tensor_spec,
 )
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.streams import stream_input
 from dit_cache_fx.structure import unflatten
+
+_NO_STREAM = "the first block has no input of the shape of its output"
 
 
 def parts_of(block: nn.Module, name: str) -> dict[nn.Module, str]:
@@ -34,27 +40,57 @@ def parts_of(block: nn.Module, name: str) -> dict[nn.Module, str]:
     return {m: f"{name}.{key}" for key, m in block.named_modules() if m is not block}
 
 
+def mark_input(program: Program, cache_name: str) -> None:
+    """Take the first block's input as the signal."""
+    first = program.block_calls()[0]
+    stream = stream_input(program, first, cache_name)
+    if stream is None:
+        raise _unknown("input", _NO_STREAM)
+    stream.meta[SIGNAL] = True
+
+
+def mark_conditioning(program: Program, cache_name: str) -> None:
+    """Take what the timestep gives to the first block: the smallest such argument."""
+    _conditioning(program, cache_name).meta[SIGNAL] = True
+
+
+def mark_embedding(program: Program, cache_name: str) -> None:
+    """Take the timestep's embedding: the last value of the timestep alone that conditions blocks.
+
+    Where what follows the blocks is conditioned too, it is the last one that both are made from.
+    """
+    made_from = ancestors([_conditioning(program, cache_name)])
+    calls = program.block_calls()
+    of_blocks = descendants(calls)
+    read_after = {i for n in of_blocks - ancestors(calls) for i in n.all_input_nodes} - of_blocks
+    shared = made_from & ancestors(read_after)
+    needs, timestep = program.needs(), _timestep_argument(program)
+    alone = [n for n in program.graph.nodes if needs[n] == {timestep} and n.op != "placeholder"]
+    found = [n for n in alone if n in shared] or [n for n in alone if n in made_from]
+    if not found:
+        raise _unknown("embedding", "nothing of the timestep alone conditions the first block")
+    found[-1].meta[SIGNAL] = True
+
+
+#: signals that need no look inside the first block
+MARKS: Mapping[str, Callable[[Program, str], None]] = MappingProxyType(
+    {"input": mark_input, "conditioning": mark_conditioning, "embedding": mark_embedding}
+)
+
+
 def mark_signal(program: Program, strategy: Strategy, recording: Recording) -> None:
     """Find what the strategy's own rule looks at, where it has one."""
     if not strategy.has_rule:
         return
-    if strategy.looks_at() == "input":
-        mark_input(program, strategy.stream_name())
+    mark = MARKS.get(strategy.looks_at())
+    if mark is not None:
+        mark(program, strategy.stream_name())
         return
     name = str(program.block_calls()[0].target).removeprefix("model.")
     made = next(c for c in recording.calls if c.name == name)
     mark_modulated(program, made, strategy.stream_name())
     for call in recording.calls:
         call.inside = None
-
-
-def mark_input(program: Program, cache_name: str) -> None:
-    """Take the first block's input as the signal."""
-    first = program.block_calls()[0]
-    stream = stream_input(program, first, cache_name)
-    if stream is None:
-        raise _unknown("the first block has no input of the shape of its output")
-    stream.meta[SIGNAL] = True
 
 
 def mark_modulated(program: Program, made: ModuleCall, cache_name: str) -> None:
@@ -66,11 +102,13 @@ def mark_modulated(program: Program, made: ModuleCall, cache_name: str) -> None:
     first = program.block_calls()[0]
     stream = stream_input(program, first, cache_name)
     if stream is None or made.inside is None:
-        raise _unknown("the first block has no input of the shape of its output")
+        raise _unknown("modulated", _NO_STREAM)
     inside = made.inside
     arguments = [node for _, node in argument_leaves(first)]
     if len(arguments) != len(inside.tensors):
-        raise _unknown("the first block takes arguments that are not tensors in containers")
+        raise _unknown(
+            "modulated", "the first block takes arguments that are not tensors in containers"
+        )
     conditioning = [n for n in arguments if n is not stream and _timed(program, n)]
     if not conditioning:
         stream.meta[SIGNAL] = True
@@ -82,7 +120,7 @@ def mark_modulated(program: Program, made: ModuleCall, cache_name: str) -> None:
 
     traced = trace(run, inside.tensors, inside.parts, inside.recording)
     if traced.read:
-        raise _unknown("the first block's control flow depends on data")
+        raise _unknown("modulated", "the first block's control flow depends on data")
     places = [n for n in traced.gm.graph.nodes if n.op == "placeholder"]
     given = dict(zip(places, arguments, strict=True))
     _add(program, traced, given, _modulated(traced, given, stream, conditioning), first)
@@ -99,7 +137,9 @@ def _modulated(
             value: fx.Node | None = next((n for n in node.all_input_nodes if n in of_both), None)
             if value is not None:
                 return value
-    raise _unknown("no part of the first block takes a value that stream and timestep made")
+    raise _unknown(
+        "modulated", "no part of the first block takes a value that stream and timestep made"
+    )
 
 
 def _add(
@@ -117,14 +157,27 @@ def _add(
     program.gm = graph_module(program.model, attributes, program.graph, "Captured")
 
 
+def _conditioning(program: Program, cache_name: str) -> fx.Node:
+    first = program.block_calls()[0]
+    stream = stream_input(program, first, cache_name)
+    arguments = [node for _, node in argument_leaves(first)]
+    others = [n for n in arguments if n is not stream and spec_of(n) is not None]
+    timed = [n for n in others if _timed(program, n)]
+    if not timed:
+        raise _unknown("conditioning", "the first block takes nothing that the timestep made")
+    return min(timed, key=lambda node: tensor_spec(node).nbytes)
+
+
 def _timed(program: Program, node: fx.Node) -> bool:
+    return _timestep_argument(program) in program.needs()[node]
+
+
+def _timestep_argument(program: Program) -> str:
     if program.timestep is None:
-        raise _unknown("the graph does not take the timestep")
-    timestep = program.arguments[program.inputs.index(program.timestep)]
-    return timestep in program.needs()[node]
+        raise CaptureError("the graph does not take the timestep: use signal='input'")
+    return program.arguments[program.inputs.index(program.timestep)]
 
 
-def _unknown(reason: str) -> CaptureError:
-    return CaptureError(
-        f"the first block's modulated input cannot be found: {reason}. Use signal='input'"
-    )
+def _unknown(signal: str, reason: str) -> CaptureError:
+    other = "another signal" if signal == "input" else "signal='input'"
+    return CaptureError(f"the rule's signal ({signal!r}) cannot be found: {reason}. Use {other}")

@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from dit_cache_fx.errors import OptionError
 from dit_cache_fx.lowering.clock import ClockState
 from dit_cache_fx.lowering.one_graph import lower_one_graph
 from dit_cache_fx.lowering.variants import Variants
 from dit_cache_fx.program import Program
+from dit_cache_fx.schedule import ListedSteps
 from dit_cache_fx.strategies import Strategy
 
 State = dict[str, torch.Tensor]
+#: steps up to which a schedule is written out; more than that are all computed
+MOST_STEPS = 1000
+
+
+class FixedSteps(NamedTuple):
+    """A schedule written out: the steps that are computed, and the one from which on all are."""
+
+    computed: Sequence[int]
+    until: float
+
+
+def fixed_steps(strategy: Strategy, num_steps: int | None) -> FixedSteps:
+    """The schedule of a program that nobody tells a number of steps later.
+
+    Raises `OptionError` where the schedule needs the number and it is None.
+    """
+    plan = strategy.plan
+    if plan is None or isinstance(plan, ListedSteps):
+        return FixedSteps(sorted(strategy.no_cache_steps or ()), math.inf)
+    if num_steps is None and plan.needs_num_steps:
+        raise OptionError(
+            "num_steps",
+            None,
+            f"{plan} places its steps by their number, which has to be known here: give num_steps, "
+            "or set it on the cached model (cached.num_steps = 50)",
+        )
+    most = max(MOST_STEPS, num_steps or 0)
+    return FixedSteps([s for s in range(most) if strategy.scheduled(s, num_steps)], most)
 
 
 class Stateful(nn.Module):
@@ -34,6 +66,7 @@ class Stateful(nn.Module):
         strategy: Strategy,
         assertions: nn.Module | None,
         conditioning: Sequence[str],
+        steps: FixedSteps,
     ) -> None:
         super().__init__()
         self.steps: torch.Tensor
@@ -45,8 +78,9 @@ class Stateful(nn.Module):
         self.inputs = program.inputs
         self.timestep = str(program.timestep)
         self.guards = assertions
-        steps = sorted(strategy.no_cache_steps or ())
-        self.register_buffer("steps", torch.tensor(steps, dtype=torch.float64), persistent=False)
+        computed = torch.tensor(steps.computed, dtype=torch.float64)
+        self.register_buffer("steps", computed, persistent=False)
+        self.until = steps.until
 
     def initial(self) -> State:
         """The state before the first call."""
@@ -66,7 +100,7 @@ class Stateful(nn.Module):
         clock = ClockState.unpack(state["clock"]).advanced(
             now, torch.eq(seen, state["print"]).all()
         )
-        scheduled = torch.eq(self.steps, clock.step).any()
+        scheduled = torch.eq(self.steps, clock.step).any() | (clock.step >= self.until)
         forced = (clock.computed == 0) | (clock.step == 0) | scheduled
         flags = {"forced": forced, "fresh": clock.computed == 0}
         times = {"distance": clock.distance, "computed": clock.computed}

@@ -32,7 +32,7 @@ class Engine:
     def __init__(self, subject: Subject, timestep: str | None) -> None:
         self.subject = subject
         self.host = Host(subject.strategy)
-        self.graphs = Graphs(subject, timestep)
+        self.graphs = Graphs(subject, timestep, self.host.count)
 
     # --- life cycle --------------------------------------------------------------------------
 
@@ -44,6 +44,7 @@ class Engine:
     def reset_states(self) -> None:
         """Forget everything, graphs and counts included."""
         self.clear_states()
+        self.host.count.counted = None
         self.graphs.clear()
         self.host.forget_calls()
 

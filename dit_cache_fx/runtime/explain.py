@@ -15,6 +15,7 @@ from dit_cache_fx.program import BLOCK
 from dit_cache_fx.runtime.host import Host
 from dit_cache_fx.runtime.lowered import Lowered
 from dit_cache_fx.runtime.report import size
+from dit_cache_fx.runtime.reporting import schedule_of
 from dit_cache_fx.specs import TensorSpec
 from dit_cache_fx.strategies import Strategy
 
@@ -109,7 +110,7 @@ def explain(
     return Explanation(
         strategy.name or type(strategy).__name__,
         enabled,
-        _decides(strategy),
+        _decides(strategy, host.tracker.num_steps),
         tuple(_explained(entry, strategy, full) for entry in entries),
     )
 
@@ -177,10 +178,9 @@ def _graphs(entry: Lowered) -> Iterator[str]:
     yield from lines(entry.variants.compute.gm, "computed_step", shapes=True)
 
 
-def _decides(strategy: Strategy) -> str:
+def _decides(strategy: Strategy, num_steps: int | None) -> str:
     """In words, when the blocks are computed."""
-    steps = sorted(strategy.no_cache_steps or ())
-    when = [f"on a generation's first step{_scheduled(steps)}"]
+    when = [f"on a generation's first step{_scheduled(strategy, num_steps)}"]
     if strategy.has_rule:
         limit = strategy.threshold
         reaches = "" if limit is None else f" (measured against {limit:g})"
@@ -190,8 +190,14 @@ def _decides(strategy: Strategy) -> str:
     return f"computes {', '.join(when)}; all other steps are {strategy.action}"
 
 
-def _scheduled(steps: Sequence[int]) -> str:
-    return f", on steps {ranges(steps)} ({len(steps)} in all)" if steps else ""
+def _scheduled(strategy: Strategy, num_steps: int | None) -> str:
+    steps, named = sorted(strategy.no_cache_steps or ()), schedule_of(strategy)
+    if named and num_steps is None:
+        return f", on those of {named} once the number of steps is known"
+    if named and num_steps is not None:
+        steps = [step for step in range(num_steps) if strategy.scheduled(step, num_steps)]
+    of = f"those of {named}: " if named else "steps "
+    return f", on {of}{ranges(steps)} ({len(steps)} in all)" if steps else ""
 
 
 def _data_guards(guards: Sequence[str]) -> str:

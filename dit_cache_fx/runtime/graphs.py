@@ -26,9 +26,10 @@ from dit_cache_fx.capture.record import Recording
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.lowering import OneGraph, lower_one_graph, lower_variants
 from dit_cache_fx.lowering.asserts import assertions
-from dit_cache_fx.lowering.stateful import Carried, Stateful
+from dit_cache_fx.lowering.stateful import Carried, Stateful, fixed_steps
 from dit_cache_fx.passes import run_passes
 from dit_cache_fx.program import operations, tensor_spec
+from dit_cache_fx.runtime.count import StepCount
 from dit_cache_fx.runtime.lowered import Lowered
 from dit_cache_fx.specs import TensorSpec
 from dit_cache_fx.strategies import Strategy, check_block_ids
@@ -49,6 +50,7 @@ class Entry(Lowered):
     strategy: Strategy
     fingerprint: Fingerprint
     volatile: frozenset[tuple[str, str]]  # what of it the forward changes by itself
+    count: StepCount
     breaks: bool = False  # it cannot be compiled as one graph
     carried: dict[str | None, Carried] = field(default_factory=dict)  # by cache context
     served: set[float] = field(default_factory=set)  # a few of the timesteps that it answered
@@ -79,7 +81,8 @@ class Entry(Lowered):
         names = [self.program.inputs[i] for i in self.conditioning] if check_conditioning else []
         guards, accepted = self.captured.guards, self.captured.accepted
         asserted = None if guards is None else assertions(guards, accepted)
-        return Stateful(self.program, self.variants, self.strategy, asserted, names)
+        steps = fixed_steps(self.strategy, self.count.told())
+        return Stateful(self.program, self.variants, self.strategy, asserted, names, steps)
 
     def carried_in(self, context: str | None) -> Carried:
         """The program with the state of a cache context in its buffers."""
@@ -98,8 +101,9 @@ class Entry(Lowered):
 class Graphs:
     """Every captured graph of one model, by input signature."""
 
-    def __init__(self, subject: Subject, timestep: str | None) -> None:
+    def __init__(self, subject: Subject, timestep: str | None, count: StepCount) -> None:
         self.subject = subject
+        self.count = count
         self.timestep = timestep  # the argument's name, once it is known
         self.entries: OrderedDict[Hashable, list[Entry]] = OrderedDict()
         self._serial = 0
@@ -184,6 +188,7 @@ class Graphs:
             strategy,
             fingerprint(model, captured.whole),
             volatile(before, after),
+            self.count,
         )
         log.info("captured %s", entry)
         return entry

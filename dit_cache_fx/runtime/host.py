@@ -13,6 +13,7 @@ import torch
 from dit_cache_fx.errors import warn
 from dit_cache_fx.identity import Seen
 from dit_cache_fx.runtime.branches import MAX_BRANCHES, Branch, Session
+from dit_cache_fx.runtime.count import StepCount
 from dit_cache_fx.runtime.report import StepRecord
 from dit_cache_fx.runtime.step import Step
 from dit_cache_fx.runtime.tracker import Tracker
@@ -46,7 +47,8 @@ class Host:
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
-        self.tracker = Tracker()
+        self.count = StepCount(strategy.num_steps)
+        self.tracker = Tracker(self.count)
         self.timeline: deque[StepRecord] = deque(maxlen=MAX_RECORDS)
         #: beside it: what the strategy's rule measured, not yet read from a device
         self.measured: deque[Measured] = deque(maxlen=MAX_RECORDS)
@@ -88,7 +90,9 @@ class Host:
             branch.forget()
             branch.shapes = shapes
         assert session.moment is not None
-        step = Step(self.strategy, branch, session.moment.index, held)
+        assert session.generation is not None
+        index, num_steps = session.moment.index, session.generation.num_steps
+        step = Step(self.strategy, branch, index, held, num_steps)
         return Place(step, branch, session, conditioning)
 
     def done(self, place: Place, value: float) -> None:

@@ -15,6 +15,7 @@ from dit_cache_fx.runtime.lowered import Lowered
 from dit_cache_fx.runtime.report import CacheReport
 from dit_cache_fx.runtime.reporting import report
 from dit_cache_fx.runtime.tracker import CacheContext
+from dit_cache_fx.schedule import check_num_steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,6 +53,21 @@ class LifeCycle:
         if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
             raise OptionError("cur_timestep", step, "a step index: an integer from 0, or None")
         self._host.tracker.explicit = step
+
+    @property
+    def num_steps(self) -> int | None:
+        """How many steps a generation has, for schedules that go by it; None where not known.
+
+        Set it before a generation begins. It goes before the option of this name.
+        """
+        given = self._host.count.given
+        return self._host.tracker.num_steps if given is None else given
+
+    @num_steps.setter
+    def num_steps(self, number: int | None) -> None:
+        if number is not None:
+            check_num_steps(number)
+        self._host.count.given = number
 
     def enable(self) -> None:
         """Cache from the next call on."""

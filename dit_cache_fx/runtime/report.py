@@ -54,7 +54,8 @@ class CacheReport:
     holding every cached block's result would take for the same calls. `bytes_rule`: what the
     strategy's own rule remembers. `steps_computed`, `steps_reused`: steps of the last generation.
     `calls_computed`, `calls_reused`: calls since `apply` or `reset_states`. `threshold`: what the
-    strategy's own rule compares a step's `measured` with.
+    strategy's own rule compares a step's `measured` with. `schedule`: the
+    option, where it is no list of steps. `num_steps`: how many it was told that there are.
     """
 
     strategy: str
@@ -71,6 +72,8 @@ class CacheReport:
     calls_reused: int
     threshold: float | None = None
     timeline: tuple[StepRecord, ...] = field(repr=False, default=())
+    schedule: str = ""
+    num_steps: int | None = None
 
     def __str__(self) -> str:
         lists = ", ".join(
@@ -84,6 +87,9 @@ class CacheReport:
             f"{size(self.bytes_per_block)})",
             f"last generation: {self.steps_computed} steps computed, {self.steps_reused} not",
         ]
+        if self.schedule:
+            known = "" if self.num_steps is None else f", for {self.num_steps} steps"
+            lines.append(f"schedule: {self.schedule}{known}")
         for capture in self.captures:
             lines.append(f"graph for {capture.inputs}:")
             lines.append(

@@ -8,6 +8,7 @@ from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.host import Host
 from dit_cache_fx.runtime.lowered import Lowered
 from dit_cache_fx.runtime.report import CacheReport, CaptureReport
+from dit_cache_fx.strategies import Strategy
 
 
 def report(host: Host, entries: Sequence[Lowered], enabled: bool) -> CacheReport:
@@ -32,7 +33,16 @@ def report(host: Host, entries: Sequence[Lowered], enabled: bool) -> CacheReport
         calls_reused=host.calls["reused"],
         threshold=host.strategy.threshold,
         timeline=tuple(host.records()),
+        schedule=schedule_of(host.strategy),
+        num_steps=host.tracker.num_steps,
     )
+
+
+def schedule_of(strategy: Strategy) -> str:
+    """The option that says which steps compute, where it is no list of them."""
+    if strategy.compute_ratio is not None:
+        return f"compute_ratio {strategy.compute_ratio:.3g}"
+    return "" if strategy.schedule is None else str(strategy.schedule)
 
 
 def _branches(host: Host, entries: Sequence[Lowered]) -> Iterator[tuple[Lowered, Branch]]:

@@ -17,28 +17,34 @@ FIRST, SCHEDULED, MISSING, RULE = "the first step", "scheduled", "nothing is hel
 
 
 class Step:
-    """A step of one branch. `specs`: what is held of it, by name.
+    """A step of one branch. `specs`: what is held of it, by name. `num_steps`: where it is known.
 
     Nothing is written to the branch before `commit`: a call that raises leaves no trace.
     """
 
     def __init__(
-        self, strategy: Strategy, branch: Branch, index: int, specs: Mapping[str, TensorSpec]
+        self,
+        strategy: Strategy,
+        branch: Branch,
+        index: int,
+        specs: Mapping[str, TensorSpec],
+        num_steps: int | None = None,
     ) -> None:
         self.index = index
+        self._num_steps = num_steps
         self._strategy = strategy
         self._branch = branch
         self._specs = specs
         self._memory: Memory | None = branch.memory
         missing = len(branch.held) != len(specs) or not all(h.untouched() for h in branch.held)
-        scheduled = index in (strategy.no_cache_steps or ())
-        self._forced = index == 0 or scheduled or missing
+        scheduled = strategy.scheduled(index, num_steps)
+        self._forced = scheduled or missing
         self.computes = self._forced
         self._why = FIRST if index == 0 else SCHEDULED if scheduled else MISSING
 
     def anew(self) -> Step:
         """The same step of a branch that holds nothing."""
-        return Step(self._strategy, Branch(), self.index, self._specs)
+        return Step(self._strategy, Branch(), self.index, self._specs, self._num_steps)
 
     @property
     def why(self) -> str:

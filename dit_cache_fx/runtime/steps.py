@@ -47,10 +47,12 @@ class Moment:
 class Generation:
     """A denoising loop under way; its branches and signatures share it.
 
-    `conditioning`: of its newest call.
+    `num_steps`: how many it is expected to have; None where that is not known. `conditioning`: of
+    its newest call.
     """
 
     moment: Moment
+    num_steps: int | None = None
     conditioning: Seen = field(default_factory=lambda: Seen([]))
 
     def takes(self, value: float, explicit: bool, conditioning: Seen) -> bool:

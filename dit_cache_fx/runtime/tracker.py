@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from dit_cache_fx.identity import Seen
 from dit_cache_fx.runtime.branches import Session
+from dit_cache_fx.runtime.count import StepCount
 from dit_cache_fx.runtime.steps import Generation, Moment
 
 #: most generations (signatures, contexts) whose tensors are held at one time
@@ -27,17 +28,20 @@ class Tracker:
     """Where the calls of one cached model stand.
 
     `explicit`: the step index that the user has set, instead of the timestep's value. `contexts`:
-    the names of the CFG branches that the user is in, the innermost last.
+    the names of the CFG branches that the user is in, the innermost last. `count`: how many steps
+    a generation has.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, count: StepCount) -> None:
+        self.count = count
         self.explicit: int | None = None
         self.contexts: list[str] = []
         self.sessions: OrderedDict[SessionKey, Session] = OrderedDict()
         self._newest: Generation | None = None
 
     def clear(self) -> None:
-        """Forget what is held and where the generation stands."""
+        """Forget what is held and where the generation stands; its steps are counted."""
+        self._ended()
         self.forget()
         self.explicit = None
         self._newest = None
@@ -55,6 +59,11 @@ class Tracker:
     def current_step(self) -> int:
         """The step index of the newest call, 0 before the first."""
         return self._newest.moment.index if self._newest is not None else 0
+
+    @property
+    def num_steps(self) -> int | None:
+        """How many steps the newest generation is expected to have; None where not known."""
+        return self._newest.num_steps if self._newest is not None else None
 
     def session(self, inputs: Hashable, serial: int) -> Session:
         """The session of a call; the one that was used the longest ago gives way."""
@@ -82,8 +91,13 @@ class Tracker:
             )
             if moment is not None and joins:
                 return session.enter(generation, moment)
-        fresh = Generation(Moment(value, explicit=explicit))
+        self._ended()
+        fresh = Generation(Moment(value, explicit=explicit), self.count.expected())
         return session.enter(fresh, fresh.moment)
+
+    def _ended(self) -> None:
+        if self._newest is not None:
+            self.count.counted = self._newest.moment.index + 1
 
     def done(self, session: Session, conditioning: Seen) -> None:
         """The session's call has succeeded."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.strategies.base import Clock, Memory, Strategy, options_of
+from dit_cache_fx.strategies.base import Clock, Memory, NumSteps, Strategy, options_of
 from dit_cache_fx.strategies.block_ids import ALIASES, check_block_ids, never_cached
 from dit_cache_fx.strategies.deepcache import DeepCache
 from dit_cache_fx.strategies.taylorcache import TaylorCache
@@ -16,6 +16,7 @@ __all__ = [
     "Clock",
     "DeepCache",
     "Memory",
+    "NumSteps",
     "Strategy",
     "TaylorCache",
     "TeaCache",

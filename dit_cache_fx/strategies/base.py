@@ -8,14 +8,25 @@ own for when to compute.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
 from dit_cache_fx.errors import OptionError
+from dit_cache_fx.schedule import (
+    EvenSteps,
+    ListedSteps,
+    Schedule,
+    check_num_steps,
+    check_ratio,
+    named_schedule,
+)
 
+#: how many steps a generation has, or what tells it
+NumSteps = int | Callable[[], int]
 #: how `decide` keeps its memory from step to step
 Memory = tuple[Tensor, ...]
 
@@ -34,12 +45,20 @@ class Clock(NamedTuple):
 class Strategy:
     """Base of the strategies; a subclass defines `store` and `reuse`.
 
-    `no_cache_steps`: the steps, counted from the generation's first, that are computed in full;
-    the first step always is. `no_cache_block_id`: block list -> ids that are never cached; a list
-    is named as the model names it, or "double_blocks" / "single_blocks" for the first / second.
+    Which steps are computed in full (a generation's first always is), one of: `no_cache_steps`, the
+    steps, counted from the generation's first; `compute_ratio`, a share of them, evenly spaced;
+    `schedule`, "quality", "balanced" or "fast", or a `Schedule` object. `num_steps`: how many a
+    generation has, or a function that tells at its first call; without it, as many as the one
+    before had.
+
+    `no_cache_block_id`: block list -> ids that are never cached; a list is named as the model names
+    it, or "double_blocks" / "single_blocks" for the first / second.
     """
 
     no_cache_steps: frozenset[int] | None = None
+    compute_ratio: float | None = None
+    schedule: str | Schedule | None = None
+    num_steps: NumSteps | None = None
     no_cache_block_id: Mapping[str, Iterable[int]] | None = None
 
     #: its name for `apply(model, strategy=...)`
@@ -53,13 +72,22 @@ class Strategy:
         steps, ids = _steps(self.no_cache_steps), _block_ids(self.no_cache_block_id)
         object.__setattr__(self, "no_cache_steps", steps)
         object.__setattr__(self, "no_cache_block_id", ids)
-        if steps is None and not self.has_rule:
-            raise OptionError(
-                "no_cache_steps",
-                None,
-                "say which steps are computed in full, for instance "
-                "interval_schedule(50, 11, 45, 4) or range(0, 50, 2)" + self._rule_hint(),
-            )
+        self._check_schedule()
+
+    @cached_property
+    def plan(self) -> Schedule | None:
+        """The schedule, in whichever way it was given; None where the rule alone decides."""
+        if self.no_cache_steps is not None:
+            return ListedSteps(self.no_cache_steps)
+        if self.compute_ratio is not None:
+            return EvenSteps(self.compute_ratio)
+        return None if self.schedule is None else named_schedule(self.schedule)
+
+    def scheduled(self, step: int, num_steps: int | None = None) -> bool:
+        """Whether a step is computed in any case; the number of steps may turn out too small."""
+        known = num_steps is not None and step < num_steps
+        planned = self.plan is not None and self.plan.computes(step, num_steps if known else None)
+        return step == 0 or planned
 
     # --- what to keep and what to give back ------------------------------------------------
 
@@ -118,6 +146,29 @@ class Strategy:
 
     def _rule_hint(self) -> str:
         return ""
+
+    # --- options that cannot work ----------------------------------------------------------
+
+    def _check_schedule(self) -> None:
+        ways = ("no_cache_steps", "compute_ratio", "schedule")
+        given = [name for name in ways if getattr(self, name) is not None]
+        if not given and not self.has_rule:
+            raise OptionError(
+                "no_cache_steps",
+                None,
+                "say which steps are computed in full, for instance "
+                "interval_schedule(50, 11, 45, 4) or range(0, 50, 2), or give "
+                "compute_ratio=0.5 or schedule='balanced'" + self._rule_hint(),
+            )
+        if len(given) > 1:
+            value = getattr(self, given[1])
+            raise OptionError(given[1], value, f"{given[0]} is given too: give one of {list(ways)}")
+        if self.compute_ratio is not None:
+            check_ratio("compute_ratio", self.compute_ratio)
+        if self.schedule is not None:
+            named_schedule(self.schedule)
+        if self.num_steps is not None and not callable(self.num_steps):
+            check_num_steps(self.num_steps)
 
 
 def options_of(strategy: type[Strategy]) -> list[str]:

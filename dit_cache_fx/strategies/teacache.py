@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from dit_cache_fx.coefficients import TEACACHE_COEFFICIENTS, Coefficients
 from dit_cache_fx.errors import OptionError
 from dit_cache_fx.strategies.base import Clock, Memory, Strategy
 
-SIGNALS = ("modulated", "input")
+SIGNALS = ("modulated", "input", "conditioning", "embedding")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +26,19 @@ class TeaCache(Strategy):
     found from the graph where the blocks have no input of that name. `rel_l1_thresh` turns on the
     dynamic rule: the relative change of the `signal` from step to step, mapped by the polynomial
     `coefficients` (highest power first; the identity by default), is added up, and a step computes
-    when the sum reaches the threshold. `signal`: "modulated" (the output of the first block's
-    first adaptive norm, as published) or "input" (the first block's input).
+    when the sum reaches the threshold. A name takes published ones ("flux"; those of
+    `TEACACHE_COEFFICIENTS`).
+
+    `signal`: "modulated" (the output of the first block's first adaptive norm), "input" (the first
+    block's input), "conditioning" (what the timestep gives to the first block) or "embedding" (the
+    timestep's embedding, before anything else goes into it). When None: what the named coefficients
+    were fitted to, else "modulated".
     """
 
     cache_name: str = "img"
     rel_l1_thresh: float | None = None
-    coefficients: Sequence[float] | None = None
-    signal: str = "modulated"
+    coefficients: str | Coefficients | Sequence[float] | None = None
+    signal: str | None = None
 
     name: ClassVar[str] = "teacache"
     reads_start: ClassVar[bool] = True
@@ -40,7 +46,10 @@ class TeaCache(Strategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_threshold()
-        self._check_coefficients()
+        published = _published(self.coefficients)
+        if self.signal is None:
+            object.__setattr__(self, "signal", published.signal if published else SIGNALS[0])
+        self._check_coefficients(published.values if published else self.coefficients)
         if self.signal not in SIGNALS:
             raise OptionError("signal", self.signal, f"one of {list(SIGNALS)}")
         if not isinstance(self.cache_name, str):
@@ -58,6 +67,7 @@ class TeaCache(Strategy):
         return self.cache_name
 
     def looks_at(self) -> str:
+        assert self.signal is not None
         return self.signal
 
     @property
@@ -86,9 +96,14 @@ class TeaCache(Strategy):
 
     def _polynomial(self, x: Tensor) -> Tensor:
         result = torch.zeros_like(x)
-        for coefficient in self.coefficients or (1.0, 0.0):
+        for coefficient in self._numbers:
             result = result * x + coefficient
         return result
+
+    @property
+    def _numbers(self) -> tuple[float, ...]:
+        assert self.coefficients is None or isinstance(self.coefficients, tuple)
+        return self.coefficients or (1.0, 0.0)
 
     def _check_threshold(self) -> None:
         value = self.rel_l1_thresh
@@ -97,8 +112,7 @@ class TeaCache(Strategy):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
             raise OptionError("rel_l1_thresh", value, "a number above 0, for instance 0.15")
 
-    def _check_coefficients(self) -> None:
-        value = self.coefficients
+    def _check_coefficients(self, value: Any) -> None:
         if value is None:
             return
         expected = "a sequence of finite numbers, highest power first"
@@ -114,3 +128,13 @@ class TeaCache(Strategy):
 
     def _rule_hint(self) -> str:
         return "; or give rel_l1_thresh (the dynamic rule)"
+
+
+def _published(value: Any) -> Coefficients | None:
+    if isinstance(value, str):
+        if value not in TEACACHE_COEFFICIENTS:
+            raise OptionError(
+                "coefficients", value, f"one of {sorted(TEACACHE_COEFFICIENTS)}, or the numbers"
+            )
+        return TEACACHE_COEFFICIENTS[value]
+    return value if isinstance(value, Coefficients) else None
