@@ -5,6 +5,7 @@ Both put a function into a block's place as its `forward` and take it out again.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -43,24 +44,23 @@ def counted(model: nn.Module, lists: Sequence[str]) -> Iterator[Count]:
 def reused_by_hand(
     model: nn.Module, lists: Sequence[str], computed: Collection[int], passes: int
 ) -> Iterator[None]:
-    """Within the context, for one generation, the blocks return on other steps what they stored.
+    """Within the context, for one generation, the blocks return what they stored.
 
-    This is what DeepCache has to give. `passes`: the calls of the model in a step.
+    This is what DeepCache has to give. `computed`: the calls of the model, counted from 0, in which
+    they run. `passes`: the calls in a step, each with a store of its own.
     """
 
     def storing(forward: Forward) -> Forward:
         stored: dict[int, Any] = {}
-        calls = 0
+        calls = itertools.count()
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            step, branch = divmod(calls, passes)
-            calls += 1
-            if step in computed:
-                stored[branch] = copied(forward(*args, **kwargs))
-            return copied(stored[branch])
+        def block(*args: Any, **kwargs: Any) -> Any:
+            call = next(calls)
+            if call in computed:
+                stored[call % passes] = copied(forward(*args, **kwargs))
+            return copied(stored[call % passes])
 
-        return call
+        return block
 
     with replaced_forwards(blocks_of(model, lists), storing):
         yield

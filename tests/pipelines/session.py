@@ -1,5 +1,4 @@
-"""A pipeline with a cached transformer, next to the same pipeline whose blocks are reused by hand.
-"""
+"""A pipeline with a cached transformer, next to the same pipeline whose blocks are reused by hand."""
 
 from __future__ import annotations
 
@@ -34,9 +33,7 @@ class Session:
         self.pipe = pipe or family.build()
         self.model = self.pipe.transformer
         self.computed = computed
-        self.cached = dit_cache_fx.apply(
-            self.model, strategy, no_cache_steps=computed, **options
-        )
+        self.cached = dit_cache_fx.apply(self.model, strategy, no_cache_steps=computed, **options)
 
     @property
     def depth(self) -> int:
@@ -57,11 +54,12 @@ class Session:
         with self.uncached():
             return run(self.family, self.pipe, **call)
 
-    def by_hand(self, computed: Collection[int] | None = None, **call: Any) -> Tensor:
-        """What it has to give with DeepCache."""
-        steps = self.computed if computed is None else computed
+    def by_hand(self, calls: Collection[int] | None = None, **call: Any) -> Tensor:
+        """What it has to give with DeepCache; `calls`: those computed, where not as scheduled."""
         passes = self.passes(**call)
-        with self.uncached(), reused_by_hand(self.model, self.family.blocks, steps, passes):
+        if calls is None:
+            calls = {passes * step + branch for step in self.computed for branch in range(passes)}
+        with self.uncached(), reused_by_hand(self.model, self.family.blocks, calls, passes):
             return run(self.family, self.pipe, **call)
 
     def cache(self, **call: Any) -> Tensor:
@@ -88,6 +86,17 @@ class Session:
             got = self.cache(**call)
         assert torch.equal(got, self.by_hand(**call)), what
         assert count.calls == self.expected_calls(**call), what
+
+    def check_nothing_stale(self, what: object, **call: Any) -> None:
+        """The same, but the second step may be computed too: where what was held is in doubt."""
+        with self.counts() as count:
+            got = self.cache(**call)
+        passes = self.passes(**call)
+        newest = self.cached.cache_report().timeline[-STEPS * passes :]
+        calls = {i for i, record in enumerate(newest) if record.action == "computed"}
+        assert {i // passes for i in calls} - {1} == self.computed, what
+        assert torch.equal(got, self.by_hand(calls, **call)), what
+        assert count.calls == len(calls) * self.depth, what
 
 
 @cache

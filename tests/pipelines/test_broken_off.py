@@ -67,7 +67,7 @@ def test_a_generation_that_an_exception_ended_leaves_nothing_stale(family: Famil
     for failure in (failing_block(session, last), failing_scheduler(session, 0)):
         with failure, pytest.raises(Broken):
             session.cache(seed=7, **prompt)
-        session.check("same prompt", **prompt)
+        session.check_nothing_stale("same prompt", **prompt)
     with failing_block(session, last + family.passes), pytest.raises(Broken):
         session.cache(seed=7, **prompt)
     session.check("another prompt", prompt=1)
@@ -88,4 +88,4 @@ def test_an_interrupted_generation_leaves_nothing_stale(family: Family, guided: 
         with session.counts() as count:
             session.cache(seed=7, guided=guided, callback_on_step_end=interrupt, **prompt)
         assert count.calls == session.passes(guided) * session.depth
-        session.check(("interrupted after step", last), guided=guided, **prompt)
+        session.check_nothing_stale(("interrupted after step", last), guided=guided, **prompt)

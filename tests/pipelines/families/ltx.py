@@ -50,6 +50,4 @@ def arguments(prompt: int = 0, size: int = 0, batch: int = 1) -> dict[str, Any]:
     }
 
 
-LTX = Family(
-    "LTX", build, arguments, scale("guidance_scale"), many="num_videos_per_prompt"
-)
+LTX = Family("LTX", build, arguments, scale("guidance_scale"), many="num_videos_per_prompt")
