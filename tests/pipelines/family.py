@@ -62,13 +62,19 @@ def run(
         **family.guidance(pipe, guided),
         **more,
     }
-    result = pipe(**arguments, return_dict=False)[0]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # some pipelines encode a picture with it
+        result = pipe(**arguments, return_dict=False)[0]
     return torch.as_tensor(result)
 
 
 def scale(name: str, on: float = 3.0) -> Callable[[DiffusionPipeline, bool], dict[str, Any]]:
     """Guidance that is switched by an argument."""
-    return lambda pipe, guided: {name: on if guided else 1.0}
+
+    def guidance(pipe: DiffusionPipeline, guided: bool) -> dict[str, Any]:
+        return {name: on if guided else 1.0}
+
+    return guidance
 
 
 def quiet(pipe: DiffusionPipeline) -> DiffusionPipeline:

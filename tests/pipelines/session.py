@@ -1,4 +1,4 @@
-"""A pipeline with a cached transformer, next to the same pipeline whose blocks are reused by hand."""
+"""A pipeline with a cached transformer, beside the same one whose blocks are reused by hand."""
 
 from __future__ import annotations
 

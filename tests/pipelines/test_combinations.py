@@ -83,7 +83,7 @@ def test_lora_loaded_switched_fused_and_unloaded(when: str) -> None:
     assert torch.allclose(results[-1], plain, atol=1e-3)
 
 
-# --- options of the model --------------------------------------------------------------------------
+# --- options of the model -------------------------------------------------------------------------
 
 
 class HalvedAttention(JointAttnProcessor2_0):
@@ -141,7 +141,7 @@ def test_torchao_int8_weights() -> None:
         session.check("again", prompt=1)
 
 
-# --- torch.compile of the whole --------------------------------------------------------------------
+# --- torch.compile of the whole -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", [FLUX, SD3, WAN], ids=lambda family: family.name)
@@ -159,7 +159,7 @@ def test_the_compiled_cached_model_in_one_graph(family: Family) -> None:
     assert session.cached.cache_report().calls_reused > 0
 
 
-# --- disabled, copied ------------------------------------------------------------------------------
+# --- disabled, copied -----------------------------------------------------------------------------
 
 
 def test_disabled_it_is_the_uncached_pipeline() -> None:

@@ -118,8 +118,13 @@ def test_a_callback_sees_and_may_change_the_latents_of_every_step(family: Family
 
 def test_an_older_callback_sees_every_step() -> None:
     family = next(family for family in FAMILIES if family.callback == "callback")
-    session, seen = session_of(family), []
-    session.check("callback", callback=lambda step, timestep, latents: seen.append(step))
+    session = session_of(family)
+    seen: list[int] = []
+
+    def note(step: int, timestep: Tensor, latents: Tensor) -> None:
+        seen.append(step)
+
+    session.check("callback", callback=note)
     assert seen == 2 * list(range(STEPS))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 
-from tests.pipelines.family import Family, image_vae, quiet, scale
+from tests.pipelines.family import Family, image_vae, quiet
 from tests.zoo.case import built, rows
 from tests.zoo.diffusers_models import CHANNELS, SIZES, TEXT_DIM, build_z_image
 
