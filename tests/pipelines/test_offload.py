@@ -9,7 +9,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks import apply_group_offloading
+from torch import nn
 
+from dit_cache_fx import OptionError
 from tests.pipelines.families import SD3, WAN, Family
 from tests.pipelines.family import run
 from tests.pipelines.session import Session
@@ -27,9 +29,40 @@ def by_groups(kind: str) -> Callable[[DiffusionPipeline], None]:
     return offload
 
 
+def layer_by_layer(pipe: DiffusionPipeline) -> None:
+    """What `enable_sequential_cpu_offload` does, which itself refuses a CPU as the device.
+
+    Weights are on the meta device whenever their module does not run.
+    """
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    class Away(hooks.ModelHook):  # type: ignore[misc, name-defined]
+        execution_device = CPU  # the pipeline asks for it
+
+        def init_hook(self, module: nn.Module) -> nn.Module:
+            self.weights = dict(module._parameters)
+            self.post_forward(module, None)
+            return module
+
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            module._parameters.update(self.weights)
+            return args, kwargs
+
+        def post_forward(self, module: nn.Module, output: Any) -> Any:
+            for name, weight in self.weights.items():
+                if weight is not None:
+                    module._parameters[name] = nn.Parameter(weight.to("meta"), requires_grad=False)
+            return output
+
+    for model in (m for m in pipe.components.values() if isinstance(m, nn.Module)):
+        for module in model.modules():
+            if module is model or next(module.parameters(recurse=False), None) is not None:
+                hooks.add_hook_to_module(module, Away())
+
+
 OFFLOADS: dict[str, Callable[[DiffusionPipeline], Any]] = {
     "model": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
-    "sequential": lambda pipe: pipe.enable_sequential_cpu_offload(device="cpu"),
+    "layer by layer": layer_by_layer,
     "groups of blocks": by_groups("block_level"),
     "groups of leaves": by_groups("leaf_level"),
 }
@@ -39,7 +72,7 @@ OFFLOADS: dict[str, Callable[[DiffusionPipeline], Any]] = {
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", OFFLOADS)
 def test_offloading(name: str, when: str, family: Family) -> None:
-    if name in ("model", "sequential"):
+    if name == "model":
         pytest.importorskip("accelerate")
     pipe = family.build()
     want = {prompt: run(family, pipe, prompt=prompt) for prompt in (0, 1)}
@@ -47,6 +80,10 @@ def test_offloading(name: str, when: str, family: Family) -> None:
     scheduled = {prompt: reference.by_hand(prompt=prompt) for prompt in (0, 1)}
     if when == "before":
         OFFLOADS[name](pipe)
+        if name == "layer by layer":
+            with pytest.raises(OptionError, match="weights on the meta device.*apply first"):
+                Session(family, pipe=pipe)
+            return
     session = Session(family, pipe=pipe)
     pipe.transformer = session.cached
     if when == "after":
