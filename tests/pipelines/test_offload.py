@@ -81,7 +81,7 @@ def test_offloading(name: str, when: str, family: Family) -> None:
     if when == "before":
         OFFLOADS[name](pipe)
         if name == "layer by layer":
-            with pytest.raises(OptionError, match="weights on the meta device.*apply first"):
+            with pytest.raises(OptionError, match=r"weights on the meta device.*apply first"):
                 Session(family, pipe=pipe)
             return
     session = Session(family, pipe=pipe)
