@@ -78,19 +78,20 @@ def test_a_later_generation_equals_that_of_a_fresh_cache(family: Family) -> None
         got = used.cache(seed=2)
     assert torch.equal(got, fresh.cache(seed=2))
     assert count.calls == used.expected_calls()
-    assert clearly_other(used.by_hand(seed=2), got)  # it is no DeepCache
+    assert not torch.equal(used.by_hand(seed=2), got)  # it is no DeepCache
 
 
 @pytest.mark.parametrize("family", [FLUX, WAN], ids=lambda family: family.name)
 def test_teacaches_own_rule_starts_anew_with_each_generation(family: Family) -> None:
     session = Session(family, "teacache", computed=(), rel_l1_thresh=0.7)
-    with session.counts() as count:
-        first = session.cache()
-    report = session.cached.cache_report()
-    assert count.calls == report.calls_computed * session.depth
-    assert 0 < report.calls_reused < (STEPS - 1) * family.passes
+    first = session.cache()
     session.cache(prompt=1, steps=3)
-    assert torch.equal(session.cache(), first)
+    before = session.cached.cache_report().calls_computed
+    with session.counts() as count:
+        assert torch.equal(session.cache(), first)
+    computed = session.cached.cache_report().calls_computed - before
+    assert count.calls == computed * session.depth
+    assert family.passes <= computed < STEPS * family.passes
 
 
 # --- callbacks ------------------------------------------------------------------------------------
