@@ -80,6 +80,7 @@ def test_prompts_as_text() -> None:
     for prompt in (0, 1, 0):
         session.check(prompt, prompt=prompt)
     session.check("batch", batch=2)
+    session.check("several pictures of a prompt", num_images_per_prompt=2)
     assert not torch.equal(session.plain(), session.plain(prompt=1))
 
 

@@ -50,4 +50,5 @@ def arguments(prompt: int = 0, size: int = 0, batch: int = 1) -> dict[str, Any]:
     }
 
 
-LTX = Family("LTX", build, arguments, scale("guidance_scale"), many="num_videos_per_prompt")
+#: with embeddings given the pipeline does not repeat them for several videos
+LTX = Family("LTX", build, arguments, scale("guidance_scale"), many=None)

@@ -9,7 +9,9 @@ from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline
 
 from tests.pipelines.family import Family, image_vae, quiet, scale
 from tests.zoo.case import built, rows, text_mask
-from tests.zoo.diffusers_models import CHANNELS, SIZES, TEXT_DIM, TEXT_LEN, build_pixart
+from tests.zoo.diffusers_models import CHANNELS, TEXT_DIM, TEXT_LEN, build_pixart
+
+SIZES = ((8, 8), (8, 16))
 
 
 def build() -> PixArtAlphaPipeline:

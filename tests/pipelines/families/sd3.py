@@ -26,4 +26,5 @@ def build() -> StableDiffusion3Pipeline:
     )
 
 
-SD3 = Family("SD3", build, arguments, scale("guidance_scale"))
+#: with embeddings given the pipeline does not repeat them for several pictures
+SD3 = Family("SD3", build, arguments, scale("guidance_scale"), many=None)
