@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.pipelines.blocks import counted
 from tests.pipelines.families import FAMILIES, FLUX, WAN, Family
 from tests.pipelines.families.dit import DIT
+from tests.pipelines.families.z_image import Z_IMAGE
 from tests.pipelines.family import STEPS, run
 from tests.pipelines.session import Session, session_of
 
@@ -47,7 +48,11 @@ def test_every_step_computed_is_bitwise_the_uncached_pipeline(family: Family) ->
     assert f"{STEPS}/{STEPS}" in written.getvalue()
 
 
-@each_family
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=[pytest.mark.slow] if f is Z_IMAGE else []) for f in FAMILIES],
+    ids=lambda family: family.name,
+)
 def test_one_generation_after_another(family: Family) -> None:
     """Each equals the same one with its blocks reused by hand, and computes what it should."""
     session = session_of(family)
