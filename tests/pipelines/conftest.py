@@ -13,8 +13,12 @@ from dit_cache_fx import DitCacheWarning
 
 @pytest.fixture(autouse=True)
 def _no_warning_of_ours() -> Iterator[None]:
-    """A whole pipeline caches: a warning that something does not is an error."""
+    """A whole pipeline caches: a warning that something does not is an error.
+
+    The libraries' own warnings about each other are left out.
+    """
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(diffusers|peft|transformers|accelerate)\b")
         warnings.simplefilter("error", DitCacheWarning)
         yield
 
