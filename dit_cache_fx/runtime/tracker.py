@@ -68,7 +68,7 @@ class Tracker:
     def session(self, inputs: Hashable, serial: int) -> Session:
         """The session of a call; the one that was used the longest ago gives way."""
         key = SessionKey(inputs, serial, self.context)
-        session = self.sessions.setdefault(key, Session())
+        session = self.sessions.setdefault(key, Session(named=key.context is not None))
         self.sessions.move_to_end(key)
         while len(self.sessions) > MAX_SESSIONS:
             self.sessions.popitem(last=False)
