@@ -63,6 +63,13 @@ def apply(
     chosen = make_strategy(strategy, options)
     if model.training:
         raise OptionError("model.training", True, "call model.eval() first")
+    if any(p.is_meta for p in model.parameters()):
+        raise OptionError(
+            "model",
+            type(model).__name__,
+            "it has weights on the meta device: not loaded, or offloaded layer by layer (then "
+            "apply first, and enable the offloading afterwards)",
+        )
     signature = CallSignature(model.forward)
     step = named_timestep(signature.parameters, timestep, more=signature.open)
     lists = candidate_lists(model) if blocks is None else _named_lists(model, blocks)

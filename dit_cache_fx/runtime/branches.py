@@ -51,7 +51,9 @@ class Branch:
 
     conditioning: Seen = field(default_factory=lambda: Seen([]))
     recognised: bool = False  # its conditioning was seen again on a later step
+    stable: int = 0  # how many of its conditioning tensors it had on its last two steps
     placed: bool = True  # it has a place in its step that tells it from the others
+    second: bool = False  # it may be another one, called again in the generation's first step
     held: list[Held] = field(default_factory=list)  # of all cached runs, in order
     memory: Memory | None = None  # of the strategy's own rule
     computed: int = 0  # computed steps so far
@@ -68,7 +70,8 @@ class Branch:
 class Session:
     """What is held for one input signature and cache context, in the generation under way.
 
-    `serial`: of the signature's graph. `context`: the name of the cache context, if in one.
+    `serial`: of the signature's graph. `context`: the name of the cache context, if in one: its
+    calls are of one branch as a rule.
     """
 
     serial: int = 0
@@ -77,6 +80,7 @@ class Session:
     moment: Moment | None = None  # of its newest call
     branches: list[Branch] = field(default_factory=list)
     called: list[Branch] = field(default_factory=list)  # in the current step
+    doubted: list[Branch] = field(default_factory=list)  # in the current step, see `_certain`
     crowded: Moment | None = None  # the newest that had more calls than branches are kept
 
     def enter(self, generation: Generation, moment: Moment) -> bool:
@@ -85,14 +89,14 @@ class Session:
         Returns whether too many calls made it drop what a step under way held.
         """
         if generation is not self.generation or moment != self.moment:
-            self.called = []
+            self._leave()
         if generation is not self.generation:
             self.crowded = None
         crowded = len(self.called) >= MAX_BRANCHES
         if crowded:  # which of the step's calls are left depends on their number
             self.crowded = moment
         if generation is not self.generation or crowded:
-            self.branches, self.called = [], []
+            self.branches, self.called, self.doubted = [], [], []
         self.generation, self.moment = generation, moment
         generation.moment = moment
         return crowded and moment.index > 0
@@ -105,18 +109,55 @@ class Session:
         """
         free = [b for b in self.branches if not any(b is c for c in self.called)]
         shared = [b.conditioning.shared_with(conditioning) for b in free]
+        most = max(shared, default=0)
+        known = [b for b, n in zip(free, shared, strict=True) if n == most > 0]
         strangers = [b for b in free if b.placed and (not b.recognised or not len(conditioning))]
-        if shared and max(shared) > 0:
-            branch = free[shared.index(max(shared))]
+        if known:
+            branch = self._certain(known)
+            if most < branch.stable:  # a part of its conditioning is another one's
+                branch.forget()
             branch.recognised = True
         elif strangers:
-            branch = strangers[0]
+            branch = self._certain(strangers)
         else:
             branch = self._place(free)
-        branch.conditioning = conditioning
+        branch.second = branch.second or (self._starting() and self._again(conditioning))
+        branch.conditioning, branch.stable = conditioning, most
         branch.placed = self.crowded != self.moment
         self.called.append(branch)
         return branch
+
+    def _certain(self, candidates: list[Branch]) -> Branch:
+        """The first of several that a call may belong to; it holds nothing where that is a guess.
+
+        After two like calls in a generation's first step, another one can go on from either: they
+        may be samples side by side, or the first is left from a generation that ended right there
+        (a warm-up, an interrupted one). How many calls this step has would tell, but too late.
+        """
+        branch = candidates[0]
+        if len(candidates) > 1 and any(b.second for b in candidates):
+            branch.forget()
+            self.doubted = candidates
+        return branch
+
+    def _leave(self) -> None:
+        """The step is over: what it might have called and did not is of another generation."""
+        uncalled = [b for b in self.doubted if not any(b is c for c in self.called)]
+        self.branches = [b for b in self.branches if not any(b is u for u in uncalled)]
+        if not self._starting():
+            for branch in self.called:
+                branch.second = False
+        self.called, self.doubted = [], []
+
+    def _starting(self) -> bool:
+        return self.moment is not None and self.moment.index == 0
+
+    def _again(self, conditioning: Seen) -> bool:
+        """Whether a call of the step is like one that it has had."""
+        return any(
+            self.context is not None or b.conditioning.shared_with(conditioning)
+            for b in self.called
+        )
 
     def _place(self, free: list[Branch]) -> Branch:
         """A branch that holds nothing."""

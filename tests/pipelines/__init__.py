@@ -1,0 +1,1 @@
+"""Whole diffusers pipelines, tiny and of random weights, with a cached transformer."""
