@@ -1,0 +1,19 @@
+"""What every test of compiled models runs under."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+
+@pytest.fixture(autouse=True)
+def _new_compiler() -> Iterator[None]:
+    """Nothing is compiled yet, nothing counted; gradients are off."""
+    torch._dynamo.reset()
+    counters.clear()
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
