@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 @pytest.fixture(autouse=True)
 def _no_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep pytest's log handler off torch's traces: each of them prints whole graphs."""
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "addHandler", lambda handler: None)
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "addHandler", lambda _: None)
 
 
 @pytest.fixture(autouse=True)

@@ -141,8 +141,9 @@ def test_modes_share_a_model(model: nn.Module) -> None:
 
 def test_with_gradients_it_is_the_model_and_warns_once(model: nn.Module) -> None:
     compiled_model = torch.compile(cache_of(model), backend="eager")
-    with torch.enable_grad(), pytest.warns(dit_cache_fx.DitCacheWarning, match="gradients"):
-        first = compiled_model(**toy_inputs(1000.0))
+    with torch.enable_grad():
+        with pytest.warns(dit_cache_fx.DitCacheWarning, match="gradients"):
+            first = compiled_model(**toy_inputs(1000.0))
         second = compiled_model(**toy_inputs(900.0))
     assert first.requires_grad
     assert torch.equal(second, model(**toy_inputs(900.0)))
@@ -211,8 +212,7 @@ def sampler(cached: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def test_in_a_users_own_compiled_function(model: nn.Module) -> None:
     """The state is carried in buffers there, and the step told in the graph."""
     cached, backend = cache_of(model), Counting()
-    inputs = generation(TOY, STEPS)
-    cached(**inputs[0][1])
+    cached(**toy_inputs(1000.0))
     step = torch.compile(sampler(cached), backend=backend, fullgraph=True)
     with no_recompile():
         for prompt in (0, 1):

@@ -20,7 +20,6 @@ from tests.compile.compiling import (
     no_recompile,
 )
 from tests.toys import (
-    DEPTH,
     DIM,
     TOY,
     Block,
@@ -31,10 +30,12 @@ from tests.toys import (
     generation,
     make,
     new,
-    runs_of,
     toy_inputs,
 )
 from tests.zoo.case import redraw
+
+#: for a break in the model, and for one in a branch of `cond`
+DYNAMOS_OWN = (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UncapturedHigherOrderOpError)
 
 
 def cache_of(model: nn.Module) -> CachedModel:
@@ -153,7 +154,7 @@ def test_a_break_raises_with_fullgraph_as_it_does_without_the_library() -> None:
     model = make(BreakingDiT)
     texts = []
     for each in (model, cache_of(model)):
-        with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break") as error:
+        with pytest.raises(DYNAMOS_OWN, match="graph_break") as error:
             compiled(each, "eager")(**toy_inputs(1000.0))
         texts.append(str(error.value))
         torch._dynamo.reset()
@@ -163,7 +164,7 @@ def test_a_break_raises_with_fullgraph_as_it_does_without_the_library() -> None:
 def test_nothing_is_noted_of_a_call_that_does_not_compile() -> None:
     model = make(BreakingDiT)
     cached = cache_of(model)
-    with pytest.raises(torch._dynamo.exc.Unsupported):
+    with pytest.raises(DYNAMOS_OWN):
         compiled(cached, "eager")(**toy_inputs(1000.0))
     torch._dynamo.reset()
     assert actions(cached) == ""
@@ -179,12 +180,11 @@ def test_compiled_blocks_are_called_from_the_cached_graph(model: nn.Module) -> N
     for block in model.blocks:
         block.compile(backend=backend, fullgraph=True)
     cached = cache_of(model)
-    with no_recompile(), runs_of(model.blocks) as runs:
+    with no_recompile():
         for prompt in (0, 1):
             for computes, inputs in generation(TOY, STEPS, prompt=prompt):
                 same = torch.equal(cached(**inputs), make(ToyDiT)(**inputs))
                 assert same == computes
-    assert runs == [6] * DEPTH
     assert backend.count == 1
     assert breaks() == 0
 
@@ -223,6 +223,7 @@ def test_compiled_blocks_within_a_compiled_model(model: nn.Module) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method.:DeprecationWarning:torch")
 @pytest.mark.parametrize(
     ("name", "strategy", "options"),
     [
