@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_cache_fx
 from dit_cache_fx._torch import (
+    CANNOT_COMPILE,
     Emitter,
+    aoti_load,
+    aoti_package,
+    dynamo_callback,
     emit_node,
+    exporting,
+    not_a_compiled_frame,
     opaque,
+    signatures_kept,
     trace_functional,
     trace_shapes,
     trace_text,
+    untraced,
+    wants_one_graph,
 )
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.specs import TensorSpec
@@ -103,6 +114,234 @@ def test_trace_shapes_needs_no_data() -> None:
     spec = TensorSpec(torch.Size([10**6, 10**6]), torch.float32, torch.device("cpu"))
     graph = trace_shapes(lambda x: [x * 2], [spec]).graph
     assert [n.target for n in graph.nodes if n.op == "call_function"] == [torch.ops.aten.mul.Tensor]
+
+
+def test_trace_shapes_keeps_the_kind_of_every_tensor() -> None:
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    specs = [
+        TensorSpec(torch.Size([2]), torch.bool, cpu),
+        TensorSpec(torch.Size([]), torch.float64, meta),
+    ]
+    graph = trace_shapes(lambda a, b: [a.to(b.device), b + 1], specs).graph
+    results: Any = graph.output_node().args[0]
+    assert [TensorSpec.of(n.meta["val"]) for n in results] == [
+        specs[0]._replace(device=meta),
+        specs[1],
+    ]
+
+
+def test_untraced_operations_are_not_in_the_graph() -> None:
+    def function(x: torch.Tensor) -> list[torch.Tensor]:
+        with untraced():
+            torch.ones(2) * 2
+        return [x + 1]
+
+    gm = trace_functional(function, [torch.ones(2)])
+    targets = [n.target for n in gm.graph.nodes if n.op == "call_function"]
+    assert targets == [torch.ops.aten.add.Tensor]
+
+
+# --- Dynamo --------------------------------------------------------------------------------------
+
+
+class Frames:
+    """A backend that notes the operations of the graphs it is given."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[str]] = []
+
+    def __call__(self, gm: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        calls = ("call_function", "call_method")
+        self.seen.append([n.name for n in gm.graph.nodes if n.op in calls])
+        return gm.forward
+
+
+@pytest.fixture
+def _new_compiler() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+new_compiler = pytest.mark.usefixtures("_new_compiler")
+
+
+@new_compiler
+def test_what_is_not_a_compiled_frame_calls_compiled_ones() -> None:
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        return x.sin()
+
+    @not_a_compiled_frame
+    def outer(x: torch.Tensor) -> torch.Tensor:
+        return inner(x + 1).cos()
+
+    frames, x = Frames(), torch.ones(2)
+    assert torch.equal(torch.compile(outer, backend=frames)(x), (x + 1).sin().cos())
+    assert frames.seen == [["sin"]]
+
+
+@new_compiler
+def test_what_is_not_a_compiled_frame_is_traced_within_another_one() -> None:
+    @not_a_compiled_frame
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        return x.sin()
+
+    def outer(x: torch.Tensor) -> torch.Tensor:
+        return inner(x).cos()
+
+    frames = Frames()
+    torch.compile(outer, backend=frames, fullgraph=True)(torch.ones(2))
+    assert frames.seen == [["sin", "cos"]]
+
+
+@new_compiler
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_the_callback_tells_who_looks_on(fullgraph: bool) -> None:
+    seen: list[Any] = []
+
+    @torch.compiler.disable
+    def look() -> None:
+        seen.append(dynamo_callback())
+
+    def compiled(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    @not_a_compiled_frame
+    def function(x: torch.Tensor) -> torch.Tensor:
+        seen.append(dynamo_callback())
+        look()
+        return compiled(x)
+
+    assert dynamo_callback() is None
+    torch.compile(function, backend="eager", fullgraph=fullgraph)(torch.ones(2))
+    looks_on, disabled = seen
+    assert looks_on is not None
+    assert wants_one_graph(looks_on) == fullgraph
+    assert not disabled  # None, or False where only compiled code may run
+    assert not wants_one_graph(None)
+
+
+def _breaks(x: torch.Tensor) -> torch.Tensor:
+    torch._dynamo.graph_break()
+    return x + 1
+
+
+def _branch_breaks(x: torch.Tensor) -> torch.Tensor:
+    return torch.cond(x.sum() > 0, _breaks, torch.clone, (x,))
+
+
+def _wrong_shapes(x: torch.Tensor) -> torch.Tensor:
+    return x @ torch.ones(7, 7)
+
+
+def _refuses(gm: fx.GraphModule, inputs: Any) -> Any:
+    raise ZeroDivisionError
+
+
+@new_compiler
+@pytest.mark.parametrize(
+    ("function", "backend"),
+    [
+        (_breaks, "eager"),
+        (_branch_breaks, "eager"),
+        (_wrong_shapes, "eager"),
+        (torch.nn.functional.relu, _refuses),
+    ],
+    ids=["break", "break in a branch", "wrong operation", "backend"],
+)
+def test_what_cannot_be_compiled_raises_one_of_these(function: Any, backend: Any) -> None:
+    with pytest.raises(CANNOT_COMPILE):
+        torch.compile(function, backend=backend, fullgraph=True)(torch.ones(2, 3))
+
+
+class _Inspects(nn.Module):
+    """Looks at a signature within a branch, as diffusers' attention does for its processor."""
+
+    def process(self, x: torch.Tensor, scale: float = 2.0) -> torch.Tensor:
+        return x * scale
+
+    def side(self, x: torch.Tensor) -> torch.Tensor:
+        known = set(signature(self.process).parameters.keys())
+        return self.process(x) if "scale" in known else x.clone()
+
+    def forward(self, flag: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.cond(flag, self.side, self.side, (x,))
+
+
+def _compile_both_branches() -> torch.Tensor:
+    torch._dynamo.reset()
+    compiled = torch.compile(_Inspects(), backend="eager", fullgraph=True)
+    result: torch.Tensor = compiled(torch.tensor(True), torch.ones(2))
+    return result
+
+
+@new_compiler
+def test_signatures_are_kept_apart_in_the_branches_of_cond() -> None:
+    with signatures_kept():
+        assert torch.equal(_compile_both_branches(), torch.full((2,), 2.0))
+
+
+@new_compiler
+def test_signatures_kept_is_still_needed() -> None:
+    """When this fails, torch has been mended: `signatures_kept` can go once 2.13 is not served."""
+    with pytest.raises(CANNOT_COMPILE):
+        _compile_both_branches()
+
+
+def test_signatures_kept_puts_back_what_it_changes() -> None:
+    variable: Any = torch._dynamo.variables.functions.InspectSignatureVariable
+    before = vars(variable)["call_function"]
+    with suppress(ZeroDivisionError), signatures_kept():
+        assert vars(variable)["call_function"] is not before
+        raise ZeroDivisionError
+    assert vars(variable)["call_function"] is before
+
+
+# --- export --------------------------------------------------------------------------------------
+
+
+class _Listed(nn.Module):
+    """Notes whether an export is at work when its modules are listed, and when it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.listed: list[bool] = []
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        self.listed.append(exporting())
+        return super().named_modules(*args, **kwargs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) if exporting() else self.linear(x) * 0
+
+
+@new_compiler
+@pytest.mark.parametrize("strict", [False, True])
+def test_exporting(strict: bool) -> None:
+    model, x = _Listed().eval(), torch.ones(1, 2)
+    assert not exporting()
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), strict=strict)
+        assert any(model.listed)
+        assert torch.equal(program.module()(x), model.linear(x))
+        assert not exporting()
+        model.listed.clear()
+        list(model.named_modules())
+        assert not any(model.listed)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method.:DeprecationWarning:torch")
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning")
+def test_a_package_carries_metadata(tmp_path: Path) -> None:
+    model, x = nn.Linear(2, 2).eval(), torch.ones(1, 2)
+    path = tmp_path / "linear.pt2"
+    with torch.no_grad():
+        aoti_package(torch.export.export(model, (x,)), path, {"who": "we"}, {"max_autotune": False})
+        function, metadata = aoti_load(path)
+        assert torch.allclose(function(x), model(x))
+    assert metadata["who"] == "we"
 
 
 def test_module_calls_pass_through_module_call() -> None:

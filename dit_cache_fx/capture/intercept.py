@@ -24,24 +24,23 @@ def intercepted(names: Mapping[nn.Module, str], handler: Handler) -> Iterator[No
     """Within the context, a call of a module in `names` goes to `handler`.
 
     Only calls of this thread, and only the outermost: what a handled module calls inside runs as
-    always. `Module.__call__` is the one place that hooks, compiled blocks (`block.compile()`) and
-    replaced forwards all pass through.
+    always, `Module.__call__` itself put back, since a block that is compiled there would be
+    compiled again once it is. That is the one place that hooks, compiled blocks
+    (`block.compile()`) and replaced forwards all pass through.
     """
     owner = threading.get_ident()
-    inside = False
 
     with CAPTURING:
         original = nn.Module.__call__
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            nonlocal inside
-            if inside or module not in names or threading.get_ident() != owner:
+            if module not in names or threading.get_ident() != owner:
                 return original(module, *args, **kwargs)
-            inside = True
+            nn.Module.__call__ = original  # type: ignore[method-assign]
             try:
                 return handler(module, names[module], original, args, kwargs)
             finally:
-                inside = False
+                nn.Module.__call__ = call  # type: ignore[method-assign]
 
         call.captures = owner  # type: ignore[attr-defined]
         nn.Module.__call__ = call  # type: ignore[method-assign]

@@ -1,0 +1,578 @@
+"""Golden graphs: what the lowerings make of the toy, and what they leave out.
+
+`EXPECTTEST_ACCEPT=1 python -m pytest tests/lowering/test_golden.py` writes the graphs anew.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from expecttest import TestCase
+from torch import fx
+
+from dit_cache_fx.lowering.asserts import assertions
+from dit_cache_fx.lowering.preamble import pinned, split_preamble
+from dit_cache_fx.strategies import DeepCache, TaylorCache, TeaCache
+from tests.lowering.toy import (
+    ByIndex,
+    EndsWithBlocks,
+    Masked,
+    Reads,
+    guards_of,
+    one_graph_of,
+    variants_of,
+)
+from tests.passes.toy import Toy, code, inputs
+
+DEEP = DeepCache(no_cache_steps=[0])
+TEA = TeaCache(no_cache_steps=[0])
+RULE = TeaCache(rel_l1_thresh=0.1, signal="input")
+TAYLOR = TaylorCache(no_cache_steps=[0], max_order=1)
+
+
+class Variants(TestCase):
+    def test_compute(self) -> None:
+        self.assertExpectedInline(
+            code(variants_of(DEEP).compute.gm),
+            """\
+def forward(self, x, timestep, text):
+    unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
+    model_time_embedder = self.model.time_embedder(unsqueeze)
+    unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
+    model_x_embedder = self.model.x_embedder(x)
+    model_positions = self.model.positions
+    add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
+    model_text_embedder = self.model.text_embedder(text)
+    model_blocks_0 = getattr(self.model.blocks, "0")(add, model_text_embedder, unsqueeze_1)
+    getitem = model_blocks_0[0]
+    getitem_1 = model_blocks_0[1]
+    model_blocks_1 = getattr(self.model.blocks, "1")(getitem, getitem_1, unsqueeze_1)
+    getitem_2 = model_blocks_1[0]
+    getitem_3 = model_blocks_1[1]
+    model_blocks_2 = getattr(self.model.blocks, "2")(getitem_2, getitem_3, unsqueeze_1)
+    getitem_4 = model_blocks_2[0]
+    add_1 = torch.ops.aten.add.Tensor(getitem_4, unsqueeze_1)
+    model_proj_out = self.model.proj_out(add_1)
+    return (model_proj_out, getitem_4)
+""",
+        )
+
+    def test_reuse(self) -> None:
+        self.assertExpectedInline(
+            code(variants_of(DEEP).reuse.gm),
+            """\
+def forward(self, held_getitem_4_0, timestep):
+    unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
+    model_time_embedder = self.model.time_embedder(unsqueeze)
+    unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
+    add_1 = torch.ops.aten.add.Tensor(held_getitem_4_0, unsqueeze_1)
+    model_proj_out = self.model.proj_out(add_1)
+    return (model_proj_out,)
+""",
+        )
+
+    def test_reuse_of_teacache_keeps_the_runs_start(self) -> None:
+        self.assertExpectedInline(
+            code(variants_of(TEA).reuse.gm),
+            """\
+def forward(self, held_getitem_4_0, x, timestep):
+    unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
+    model_time_embedder = self.model.time_embedder(unsqueeze)
+    unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
+    model_x_embedder = self.model.x_embedder(x)
+    model_positions = self.model.positions
+    add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
+    add_1 = torch.ops.aten.add.Tensor(add, held_getitem_4_0)
+    add_2 = torch.ops.aten.add.Tensor(add_1, unsqueeze_1)
+    model_proj_out = self.model.proj_out(add_2)
+    return (model_proj_out,)
+""",
+        )
+
+    def test_taylorcache(self) -> None:
+        variants = variants_of(TAYLOR)
+        self.assertExpectedInline(
+            code(variants.compute.gm),
+            """\
+def forward(self, distance, computed, held_getitem_4_0, held_getitem_4_1, x, timestep, text):
+    unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
+    model_time_embedder = self.model.time_embedder(unsqueeze)
+    unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
+    model_x_embedder = self.model.x_embedder(x)
+    model_positions = self.model.positions
+    add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
+    model_text_embedder = self.model.text_embedder(text)
+    model_blocks_0 = getattr(self.model.blocks, "0")(add, model_text_embedder, unsqueeze_1)
+    getitem = model_blocks_0[0]
+    getitem_1 = model_blocks_0[1]
+    model_blocks_1 = getattr(self.model.blocks, "1")(getitem, getitem_1, unsqueeze_1)
+    getitem_2 = model_blocks_1[0]
+    getitem_3 = model_blocks_1[1]
+    model_blocks_2 = getattr(self.model.blocks, "2")(getitem_2, getitem_3, unsqueeze_1)
+    getitem_4 = model_blocks_2[0]
+    gt = torch.ops.aten.gt.Scalar(computed, 0)
+    gt_1 = torch.ops.aten.gt.Scalar(distance, 0)
+    bitwise_and = torch.ops.aten.bitwise_and.Tensor(gt, gt_1)
+    sub = torch.ops.aten.sub.Tensor(getitem_4, held_getitem_4_0)
+    scalar_tensor = torch.ops.aten.scalar_tensor.default(inf, dtype = torch.float64, layout = torch.strided, device = device(type='cpu'))
+    where = torch.ops.aten.where.self(bitwise_and, distance, scalar_tensor)
+    div = torch.ops.aten.div.Tensor(sub, where)
+    gt_2 = torch.ops.aten.gt.Scalar(computed, 0)
+    eq = torch.ops.aten.eq.Scalar(distance, 0)
+    bitwise_and_1 = torch.ops.aten.bitwise_and.Tensor(gt_2, eq)
+    where_1 = torch.ops.aten.where.self(bitwise_and_1, held_getitem_4_1, div)
+    add_1 = torch.ops.aten.add.Tensor(getitem_4, unsqueeze_1)
+    model_proj_out = self.model.proj_out(add_1)
+    return (model_proj_out, getitem_4, where_1)
+""",
+        )
+        self.assertExpectedInline(
+            code(variants.reuse.gm),
+            """\
+def forward(self, distance, held_getitem_4_0, held_getitem_4_1, timestep):
+    unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
+    model_time_embedder = self.model.time_embedder(unsqueeze)
+    unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
+    pow_1 = torch.ops.aten.pow.Tensor_Scalar(distance, 1)
+    div = torch.ops.aten.div.Tensor(pow_1, 1)
+    mul = torch.ops.aten.mul.Tensor(held_getitem_4_1, div)
+    add = torch.ops.aten.add.Tensor(held_getitem_4_0, mul)
+    add_1 = torch.ops.aten.add.Tensor(add, unsqueeze_1)
+    model_proj_out = self.model.proj_out(add_1)
+    return (model_proj_out,)
+""",
+        )
+
+    def test_reuse_where_the_blocks_result_is_the_output(self) -> None:
+        self.assertExpectedInline(
+            code(variants_of(DEEP, EndsWithBlocks()).reuse.gm),
+            """\
+def forward(self, held_getitem_4_0):
+    return (held_getitem_4_0,)
+""",
+        )
+
+    def test_prefix_of_a_rule(self) -> None:
+        variants = variants_of(RULE)
+        assert variants.prefix is not None
+        self.assertExpectedInline(
+            code(variants.prefix.gm),
+            """\
+def forward(self, x):
+    model_x_embedder = self.model.x_embedder(x)
+    model_positions = self.model.positions
+    add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
+    return (add, add)
+""",
+        )
+        self.assertExpectedInline(
+            code(variants.compute.gm),
+            """\
+def forward(self, add, timestep, text):
+    unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
+    model_time_embedder = self.model.time_embedder(unsqueeze)
+    unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
+    model_text_embedder = self.model.text_embedder(text)
+    model_blocks_0 = getattr(self.model.blocks, "0")(add, model_text_embedder, unsqueeze_1)
+    getitem = model_blocks_0[0]
+    getitem_1 = model_blocks_0[1]
+    model_blocks_1 = getattr(self.model.blocks, "1")(getitem, getitem_1, unsqueeze_1)
+    getitem_2 = model_blocks_1[0]
+    getitem_3 = model_blocks_1[1]
+    model_blocks_2 = getattr(self.model.blocks, "2")(getitem_2, getitem_3, unsqueeze_1)
+    getitem_4 = model_blocks_2[0]
+    sub = torch.ops.aten.sub.Tensor(getitem_4, add)
+    add_1 = torch.ops.aten.add.Tensor(getitem_4, unsqueeze_1)
+    model_proj_out = self.model.proj_out(add_1)
+    return (model_proj_out, sub)
+""",
+        )
+        self.assertExpectedInline(str(variants.carried), """('add',)""")
+
+    def test_blocks_that_always_run_are_in_both(self) -> None:
+        strategy = DeepCache(no_cache_steps=[0], no_cache_block_id={"blocks": {1}})
+        self.assertExpectedInline(
+            code(variants_of(strategy).reuse.gm),
+            """\
+def forward(self, held_getitem_0, held_getitem_1_0, held_getitem_4_0, timestep):
+    unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
+    model_time_embedder = self.model.time_embedder(unsqueeze)
+    unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
+    model_blocks_1 = getattr(self.model.blocks, "1")(held_getitem_0, held_getitem_1_0, unsqueeze_1)
+    add_1 = torch.ops.aten.add.Tensor(held_getitem_4_0, unsqueeze_1)
+    model_proj_out = self.model.proj_out(add_1)
+    return (model_proj_out,)
+""",
+        )
+
+
+def test_no_prefix_without_a_rule() -> None:
+    for strategy in (DEEP, TEA, TAYLOR):
+        variants = variants_of(strategy)
+        assert variants.prefix is None
+        assert variants.carried == ()
+
+
+def test_variants_are_the_same_where_no_block_is_cached() -> None:
+    always = DeepCache(no_cache_steps=[0], no_cache_block_id={"blocks": {0, 1, 2}})
+    variants = variants_of(always)
+    assert code(variants.compute.gm) == code(variants.reuse.gm)
+    assert variants.held == {}
+
+
+class OneGraph(TestCase):
+    def test_one_graph(self) -> None:
+        gm = one_graph_of(DEEP).part.gm
+        self.assertExpectedInline(
+            code(gm),
+            """\
+def forward(self, forced, held_getitem_4_0, x, timestep, text):
+    reshape_default = torch.ops.aten.reshape.default(forced, [])
+    compute = self.compute
+    reuse = self.reuse
+    cond = torch.cond(reshape_default, compute, reuse, (held_getitem_4_0, x, timestep, text))
+    getitem = cond[0]
+    getitem_1 = cond[1]
+    return (getitem, getitem_1)
+""",
+        )
+        self.assertExpectedInline(
+            code(_branch(gm, "compute")),
+            """\
+def forward(self, held_getitem_4_0, x, timestep, text):
+    unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
+    model_time_embedder = self.model.time_embedder(unsqueeze)
+    unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
+    model_x_embedder = self.model.x_embedder(x)
+    model_positions = self.model.positions
+    add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
+    model_text_embedder = self.model.text_embedder(text)
+    model_blocks_0 = getattr(self.model.blocks, "0")(add, model_text_embedder, unsqueeze_1)
+    getitem = model_blocks_0[0]
+    getitem_1 = model_blocks_0[1]
+    model_blocks_1 = getattr(self.model.blocks, "1")(getitem, getitem_1, unsqueeze_1)
+    getitem_2 = model_blocks_1[0]
+    getitem_3 = model_blocks_1[1]
+    model_blocks_2 = getattr(self.model.blocks, "2")(getitem_2, getitem_3, unsqueeze_1)
+    getitem_4 = model_blocks_2[0]
+    add_1 = torch.ops.aten.add.Tensor(getitem_4, unsqueeze_1)
+    model_proj_out = self.model.proj_out(add_1)
+    clone_default = torch.ops.aten.clone.default(model_proj_out, memory_format = torch.contiguous_format)
+    clone_default_1 = torch.ops.aten.clone.default(getitem_4, memory_format = torch.contiguous_format)
+    return (clone_default, clone_default_1)
+""",
+        )
+        self.assertExpectedInline(
+            code(_branch(gm, "reuse")),
+            """\
+def forward(self, held_getitem_4_0, x, timestep, text):
+    unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
+    model_time_embedder = self.model.time_embedder(unsqueeze)
+    unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
+    add_1 = torch.ops.aten.add.Tensor(held_getitem_4_0, unsqueeze_1)
+    model_proj_out = self.model.proj_out(add_1)
+    clone_default = torch.ops.aten.clone.default(model_proj_out, memory_format = torch.contiguous_format)
+    empty_memory_format = torch.ops.aten.empty.memory_format([2, 16, 8], dtype = torch.float32, device = device(type='cpu'))
+    return (clone_default, empty_memory_format)
+""",
+        )
+
+    def test_rule(self) -> None:
+        gm = one_graph_of(RULE).part.gm
+        self.assertExpectedInline(
+            code(gm),
+            """\
+def forward(self, forced, fresh, memory_0, memory_1, held_getitem_4_0, x, timestep, text):
+    reshape_default = torch.ops.aten.reshape.default(forced, [])
+    reshape_default_1 = torch.ops.aten.reshape.default(fresh, [])
+    reshape_default_2 = torch.ops.aten.reshape.default(memory_1, [])
+    model_x_embedder = self.model.x_embedder(x)
+    model_positions = self.model.positions
+    add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
+    reshape_default_5 = torch.ops.aten.reshape.default(add, [-1])
+    sub = torch.ops.aten.sub.Tensor(add, memory_0)
+    abs_1 = torch.ops.aten.abs.default(sub)
+    mean = torch.ops.aten.mean.default(abs_1)
+    abs_2 = torch.ops.aten.abs.default(memory_0)
+    mean_1 = torch.ops.aten.mean.default(abs_2)
+    div = torch.ops.aten.div.Tensor(mean, mean_1)
+    _to_copy = torch.ops.aten._to_copy.default(div, dtype = torch.float64)
+    zeros_like = torch.ops.aten.zeros_like.default(_to_copy, pin_memory = False)
+    mul = torch.ops.aten.mul.Tensor(zeros_like, _to_copy)
+    add_1 = torch.ops.aten.add.Tensor(mul, 1.0)
+    mul_1 = torch.ops.aten.mul.Tensor(add_1, _to_copy)
+    add_2 = torch.ops.aten.add.Tensor(mul_1, 0.0)
+    add_3 = torch.ops.aten.add.Tensor(reshape_default_2, add_2)
+    ge = torch.ops.aten.ge.Scalar(add_3, 0.1)
+    bitwise_or = torch.ops.aten.bitwise_or.Tensor(reshape_default, ge)
+    scalar_tensor = torch.ops.aten.scalar_tensor.default(0.0, dtype = torch.float64, layout = torch.strided, device = device(type='cpu'))
+    where = torch.ops.aten.where.self(bitwise_or, scalar_tensor, add_3)
+    zeros = torch.ops.aten.zeros.default([], dtype = torch.float64, device = device(type='cpu'), pin_memory = False)
+    where_1 = torch.ops.aten.where.self(reshape_default_1, add, add)
+    where_2 = torch.ops.aten.where.self(reshape_default_1, zeros, where)
+    bitwise_or_1 = torch.ops.aten.bitwise_or.Tensor(bitwise_or, reshape_default_1)
+    compute = self.compute
+    reuse = self.reuse
+    cond = torch.cond(bitwise_or_1, compute, reuse, (held_getitem_4_0, timestep, text, reshape_default_5))
+    getitem = cond[0]
+    getitem_1 = cond[1]
+    return (getitem, getitem_1, bitwise_or_1, where_1, where_2)
+""",
+        )
+        self.assertExpectedInline(
+            code(_branch(gm, "reuse")),
+            """\
+def forward(self, held_getitem_4_0, timestep, text, add):
+    reshape_default = torch.ops.aten.reshape.default(add, [2, 16, 8])
+    unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
+    model_time_embedder = self.model.time_embedder(unsqueeze)
+    unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
+    add_1 = torch.ops.aten.add.Tensor(reshape_default, held_getitem_4_0)
+    add_2 = torch.ops.aten.add.Tensor(add_1, unsqueeze_1)
+    model_proj_out = self.model.proj_out(add_2)
+    clone_default = torch.ops.aten.clone.default(model_proj_out, memory_format = torch.contiguous_format)
+    empty_memory_format = torch.ops.aten.empty.memory_format([2, 16, 8], dtype = torch.float32, device = device(type='cpu'))
+    return (clone_default, empty_memory_format)
+""",
+        )
+
+    def test_carried_state(self) -> None:
+        """What is held goes in and, where it stays, out again."""
+        gm = one_graph_of(TAYLOR, carry=True).part.gm
+        self.assertExpectedInline(
+            code(gm),
+            """\
+def forward(self, forced, distance, computed, held_getitem_4_0, held_getitem_4_1, x, timestep, text):
+    reshape_default = torch.ops.aten.reshape.default(forced, [])
+    reshape_default_1 = torch.ops.aten.reshape.default(distance, [])
+    reshape_default_2 = torch.ops.aten.reshape.default(computed, [])
+    compute = self.compute
+    reuse = self.reuse
+    cond = torch.cond(reshape_default, compute, reuse, (reshape_default_1, reshape_default_2, held_getitem_4_0, held_getitem_4_1, x, timestep, text))
+    getitem = cond[0]
+    getitem_1 = cond[1]
+    getitem_2 = cond[2]
+    return (getitem, getitem_1, getitem_2)
+""",
+        )
+        self.assertExpectedInline(
+            code(_branch(gm, "reuse")),
+            """\
+def forward(self, distance, computed, held_getitem_4_0, held_getitem_4_1, x, timestep, text):
+    unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
+    model_time_embedder = self.model.time_embedder(unsqueeze)
+    unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
+    pow_1 = torch.ops.aten.pow.Tensor_Scalar(distance, 1)
+    div = torch.ops.aten.div.Tensor(pow_1, 1)
+    mul = torch.ops.aten.mul.Tensor(held_getitem_4_1, div)
+    add = torch.ops.aten.add.Tensor(held_getitem_4_0, mul)
+    add_1 = torch.ops.aten.add.Tensor(add, unsqueeze_1)
+    model_proj_out = self.model.proj_out(add_1)
+    clone_default = torch.ops.aten.clone.default(model_proj_out, memory_format = torch.contiguous_format)
+    clone_default_1 = torch.ops.aten.clone.default(held_getitem_4_0, memory_format = torch.contiguous_format)
+    clone_default_2 = torch.ops.aten.clone.default(held_getitem_4_1, memory_format = torch.contiguous_format)
+    return (clone_default, clone_default_1, clone_default_2)
+""",
+        )
+
+
+def test_a_schedule_asks_no_rule() -> None:
+    one = one_graph_of(TAYLOR)
+    assert one.memory == {}
+    assert "forced" in one.part.names
+    assert "fresh" not in one.part.names
+
+
+def test_branches_give_memory_of_their_own() -> None:
+    """`cond` refuses a branch that returns what it was given."""
+    for name in ("compute", "reuse"):
+        branch = _branch(one_graph_of(DEEP, EndsWithBlocks(), carry=True).part.gm, name)
+        results = branch.graph.output_node().args[0]
+        assert {n.target for n in results} == {torch.ops.aten.clone.default}  # type: ignore[union-attr]
+        assert len(set(results)) == len(results)  # type: ignore[arg-type]
+
+
+class Preamble(TestCase):
+    def test_split(self) -> None:
+        preamble = split_preamble(variants_of(DEEP, Masked()).compute)
+        assert preamble is not None
+        self.assertExpectedInline(
+            code(preamble.part.gm),
+            """\
+def forward(self, text):
+    select = torch.ops.aten.select.int(text, 0, 0)
+    select_1 = torch.ops.aten.select.int(select, 1, 0)
+    gt = torch.ops.aten.gt.Scalar(select_1, 0)
+    index = torch.ops.aten.index.Tensor(text, [None, gt])
+    bitwise_not = torch.ops.aten.bitwise_not.default(gt)
+    index_1 = torch.ops.aten.index.Tensor(text, [None, bitwise_not])
+    cat = torch.ops.aten.cat.default([index, index_1], 1)
+    model_text_embedder = self.model.text_embedder(cat)
+    return (model_text_embedder,)
+""",
+        )
+        self.assertExpectedInline(
+            code(preamble.compute.gm),
+            """\
+def forward(self, x, timestep, model_text_embedder):
+    unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
+    model_time_embedder = self.model.time_embedder(unsqueeze)
+    unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
+    model_x_embedder = self.model.x_embedder(x)
+    model_positions = self.model.positions
+    add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
+    model_blocks_0 = getattr(self.model.blocks, "0")(add, model_text_embedder, unsqueeze_1)
+    getitem = model_blocks_0[0]
+    getitem_1 = model_blocks_0[1]
+    model_blocks_1 = getattr(self.model.blocks, "1")(getitem, getitem_1, unsqueeze_1)
+    getitem_2 = model_blocks_1[0]
+    getitem_3 = model_blocks_1[1]
+    model_blocks_2 = getattr(self.model.blocks, "2")(getitem_2, getitem_3, unsqueeze_1)
+    getitem_4 = model_blocks_2[0]
+    add_1 = torch.ops.aten.add.Tensor(getitem_4, unsqueeze_1)
+    model_proj_out = self.model.proj_out(add_1)
+    return (model_proj_out, getitem_4)
+""",
+        )
+
+    def test_pinned(self) -> None:
+        part = pinned(variants_of(DEEP, Masked()).compute)
+        self.assertExpectedInline(
+            code(part.gm),
+            """\
+def forward(self, x, timestep, text):
+    select = torch.ops.aten.select.int(text, 0, 0)
+    select_1 = torch.ops.aten.select.int(select, 1, 0)
+    gt = torch.ops.aten.gt.Scalar(select_1, 0)
+    index = torch.ops.aten.index.Tensor(text, [None, gt])
+    bitwise_not = torch.ops.aten.bitwise_not.default(gt)
+    index_1 = torch.ops.aten.index.Tensor(text, [None, bitwise_not])
+    cat = torch.ops.aten.cat.default([index, index_1], 1)
+    model_text_embedder = self.model.text_embedder(cat)
+    fixed_shape = dit_cache_fx_lowering_preamble_fixed_shape(model_text_embedder, [2, 5, 8])
+    unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
+    model_time_embedder = self.model.time_embedder(unsqueeze)
+    unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
+    model_x_embedder = self.model.x_embedder(x)
+    model_positions = self.model.positions
+    add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
+    model_blocks_0 = getattr(self.model.blocks, "0")(add, fixed_shape, unsqueeze_1)
+    getitem = model_blocks_0[0]
+    getitem_1 = model_blocks_0[1]
+    model_blocks_1 = getattr(self.model.blocks, "1")(getitem, getitem_1, unsqueeze_1)
+    getitem_2 = model_blocks_1[0]
+    getitem_3 = model_blocks_1[1]
+    model_blocks_2 = getattr(self.model.blocks, "2")(getitem_2, getitem_3, unsqueeze_1)
+    getitem_4 = model_blocks_2[0]
+    add_1 = torch.ops.aten.add.Tensor(getitem_4, unsqueeze_1)
+    model_proj_out = self.model.proj_out(add_1)
+    return (model_proj_out, getitem_4)
+""",
+        )
+
+    def test_one_graph_reads_what_the_preamble_gives(self) -> None:
+        one = one_graph_of(RULE, Masked())
+        assert one.preamble is not None
+        assert one.memory == {}
+        self.assertExpectedInline(
+            code(one.part.gm),
+            """\
+def forward(self, forced, held_getitem_4_0, timestep, add, model_text_embedder):
+    reshape_default = torch.ops.aten.reshape.default(forced, [])
+    compute = self.compute
+    reuse = self.reuse
+    cond = torch.cond(reshape_default, compute, reuse, (held_getitem_4_0, timestep, add, model_text_embedder))
+    getitem = cond[0]
+    getitem_1 = cond[1]
+    return (getitem, getitem_1)
+""",
+        )
+
+
+def test_no_preamble_where_no_size_depends_on_data() -> None:
+    for model in (None, ByIndex()):
+        compute = variants_of(DEEP, model).compute
+        assert split_preamble(compute) is None
+        assert pinned(compute) is compute
+
+
+class Assertions(TestCase):
+    def test_reads_become_assertions(self) -> None:
+        guards = guards_of(DEEP, Reads())
+        assert guards is not None
+        self.assertExpectedInline(
+            code(guards.gm),
+            """\
+def forward(self, x, timestep, text):
+    select = torch.ops.aten.select.int(text, 0, 0)
+    select_1 = torch.ops.aten.select.int(select, 1, 0)
+    gt = torch.ops.aten.gt.Scalar(select_1, 0)
+    any_1 = torch.ops.aten.any.default(gt)
+    read_value = dit_cache_fx_capture_trace_read_value(torch.ops.aten._local_scalar_dense.default, (any_1,), {})
+    sign = torch.ops.aten.sign.default(select_1)
+    read_list = dit_cache_fx_capture_trace_read_list(sign)
+    gt_1 = torch.ops.aten.gt.Scalar(select_1, 0)
+    sum_1 = torch.ops.aten.sum.default(gt_1)
+    read_value_1 = dit_cache_fx_capture_trace_read_value(torch.ops.aten._local_scalar_dense.default, (sum_1,), {})
+    return (read_value, read_list, read_value_1)
+""",
+        )
+        self.assertExpectedInline(
+            code(assertions(guards)),
+            """\
+def forward(self, x, timestep, text):
+    select = torch.ops.aten.select.int(text, 0, 0)
+    select_1 = torch.ops.aten.select.int(select, 1, 0)
+    gt = torch.ops.aten.gt.Scalar(select_1, 0)
+    any_1 = torch.ops.aten.any.default(gt)
+    holds_value = dit_cache_fx_lowering_asserts_holds_value(torch.ops.aten._local_scalar_dense.default, (any_1,), {}, True)
+    _assert_async_msg = torch.ops.aten._assert_async.msg(holds_value, 'the captured graph is for other data: it read True (read_value)')
+    sign = torch.ops.aten.sign.default(select_1)
+    holds_list = dit_cache_fx_lowering_asserts_holds_list(sign, [-1.0, 1.0, -1.0, 1.0, 1.0])
+    _assert_async_msg_1 = torch.ops.aten._assert_async.msg(holds_list, 'the captured graph is for other data: it read [-1.0, 1.0, -1.0, 1.0, 1.0] (read_list)')
+    gt_1 = torch.ops.aten.gt.Scalar(select_1, 0)
+    sum_1 = torch.ops.aten.sum.default(gt_1)
+    holds_value_1 = dit_cache_fx_lowering_asserts_holds_value(torch.ops.aten._local_scalar_dense.default, (sum_1,), {}, 3)
+    _assert_async_msg_2 = torch.ops.aten._assert_async.msg(holds_value_1, 'the captured graph is for other data: it read 3 (read_value_1)')
+    return ()
+""",
+        )
+
+    def test_a_mask_has_to_select_as_much(self) -> None:
+        guards = guards_of(DEEP, Masked())
+        assert guards is not None
+        self.assertExpectedInline(
+            code(assertions(guards)),
+            """\
+def forward(self, x, timestep, text):
+    select = torch.ops.aten.select.int(text, 0, 0)
+    select_1 = torch.ops.aten.select.int(select, 1, 0)
+    gt = torch.ops.aten.gt.Scalar(select_1, 0)
+    holds_count = dit_cache_fx_lowering_asserts_holds_count(gt, (3,))
+    _assert_async_msg = torch.ops.aten._assert_async.msg(holds_count, 'the captured graph is for other data: it read torch.Size([3]) (read_count)')
+    bitwise_not = torch.ops.aten.bitwise_not.default(gt)
+    holds_count_1 = dit_cache_fx_lowering_asserts_holds_count(bitwise_not, (2,))
+    _assert_async_msg_1 = torch.ops.aten._assert_async.msg(holds_count_1, 'the captured graph is for other data: it read torch.Size([2]) (read_count_1)')
+    return ()
+""",
+        )
+
+
+def test_no_guards_where_nothing_is_read() -> None:
+    assert guards_of(DEEP, Toy()) is None
+
+
+def test_assertions_hold_for_the_captured_data_alone() -> None:
+    guards = guards_of(DEEP, Reads())
+    assert guards is not None
+    check = assertions(guards)
+    given = inputs()
+    check(*given.values())
+    with pytest.raises(RuntimeError, match="the captured graph is for other data: it read"):
+        check(*(given | {"text": -given["text"]}).values())
+
+
+def _branch(gm: fx.GraphModule, name: str) -> fx.GraphModule:
+    branch = getattr(gm, name)
+    assert isinstance(branch, fx.GraphModule)
+    return branch
