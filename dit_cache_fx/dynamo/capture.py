@@ -30,7 +30,8 @@ class Outlined:
 
     `dynamos`: the graph as it was. `tensors`: which inputs are tensors; for each of these `names`
     has a name unlike all others and `origins` Dynamo's node; the model's own are in `owned`.
-    `given`: all inputs that are not. `timestep`: the name of the timestep, where there is one.
+    `given`: all inputs that are not. `numbers`: tensors that `gm` takes as numbers. `timestep`: the
+    name of the timestep, where there is one.
     """
 
     dynamos: fx.GraphModule
@@ -42,6 +43,7 @@ class Outlined:
     origins: tuple[fx.Node, ...]
     owned: frozenset[str]
     given: tuple[int, ...]
+    numbers: tuple[int, ...]
     dynamic: bool  # some inputs are sizes
     timestep: str | None
 

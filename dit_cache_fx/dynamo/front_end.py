@@ -15,7 +15,7 @@ from dit_cache_fx.capture import BlockList, flatten_call, guessed_timestep, name
 from dit_cache_fx.dynamo.capture import Outlined
 from dit_cache_fx.dynamo.graph import NO_BLOCKS, CachedGraph, Compiled, NotingGraph, Shared
 from dit_cache_fx.dynamo.inner import Compile, Inner, inner_compiler
-from dit_cache_fx.dynamo.outline import outline
+from dit_cache_fx.dynamo.outline import is_number, outline
 from dit_cache_fx.dynamo.sources import argument_of, is_owned, path_of
 from dit_cache_fx.errors import DiscoveryError, OptionError
 from dit_cache_fx.runtime.host import Host
@@ -124,7 +124,9 @@ def outlined_graph(
     """
     outlined, lists = outline(gm)
     places = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    tensors = [i for i, v in enumerate(example_inputs) if isinstance(v, torch.Tensor)]
+    numbers = [i for i, node in enumerate(places) if node.users and all(map(is_number, node.users))]
+    all_tensors = [i for i, v in enumerate(example_inputs) if isinstance(v, torch.Tensor)]
+    tensors = [i for i in all_tensors if i not in numbers]
     origins = [places[i] for i in tensors]
     own = {i for i in tensors if is_owned(places[i], example_inputs[i])}
     names = _names(origins, {places[i] for i in own})
@@ -138,6 +140,7 @@ def outlined_graph(
         names=tuple(names),
         origins=tuple(origins),
         owned=frozenset(n for n, i in zip(names, tensors, strict=True) if i in own),
+        numbers=tuple(numbers),
         given=tuple(i for i in range(len(example_inputs)) if i not in own),
         dynamic=len(tensors) < len(example_inputs),
         timestep=_timestep(given, timestep, whole),

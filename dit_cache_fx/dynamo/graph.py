@@ -98,14 +98,17 @@ class CachedGraph:
         self._reason = ""  # why it is not cached
         self._called = False
 
-    def __call__(self, *inputs: Input) -> Sequence[Any]:
+    def __call__(self, *given: Input) -> Sequence[Any]:
+        inputs = [*given]
+        for i in self._outlined.numbers:
+            inputs[i] = inputs[i].item()  # type: ignore[union-attr]
         key = self._key(inputs)
         value = self._value(inputs) if self._shared.enabled else None
         lowered = None if value is None else self._lowered(key, inputs)
         if value is None or lowered is None:
-            return self._uncached(key, inputs)
+            return self._uncached(key, given)
         tensors = [inputs[i] for i in self._outlined.tensors]
-        return self._serve(lowered, key, value, tensors)  # type: ignore[arg-type]
+        return self._serve(lowered, value, tensors)  # type: ignore[arg-type]
 
     def lowered(self) -> list[Lowered]:
         """The graphs that there are."""
@@ -143,10 +146,10 @@ class CachedGraph:
         return value
 
     def _serve(
-        self, lowered: Lowered, key: Hashable, value: float, tensors: Sequence[torch.Tensor]
+        self, lowered: Lowered, value: float, tensors: Sequence[torch.Tensor]
     ) -> Sequence[Any]:
         host, variants = self._shared.host, lowered.variants
-        session = host.tracker.session(key, lowered.serial)
+        session = host.tracker.session(lowered.signature, lowered.serial)
         given = [tensors[i] for i in lowered.given]
         with session.restored_on_error(), torch.no_grad():
             conditioning = Seen([tensors[i] for i in lowered.conditioning])

@@ -90,6 +90,12 @@ def _no_call(_: Sequence[ModuleCall]) -> ModuleCall | None:
     return None
 
 
+def is_number(node: fx.Node) -> bool:
+    """Whether it reads a number that Dynamo passes as a tensor (a float that it lets vary)."""
+    reads = node.op == "call_method" and node.target == "item"
+    return reads and node.all_input_nodes[0].op == "placeholder"
+
+
 class _Outliner:
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
@@ -124,6 +130,9 @@ class _Outliner:
         for needed in node.all_input_nodes:
             if needed.op == "get_attr" and needed not in new:
                 new[needed] = graph.node_copy(needed)
+        if is_number(node):
+            new[node] = new[node.all_input_nodes[0]]
+            return
         new[node] = graph.node_copy(node, new.__getitem__)
         for name in (str(n.target) for n in (node, *node.all_input_nodes) if n.op == "get_attr"):
             setattr(self.owner, name, getattr(self.gm, name))

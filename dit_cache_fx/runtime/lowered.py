@@ -8,7 +8,8 @@ from functools import cached_property
 from torch import fx
 
 from dit_cache_fx.lowering import Part, Variants
-from dit_cache_fx.program import Program, operations
+from dit_cache_fx.program import Program, operations, tensor_spec
+from dit_cache_fx.specs import TensorSpec
 
 
 @dataclass(eq=False)
@@ -72,6 +73,12 @@ class Lowered:
     def given(self) -> list[int]:
         """Which of the call's tensors are not the model's own."""
         return [i for i, name in enumerate(self.program.inputs) if name not in self.program.owned]
+
+    @cached_property
+    def signature(self) -> frozenset[tuple[str, TensorSpec]]:
+        """Name, shape, dtype and device of the call's own tensors."""
+        names = [self.program.inputs[i] for i in self.given]
+        return frozenset((name, tensor_spec(self.program.node(name))) for name in names)
 
     @cached_property
     def conditioning(self) -> list[int]:

@@ -66,13 +66,20 @@ class Tracker:
         return self._newest.num_steps if self._newest is not None else None
 
     def session(self, inputs: Hashable, serial: int) -> Session:
-        """The session of a call; the one that was used the longest ago gives way."""
+        """The session of a call; the one that was used the longest ago gives way.
+
+        Where another graph answers calls like those before, the generation goes on.
+        """
         key = SessionKey(inputs, serial, self.context)
-        session = self.sessions.setdefault(key, Session(serial, self.context))
+        if key not in self.sessions:
+            like = (s for k, s in self.sessions.items() if k[::2] == key[::2])
+            before = next(like, Session())
+            at = before.generation, before.moment
+            self.sessions[key] = Session(serial, self.context, *at)
         self.sessions.move_to_end(key)
         while len(self.sessions) > MAX_SESSIONS:
             self.sessions.popitem(last=False)
-        return session
+        return self.sessions[key]
 
     def enter(self, session: Session, value: float, conditioning: Seen) -> bool:
         """Move the session to the generation and moment of a call with this timestep.

@@ -361,10 +361,10 @@ def test_a_timestep_that_is_a_number() -> None:
 class Broken(ToyDiT):
     """A graph break of its own before the blocks: the timestep goes into another graph."""
 
-    def condition(self, timestep: Tensor, text: Tensor) -> Tensor:
-        c = super().condition(timestep, text)
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Any:
+        c = self.condition(timestep, text)
         torch._dynamo.graph_break()
-        return c
+        return self.gain * self.head(self.trunk(self.embed(x), c))
 
 
 class BrokenBlocks(ToyDiT):
