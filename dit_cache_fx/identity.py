@@ -19,8 +19,11 @@ def version(tensor: torch.Tensor) -> int:
 
 
 def memory(tensor: torch.Tensor) -> int:
-    """The address of a tensor's memory: that of its views too."""
-    return tensor.untyped_storage().data_ptr()
+    """What tells a tensor's memory from others: the same for its views."""
+    storage = tensor.untyped_storage()
+    if storage.device.type == "meta":  # without data there is no address
+        return int(storage._cdata)
+    return storage.data_ptr()
 
 
 class Seen:

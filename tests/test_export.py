@@ -265,7 +265,13 @@ def test_blocks_that_break_the_graph_are_refused() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method.:DeprecationWarning:torch")
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning")
-@pytest.mark.parametrize(("model_case", "name"), [(TOY, "rule"), (DIT, "taylorcache")], ids=str)
+@pytest.mark.parametrize(
+    ("model_case", "name"),
+    [
+        pytest.param(TOY, "rule", id="toy"),
+        pytest.param(DIT, "taylorcache", id="dit", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_package_is_the_eager_cached_model(model_case: Case, name: str, tmp_path: Path) -> None:
     strategy, options = STRATEGIES[name]
     model = model_case.build()

@@ -357,3 +357,14 @@ deepcache (disabled): nothing captured
 held: 0 B (one result per block would take 0 B)
 last generation: 0 steps computed, 0 not""",
         )
+
+
+def test_a_change_of_the_model_is_seen_on_a_step_that_the_rule_computes() -> None:
+    """Nothing but the rule says that the step computes: its graph is looked at all the same."""
+    model = make(ToyDiT)
+    cached = dit_cache_fx.apply(model, "teacache", rel_l1_thresh=1e-6)
+    with torch.no_grad():
+        cached(**toy_inputs(1.0))
+        model.gain = 2.0
+        assert torch.equal(cached(**toy_inputs(0.5)), model(**toy_inputs(0.5)))
+        assert actions(cached) == "CC"

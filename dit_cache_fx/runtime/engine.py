@@ -65,9 +65,12 @@ class Engine:
             held, shapes = entry.variants.held, entry.captured.shapes
             place = self.host.begin(session, value, conditioning, held, shapes)
             step = place.step
-            stale = step.computes and not first and self.graphs.stale(entry)
+            stale = self._stale(entry, step, first)
             if not stale:
+                by_schedule = step.computes
                 output = yield from self._run(entry, step, call, first, compiler)
+                # where the strategy's rule decides, it is known now that the step has computed
+                stale = not by_schedule and self._stale(entry, step, first)
         if stale:
             log.info("capturing again")
             self.graphs.clear()
@@ -77,6 +80,10 @@ class Engine:
             entry.served.add(value)
         self.host.done(place, value)
         return output
+
+    def _stale(self, entry: Entry, step: Step, first: bool) -> bool:
+        """Whether a computed step's graph is of a model that has changed since."""
+        return step.computes and not first and self.graphs.stale(entry)
 
     def captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Entry, FlatCall]:
         """The graph for a call like this, captured and checked where there is none."""
