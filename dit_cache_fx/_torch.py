@@ -13,7 +13,6 @@ from os import PathLike
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from torch import _guards as guards
 from torch import _inductor as inductor
 from torch import fx
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
@@ -31,7 +30,6 @@ from torch.fx.experimental.proxy_tensor import (
     make_fx,
     track_tensor,
 )
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from dit_cache_fx.program import DEVICE
@@ -137,27 +135,15 @@ def trace_shapes(
     return gm
 
 
-def _static_mode() -> FakeTensorMode:
-    """Stand-ins whose shapes are numbers, whatever Dynamo has seen vary."""
-    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
-
-
 @contextmanager
 def fakes(values: Sequence[Any]) -> Iterator[list[Any]]:
     """Within it nothing is computed; gives stand-ins without data for the tensors among `values`.
 
     Their shapes are fixed. What is no tensor is left as it is.
     """
-    mode = _static_mode()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         yield [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in values]
-
-
-@contextmanager
-def compiling_static() -> Iterator[None]:
-    """Within it a backend compiles for the shapes that its example inputs have."""
-    with guards.tracing(guards.TracingContext(_static_mode())):
-        yield
 
 
 def like_dynamos(

@@ -12,20 +12,27 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import fx, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd import frontend_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_cache_fx
 from dit_cache_fx._torch import (
     CANNOT_COMPILE,
     Emitter,
+    Piece,
     aoti_load,
     aoti_package,
     dynamo_callback,
     emit_node,
     exporting,
+    inductor_compiler,
+    like_dynamos,
     not_a_compiled_frame,
     opaque,
+    piece_of,
     signatures_kept,
     trace_functional,
     trace_shapes,
@@ -400,3 +407,75 @@ def test_no_other_file_imports_private_torch_modules() -> None:
     allowed = {PACKAGE / "_torch.py"}
     found = [p.name for p in PACKAGE.rglob("*.py") if private.search(p.read_text())]
     assert found == [p.name for p in allowed]
+
+
+def test_the_parameters_of_dynamos_graph_are_known_in_one_made_from_it() -> None:
+    """CUDA graphs copy every input but those whose memory stays where it is."""
+    kept: list[fx.GraphModule] = []
+
+    def keep(gm: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> fx.GraphModule:
+        kept.append(gm)
+        return gm
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(nn.Linear(2, 2), backend=keep)(torch.ones(1, 2))
+    dynamos = kept[0]
+    origins = {n.name: n for n in dynamos.graph.nodes if n.op == "placeholder"}
+    parameters = [name for name in origins if "parameters" in name]
+    graph = fx.Graph()
+    for name in ("held", *origins):
+        graph.placeholder(name)
+    graph.output(())
+    gm = like_dynamos(fx.GraphModule(nn.Module(), graph), dynamos, origins)
+    names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
+    _, static = frontend_utils._try_get_metadata_from_dynamo(gm, {}.keys(), len(names), [])
+    assert [names[i] for i in static] == parameters
+    assert len(parameters) == 2
+
+
+def test_dynamo_says_which_piece_a_graph_is() -> None:
+    pieces: list[Piece] = []
+
+    def note(gm: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> fx.GraphModule:
+        pieces.append(piece_of(gm))
+        return gm
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        x = x + 1
+        torch._dynamo.graph_break()
+        return x * 2
+
+    def unbroken(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    torch._dynamo.reset()
+    torch.compile(broken, backend=note)(torch.ones(1))
+    torch.compile(unbroken, backend=note)(torch.ones(1))
+    assert [(p.whole, p.first, p.function[1]) for p in pieces] == [
+        (False, True, "broken"),
+        (False, False, "broken"),
+        (True, True, "unbroken"),
+    ]
+
+
+def test_inductor_takes_and_checks_mode_and_options() -> None:
+    assert callable(inductor_compiler("reduce-overhead", {"max_autotune": False}))
+    with pytest.raises(RuntimeError, match="nothing_such"):
+        inductor_compiler(None, {"nothing_such": 1})
+
+
+def test_backends_compile_real_tensors_for_the_shapes_that_they_have() -> None:
+    seen: list[bool] = []
+
+    def compiler(gm: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Any:
+        seen.append(all(isinstance(size, int) for t in inputs for size in t.shape))
+        return make_boxed_func(gm.forward)
+
+    graph = fx.Graph()
+    graph.output((graph.call_function(torch.neg, (graph.placeholder("x"),)),))
+    gm = fx.GraphModule(nn.Module(), graph)
+    with torch.no_grad():
+        run = aot_autograd(fw_compiler=compiler)(gm, [torch.ones(5)])
+        assert torch.equal(run(torch.ones(5))[0], -torch.ones(5))
+    assert seen == [True]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dit_cache_fx._torch import Piece, compiling_static
+from dit_cache_fx._torch import Piece
 from dit_cache_fx.dynamo.capture import Input, Outlined, capture_graph
 from dit_cache_fx.dynamo.inner import Compile
 from dit_cache_fx.dynamo.parts import compiled_part
@@ -164,8 +164,7 @@ class CachedGraph:
 
     def _uncached(self, key: Hashable, inputs: Sequence[Input]) -> Sequence[Any]:
         if key not in self._plain:
-            with compiling_static():
-                self._plain[key] = self._compile(self._outlined.dynamos, inputs)
+            self._plain[key] = self._compile(self._outlined.dynamos, inputs)
             _drop_oldest(self._plain)
         return self._plain[key](*inputs)
 

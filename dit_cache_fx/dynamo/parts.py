@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from dit_cache_fx._torch import compiling_static, like_dynamos
+from dit_cache_fx._torch import like_dynamos
 from dit_cache_fx.dynamo.inner import Compile
 from dit_cache_fx.lowering import Part
 from dit_cache_fx.specs import TensorSpec
@@ -36,8 +36,7 @@ class CompiledPart(Part):
         """
         given = zip(self.names, operands, strict=True)
         examples = [self.own[n].zeros() if n in self.own else t for n, t in given]
-        with compiling_static():
-            self.compiled.append(self.compile(self.gm, examples))
+        self.compiled.append(self.compile(self.gm, examples))
         return self.compiled[0](*operands)
 
 

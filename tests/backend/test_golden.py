@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,35 +56,18 @@ def short(text: str) -> str:
         "_parameters",
     ):
         text = text.replace(word, "_" if word.startswith("_") else "")
-    return text.replace("__", "_")
+    text = re.sub(r" : torch[\w.]+", "", text.replace("__", "_").replace("L_", "l_"))
+    return re.sub(r"^    (\w+) = \1\n", "", text, flags=re.MULTILINE)
 
 
 class Golden(TestCase):
     def test_outlined(self) -> None:
         gm, lists = outline(captured(Toy(2).eval()))
         assert [(b.name, len(b.modules)) for b in lists] == [("blocks", 2)]
-        self.assertExpectedInline(short(code(gm)), """\
-def forward(self, L_timestep_ : torch.Tensor, time_embedder_weight_ : torch.nn.parameter.Parameter, time_embedder_bias_ : torch.nn.parameter.Parameter, x_embedder_weight_ : torch.nn.parameter.Parameter, x_embedder_bias_ : torch.nn.parameter.Parameter, L_x_ : torch.Tensor, parameters_positions_ : torch.nn.parameter.Parameter, text_embedder_weight_ : torch.nn.parameter.Parameter, text_embedder_bias_ : torch.nn.parameter.Parameter, L_text_ : torch.Tensor, blocks_0_img_weight_ : torch.nn.parameter.Parameter, blocks_0_img_bias_ : torch.nn.parameter.Parameter, blocks_0_txt_weight_ : torch.nn.parameter.Parameter, blocks_0_txt_bias_ : torch.nn.parameter.Parameter, blocks_1_img_weight_ : torch.nn.parameter.Parameter, blocks_1_img_bias_ : torch.nn.parameter.Parameter, blocks_1_txt_weight_ : torch.nn.parameter.Parameter, blocks_1_txt_bias_ : torch.nn.parameter.Parameter, proj_out_weight_ : torch.nn.parameter.Parameter, proj_out_bias_ : torch.nn.parameter.Parameter):
-    l_timestep_ = L_timestep_
-    time_embedder_weight_ = time_embedder_weight_
-    time_embedder_bias_ = time_embedder_bias_
-    x_embedder_weight_ = x_embedder_weight_
-    x_embedder_bias_ = x_embedder_bias_
-    l_x_ = L_x_
-    parameters_positions_ = parameters_positions_
-    text_embedder_weight_ = text_embedder_weight_
-    text_embedder_bias_ = text_embedder_bias_
-    l_text_ = L_text_
-    blocks_0_img_weight_ = blocks_0_img_weight_
-    blocks_0_img_bias_ = blocks_0_img_bias_
-    blocks_0_txt_weight_ = blocks_0_txt_weight_
-    blocks_0_txt_bias_ = blocks_0_txt_bias_
-    blocks_1_img_weight_ = blocks_1_img_weight_
-    blocks_1_img_bias_ = blocks_1_img_bias_
-    blocks_1_txt_weight_ = blocks_1_txt_weight_
-    blocks_1_txt_bias_ = blocks_1_txt_bias_
-    proj_out_weight_ = proj_out_weight_
-    proj_out_bias_ = proj_out_bias_
+        self.assertExpectedInline(
+            short(code(gm)),
+            """\
+def forward(self, l_timestep_, time_embedder_weight_, time_embedder_bias_, x_embedder_weight_, x_embedder_bias_, l_x_, parameters_positions_, text_embedder_weight_, text_embedder_bias_, l_text_, blocks_0_img_weight_, blocks_0_img_bias_, blocks_0_txt_weight_, blocks_0_txt_bias_, blocks_1_img_weight_, blocks_1_img_bias_, blocks_1_txt_weight_, blocks_1_txt_bias_, proj_out_weight_, proj_out_bias_):
     getitem = l_timestep_[(slice(None, None, None), None)]
     linear = torch._C._nn.linear(getitem, time_embedder_weight_, time_embedder_bias_)
     temb = linear[(slice(None, None, None), None)]
@@ -101,11 +85,14 @@ def forward(self, L_timestep_ : torch.Tensor, time_embedder_weight_ : torch.nn.p
     add_9 = getitem_5 + temb
     out = torch._C._nn.linear(add_9, proj_out_weight_, proj_out_bias_)
     return (out,)
-""")
+""",
+        )
 
     def test_a_block(self) -> None:
         gm, _ = outline(captured(Toy(2).eval()))
-        self.assertExpectedInline(short(code(gm.get_submodule("blocks.0"))), """\
+        self.assertExpectedInline(
+            short(code(gm.get_submodule("blocks.0"))),
+            """\
 def forward(self, img, blocks_0_img_weight_, blocks_0_img_bias_, temb, txt, blocks_0_txt_weight_, blocks_0_txt_bias_):
     parts_blocks_0_img = self.parts.blocks_0_img(img, blocks_0_img_weight_, blocks_0_img_bias_)
     getitem = parts_blocks_0_img[0]
@@ -118,10 +105,13 @@ def forward(self, img, blocks_0_img_weight_, blocks_0_img_bias_, temb, txt, bloc
     getitem_1 = parts_blocks_0_txt[0]
     txt_1 = txt + getitem_1
     return {0: txt_1, 1: img_1}
-""")
+""",
+        )
 
     def test_compute(self) -> None:
-        self.assertExpectedInline(short(code(lowered("deepcache")[0])), """\
+        self.assertExpectedInline(
+            short(code(lowered("deepcache")[0])),
+            """\
 def forward(self, timestep, time_embedder_weight_, time_embedder_bias_, x_embedder_weight_, x_embedder_bias_, x, parameters_positions_, text_embedder_weight_, text_embedder_bias_, text, blocks_0_img_weight_, blocks_0_img_bias_, blocks_0_txt_weight_, blocks_0_txt_bias_, blocks_1_img_weight_, blocks_1_img_bias_, blocks_1_txt_weight_, blocks_1_txt_bias_, proj_out_weight_, proj_out_bias_):
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
     t = torch.ops.aten.t.default(time_embedder_weight_)
@@ -158,10 +148,13 @@ def forward(self, timestep, time_embedder_weight_, time_embedder_bias_, x_embedd
     addmm_3 = torch.ops.aten.addmm.default(proj_out_bias_, view_4, t_3)
     view_5 = torch.ops.aten.view.default(addmm_3, [2, 16, 4])
     return (view_5, img_2)
-""")
+""",
+        )
 
     def test_reuse(self) -> None:
-        self.assertExpectedInline(short(code(lowered("deepcache")[1])), """\
+        self.assertExpectedInline(
+            short(code(lowered("deepcache")[1])),
+            """\
 def forward(self, held_getitem_3_0, timestep, time_embedder_weight_, time_embedder_bias_, proj_out_weight_, proj_out_bias_):
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
     t = torch.ops.aten.t.default(time_embedder_weight_)
@@ -173,10 +166,13 @@ def forward(self, held_getitem_3_0, timestep, time_embedder_weight_, time_embedd
     addmm_3 = torch.ops.aten.addmm.default(proj_out_bias_, view_4, t_3)
     view_5 = torch.ops.aten.view.default(addmm_3, [2, 16, 4])
     return (view_5,)
-""")
+""",
+        )
 
     def test_reuse_of_teacache(self) -> None:
-        self.assertExpectedInline(short(code(lowered("teacache")[1])), """\
+        self.assertExpectedInline(
+            short(code(lowered("teacache")[1])),
+            """\
 def forward(self, held_getitem_3_0, timestep, time_embedder_weight_, time_embedder_bias_, x_embedder_weight_, x_embedder_bias_, x, parameters_positions_, proj_out_weight_, proj_out_bias_):
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
     t = torch.ops.aten.t.default(time_embedder_weight_)
@@ -194,7 +190,8 @@ def forward(self, held_getitem_3_0, timestep, time_embedder_weight_, time_embedd
     addmm_3 = torch.ops.aten.addmm.default(proj_out_bias_, view_4, t_3)
     view_5 = torch.ops.aten.view.default(addmm_3, [2, 16, 4])
     return (view_5,)
-""")
+""",
+        )
 
 
 def test_a_called_container_is_no_list_of_blocks() -> None:
