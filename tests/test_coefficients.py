@@ -66,7 +66,7 @@ def test_the_polynomial_has_its_highest_power_first() -> None:
     rule = TeaCache(rel_l1_thresh=1e9, coefficients="flux")
     before, now = torch.tensor([1.0, -1.0]), torch.tensor([1.1, -1.1])
     memory = rule.begin(before)
-    _, (kept, total) = rule.decide(now, memory, torch.tensor(False))
+    _, (kept, total, _) = rule.decide(now, memory, torch.tensor(False))
     x = (now - before).abs().mean().item() / before.abs().mean().item()
     a, b, c, d, e = TEACACHE_COEFFICIENTS["flux"].values
     assert total.item() == pytest.approx(a * x**4 + b * x**3 + c * x**2 + d * x + e, rel=1e-9)

@@ -47,7 +47,7 @@ def mark_blocks(program: Program, lists: Sequence[BlockList], chosen: bool) -> N
     Raises `DiscoveryError` with the candidates when there is none.
     """
     needs = program.needs()
-    program.sample = _sample(program)
+    program.sample = program.sample or _sample(program)
     found = [_look(program, blocks, needs, program.sample) for blocks in lists]
     called = [f for f in found if f.calls]
     trunk = called if chosen else _trunk(program, called, needs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from dit_cache_fx.capture.record import Recording, record
 from dit_cache_fx.capture.signal import mark_signal, parts_of
 from dit_cache_fx.capture.trace import trace
 from dit_cache_fx.errors import CaptureError
-from dit_cache_fx.program import Program
+from dit_cache_fx.program import Program, spec_of
 from dit_cache_fx.strategies import Strategy
 
 #: Dynamo's graph takes tensors and, where shapes are dynamic, numbers
@@ -89,10 +90,30 @@ def capture_graph(outlined: Outlined, inputs: Sequence[Input], strategy: Strateg
         if guards is not None:
             raise CaptureError("the graph reads values out of tensors")
         program.owned = outlined.owned
+        program.sample = _sample(program)
         mark_blocks(program, outlined.lists, outlined.chosen)
         mark_signal(program, strategy, recording)
     blocks = {str(node.target).removeprefix("model.") for node in program.block_calls()}
     return Traced(program, recording, tuple(sorted(blocks)))
+
+
+def _sample(program: Program) -> str | None:
+    """The argument that is most like the output; the order of Dynamo's inputs says nothing."""
+    outputs = [
+        s for n in program.graph.output_node().all_input_nodes if (s := spec_of(n)) is not None
+    ]
+    shape = outputs[0].shape if outputs else torch.Size()
+
+    def likeness(spec: torch.Tensor) -> tuple[bool, int]:
+        return spec.ndim == len(shape), sum(map(operator.eq, spec.shape, shape))
+
+    given = {
+        argument: spec
+        for name, argument in zip(program.inputs, program.arguments, strict=True)
+        if name not in program.owned and name != program.timestep
+        if (spec := spec_of(program.node(name))) is not None and spec.ndim > 1
+    }
+    return max(given, key=lambda argument: likeness(given[argument]), default=None)
 
 
 def _looks(strategy: Strategy) -> bool:

@@ -15,7 +15,7 @@ import torch
 from dit_cache_fx._torch import Piece
 from dit_cache_fx.dynamo.capture import Input, Outlined, capture_graph
 from dit_cache_fx.dynamo.inner import Compile
-from dit_cache_fx.dynamo.parts import compiled_part
+from dit_cache_fx.dynamo.parts import compiled_part, flat
 from dit_cache_fx.errors import CaptureError, DiscoveryError
 from dit_cache_fx.identity import Seen
 from dit_cache_fx.lowering import Part, lower_variants
@@ -106,7 +106,7 @@ class CachedGraph:
         value = self._value(inputs) if self._shared.enabled else None
         lowered = None if value is None else self._lowered(key, inputs)
         if value is None or lowered is None:
-            return self._uncached(key, given)
+            return self._uncached(key, inputs)
         tensors = [inputs[i] for i in self._outlined.tensors]
         return self._serve(lowered, value, tensors)  # type: ignore[arg-type]
 
@@ -164,7 +164,9 @@ class CachedGraph:
 
     def _uncached(self, key: Hashable, inputs: Sequence[Input]) -> Sequence[Any]:
         if key not in self._plain:
-            self._plain[key] = self._compile(self._outlined.dynamos, inputs)
+            outlined = self._outlined
+            gm = flat(outlined.gm) if outlined.numbers else outlined.dynamos
+            self._plain[key] = self._compile(gm, inputs)
             _drop_oldest(self._plain)
         return self._plain[key](*inputs)
 
@@ -231,7 +233,8 @@ class NotingGraph:
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         if self._shared.enabled:
-            self._shared.tell(self._piece, timestep_value(inputs[self._place]))
+            if self._shared.host.tracker.explicit is None:
+                self._shared.tell(self._piece, timestep_value(inputs[self._place]))
             self._shared.uncached(NO_BLOCKS, self._called)
             self._called = True
         return self._compiled(*inputs)

@@ -250,6 +250,15 @@ def test_disabled_it_is_the_model() -> None:
     compare(model, ByHand(inside, ["blocks"]))
 
 
+def test_disabled_with_sizes_that_vary() -> None:
+    inside, cache = make(ToyDiT), deepcache(inner="aot_eager")
+    model = compiled(inside, cache, dynamic=True)
+    cache.disable()
+    for size in range(2):
+        inputs = toy_inputs(1.0, size=size)
+        torch.testing.assert_close(model(**inputs), inside(**inputs))
+
+
 def test_clear_and_reset() -> None:
     inner = Inner()
     cache = deepcache(inner=inner)

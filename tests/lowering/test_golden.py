@@ -289,7 +289,7 @@ def forward(self, forced, fresh, memory_0, memory_1, held_getitem_4_0, x, timest
     model_x_embedder = self.model.x_embedder(x)
     model_positions = self.model.positions
     add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
-    reshape_default_5 = torch.ops.aten.reshape.default(add, [-1])
+    reshape_default_6 = torch.ops.aten.reshape.default(add, [-1])
     sub = torch.ops.aten.sub.Tensor(add, memory_0)
     abs_1 = torch.ops.aten.abs.default(sub)
     mean = torch.ops.aten.mean.default(abs_1)
@@ -308,15 +308,17 @@ def forward(self, forced, fresh, memory_0, memory_1, held_getitem_4_0, x, timest
     scalar_tensor = torch.ops.aten.scalar_tensor.default(0.0, dtype = torch.float64, layout = torch.strided, device = device(type='cpu'))
     where = torch.ops.aten.where.self(bitwise_or, scalar_tensor, add_3)
     zeros = torch.ops.aten.zeros.default([], dtype = torch.float64, device = device(type='cpu'), pin_memory = False)
+    clone = torch.ops.aten.clone.default(zeros)
     where_1 = torch.ops.aten.where.self(reshape_default_1, add, add)
     where_2 = torch.ops.aten.where.self(reshape_default_1, zeros, where)
+    where_3 = torch.ops.aten.where.self(reshape_default_1, clone, add_3)
     bitwise_or_1 = torch.ops.aten.bitwise_or.Tensor(bitwise_or, reshape_default_1)
     compute = self.compute
     reuse = self.reuse
-    cond = torch.cond(bitwise_or_1, compute, reuse, (held_getitem_4_0, timestep, text, reshape_default_5))
+    cond = torch.cond(bitwise_or_1, compute, reuse, (held_getitem_4_0, timestep, text, reshape_default_6))
     getitem = cond[0]
     getitem_1 = cond[1]
-    return (getitem, getitem_1, bitwise_or_1, where_1, where_2)
+    return (getitem, getitem_1, bitwise_or_1, where_1, where_2, where_3)
 """,
         )
         self.assertExpectedInline(
@@ -518,7 +520,7 @@ def forward(self, x, timestep, text):
 """,
         )
         self.assertExpectedInline(
-            code(assertions(guards)),
+            code(assertions(guards, {guards.shapes(guards.expected)})),
             """\
 def forward(self, x, timestep, text):
     select = torch.ops.aten.select.int(text, 0, 0)
@@ -542,17 +544,15 @@ def forward(self, x, timestep, text):
         guards = guards_of(DEEP, Masked())
         assert guards is not None
         self.assertExpectedInline(
-            code(assertions(guards)),
+            code(assertions(guards, {guards.shapes(guards.expected)})),
             """\
 def forward(self, x, timestep, text):
     select = torch.ops.aten.select.int(text, 0, 0)
     select_1 = torch.ops.aten.select.int(select, 1, 0)
     gt = torch.ops.aten.gt.Scalar(select_1, 0)
-    holds_count = dit_cache_fx_lowering_asserts_holds_count(gt, (3,))
-    _assert_async_msg = torch.ops.aten._assert_async.msg(holds_count, 'the captured graph is for other data: it read torch.Size([3]) (read_count)')
     bitwise_not = torch.ops.aten.bitwise_not.default(gt)
-    holds_count_1 = dit_cache_fx_lowering_asserts_holds_count(bitwise_not, (2,))
-    _assert_async_msg_1 = torch.ops.aten._assert_async.msg(holds_count_1, 'the captured graph is for other data: it read torch.Size([2]) (read_count_1)')
+    holds_counts = dit_cache_fx_lowering_asserts_holds_counts((gt, bitwise_not), [[3, 2]])
+    _assert_async_msg = torch.ops.aten._assert_async.msg(holds_counts, 'the captured graph is for other data: its masks selected [[3, 2]] rows')
     return ()
 """,
         )
@@ -565,7 +565,7 @@ def test_no_guards_where_nothing_is_read() -> None:
 def test_assertions_hold_for_the_captured_data_alone() -> None:
     guards = guards_of(DEEP, Reads())
     assert guards is not None
-    check = assertions(guards)
+    check = assertions(guards, {guards.shapes(guards.expected)})
     given = inputs()
     check(*given.values())
     with pytest.raises(RuntimeError, match="the captured graph is for other data: it read"):
