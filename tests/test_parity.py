@@ -381,8 +381,19 @@ def test_a_model_that_takes_another_way_with_an_image(name: str) -> None:
         assert_parity(case(name), cached, reference, FEW, error, prompt=2)
 
 
-@pytest.mark.parametrize("chosen", [0, 1])
-@pytest.mark.parametrize("name", [c.name for c in CASES if len(c.block_lists) == 2])
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [
+        pytest.param(
+            c.name,
+            chosen,
+            marks=() if chosen == 0 or c.name in EVERY_PLACE else (pytest.mark.exhaustive,),
+        )
+        for c in CASES
+        if len(c.block_lists) == 2
+        for chosen in (0, 1)
+    ],
+)
 def test_only_one_of_two_lists_is_cached(name: str, chosen: int) -> None:
     blocks = case(name).block_lists[chosen]
     for cached, reference, error in pairs(case(name), [blocks], blocks=blocks):
