@@ -31,7 +31,12 @@ from tests.zoo import CASES, Case
 #: another prompt is of another length where the model takes a mask
 PROMPTS = (0, 1, 0)
 #: those whose rule is left to `-m exhaustive`: they take the longest
-SLOW = ("ZImageTransformer2DModel", "HunyuanVideo15Transformer3DModel")
+SLOW = (
+    "HunyuanVideo15Transformer3DModel",
+    "HunyuanVideoTransformer3DModel",
+    "OfficialHunyuanVideo15Single",
+    "ZImageTransformer2DModel",
+)
 
 
 def _matrix() -> Iterator[Any]:
