@@ -61,7 +61,7 @@ class Settings:
     def job(self, model: str, system: str) -> Job:
         steps, dtype = self.schedule[0], self.dtype
         name = f"{self.device}-{self.size}-{dtype}-{steps}-{model}.pt"
-        reference = self.folder / "work" / name
+        reference = self.folder / "scratch" / name
         return Job(
             model,
             self.size,
@@ -116,7 +116,7 @@ class Results:
 def measure(settings: Settings) -> dict[str, Any]:
     """Measure what is not measured yet; all results, those of earlier runs included."""
     results = Results.open(settings)
-    (settings.folder / "work").mkdir(parents=True, exist_ok=True)
+    (settings.folder / "scratch").mkdir(parents=True, exist_ok=True)
     for model in settings.models:
         results.data["models"].setdefault(model, {"rows": {}})["title"] = shape(
             model, settings.size
@@ -260,7 +260,7 @@ class InProcess:
 def _worker(settings: Settings, job: Job) -> Process | InProcess:
     if settings.in_process:
         return InProcess(job)
-    return Process(job, settings.folder / "work", settings.timeout)
+    return Process(job, settings.folder / "scratch", settings.timeout)
 
 
 def _groups(systems: Sequence[str], size: int) -> Iterable[Sequence[str]]:
@@ -288,7 +288,7 @@ def _memory(device: str) -> float:
 def compile_times(settings: Settings, repeats: int = 3) -> dict[str, list[float]]:
     """Seconds to compile a model of 24 blocks: uncached and cached, each time in a new process."""
     settings = replace(settings, schedule=(4, 2, 4, 2), fresh=True)
-    (settings.folder / "work").mkdir(parents=True, exist_ok=True)
+    (settings.folder / "scratch").mkdir(parents=True, exist_ok=True)
     seconds: dict[str, list[float]] = {}
     _make_reference(settings, "flux24", ["compiled"])
     for turn in range(repeats):

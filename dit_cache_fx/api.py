@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from torch import nn
 
+from dit_cache_fx.block_lists import LISTS, Blocks, listed
 from dit_cache_fx.capture import (
     BlockList,
     CallSignature,
@@ -21,9 +22,6 @@ from dit_cache_fx.installed import installed_on
 from dit_cache_fx.module import CachedModel, is_compiled, original
 from dit_cache_fx.runtime.engine import Engine
 from dit_cache_fx.strategies import ALIASES, Strategy, check_block_ids, make_strategy
-
-_LISTS = (nn.ModuleList, nn.Sequential)
-Blocks = str | nn.ModuleList | Sequence[str | nn.ModuleList]
 
 
 def apply(
@@ -86,13 +84,9 @@ def apply(
 
 
 def _named_lists(model: nn.Module, blocks: Blocks) -> list[BlockList]:
-    if isinstance(blocks, (str, *_LISTS)):
-        blocks = [blocks]
-    if not isinstance(blocks, Iterable):
-        raise OptionError("blocks", blocks, "attribute paths of module lists, or the lists")
-    names = {m: n for n, m in model.named_modules() if isinstance(m, _LISTS)}
+    names = {m: n for n, m in model.named_modules() if isinstance(m, LISTS)}
     lists = []
-    for item in blocks:
+    for item in listed(blocks):
         found = next((m for m, n in names.items() if m is item or n == item), None)
         if found is None or not len(found):
             what = item if isinstance(item, str) else type(item).__name__

@@ -8,12 +8,13 @@ decided on the host (`graph`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
 
-from dit_cache_fx.dynamo.front_end import Backend, Blocks
+from dit_cache_fx.block_lists import LISTS, Blocks, listed
+from dit_cache_fx.dynamo.front_end import Backend
 from dit_cache_fx.dynamo.inner import Inner
 from dit_cache_fx.errors import OptionError
 from dit_cache_fx.strategies import Strategy, make_strategy
@@ -52,7 +53,8 @@ def backend(
     chosen = make_strategy(strategy, strategy_options)
     if timestep is not None and not isinstance(timestep, str):
         raise OptionError("timestep", timestep, "the name of forward's timestep argument")
-    return Backend(chosen, inner, mode, options, _listed(blocks), timestep)
+    named = None if blocks is None else _named(blocks)
+    return Backend(chosen, inner, mode, options, named, timestep)
 
 
 def registered(
@@ -76,15 +78,9 @@ def registered(
     return backend(**arguments)(gm, example_inputs)
 
 
-def _listed(blocks: Blocks | None) -> list[str | nn.ModuleList] | None:
-    """`blocks` as a list; raises `OptionError` where it is none."""
-    if blocks is None:
-        return None
-    items = [blocks] if isinstance(blocks, (str, nn.ModuleList, nn.Sequential)) else blocks
-    expected = "attribute paths of module lists, or the lists"
-    if not isinstance(items, Iterable):
-        raise OptionError("blocks", blocks, expected)
-    listed = list(items)
-    if not listed or not all(isinstance(i, (str, nn.ModuleList, nn.Sequential)) for i in listed):
-        raise OptionError("blocks", blocks, expected)
-    return listed
+def _named(blocks: Blocks) -> list[str | nn.ModuleList]:
+    """`blocks` as a list; there is no model yet to look for them in."""
+    named = listed(blocks)
+    if not named or not all(isinstance(item, (str, *LISTS)) for item in named):
+        raise OptionError("blocks", blocks, "attribute paths of module lists, or the lists")
+    return named

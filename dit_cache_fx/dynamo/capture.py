@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class Outlined:
     dynamic: bool  # some inputs are sizes
     timestep: str | None
 
-    @property
+    @cached_property
     def timestep_place(self) -> int | None:
         """Which input the timestep is."""
         if self.timestep is None:

@@ -23,8 +23,6 @@ from dit_cache_fx.runtime.life_cycle import LifeCycle
 from dit_cache_fx.runtime.lowered import Lowered
 from dit_cache_fx.strategies import Strategy
 
-Blocks = str | nn.ModuleList | Sequence[str | nn.ModuleList]
-
 
 class Backend(LifeCycle):
     """A backend of `torch.compile`. One object is for one model: its life cycle is that model's."""

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from dit_cache_fx.block_lists import LISTS
 from dit_cache_fx.errors import OptionError
 from dit_cache_fx.module import CachedModel
 
-_LISTS = (nn.ModuleList, nn.Sequential)
 Given = Mapping[str, Sequence[nn.Module]]
 
 
@@ -61,10 +61,10 @@ def model_with(given: Given) -> nn.Module:
 
 def _members(model: nn.Module) -> set[nn.Module]:
     """What is in the lists that are this module's own; none where it is a list or a view itself."""
-    if issubclass(type(model), (CachedModel, *_LISTS)):
+    if issubclass(type(model), (CachedModel, *LISTS)):
         return set()
     children = vars(model).get("_modules", {}).values()
-    return {m for child in children if isinstance(child, _LISTS) for m in child}
+    return {m for child in children if isinstance(child, LISTS) for m in child}
 
 
 def places(
@@ -98,7 +98,7 @@ def _where(model: nn.Module) -> dict[nn.Module, tuple[str, int]]:
     """For each member of a module list, the list's path and its place there."""
     where: dict[nn.Module, tuple[str, int]] = {}
     for path, module in model.named_modules():
-        if isinstance(module, _LISTS):
+        if isinstance(module, LISTS):
             for index, member in enumerate(module):
                 where.setdefault(member, (path, index))
     return where

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,15 +30,6 @@ from tests.toys import (
 
 STEPS = frozenset({0, 1, 4})
 TIMES = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
 
 
 def compiled(model: nn.Module, cache: Backend, **options: Any) -> Callable[..., Any]:

@@ -6,7 +6,7 @@ Dynamo captures each model once; what it captures goes to a backend object for e
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -26,14 +26,6 @@ SPLIT = (
     "ZImageTransformer2DModel",
 )
 WHOLE = [c for c in CASES if c.name not in SPLIT]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
 
 
 class Together:

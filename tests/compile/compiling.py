@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import pytest
 import torch
 from torch import fx, nn
 from torch._dynamo.backends.registry import lookup_backend
@@ -73,3 +74,13 @@ def assert_same(
     """Both give the same for each of the calls, bit by bit."""
     for index, inputs in enumerate(calls):
         assert torch.equal(flat(got(**inputs)), flat(want(**inputs))), f"call {index}"
+
+
+@pytest.fixture(autouse=True)
+def new_compiler() -> Iterator[None]:
+    """Nothing is compiled yet, nothing counted; gradients are off."""
+    torch._dynamo.reset()
+    counters.clear()
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
