@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for settings in _settings(options):
         data = {} if options.report else measure(settings)
         if options.compile_time and not options.report:
-            _keep_compile_times(settings)
+            _keep_compile_times(settings, options.compile_time)
         if not settings.file.exists():
             continue
         data = json.loads(settings.file.read_text())
@@ -76,8 +76,8 @@ def _settings(options: argparse.Namespace) -> list[Settings]:
     return [replace(DEVICES[device], **chosen) for device in devices]
 
 
-def _keep_compile_times(settings: Settings) -> None:
-    times = compile_times(settings)
+def _keep_compile_times(settings: Settings, repeats: int) -> None:
+    times = compile_times(settings, repeats)
     results = Results.open(replace(settings, fresh=False))
     results.data["compile_times"] = times
     results.save()
@@ -95,7 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--generations", type=int, default=3, help="timed generations of each")
     parser.add_argument("--threads", type=int, default=2, help="of each system on the CPU")
     parser.add_argument("--live", type=int, default=0, help="workers held at once (0: what fits)")
-    parser.add_argument("--compile-time", action="store_true", help="a model of 24 blocks, too")
+    parser.add_argument(
+        "--compile-time",
+        type=int,
+        metavar="N",
+        help="also compile a model of 24 blocks, N times with each form",
+    )
     parser.add_argument("--fresh", action="store_true", help="measure the chosen systems again")
     parser.add_argument("--report", action="store_true", help="only write what is measured already")
     parser.add_argument("--quick", action="store_true", help="a smoke run: tiny models, few steps")

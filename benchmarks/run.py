@@ -27,6 +27,8 @@ from benchmarks.worker import Bench, Job, Result, reason, serve
 from dit_cache_fx import interval_schedule
 
 MODELS = ("flux", "hunyuan", "dit")
+#: whose time to compile is measured on a model of many blocks
+COMPILERS = ("compiled", "apply-compile", "apply-steps", "backend")
 FAILED = "failed"
 
 
@@ -285,14 +287,14 @@ def _memory(device: str) -> float:
     return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
-def compile_times(settings: Settings, repeats: int = 3) -> dict[str, list[float]]:
+def compile_times(settings: Settings, repeats: int) -> dict[str, list[float]]:
     """Seconds to compile a model of 24 blocks: uncached and cached, each time in a new process."""
     settings = replace(settings, schedule=(4, 2, 4, 2), fresh=True)
     (settings.folder / "scratch").mkdir(parents=True, exist_ok=True)
     seconds: dict[str, list[float]] = {}
     _make_reference(settings, "flux24", ["compiled"])
     for turn in range(repeats):
-        for name in ("compiled", "apply-compile", "backend"):
+        for name in COMPILERS:
             worker = _worker(settings, settings.job("flux24", name))
             first, later = worker.ask("prepare"), worker.ask("generate")
             worker.stop()

@@ -136,6 +136,22 @@ class Apply(System):
         return self.call(**inputs)
 
 
+class ApplySteps(Apply):
+    """`apply`, and the graph of each kind of step compiled by itself."""
+
+    def __init__(
+        self, model: nn.Module, shape: Shape, plan: Plan, mode: str | None = None, **options: Any
+    ) -> None:
+        self.mode = mode
+        super().__init__(model, shape, plan, **options)
+
+    def setup(self) -> None:
+        super().setup()
+        if not hasattr(self.cached, "compile_steps"):
+            raise NotSupported("this version has no compile_steps()")
+        self.cached.compile_steps(backend=self.plan.inner, mode=self.mode)
+
+
 class Backend(System):
     """`torch.compile` with this library's backend."""
 
@@ -403,6 +419,13 @@ def _rows() -> dict[str, Row]:
             "ours",
             partial(Apply, compile_options=_unsafe_guards()),
         ),
+        "apply-steps": Row(ours + "apply + compile_steps()", "ours", ApplySteps),
+        "apply-steps-cudagraphs": Row(
+            ours + 'apply + compile_steps(mode="reduce-overhead")',
+            "ours",
+            partial(ApplySteps, mode="reduce-overhead"),
+            gpu_only=True,
+        ),
         "backend": Row(ours + "backend", "ours", Backend),
         "backend-cudagraphs": Row(
             ours + 'backend, mode="reduce-overhead"',
@@ -414,6 +437,11 @@ def _rows() -> dict[str, Row]:
             ours + "taylorcache, apply + torch.compile",
             "ours",
             partial(Apply, strategy="taylorcache", compile_options={}),
+        ),
+        "apply-steps-taylor": Row(
+            ours + "taylorcache, apply + compile_steps()",
+            "ours",
+            partial(ApplySteps, strategy="taylorcache"),
         ),
         "backend-taylor": Row(
             ours + "taylorcache, backend", "ours", partial(Backend, strategy="taylorcache")

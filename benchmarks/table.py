@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.figures import Figures, best, figures, physical_limit
+from benchmarks.systems import ROWS
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 HEAD = (
@@ -143,7 +144,7 @@ def _compile_times(times: dict[str, list[float]]) -> list[str]:
     lines.append("|---|---:|---:|")
     for name, seconds in times.items():
         ratio = median(seconds) / base if base else None
-        lines.append(f"| {name} | {median(seconds):.1f} | {_number(ratio, '.2f')} |")
+        lines.append(f"| {ROWS[name].title} | {median(seconds):.1f} | {_number(ratio, '.2f')} |")
     return [*lines, ""]
 
 

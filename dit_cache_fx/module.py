@@ -18,6 +18,7 @@ from dit_cache_fx.runtime.graphs import Entry
 from dit_cache_fx.runtime.host import Host
 from dit_cache_fx.runtime.life_cycle import LifeCycle
 from dit_cache_fx.runtime.lowered import Lowered
+from dit_cache_fx.runtime.separate import StepCompiler
 
 #: attributes that belong to the cached model itself; every other one is the model's
 _OWN = frozenset({"_model", "_engine", "_rebuild", "_enabled", "_compiled_call_impl"})
@@ -170,6 +171,20 @@ class CachedModel(LifeCycle, nn.Module):
         """The graph for a call like this, captured where there is none."""
         entry, call = self._engine.captured(args, kwargs)
         return entry, call, self._engine.subject.signature
+
+    # --- compiling -----------------------------------------------------------------------------
+
+    def compile_steps(self, **options: Any) -> None:
+        """Compile the graph of each kind of step by itself, when it runs first.
+
+        `options`: those of `torch.compile`, which raises for what it does not take. With
+        `fullgraph=True` a graph that its blocks break raises too; else such blocks are compiled one
+        by one. A reused step then checks no guard on what it does not run, and with
+        `mode="reduce-overhead"` each kind of step is a CUDA graph of its own.
+
+        `torch.compile` of the cached model is another thing: one graph, the decision inside.
+        """
+        self._engine.step_compiler = StepCompiler(options)
 
     # --- life cycle ----------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from dit_cache_fx.identity import Seen
 from dit_cache_fx.lowering import Part, lower_variants
 from dit_cache_fx.passes import run_passes
 from dit_cache_fx.program import operations
+from dit_cache_fx.runtime.drive import lasting
 from dit_cache_fx.runtime.graphs import block_bytes
 from dit_cache_fx.runtime.host import Host
 from dit_cache_fx.runtime.lowered import Lowered
@@ -155,8 +156,8 @@ class CachedGraph:
             conditioning = Seen([tensors[i] for i in lowered.conditioning])
             place = host.begin(session, value, conditioning, variants.held)
             results = _run(lowered, place.step, tensors)
-            outputs = [_lasting(t) for t in results[: variants.outputs]]
-            kept = [_lasting(t.contiguous()) for t in results[variants.outputs :]]
+            outputs = lasting(results[: variants.outputs])
+            kept = lasting([t.contiguous() for t in results[variants.outputs :]])
             owned = place.step.commit(given, outputs, kept)
         host.done(place, value)
         output: Sequence[Any] = unflatten(lowered.program.output, owned)
@@ -246,9 +247,9 @@ def _run(lowered: Lowered, step: Step, tensors: Sequence[torch.Tensor]) -> Seque
     if variants.prefix is not None:
         signal, *carried = _call(lowered, variants.prefix, tensors, made)
         made.update(zip(variants.carried, carried, strict=True))
-        step.decide(_lasting(signal))
+        step.decide(*lasting([signal]))
     part = variants.compute if step.computes else variants.reuse
-    made.update(step.compiled_given(part.names, tensors[lowered.given[0]].device))
+    made.update(step.compiled_given(part.names))
     return _call(lowered, part, tensors, made)
 
 
@@ -260,11 +261,6 @@ def _call(
 ) -> Sequence[torch.Tensor]:
     places = lowered.places
     return part.run(*(tensors[places[n]] if n in places else made[n] for n in part.names))
-
-
-def _lasting(tensor: torch.Tensor) -> torch.Tensor:
-    """The values in memory that the next replay of a CUDA graph does not overwrite."""
-    return tensor.clone() if tensor.is_cuda else tensor
 
 
 def _drop_oldest(kept: OrderedDict[Hashable, Any]) -> None:

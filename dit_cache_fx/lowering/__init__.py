@@ -7,7 +7,15 @@ on the host. `one_graph` joins both in a single graph with the decision in it (`
 
 from dit_cache_fx.lowering.one_graph import OneGraph, lower_one_graph
 from dit_cache_fx.lowering.part import Part
-from dit_cache_fx.lowering.preamble import Preamble
+from dit_cache_fx.lowering.preamble import Preamble, split_preamble
 from dit_cache_fx.lowering.variants import Variants, lower_variants
 
-__all__ = ["OneGraph", "Part", "Preamble", "Variants", "lower_one_graph", "lower_variants"]
+__all__ = [
+    "OneGraph",
+    "Part",
+    "Preamble",
+    "Variants",
+    "lower_one_graph",
+    "lower_variants",
+    "split_preamble",
+]

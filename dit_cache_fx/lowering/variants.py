@@ -27,7 +27,7 @@ from dit_cache_fx.specs import TensorSpec
 from dit_cache_fx.strategies import Clock
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Variants:
     """A program as graphs without a decision in them.
 

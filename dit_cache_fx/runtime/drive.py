@@ -27,6 +27,11 @@ class Compiler(Enum):
     FULLGRAPH = 2
 
 
+def lasting(results: Results) -> list[torch.Tensor]:
+    """The values in memory that the next replay of a CUDA graph does not overwrite."""
+    return [t.clone() if t.is_cuda else t for t in results]
+
+
 @dataclass(frozen=True)
 class Stage:
     """A graph to run, and what with."""

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from dit_cache_fx._torch import CANNOT_COMPILE, signatures_kept
 from dit_cache_fx.capture import FlatCall, Subject, can_replay, flatten_call, replayed
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.identity import Seen
-from dit_cache_fx.lowering import Preamble
+from dit_cache_fx.runtime import stages
 from dit_cache_fx.runtime.branches import Branch
-from dit_cache_fx.runtime.drive import Compiler, Results, Serving, Stage, drive_here
+from dit_cache_fx.runtime.drive import Compiler, Results, Serving, drive_here
 from dit_cache_fx.runtime.graphs import Entry, Graphs, input_key
 from dit_cache_fx.runtime.host import Host
+from dit_cache_fx.runtime.separate import StepCompiler
 from dit_cache_fx.runtime.step import Step
 from dit_cache_fx.runtime.steps import timestep_value
 from dit_cache_fx.structure import flatten, unflatten
@@ -33,6 +32,8 @@ class Engine:
         self.subject = subject
         self.host = Host(subject.strategy)
         self.graphs = Graphs(subject, timestep, self.host.count)
+        #: compiles the graphs where nothing else does; None: they run as they are
+        self.step_compiler: StepCompiler | None = None
 
     # --- life cycle --------------------------------------------------------------------------
 
@@ -123,13 +124,17 @@ class Engine:
     def _run(
         self, entry: Entry, step: Step, call: FlatCall, first: bool, compiler: Compiler
     ) -> Serving:
-        compiled = compiler is not Compiler.NONE
+        watched, separate = compiler is not Compiler.NONE, self.step_compiler
         if first:
+            compiled = watched or separate is not None
             results = self._first(entry, step.anew() if compiled else step, call)
-        if compiled:
-            results = yield from _compiled(entry, step, call, compiler)
+        if watched:
+            results = yield from stages.watched(entry, step, call, compiler)
+        elif separate is not None:
+            graphs = separate.graphs(entry.variants)
+            results = yield from stages.separate(entry, step, call, graphs)
         elif not first:
-            results = yield from _variants(entry, step, call)
+            results = yield from stages.plain(entry, step, call)
         outputs, kept = results[: entry.variants.outputs], results[entry.variants.outputs :]
         owned = step.commit(call.tensors, outputs, kept)
         return unflatten(entry.program.output, owned)
@@ -142,7 +147,7 @@ class Engine:
         captured = entry.captured
         recording = captured.recording
         with torch.no_grad(), replayed(captured) if can_replay(captured) else nullcontext():
-            results: Results = drive_here(_variants(entry, step, call))
+            results: Results = drive_here(stages.plain(entry, step, call))
         expected = flatten(recording.output)[0]
         recording.output = None
         for made in recording.calls:
@@ -155,62 +160,6 @@ class Engine:
                 "check=False if that is wanted"
             )
         return results
-
-
-def _variants(entry: Entry, step: Step, call: FlatCall) -> Serving:
-    """Run the graph of the step's kind; the decision is the host's."""
-    variants, given = entry.variants, entry.inputs(call)
-    if variants.prefix is not None:
-        signal, *carried = yield Stage(variants.prefix.run, variants.prefix.operands(given))
-        given.update(zip(variants.carried, carried, strict=True))
-        step.decide(signal)
-    part = variants.compute if step.computes else variants.reuse
-    given.update(step.given(part.names))
-    return (yield Stage(part.run, part.operands(given)))
-
-
-def _compiled(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> Serving:
-    """Run one graph; where its blocks break it, and may, one for each kind of step."""
-    if not entry.breaks or compiler is Compiler.FULLGRAPH:
-        try:
-            return (yield from _one_graph(entry, step, call))
-        except CANNOT_COMPILE as error:
-            if compiler is Compiler.FULLGRAPH:
-                raise
-            log.info("no single graph, so one for each kind of step: %s", error)
-        entry.broken()
-    return (yield from _variants(entry, step, call))
-
-
-def _one_graph(entry: Entry, step: Step, call: FlatCall) -> Serving:
-    """Run the graph that has the decision in it."""
-    one, given = entry.one_graph, entry.inputs(call)
-    if one.preamble is not None:
-        given.update(_prepared(entry, one.preamble, step, given))
-    given.update(step.one_graph_given(one.part.names, one.memory))
-    with signatures_kept():
-        results = yield Stage(one.part.run, one.operands(given))
-    values = one.outputs + len(entry.variants.held)
-    if one.memory:
-        step.decided(*results[values:])
-    return results[:values]
-
-
-def _prepared(
-    entry: Entry, preamble: Preamble, step: Step, given: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Run on the host what the graph cannot hold: the rule first, then the preamble."""
-    variants, made = entry.variants, dict[str, torch.Tensor]()
-    with torch.no_grad():
-        if variants.prefix is not None:
-            signal, *carried = variants.prefix.run(*variants.prefix.operands(given))
-            made.update(zip(variants.carried, carried, strict=True))
-            step.decide(signal)
-        part = preamble.part
-        operands = part.operands({**given, **made, **step.given(part.names)})
-        results = step.prepared(preamble.given, lambda: part.run(*operands))
-    made.update(zip(preamble.given, results, strict=True))
-    return {n: t.clone(memory_format=torch.contiguous_format) for n, t in made.items()}
 
 
 def _same(want: torch.Tensor, got: torch.Tensor) -> bool:

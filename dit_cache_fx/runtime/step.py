@@ -61,20 +61,19 @@ class Step:
         held = held or [spec.placeholder() for spec in self._specs.values()]
         return {**self._clock(names), **dict(zip(self._specs, held, strict=True))}
 
-    def compiled_given(
-        self, names: Collection[str], device: torch.device
-    ) -> dict[str, torch.Tensor]:
+    def compiled_given(self, names: Collection[str]) -> dict[str, torch.Tensor]:
         """The same for a variant that was compiled: in the strides that it was compiled for.
 
-        The clock is on `device`, as all else is: CUDA graphs take nothing from the CPU.
+        The clock is where the held tensors are: CUDA graphs take nothing from the CPU.
         """
-        held: dict[str, torch.Tensor] = {}
+        given: dict[str, torch.Tensor] = {}
         for place, (name, spec) in enumerate(self._specs.items()):
             if name in names:
                 own = self._branch.held
-                held[name] = own[place].tensor if own else spec.zeros()
-        clock = self._clock(names)
-        return {**held, **{name: value.to(device) for name, value in clock.items()}}
+                given[name] = own[place].tensor if own else spec.zeros()
+        for name, value in self._clock(names).items():
+            given[name] = value.to(next(iter(self._specs.values())).device)
+        return given
 
     def one_graph_given(
         self, names: Collection[str], memory: Mapping[str, TensorSpec]

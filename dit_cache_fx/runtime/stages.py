@@ -1,0 +1,101 @@
+"""The graphs that a call runs, one after another, whatever compiles them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+
+from dit_cache_fx._torch import CANNOT_COMPILE, signatures_kept
+from dit_cache_fx.capture import FlatCall
+from dit_cache_fx.lowering import Preamble
+from dit_cache_fx.runtime.drive import Compiler, Serving, Stage
+from dit_cache_fx.runtime.graphs import Entry
+from dit_cache_fx.runtime.separate import StepGraphs
+from dit_cache_fx.runtime.step import Step
+
+Given = Mapping[str, torch.Tensor]
+
+log = logging.getLogger(__name__)
+
+
+def plain(entry: Entry, step: Step, call: FlatCall) -> Serving:
+    """Run the graph of the step's kind; the decision is the host's."""
+    variants, given = entry.variants, entry.inputs(call)
+    if variants.prefix is not None:
+        signal, *carried = yield Stage(variants.prefix.run, variants.prefix.operands(given))
+        given.update(zip(variants.carried, carried, strict=True))
+        step.decide(signal)
+    part = variants.compute if step.computes else variants.reuse
+    given.update(step.given(part.names))
+    return (yield Stage(part.run, part.operands(given)))
+
+
+def separate(entry: Entry, step: Step, call: FlatCall, graphs: StepGraphs) -> Serving:
+    """The same, where each graph was compiled by itself."""
+    variants, given = entry.variants, entry.inputs(call)
+    if graphs.prefix is not None:
+        signal, *carried = yield Stage(graphs.prefix.run, graphs.prefix.operands(given))
+        given.update(zip(variants.carried, carried, strict=True))
+        step.decide(signal)
+    if step.computes and graphs.preamble is not None:
+        given.update(_prepared(graphs.preamble, step, given))
+    part = graphs.compute if step.computes else graphs.reuse
+    given.update(step.compiled_given(part.names))
+    results = yield Stage(part.run, part.operands(given))
+    outputs, kept = results[: variants.outputs], results[variants.outputs :]
+    return [*outputs, *(t.contiguous() for t in kept)]  # the strides that it is compiled for
+
+
+def watched(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> Serving:
+    """Run one graph; where its blocks break it, and may, one for each kind of step."""
+    if not entry.breaks or compiler is Compiler.FULLGRAPH:
+        try:
+            return (yield from _one_graph(entry, step, call))
+        except CANNOT_COMPILE as error:
+            if compiler is Compiler.FULLGRAPH:
+                raise
+            log.info("no single graph, so one for each kind of step: %s", error)
+        entry.broken()
+    return (yield from plain(entry, step, call))
+
+
+def _one_graph(entry: Entry, step: Step, call: FlatCall) -> Serving:
+    """Run the graph that has the decision in it."""
+    one, given = entry.one_graph, entry.inputs(call)
+    if one.preamble is not None:  # what the graph cannot hold is the host's, the rule first
+        made = _ruled(entry, step, given)
+        made.update(_prepared(one.preamble, step, {**given, **made}))
+        given.update((n, _contiguous(t)) for n, t in made.items())
+    given.update(step.one_graph_given(one.part.names, one.memory))
+    with signatures_kept():
+        results = yield Stage(one.part.run, one.operands(given))
+    values = one.outputs + len(entry.variants.held)
+    if one.memory:
+        step.decided(*results[values:])
+    return results[:values]
+
+
+def _ruled(entry: Entry, step: Step, given: Given) -> dict[str, torch.Tensor]:
+    """Ask the strategy's own rule on the host; returns what is carried on."""
+    variants = entry.variants
+    if variants.prefix is None:
+        return {}
+    with torch.no_grad():
+        signal, *carried = variants.prefix.run(*variants.prefix.operands(given))
+        step.decide(signal)
+    return dict(zip(variants.carried, carried, strict=True))
+
+
+def _prepared(preamble: Preamble, step: Step, given: Given) -> dict[str, torch.Tensor]:
+    """Run the preamble on the host."""
+    part = preamble.part
+    operands = part.operands({**given, **step.given(part.names)})
+    with torch.no_grad():
+        results = step.prepared(preamble.given, lambda: part.run(*operands))
+    return {n: _contiguous(t) for n, t in zip(preamble.given, results, strict=True)}
+
+
+def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
