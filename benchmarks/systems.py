@@ -173,13 +173,20 @@ class Backend(System):
             self.strategy, inner=self.plan.inner, mode=self.mode, no_cache_steps=self.plan.computed
         )
         self.call = torch.compile(self.model, backend=self.backend)
+        self.called = self.uncached = False
 
     def begin(self) -> None:
+        """Dynamo may have split the model so that nothing is cached."""
+        self.uncached = self.called and self.backend.cache_report().calls_computed == 0
         self.backend.clear_states()
+
+    def computes(self, index: int) -> bool:
+        return self.uncached or super().computes(index)
 
     def step(self, index: int, inputs: Inputs) -> Any:
         if self.plan.place.device != "cpu":
             self.backend.cur_timestep = index
+        self.called = True
         return self.call(**inputs)
 
 

@@ -15,7 +15,7 @@ from dit_cache_fx.capture import CallSignature, FlatCall
 from dit_cache_fx.runtime.drive import Compiler, Serving, drive, drive_here
 from dit_cache_fx.runtime.engine import Engine, requires_grad
 from dit_cache_fx.runtime.graphs import Entry
-from dit_cache_fx.runtime.host import Host
+from dit_cache_fx.runtime.host import WANTS_GRADIENTS, Host
 from dit_cache_fx.runtime.life_cycle import LifeCycle
 from dit_cache_fx.runtime.lowered import Lowered
 from dit_cache_fx.runtime.separate import StepCompiler
@@ -90,10 +90,7 @@ class CachedModel(LifeCycle, nn.Module):
         if self._model.training:
             return "the model is in training mode (call .eval())"
         if requires_grad(self._model, args, kwargs):
-            return (
-                "gradients are enabled and wanted (call it under torch.no_grad() or "
-                "torch.inference_mode())"
-            )
+            return WANTS_GRADIENTS
         return None
 
     def __getattr__(self, name: str) -> Any:

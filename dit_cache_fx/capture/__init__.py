@@ -8,36 +8,34 @@ model on inputs that neither has seen.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from dit_cache_fx.capture.blocks import mark_blocks
+from dit_cache_fx.capture.captured import Captured, accepts, can_replay, not_held, replayed
 from dit_cache_fx.capture.check import IllegalInputs, compare, refusable, refuse, second_inputs
-from dit_cache_fx.capture.intercept import CAPTURING, intercepted
-from dit_cache_fx.capture.leaves import (
-    BlockList,
-    candidate_lists,
-    kept_modules,
-    named_list,
+from dit_cache_fx.capture.intercept import CAPTURING
+from dit_cache_fx.capture.leaves import BlockList, candidate_lists, kept_modules, named_list
+from dit_cache_fx.capture.normal_form import Guards, normal_form
+from dit_cache_fx.capture.record import Recording, record
+from dit_cache_fx.capture.refusals import (
+    refuse_late_guards,
+    refuse_rewritten_arguments,
+    refuse_written_memory,
+    require_timestep,
 )
-from dit_cache_fx.capture.normal_form import Guards, normal_form, owned_tensors
-from dit_cache_fx.capture.record import ModuleCall, Recording, record
 from dit_cache_fx.capture.signal import mark_signal, parts_of
 from dit_cache_fx.capture.signature import CallSignature, FlatCall, flatten_call, unflatten_call
+from dit_cache_fx.capture.subject import Subject
 from dit_cache_fx.capture.timestep import guessed_timestep, named_timestep
 from dit_cache_fx.capture.trace import trace
-from dit_cache_fx.errors import CaptureError, DiscoveryError, DitCacheError
-from dit_cache_fx.identity import Seen, memory
-from dit_cache_fx.listing import short
-from dit_cache_fx.program import OUTPUT, BlockId, Program, block_values
-from dit_cache_fx.strategies import Strategy, never_cached
-from dit_cache_fx.structure import constants, unflatten
+from dit_cache_fx.errors import CaptureError, DitCacheError
+from dit_cache_fx.structure import constants
 
 __all__ = [
     "CAPTURING",
@@ -60,60 +58,6 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class Captured:
-    """A program that was checked, with what is needed to trust it on the next call."""
-
-    program: Program
-    gm: fx.GraphModule  # the graph as captured; the passes give the program others
-    guards: Guards | None
-    recording: Recording  # of the call that it was captured from, until that call is answered
-    blocks: dict[nn.Module, str]
-    whole: set[nn.Module]  # every module that the graph calls as a node
-    accepted: set[tuple[torch.Size, ...]]  # guard shapes that the graph was checked with
-    not_held: frozenset[str] = frozenset()  # block results that the recording did not hold
-    shapes: tuple[torch.Size, ...] = ()  # guard shapes of the newest call
-    seen: Seen | None = None  # the newest call's tensors that the guards depend on
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is captured: the model, how it is called, and where its blocks are looked for."""
-
-    model: nn.Module
-    signature: CallSignature
-    blocks: tuple[str, ...] | None  # the block lists' names where the user gave them
-    strategy: Strategy
-    check: bool = True
-
-    def lists(self) -> list[BlockList]:
-        """The lists that may hold the trunk, as they are now."""
-        if self.blocks is None:
-            return candidate_lists(self.model)
-        return [named_list(self.model, name) for name in self.blocks]
-
-    def always_runs(self, name: str) -> bool:
-        """Whether the block of this name may be one that is never cached.
-
-        Before the trunk is found an alias ("double_blocks") can mean any of the lists.
-        """
-        list_name, _, index = name.rpartition(".")
-        block = BlockId(list_name, int(index))
-        return any(
-            never_cached(block, self.strategy, lists) for lists in ((list_name,), ("", list_name))
-        )
-
-    def opened(self, lists: Sequence[BlockList]) -> list[nn.Module]:
-        """The blocks whose inside is recorded, to find the strategy's signal there."""
-        wanted = self.strategy.has_rule and self.strategy.looks_at() == "modulated"
-        return [blocks.modules[0] for blocks in lists] if wanted else []
-
-    def run(self, call: FlatCall, tensors: Sequence[torch.Tensor]) -> Any:
-        """The model's own answer to a flattened call with these tensors."""
-        arguments = unflatten_call(call.skeleton, list(tensors))
-        return self.signature.call(self.model.forward, arguments)
-
-
 def capture(subject: Subject, call: FlatCall, timestep: str | None) -> Captured:
     """Capture the model for calls like `call`; its blocks run once, for this call's own answer.
 
@@ -126,21 +70,21 @@ def capture(subject: Subject, call: FlatCall, timestep: str | None) -> Captured:
         kept = kept_modules(subject.model, lists)
         members = {m: kept[m] for blocks in lists for m in blocks.modules}
         recording = _recorded(subject, call, tensors, lists, kept)
-        _refuse_rewritten_arguments(recording)
-        _refuse_written_memory(subject.model, call, tensors, recording)
+        refuse_rewritten_arguments(recording)
+        refuse_written_memory(subject.model, call, tensors, recording)
         with _explained("the model's own code (outside its blocks and layers) cannot be traced"):
             traced = trace(lambda inputs: subject.run(call, inputs), tensors, kept, recording)
         step = timestep if timestep is not None else guessed_timestep(call)
-        _require_timestep(call, step)
+        require_timestep(call, step)
         program, guards = normal_form(subject.model, traced, call, step)
         mark_blocks(program, lists, chosen=subject.blocks is not None)
         mark_signal(program, subject.strategy, recording)
         trunk = {str(node.target) for node in program.block_calls()}
         blocks = {m: name for m, name in members.items() if f"model.{name}" in trunk}
         captured = Captured(program, program.gm, guards, recording, blocks, set(kept), set())
-        captured.not_held = _not_held(program, recording)
+        captured.not_held = not_held(program, recording)
         if guards is not None:
-            _refuse_late_guards(guards, trunk)
+            refuse_late_guards(guards, trunk)
             captured.shapes = guards.shapes(guards.expected)
             captured.accepted.add(captured.shapes)
         if subject.check:
@@ -187,133 +131,6 @@ def _recorded(
     for module in open_layers:
         del kept[module]
     return _recorded(subject, call, tensors, lists, kept)
-
-
-def accepts(subject: Subject, captured: Captured, call: FlatCall) -> bool:
-    """Whether the captured graph is right for this call (whose signature is the capture's).
-
-    Where a masked selection has another size than any seen, the graph is checked with it first.
-    """
-    guards = captured.guards
-    if guards is None:
-        return True
-    tensors = Seen([call.tensors[i] for i in guards.inputs], certain=True)
-    if captured.seen is not None and tensors.shared_with(captured.seen) == len(guards.inputs):
-        return True
-    with torch.no_grad():
-        read = guards.gm(*call.tensors)
-    if guards.values(read) != guards.values(guards.expected):
-        _log_failed(guards, read)
-        return False
-    shapes = guards.shapes(read)
-    if shapes not in captured.accepted:
-        difference = _compare(subject, captured, call, call.tensors)
-        if difference is not None:
-            log.info("a graph is not for this call: with %s %s", shapes, difference)
-            return False
-        captured.accepted.add(shapes)
-    captured.shapes, captured.seen = shapes, tensors
-    return True
-
-
-def _log_failed(guards: Guards, read: Sequence[Any]) -> None:
-    if log.isEnabledFor(logging.INFO):
-        texts, wanted = guards.described(read), guards.expected
-        failed = [
-            f"{text} (captured with {short(want)})"
-            for text, want, value in zip(texts, wanted, read, strict=True)
-            if want != value and not isinstance(value, torch.Size)
-        ]
-        log.info("a graph is not for this call: it reads %s", "; ".join(failed))
-
-
-def can_replay(captured: Captured) -> bool:
-    """Whether the recording holds all that is read of blocks: run values, never cached blocks."""
-    program = captured.program
-    read = {name for region in program.regions for name in region.values}
-    read |= {value.name for call in program.block_calls() for value in block_values(call)}
-    return not read & captured.not_held
-
-
-def _not_held(program: Program, recording: Recording) -> frozenset[str]:
-    calls: dict[str, Iterator[ModuleCall]] = {}
-    missing: list[str] = []
-    for node in program.block_calls():
-        name = str(node.target).removeprefix("model.")
-        if name not in calls:
-            calls[name] = iter([c for c in recording.calls if c.name == name])
-        made = next(calls[name])
-        missing += [v.name for v in block_values(node) if v.meta[OUTPUT] not in made.values]
-    return frozenset(missing)
-
-
-@contextmanager
-def replayed(captured: Captured) -> Iterator[None]:
-    """Within the context the blocks return what they returned in the recorded run."""
-    calls: dict[str, Iterator[ModuleCall]] = {
-        name: iter([c for c in captured.recording.calls if c.name == name])
-        for name in captured.blocks.values()
-    }
-
-    def handle(
-        module: nn.Module, name: str, call: Callable[..., Any], args: Any, kwargs: Any
-    ) -> Any:
-        made = next(calls[name])
-        return unflatten(made.skeleton, made.outputs())
-
-    with intercepted(captured.blocks, handle):
-        yield
-
-
-def _require_timestep(call: FlatCall, timestep: str) -> None:
-    if call.arguments_of().count(timestep) != 1:
-        raise DiscoveryError(
-            f"the timestep argument {timestep!r} must be one tensor or number; in this call it is "
-            "not. Name another one: timestep='...'"
-        )
-
-
-_APART = (
-    "a cached step could not do the same. Make such calls between disable() and enable(), turn off "
-    "the option that asks for them (a cache of keys and values, say), or let the module return the "
-    "value instead"
-)
-
-
-def _refuse_rewritten_arguments(recording: Recording) -> None:
-    rewriting = next((call.name for call in recording.calls if call.rewrites), None)
-    if rewriting is not None:
-        raise CaptureError(
-            f"module {rewriting!r} puts a value into a container (a dict, list or object) among "
-            f"its arguments: {_APART}"
-        )
-
-
-def _refuse_written_memory(
-    model: nn.Module, call: FlatCall, tensors: Sequence[torch.Tensor], recording: Recording
-) -> None:
-    """Refuse a module that keeps a value for later, in memory that outlives the call."""
-    if not any(made.writes for made in recording.calls):
-        return
-    lasting = {memory(t): f"the model's {name!r}" for name, t in owned_tensors(model)}
-    lasting.update(
-        (memory(t), f"the argument {name!r}")
-        for t, name in zip(tensors, call.arguments_of(), strict=True)
-    )
-    for made in recording.calls:
-        written = next((lasting[m] for m in made.writes if m in lasting), None)
-        if written is not None:
-            raise CaptureError(f"module {made.name!r} writes into {written} in place: {_APART}")
-
-
-def _refuse_late_guards(guards: Guards, trunk: set[str]) -> None:
-    late = [n.target for n in guards.gm.graph.nodes if n.op == "call_module" and n.target in trunk]
-    if late:
-        raise CaptureError(
-            "the model's control flow depends on the result of a cached block "
-            f"({str(late[-1]).removeprefix('model.')}): its value is not known before the block "
-            "runs. Move the decision into a block, or exclude the list with blocks=[...]"
-        )
 
 
 def _check(
@@ -368,14 +185,3 @@ def _check_number(
 
 def _guards_hold(guards: Guards | None, inputs: Sequence[torch.Tensor]) -> bool:
     return guards is None or list(guards.gm(*inputs)) == list(guards.expected)
-
-
-def _compare(
-    subject: Subject, captured: Captured, call: FlatCall, tensors: Sequence[torch.Tensor]
-) -> str | None:
-    return compare(
-        lambda: subject.run(call, tensors),
-        lambda: captured.gm(*tensors),
-        captured.blocks,
-        captured.recording,
-    )

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from dit_cache_fx.capture.reads import READS, read_count, read_list, read_shape
 from dit_cache_fx.capture.signature import FlatCall
-from dit_cache_fx.capture.trace import READS, Trace, call_kept, read_count, read_list, read_shape
+from dit_cache_fx.capture.trace import Trace, call_kept
 from dit_cache_fx.listing import short
 from dit_cache_fx.program import Program, ancestors, graph_module
 

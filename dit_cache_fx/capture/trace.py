@@ -1,7 +1,7 @@
 """Phase two of a capture: the model's own code as a graph, its kept modules as single nodes.
 
 No kept module runs here: each returns what the recording holds. What the code reads out of a tensor
-(`.item()`, `bool(...)`, `.tolist()`, the size of a masked selection) becomes a guard.
+becomes a guard (`reads`).
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_cache_fx._torch import Emitter, emit_node, opaque, trace_functional, untraced
+from dit_cache_fx._torch import Emitter, opaque, trace_functional
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.numbers import NumberFactories
+from dit_cache_fx.capture.reads import DataReads, PythonReads, read_count, read_shape
 from dit_cache_fx.capture.record import ModuleCall, Recording
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.program import KEYS, OUTPUT, PATH
@@ -38,34 +37,6 @@ from dit_cache_fx.structure import (
 def call_kept(index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Stands for the call of a kept module (the recording's call `index`) while tracing."""
     raise AssertionError("placeholder of the capture")
-
-
-@fx.has_side_effect
-def read_value(operator: Any, args: Any, kwargs: Any) -> Any:
-    """What an operator whose result is no tensor gave (`.item()`, `torch.equal`): a guard."""
-    return operator(*args, **kwargs)
-
-
-@fx.has_side_effect
-def read_list(tensor: torch.Tensor) -> Any:
-    """What `.tolist()` or `.numpy()` gave: a guard."""
-    return tensor.tolist()
-
-
-@fx.has_side_effect
-def read_count(mask: torch.Tensor) -> torch.Size:
-    """How many rows a mask selects: a guard, compared as a shape."""
-    return torch.Size([int(mask.count_nonzero())])
-
-
-@fx.has_side_effect
-def read_shape(tensor: torch.Tensor) -> torch.Size:
-    """The shape of a result whose shape depends on data: a guard."""
-    return tensor.shape
-
-
-#: the nodes that become guards
-READS = (read_value, read_list, read_count, read_shape)
 
 
 @dataclass
@@ -113,9 +84,9 @@ def _trace(
         # make_fx replaces Module.__call__ itself: ours must come after
         with (
             intercepted(kept, player.handle),
-            _PythonReads(read),
+            PythonReads(read),
             NumberFactories(),
-            _DataReads(read),
+            DataReads(read),
         ):
             leaves, skeleton = flatten(run(inputs))
         output.append(skeleton)
@@ -270,91 +241,3 @@ def _follow(node: Any, path: Sequence[tuple[type, Any]]) -> Any:
     for kind, key in path:
         node = accessor(kind, key)(node)
     return node
-
-
-# these reach a dispatch mode before they are taken apart into a tagged operator
-_COMPOSITE_READS = (torch.ops.aten.is_nonzero.default, torch.ops.aten.item.default)
-
-
-class _DataReads(TorchDispatchMode):
-    """Turns operators whose result depends on data into guards."""
-
-    supports_higher_order_operators = True  # lets `opaque` through
-
-    def __init__(self, read: list[Any]) -> None:
-        super().__init__()
-        self._read = read
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is opaque:
-            return func(*args, **kwargs)
-        if torch.Tag.data_dependent_output in func.tags or func in _COMPOSITE_READS:
-            with untraced():
-                value = func(*args, **kwargs)
-            if emit_node(read_value, (func, args, kwargs), {}, "read_value"):
-                self._read.append(value)
-            return value
-        result = func(*args, **kwargs)
-        if torch.Tag.dynamic_output_shape in func.tags:
-            self._read_sizes(func, flatten((args, kwargs))[0], flatten(result)[0])
-        return result
-
-    def _read_sizes(self, func: Any, inputs: list[torch.Tensor], outputs: Any) -> None:
-        """Guard the sizes of a result: by the masks alone where they decide them.
-
-        What is selected from (a text refiner's output) need not run to know how much is.
-        """
-        masks = _masks(func, inputs)
-        for tensor in outputs if masks is None else masks:
-            read = read_shape if masks is None else read_count
-            with untraced():
-                value = read(tensor)
-            if emit_node(read, (tensor,), {}, read.__name__):
-                self._read.append(value)
-
-
-def _masks(func: Any, inputs: list[torch.Tensor]) -> list[torch.Tensor] | None:
-    """The tensors whose true values decide the size of a selection; None where others do."""
-    if func is torch.ops.aten.index.Tensor:
-        return [t for t in inputs[1:] if t.dtype in (torch.bool, torch.uint8)]
-    if func is torch.ops.aten.masked_select.default:
-        return inputs[1:]
-    return inputs if func is torch.ops.aten.nonzero.default else None
-
-
-class _PythonReads(TorchFunctionMode):
-    """Turns `.tolist()` and `.numpy()`, which no operator stands for, into guards."""
-
-    _READS = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__)
-
-    def __init__(self, read: list[Any]) -> None:
-        super().__init__()
-        self._read = read
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in self._READS:
-            return func(*args, **(kwargs or {}))
-        reading = _ListRead(func, self._read)
-        opaque(reading, [args[0]])
-        return reading.value
-
-
-class _ListRead:
-    """Reads a whole tensor as an operator that the tracer does not look into."""
-
-    def __init__(self, func: Callable[[torch.Tensor], Any], read: list[Any]) -> None:
-        self._func = func
-        self._read = read
-        self.value: Any = None
-
-    def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        self._list = tensors[0].tolist()
-        self.value = self._func(tensors[0])
-        return []
-
-    def emit(self, graph: Emitter, inputs: Sequence[Any]) -> Sequence[Any]:
-        if isinstance(inputs[0], fx.Proxy):
-            graph.call(read_list, (inputs[0],), {}, "read_list")
-            self._read.append(self._list)
-        return []

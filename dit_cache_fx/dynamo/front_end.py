@@ -18,7 +18,7 @@ from dit_cache_fx.dynamo.inner import Compile, Inner, inner_compiler
 from dit_cache_fx.dynamo.outline import is_number, outline
 from dit_cache_fx.dynamo.sources import argument_of, is_owned, path_of
 from dit_cache_fx.errors import DiscoveryError, OptionError
-from dit_cache_fx.runtime.host import Host
+from dit_cache_fx.runtime.host import WANTS_GRADIENTS, Host
 from dit_cache_fx.runtime.life_cycle import LifeCycle
 from dit_cache_fx.runtime.lowered import Lowered
 from dit_cache_fx.strategies import Strategy
@@ -55,10 +55,7 @@ class Backend(LifeCycle):
         if mode is not None or options is not None:
             compile_graph = inner_compiler(self._inner, mode, options)
         if torch.is_grad_enabled() and any(map(_requires_grad, example_inputs)):
-            self._host.warn_once(
-                "gradients are enabled and wanted (call the model under torch.no_grad() or "
-                "torch.inference_mode())"
-            )
+            self._host.warn_once(WANTS_GRADIENTS)
             return compile_graph(gm, example_inputs)
         return self._cached(gm, example_inputs, compile_graph)
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from dit_cache_fx.capture.normal_form import Guards
-from dit_cache_fx.capture.trace import READS, read_count, read_list, read_value
+from dit_cache_fx.capture.reads import READS, read_count, read_list, read_value
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.program import attributes_of, graph_module
 

@@ -25,6 +25,12 @@ _CROWDED = (
     "Name each branch (cache_context), or put them into one batch"
 )
 
+#: why a call runs uncached while autograd is on
+WANTS_GRADIENTS = (
+    "gradients are enabled and wanted (call the model under torch.no_grad() or "
+    "torch.inference_mode())"
+)
+
 #: most calls of a generation that are noted
 MAX_RECORDS = 4096
 

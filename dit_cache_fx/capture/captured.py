@@ -1,0 +1,129 @@
+"""A captured graph: which calls it is right for, and its first answer without its blocks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from dit_cache_fx.capture.check import compare
+from dit_cache_fx.capture.intercept import intercepted
+from dit_cache_fx.capture.normal_form import Guards
+from dit_cache_fx.capture.record import ModuleCall, Recording
+from dit_cache_fx.capture.signature import FlatCall
+from dit_cache_fx.capture.subject import Subject
+from dit_cache_fx.identity import Seen
+from dit_cache_fx.listing import short
+from dit_cache_fx.program import OUTPUT, Program, block_values
+from dit_cache_fx.structure import unflatten
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Captured:
+    """A program that was checked, with what is needed to trust it on the next call."""
+
+    program: Program
+    gm: fx.GraphModule  # the graph as captured; the passes give the program others
+    guards: Guards | None
+    recording: Recording  # of the call that it was captured from, until that call is answered
+    blocks: dict[nn.Module, str]
+    whole: set[nn.Module]  # every module that the graph calls as a node
+    accepted: set[tuple[torch.Size, ...]]  # guard shapes that the graph was checked with
+    not_held: frozenset[str] = frozenset()  # block results that the recording did not hold
+    shapes: tuple[torch.Size, ...] = ()  # guard shapes of the newest call
+    seen: Seen | None = None  # the newest call's tensors that the guards depend on
+
+
+def accepts(subject: Subject, captured: Captured, call: FlatCall) -> bool:
+    """Whether the captured graph is right for this call (whose signature is the capture's).
+
+    Where a masked selection has another size than any seen, the graph is checked with it first.
+    """
+    guards = captured.guards
+    if guards is None:
+        return True
+    tensors = Seen([call.tensors[i] for i in guards.inputs], certain=True)
+    if captured.seen is not None and tensors.shared_with(captured.seen) == len(guards.inputs):
+        return True
+    with torch.no_grad():
+        read = guards.gm(*call.tensors)
+    if guards.values(read) != guards.values(guards.expected):
+        _log_failed(guards, read)
+        return False
+    shapes = guards.shapes(read)
+    if shapes not in captured.accepted:
+        difference = _differs(subject, captured, call, call.tensors)
+        if difference is not None:
+            log.info("a graph is not for this call: with %s %s", shapes, difference)
+            return False
+        captured.accepted.add(shapes)
+    captured.shapes, captured.seen = shapes, tensors
+    return True
+
+
+def _log_failed(guards: Guards, read: Sequence[Any]) -> None:
+    if log.isEnabledFor(logging.INFO):
+        texts, wanted = guards.described(read), guards.expected
+        failed = [
+            f"{text} (captured with {short(want)})"
+            for text, want, value in zip(texts, wanted, read, strict=True)
+            if want != value and not isinstance(value, torch.Size)
+        ]
+        log.info("a graph is not for this call: it reads %s", "; ".join(failed))
+
+
+def can_replay(captured: Captured) -> bool:
+    """Whether the recording holds all that is read of blocks: run values, never cached blocks."""
+    program = captured.program
+    read = {name for region in program.regions for name in region.values}
+    read |= {value.name for call in program.block_calls() for value in block_values(call)}
+    return not read & captured.not_held
+
+
+@contextmanager
+def replayed(captured: Captured) -> Iterator[None]:
+    """Within the context the blocks return what they returned in the recorded run."""
+    calls: dict[str, Iterator[ModuleCall]] = {
+        name: iter([c for c in captured.recording.calls if c.name == name])
+        for name in captured.blocks.values()
+    }
+
+    def handle(
+        module: nn.Module, name: str, call: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        made = next(calls[name])
+        return unflatten(made.skeleton, made.outputs())
+
+    with intercepted(captured.blocks, handle):
+        yield
+
+
+def not_held(program: Program, recording: Recording) -> frozenset[str]:
+    """The names of block results whose values the recording does not hold."""
+    calls: dict[str, Iterator[ModuleCall]] = {}
+    missing: list[str] = []
+    for node in program.block_calls():
+        name = str(node.target).removeprefix("model.")
+        if name not in calls:
+            calls[name] = iter([c for c in recording.calls if c.name == name])
+        made = next(calls[name])
+        missing += [v.name for v in block_values(node) if v.meta[OUTPUT] not in made.values]
+    return frozenset(missing)
+
+
+def _differs(
+    subject: Subject, captured: Captured, call: FlatCall, tensors: Sequence[torch.Tensor]
+) -> str | None:
+    return compare(
+        lambda: subject.run(call, tensors),
+        lambda: captured.gm(*tensors),
+        captured.blocks,
+        captured.recording,
+    )

@@ -1,0 +1,67 @@
+"""Models whose cached steps could not do the same are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from dit_cache_fx.capture.normal_form import Guards, owned_tensors
+from dit_cache_fx.capture.record import Recording
+from dit_cache_fx.capture.signature import FlatCall
+from dit_cache_fx.errors import CaptureError, DiscoveryError
+from dit_cache_fx.identity import memory
+
+_APART = (
+    "a cached step could not do the same. Make such calls between disable() and enable(), turn off "
+    "the option that asks for them (a cache of keys and values, say), or let the module return the "
+    "value instead"
+)
+
+
+def require_timestep(call: FlatCall, timestep: str) -> None:
+    """Refuse a call whose timestep is not one tensor or number."""
+    if call.arguments_of().count(timestep) != 1:
+        raise DiscoveryError(
+            f"the timestep argument {timestep!r} must be one tensor or number; in this call it is "
+            "not. Name another one: timestep='...'"
+        )
+
+
+def refuse_rewritten_arguments(recording: Recording) -> None:
+    """Refuse a module that puts a value into a container among its arguments."""
+    rewriting = next((call.name for call in recording.calls if call.rewrites), None)
+    if rewriting is not None:
+        raise CaptureError(
+            f"module {rewriting!r} puts a value into a container (a dict, list or object) among "
+            f"its arguments: {_APART}"
+        )
+
+
+def refuse_written_memory(
+    model: nn.Module, call: FlatCall, tensors: Sequence[torch.Tensor], recording: Recording
+) -> None:
+    """Refuse a module that keeps a value for later, in memory that outlives the call."""
+    if not any(made.writes for made in recording.calls):
+        return
+    lasting = {memory(t): f"the model's {name!r}" for name, t in owned_tensors(model)}
+    lasting.update(
+        (memory(t), f"the argument {name!r}")
+        for t, name in zip(tensors, call.arguments_of(), strict=True)
+    )
+    for made in recording.calls:
+        written = next((lasting[m] for m in made.writes if m in lasting), None)
+        if written is not None:
+            raise CaptureError(f"module {made.name!r} writes into {written} in place: {_APART}")
+
+
+def refuse_late_guards(guards: Guards, trunk: set[str]) -> None:
+    """Refuse control flow that depends on a cached block's result."""
+    late = [n.target for n in guards.gm.graph.nodes if n.op == "call_module" and n.target in trunk]
+    if late:
+        raise CaptureError(
+            "the model's control flow depends on the result of a cached block "
+            f"({str(late[-1]).removeprefix('model.')}): its value is not known before the block "
+            "runs. Move the decision into a block, or exclude the list with blocks=[...]"
+        )
