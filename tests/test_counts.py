@@ -31,7 +31,20 @@ COMPUTED = interval_schedule(STEPS, 2, 10, 3)
 STRATEGIES = ("deepcache", "teacache", "taylorcache")
 
 each_case = pytest.mark.parametrize("model_case", CASES, ids=lambda c: c.name)
-each_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
+#: each model with one strategy in turn; `-m exhaustive` has the others
+each_pair = pytest.mark.parametrize(
+    ("model_case", "strategy"),
+    [
+        pytest.param(
+            c,
+            strategy,
+            id=f"{c.name}-{strategy}",
+            marks=() if turn == number % len(STRATEGIES) else pytest.mark.exhaustive,
+        )
+        for number, c in enumerate(CASES)
+        for turn, strategy in enumerate(STRATEGIES)
+    ],
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -122,8 +135,7 @@ def layers_on_a_reused_step(
 # --- blocks --------------------------------------------------------------------------------------
 
 
-@each_case
-@each_strategy
+@each_pair
 def test_each_cached_block_runs_once_for_each_computed_step(
     model_case: Case, strategy: str
 ) -> None:
@@ -133,8 +145,7 @@ def test_each_cached_block_runs_once_for_each_computed_step(
         assert blocks_in(ran, model_case) == (every_block if step in COMPUTED else {}), step
 
 
-@each_case
-@each_strategy
+@each_pair
 def test_a_never_cached_block_runs_on_every_step(model_case: Case, strategy: str) -> None:
     every_block = dict.fromkeys(blocks_of(model_case.build(), model_case), 1)
     last_list = model_case.block_lists[-1]
@@ -169,8 +180,7 @@ def test_both_branches_of_guidance_run_each_block_once(model_case: Case) -> None
 # --- layers --------------------------------------------------------------------------------------
 
 
-@each_case
-@each_strategy
+@each_pair
 def test_a_computed_step_runs_each_layer_as_often_as_the_model(
     model_case: Case, strategy: str
 ) -> None:
@@ -309,8 +319,7 @@ def test_a_reused_step_of_teacache_also_runs_what_makes_its_stream(model_case: C
     assert ran > Dependencies(model_case, "deepcache").needed()
 
 
-@each_case
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@each_pair
 def test_a_reused_step_with_a_never_cached_block_runs_what_that_block_needs(
     model_case: Case, strategy: str
 ) -> None:

@@ -1,7 +1,7 @@
 """Every model of the zoo compiles into one graph that decides by itself, with every strategy.
 
 The models have one block of each kind: what Dynamo needs for a block is most of the time here. Each
-model takes one scheduled strategy through AOTAutograd, most TeaCache's own rule too;
+model takes one scheduled strategy, most through AOTAutograd and TeaCache's own rule too;
 `-m exhaustive` runs all strategies both ways.
 """
 
@@ -30,7 +30,7 @@ from tests.zoo import CASES, Case
 
 #: another prompt is of another length where the model takes a mask
 PROMPTS = (0, 1, 0)
-#: those whose rule is left to `-m exhaustive`: they take the longest
+#: those whose rule and AOTAutograd are left to `-m exhaustive`: they take the longest
 SLOW = (
     "HunyuanVideo15Transformer3DModel",
     "HunyuanVideoTransformer3DModel",
@@ -44,8 +44,8 @@ def _matrix() -> Iterator[Any]:
         turn = [*SCHEDULED][number % len(SCHEDULED)]
         for name in STRATEGIES:
             for inner in ("eager", "aot_eager"):
-                usual = (turn, "aot_eager"), ("rule", "eager")
-                often = (name, inner) in (usual[:1] if case.name in SLOW else usual)
+                usual = [(turn, "aot_eager"), ("rule", "eager")]
+                often = (name, inner) in ([(turn, "eager")] if case.name in SLOW else usual)
                 marks = () if often else (pytest.mark.exhaustive,)
                 yield pytest.param(case, name, inner, marks=marks, id=f"{case.name}-{name}-{inner}")
 
