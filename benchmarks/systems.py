@@ -20,10 +20,6 @@ from benchmarks.models import Inputs, Place, Shape
 from dit_cache_fx import interval_schedule
 
 
-class NotSupported(Exception):
-    """A system that cannot be measured here, and why."""
-
-
 @dataclass(frozen=True)
 class Plan:
     """What each system is told: compute all steps before `start` and from `end` on, and from
@@ -147,8 +143,6 @@ class ApplySteps(Apply):
 
     def setup(self) -> None:
         super().setup()
-        if not hasattr(self.cached, "compile_steps"):
-            raise NotSupported("this version has no compile_steps()")
         self.cached.compile_steps(backend=self.plan.inner, mode=self.mode)
 
 
@@ -167,8 +161,6 @@ class Backend(System):
         super().__init__(model, shape, plan)
 
     def setup(self) -> None:
-        if not hasattr(dit_cache_fx, "backend"):
-            raise NotSupported("this version has no backend()")
         self.backend = dit_cache_fx.backend(
             self.strategy, inner=self.plan.inner, mode=self.mode, no_cache_steps=self.plan.computed
         )

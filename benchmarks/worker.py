@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 
 from benchmarks.models import Place, Shape, shape
 from benchmarks.peers import NotInstalled
-from benchmarks.systems import ROWS, NotSupported, Plan, System
+from benchmarks.systems import ROWS, Plan, System
 
 Result = dict[str, Any]
 
@@ -270,6 +270,6 @@ def serve(connection: Connection, job: Job, log: str) -> None:
 def reason(error: Exception) -> str:
     """One line for the table."""
     text = " ".join(str(error).split())[:120]
-    if isinstance(error, (NotInstalled, NotSupported)):
+    if isinstance(error, NotInstalled):
         return text
     return f"failed: {type(error).__name__}: {text}"

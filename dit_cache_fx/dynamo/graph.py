@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -205,15 +204,9 @@ class CachedGraph:
         def compiled(part: Part) -> Part:
             return compiled_part(part, self._compile, variants.held, outlined.dynamos, origins)
 
-        lowered = dataclasses.replace(
-            variants,
-            compute=compiled(variants.compute),
-            reuse=compiled(variants.reuse),
-            prefix=variants.prefix and compiled(variants.prefix),
-        )
         entry = Lowered(
             program,
-            lowered,
+            variants.mapped(compiled),
             nodes,
             block_bytes(traced.recording, traced.blocks),
             next(self._shared.serials),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,32 +11,29 @@ from torch import fx, nn
 
 from dit_cache_fx._torch import like_dynamos
 from dit_cache_fx.dynamo.inner import Compile
-from dit_cache_fx.lowering import Part
+from dit_cache_fx.lowering import CompiledPart, Part
 from dit_cache_fx.specs import TensorSpec
 
 
-@dataclass(frozen=True)
-class CompiledPart(Part):
-    """A lowered graph that the inner compiler compiles when it is called first."""
+class _AtFirstCall:
+    """Compiles a graph when it is called first. `own`: operands that are the cache's, what is held.
 
-    compile: Compile
-    own: Mapping[str, TensorSpec]  # operands that are the cache's own: what is held
-    compiled: list[Callable[..., Sequence[torch.Tensor]]] = field(default_factory=list)
+    The compiler may take two operands that are one tensor now for one for good: Dynamo tells when
+    it may not for a call's inputs, so only what is held is stood in for.
+    """
 
-    @property
-    def run(self) -> Callable[..., Sequence[torch.Tensor]]:
-        return self.compiled[0] if self.compiled else self._first
+    def __init__(self, compile_graph: Compile, part: Part, own: Mapping[str, TensorSpec]) -> None:
+        self._compile = compile_graph
+        self._part = part
+        self._own = own
+        self._compiled: Callable[..., Sequence[torch.Tensor]] | None = None
 
-    def _first(self, *operands: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Compile for operands like these.
-
-        The compiler may take two operands that are one tensor now for one for good: Dynamo tells
-        when it may not for a call's inputs, so only what is held is stood in for.
-        """
-        given = zip(self.names, operands, strict=True)
-        examples = [self.own[n].zeros() if n in self.own else t for n, t in given]
-        self.compiled.append(self.compile(self.gm, examples))
-        return self.compiled[0](*operands)
+    def __call__(self, *operands: torch.Tensor) -> Sequence[torch.Tensor]:
+        if self._compiled is None:
+            given = zip(self._part.names, operands, strict=True)
+            examples = [self._own[n].zeros() if n in self._own else t for n, t in given]
+            self._compiled = self._compile(self._part.gm, examples)
+        return self._compiled(*operands)
 
 
 def compiled_part(
@@ -48,8 +44,9 @@ def compiled_part(
     inputs: Mapping[str, fx.Node],
 ) -> CompiledPart:
     """`part`, with its blocks inlined. `inputs`: name -> the input of Dynamo's graph that it is."""
-    gm = like_dynamos(flat(part.gm), dynamos, inputs)
-    return CompiledPart(gm, part.names, compile_graph, held)
+    inlined = Part(like_dynamos(flat(part.gm), dynamos, inputs), part.names)
+    compiled = _AtFirstCall(compile_graph, inlined, held)
+    return CompiledPart(inlined.gm, inlined.names, compiled)
 
 
 def flat(gm: fx.GraphModule) -> fx.GraphModule:

@@ -41,3 +41,14 @@ class Part:
     def operands(self, given: Mapping[str, _T]) -> list[_T]:
         """What the graph reads of all that there is."""
         return [given[name] for name in self.names]
+
+
+@dataclass(frozen=True)
+class CompiledPart(Part):
+    """A lowered graph, and what runs in its place."""
+
+    compiled: Callable[..., Sequence[torch.Tensor]]
+
+    @property
+    def run(self) -> Callable[..., Sequence[torch.Tensor]]:
+        return self.compiled

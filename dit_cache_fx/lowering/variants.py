@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
@@ -43,6 +43,13 @@ class Variants:
     held: dict[str, TensorSpec]
     carried: tuple[str, ...]
     outputs: int
+
+    def mapped(self, function: Callable[[Part], Part]) -> Variants:
+        """The same with `function` of each graph."""
+        prefix = self.prefix and function(self.prefix)
+        return replace(
+            self, compute=function(self.compute), reuse=function(self.reuse), prefix=prefix
+        )
 
 
 def lower_variants(program: Program) -> Variants:

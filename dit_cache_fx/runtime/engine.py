@@ -131,8 +131,8 @@ class Engine:
         if watched:
             results = yield from stages.watched(entry, step, call, compiler)
         elif separate is not None:
-            graphs = separate.graphs(entry.variants)
-            results = yield from stages.separate(entry, step, call, graphs)
+            compiled_variants = separate.compiled(entry.variants)
+            results = yield from stages.separate(entry, step, call, compiled_variants)
         elif not first:
             results = yield from stages.plain(entry, step, call)
         outputs, kept = results[: entry.variants.outputs], results[entry.variants.outputs :]

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
 from dit_cache_fx._torch import CANNOT_COMPILE, not_a_compiled_frame
-from dit_cache_fx.lowering import Part, Preamble, Variants, split_preamble
+from dit_cache_fx.lowering import CompiledPart, Part, Preamble, Variants, split_preamble
 from dit_cache_fx.runtime.drive import Results, lasting
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class StepGraphs:
-    """Variants whose graphs are compiled. `preamble`: what the host runs before `compute`."""
+class Separate:
+    """Variants whose graphs are compiled. `preamble`: what the host runs before a computed step."""
 
-    compute: Part
-    reuse: Part
-    prefix: Part | None
+    variants: Variants
     preamble: Preamble | None
 
 
@@ -36,37 +34,19 @@ class StepCompiler:
     def __init__(self, options: Mapping[str, Any]) -> None:
         torch.compile(_nothing, **options)
         self._options = options
-        self._made: WeakKeyDictionary[Variants, StepGraphs] = WeakKeyDictionary()
+        self._made: WeakKeyDictionary[Variants, Separate] = WeakKeyDictionary()
 
-    def graphs(self, variants: Variants) -> StepGraphs:
-        """The compiled graphs of these variants."""
+    def compiled(self, variants: Variants) -> Separate:
+        """The same variants, compiled."""
         made = self._made.get(variants)
         if made is None:
-            made = self._made[variants] = self._graphs(variants)
+            preamble = split_preamble(variants.compute)
+            whole = variants if preamble is None else replace(variants, compute=preamble.compute)
+            made = self._made[variants] = Separate(whole.mapped(self._part), preamble)
         return made
 
-    def _graphs(self, variants: Variants) -> StepGraphs:
-        preamble = split_preamble(variants.compute)
-        return StepGraphs(
-            self._compiled(variants.compute if preamble is None else preamble.compute),
-            self._compiled(variants.reuse),
-            variants.prefix and self._compiled(variants.prefix),
-            preamble,
-        )
-
-    def _compiled(self, part: Part) -> Part:
+    def _part(self, part: Part) -> Part:
         return CompiledPart(part.gm, part.names, _Whole(part.run, self._options))
-
-
-@dataclass(frozen=True)
-class CompiledPart(Part):
-    """A graph that runs compiled."""
-
-    compiled: Callable[..., Results]
-
-    @property
-    def run(self) -> Callable[..., Results]:
-        return self.compiled
 
 
 class _Whole:

@@ -9,13 +9,11 @@ import torch
 
 from dit_cache_fx._torch import CANNOT_COMPILE, signatures_kept
 from dit_cache_fx.capture import FlatCall
-from dit_cache_fx.lowering import Preamble
-from dit_cache_fx.runtime.drive import Compiler, Serving, Stage
+from dit_cache_fx.lowering import Preamble, Variants
+from dit_cache_fx.runtime.drive import Compiler, Serving, Stage, drive_here
 from dit_cache_fx.runtime.graphs import Entry
-from dit_cache_fx.runtime.separate import StepGraphs
+from dit_cache_fx.runtime.separate import Separate
 from dit_cache_fx.runtime.step import Step
-
-Given = Mapping[str, torch.Tensor]
 
 log = logging.getLogger(__name__)
 
@@ -23,25 +21,19 @@ log = logging.getLogger(__name__)
 def plain(entry: Entry, step: Step, call: FlatCall) -> Serving:
     """Run the graph of the step's kind; the decision is the host's."""
     variants, given = entry.variants, entry.inputs(call)
-    if variants.prefix is not None:
-        signal, *carried = yield Stage(variants.prefix.run, variants.prefix.operands(given))
-        given.update(zip(variants.carried, carried, strict=True))
-        step.decide(signal)
+    yield from _ruled(variants, step, given)
     part = variants.compute if step.computes else variants.reuse
     given.update(step.given(part.names))
     return (yield Stage(part.run, part.operands(given)))
 
 
-def separate(entry: Entry, step: Step, call: FlatCall, graphs: StepGraphs) -> Serving:
+def separate(entry: Entry, step: Step, call: FlatCall, compiled: Separate) -> Serving:
     """The same, where each graph was compiled by itself."""
-    variants, given = entry.variants, entry.inputs(call)
-    if graphs.prefix is not None:
-        signal, *carried = yield Stage(graphs.prefix.run, graphs.prefix.operands(given))
-        given.update(zip(variants.carried, carried, strict=True))
-        step.decide(signal)
-    if step.computes and graphs.preamble is not None:
-        given.update(_prepared(graphs.preamble, step, given))
-    part = graphs.compute if step.computes else graphs.reuse
+    variants, given = compiled.variants, entry.inputs(call)
+    yield from _ruled(variants, step, given)
+    if step.computes and compiled.preamble is not None:
+        given.update(_prepared(compiled.preamble, step, given))
+    part = variants.compute if step.computes else variants.reuse
     given.update(step.compiled_given(part.names))
     results = yield Stage(part.run, part.operands(given))
     outputs, kept = results[: variants.outputs], results[variants.outputs :]
@@ -65,9 +57,9 @@ def _one_graph(entry: Entry, step: Step, call: FlatCall) -> Serving:
     """Run the graph that has the decision in it."""
     one, given = entry.one_graph, entry.inputs(call)
     if one.preamble is not None:  # what the graph cannot hold is the host's, the rule first
-        made = _ruled(entry, step, given)
-        made.update(_prepared(one.preamble, step, {**given, **made}))
-        given.update((n, _contiguous(t)) for n, t in made.items())
+        drive_here(_ruled(entry.variants, step, given))
+        given.update(_prepared(one.preamble, step, given))
+        given.update((name, _contiguous(given[name])) for name in entry.variants.carried)
     given.update(step.one_graph_given(one.part.names, one.memory))
     with signatures_kept():
         results = yield Stage(one.part.run, one.operands(given))
@@ -77,18 +69,17 @@ def _one_graph(entry: Entry, step: Step, call: FlatCall) -> Serving:
     return results[:values]
 
 
-def _ruled(entry: Entry, step: Step, given: Given) -> dict[str, torch.Tensor]:
-    """Ask the strategy's own rule on the host; returns what is carried on."""
-    variants = entry.variants
-    if variants.prefix is None:
-        return {}
-    with torch.no_grad():
-        signal, *carried = variants.prefix.run(*variants.prefix.operands(given))
+def _ruled(variants: Variants, step: Step, given: dict[str, torch.Tensor]) -> Serving:
+    """Ask the strategy's own rule, where it has one; what its graph carries on is given then."""
+    if variants.prefix is not None:
+        signal, *carried = yield Stage(variants.prefix.run, variants.prefix.operands(given))
+        given.update(zip(variants.carried, carried, strict=True))
         step.decide(signal)
-    return dict(zip(variants.carried, carried, strict=True))
 
 
-def _prepared(preamble: Preamble, step: Step, given: Given) -> dict[str, torch.Tensor]:
+def _prepared(
+    preamble: Preamble, step: Step, given: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Run the preamble on the host."""
     part = preamble.part
     operands = part.operands({**given, **step.given(part.names)})
