@@ -18,7 +18,7 @@ from dit_cache_fx.errors import CaptureError, OptionError
 from dit_cache_fx.lowering.stateful import State
 from dit_cache_fx.module import CachedModel
 from dit_cache_fx.specs import TensorSpec
-from dit_cache_fx.structure import Skeleton, unflatten
+from dit_cache_fx.values.pytree import Skeleton, unflatten
 
 #: (state, inputs) -> (the model's tensors, the new state)
 Function = Callable[[State, dict[str, torch.Tensor]], tuple[Sequence[torch.Tensor], State]]

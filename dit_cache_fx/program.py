@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from dit_cache_fx.errors import VerifyError
 from dit_cache_fx.specs import TensorSpec
-from dit_cache_fx.structure import Skeleton
+from dit_cache_fx.values.pytree import Skeleton
 
 #: node.meta keys
 BLOCK = "dit_cache_block"  # on a block's call: its BlockId

@@ -35,7 +35,7 @@ from dit_cache_fx.capture.subject import Subject
 from dit_cache_fx.capture.timestep import guessed_timestep, named_timestep
 from dit_cache_fx.capture.trace import trace
 from dit_cache_fx.errors import CaptureError, DitCacheError
-from dit_cache_fx.structure import constants
+from dit_cache_fx.values.pytree import constants
 
 __all__ = [
     "CAPTURING",

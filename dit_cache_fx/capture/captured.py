@@ -17,10 +17,10 @@ from dit_cache_fx.capture.normal_form import Guards
 from dit_cache_fx.capture.record import ModuleCall, Recording
 from dit_cache_fx.capture.signature import FlatCall
 from dit_cache_fx.capture.subject import Subject
-from dit_cache_fx.identity import Seen
 from dit_cache_fx.listing import short
 from dit_cache_fx.program import OUTPUT, Program, block_values
-from dit_cache_fx.structure import unflatten
+from dit_cache_fx.values.identity import Seen
+from dit_cache_fx.values.pytree import unflatten
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from torch import nn
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.record import ModuleCall, Recording
 from dit_cache_fx.errors import CaptureError, DitCacheError
-from dit_cache_fx.identity import alike
-from dit_cache_fx.structure import constants, flatten, unflatten
+from dit_cache_fx.values.identity import alike
+from dit_cache_fx.values.pytree import constants, flatten, unflatten
 
 
 class _Print(NamedTuple):

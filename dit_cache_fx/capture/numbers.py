@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from dit_cache_fx.structure import flatten
+from dit_cache_fx.values.pytree import flatten
 
 
 class NumberFactories(TorchFunctionMode):

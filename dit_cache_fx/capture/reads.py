@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_cache_fx._torch import Emitter, emit_node, opaque, untraced
-from dit_cache_fx.structure import flatten
+from dit_cache_fx.values.pytree import flatten
 
 
 @fx.has_side_effect

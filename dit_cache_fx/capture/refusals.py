@@ -11,7 +11,7 @@ from dit_cache_fx.capture.normal_form import Guards, owned_tensors
 from dit_cache_fx.capture.record import Recording
 from dit_cache_fx.capture.signature import FlatCall
 from dit_cache_fx.errors import CaptureError, DiscoveryError
-from dit_cache_fx.identity import memory
+from dit_cache_fx.values.identity import memory
 
 _APART = (
     "a cached step could not do the same. Make such calls between disable() and enable(), turn off "

@@ -30,7 +30,7 @@ from dit_cache_fx.program import (
 )
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.streams import stream_input
-from dit_cache_fx.structure import unflatten
+from dit_cache_fx.values.pytree import unflatten
 
 _NO_STREAM = "the first block has no input of the shape of its output"
 

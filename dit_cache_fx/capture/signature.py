@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dit_cache_fx.structure import Skeleton, flatten, key_paths, unflatten
+from dit_cache_fx.values.pytree import Skeleton, flatten, key_paths, unflatten
 
 
 @dataclass(frozen=True)

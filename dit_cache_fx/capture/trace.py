@@ -21,7 +21,7 @@ from dit_cache_fx.capture.reads import DataReads, PythonReads, read_count, read_
 from dit_cache_fx.capture.record import ModuleCall, Recording
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.program import KEYS, OUTPUT, PATH
-from dit_cache_fx.structure import (
+from dit_cache_fx.values.pytree import (
     Maker,
     Skeleton,
     accessor,

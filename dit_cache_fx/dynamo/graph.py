@@ -16,7 +16,6 @@ from dit_cache_fx.dynamo.capture import Input, Outlined, capture_graph
 from dit_cache_fx.dynamo.inner import Compile
 from dit_cache_fx.dynamo.parts import compiled_part, flat
 from dit_cache_fx.errors import CaptureError, DiscoveryError
-from dit_cache_fx.identity import Seen
 from dit_cache_fx.lowering import Part, lower_variants
 from dit_cache_fx.passes import run_passes
 from dit_cache_fx.program import operations
@@ -27,7 +26,8 @@ from dit_cache_fx.runtime.lowered import Lowered
 from dit_cache_fx.runtime.step import Step
 from dit_cache_fx.runtime.steps import timestep_value
 from dit_cache_fx.strategies import check_block_ids
-from dit_cache_fx.structure import unflatten
+from dit_cache_fx.values.identity import Seen
+from dit_cache_fx.values.pytree import unflatten
 
 #: most shapes of one graph with dynamic shapes whose variants are kept
 MAX_SHAPES = 32

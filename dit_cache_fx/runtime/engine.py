@@ -11,7 +11,6 @@ from torch import nn
 
 from dit_cache_fx.capture import FlatCall, Subject, can_replay, flatten_call, replayed
 from dit_cache_fx.errors import CaptureError
-from dit_cache_fx.identity import Seen
 from dit_cache_fx.runtime import stages
 from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.drive import Compiler, Results, Serving, drive_here
@@ -20,7 +19,8 @@ from dit_cache_fx.runtime.host import Host
 from dit_cache_fx.runtime.separate import StepCompiler
 from dit_cache_fx.runtime.step import Step
 from dit_cache_fx.runtime.steps import timestep_value
-from dit_cache_fx.structure import flatten, unflatten
+from dit_cache_fx.values.identity import Seen
+from dit_cache_fx.values.pytree import flatten, unflatten
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 
 from dit_cache_fx.errors import warn
-from dit_cache_fx.identity import Seen
 from dit_cache_fx.runtime.branches import MAX_BRANCHES, Branch, Session
 from dit_cache_fx.runtime.count import StepCount
 from dit_cache_fx.runtime.report import StepRecord
@@ -19,6 +18,7 @@ from dit_cache_fx.runtime.step import Step
 from dit_cache_fx.runtime.tracker import Tracker
 from dit_cache_fx.specs import TensorSpec
 from dit_cache_fx.strategies import Strategy
+from dit_cache_fx.values.identity import Seen
 
 _CROWDED = (
     f"more than {MAX_BRANCHES} calls with one timestep are not told apart: every step is computed. "

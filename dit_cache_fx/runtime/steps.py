@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dit_cache_fx.identity import Seen
+from dit_cache_fx.values.identity import Seen
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from collections.abc import Hashable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-from dit_cache_fx.identity import Seen
 from dit_cache_fx.runtime.branches import Session
 from dit_cache_fx.runtime.count import StepCount
 from dit_cache_fx.runtime.steps import Generation, Moment
+from dit_cache_fx.values.identity import Seen
 
 #: most generations (signatures, contexts) whose tensors are held at one time
 MAX_SESSIONS = 8

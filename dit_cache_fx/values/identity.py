@@ -10,7 +10,7 @@ from weakref import ref
 
 import torch
 
-from dit_cache_fx.structure import attributes
+from dit_cache_fx.values.pytree import attributes
 
 
 def version(tensor: torch.Tensor) -> int:
