@@ -32,8 +32,8 @@ from torch.fx.experimental.proxy_tensor import (
 )
 from torch.utils import _pytree as pytree
 
-from dit_cache_fx.program import DEVICE
-from dit_cache_fx.specs import TensorSpec
+from dit_cache_fx.ir.program import DEVICE
+from dit_cache_fx.ir.tensor_spec import TensorSpec
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dit_cache_fx.capture import CallSignature, Subject, capture, flatten_call
-from dit_cache_fx.listing import lines
+from dit_cache_fx.ir.graph_text import lines
+from dit_cache_fx.ir.program import Program
 from dit_cache_fx.passes import run_passes
-from dit_cache_fx.program import Program
 from dit_cache_fx.strategies import make_strategy
 
 DIM = 32

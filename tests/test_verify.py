@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from dit_cache_fx import DeepCache, Strategy, VerifyError
+from dit_cache_fx.ir.program import BlockId, Region
+from dit_cache_fx.ir.verify import verify
 from dit_cache_fx.passes import run_passes
-from dit_cache_fx.program import BlockId, Region
 from dit_cache_fx.strategies import Clock
-from dit_cache_fx.verify import verify
 from tests.passes.toy import captured
 
 DEEP = DeepCache(no_cache_steps=[0])

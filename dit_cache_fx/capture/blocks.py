@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from dit_cache_fx.capture.leaves import BlockList
 from dit_cache_fx.errors import DiscoveryError
-from dit_cache_fx.program import (
+from dit_cache_fx.ir.program import (
     BLOCK,
     BlockId,
     Program,

@@ -17,8 +17,8 @@ from dit_cache_fx.capture.normal_form import Guards
 from dit_cache_fx.capture.record import ModuleCall, Recording
 from dit_cache_fx.capture.signature import FlatCall
 from dit_cache_fx.capture.subject import Subject
-from dit_cache_fx.listing import short
-from dit_cache_fx.program import OUTPUT, Program, block_values
+from dit_cache_fx.ir.graph_text import short
+from dit_cache_fx.ir.program import OUTPUT, Program, block_values
 from dit_cache_fx.values.identity import Seen
 from dit_cache_fx.values.pytree import unflatten
 

@@ -12,8 +12,8 @@ from torch import fx, nn
 from dit_cache_fx.capture.reads import READS, read_count, read_list, read_shape
 from dit_cache_fx.capture.signature import FlatCall
 from dit_cache_fx.capture.trace import Trace, call_kept
-from dit_cache_fx.listing import short
-from dit_cache_fx.program import Program, ancestors, graph_module
+from dit_cache_fx.ir.graph_text import short
+from dit_cache_fx.ir.program import Program, ancestors, graph_module
 
 # without autograd and without in-place operations these return their argument
 _IDENTITIES = (

@@ -17,7 +17,7 @@ from dit_cache_fx.capture.normal_form import translated
 from dit_cache_fx.capture.record import ModuleCall, Recording
 from dit_cache_fx.capture.trace import Trace, call_kept, trace
 from dit_cache_fx.errors import CaptureError
-from dit_cache_fx.program import (
+from dit_cache_fx.ir.program import (
     SIGNAL,
     Program,
     ancestors,
@@ -28,8 +28,8 @@ from dit_cache_fx.program import (
     spec_of,
     tensor_spec,
 )
+from dit_cache_fx.ir.streams import stream_input
 from dit_cache_fx.strategies import Strategy
-from dit_cache_fx.streams import stream_input
 from dit_cache_fx.values.pytree import unflatten
 
 _NO_STREAM = "the first block has no input of the shape of its output"

@@ -11,7 +11,7 @@ from torch import nn
 
 from dit_cache_fx.capture.leaves import BlockList, candidate_lists, named_list
 from dit_cache_fx.capture.signature import CallSignature, FlatCall, unflatten_call
-from dit_cache_fx.program import BlockId
+from dit_cache_fx.ir.program import BlockId
 from dit_cache_fx.strategies import Strategy, never_cached
 
 

@@ -20,7 +20,7 @@ from dit_cache_fx.capture.numbers import NumberFactories
 from dit_cache_fx.capture.reads import DataReads, PythonReads, read_count, read_shape
 from dit_cache_fx.capture.record import ModuleCall, Recording
 from dit_cache_fx.errors import CaptureError
-from dit_cache_fx.program import KEYS, OUTPUT, PATH
+from dit_cache_fx.ir.program import KEYS, OUTPUT, PATH
 from dit_cache_fx.values.pytree import (
     Maker,
     Skeleton,

@@ -19,7 +19,7 @@ from dit_cache_fx.capture.record import Recording, record
 from dit_cache_fx.capture.signal import mark_signal, parts_of
 from dit_cache_fx.capture.trace import trace
 from dit_cache_fx.errors import CaptureError
-from dit_cache_fx.program import Program, spec_of
+from dit_cache_fx.ir.program import Program, spec_of
 from dit_cache_fx.strategies import Strategy
 
 #: Dynamo's graph takes tensors and, where shapes are dynamic, numbers

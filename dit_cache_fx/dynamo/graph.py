@@ -16,9 +16,9 @@ from dit_cache_fx.dynamo.capture import Input, Outlined, capture_graph
 from dit_cache_fx.dynamo.inner import Compile
 from dit_cache_fx.dynamo.parts import compiled_part, flat
 from dit_cache_fx.errors import CaptureError, DiscoveryError
+from dit_cache_fx.ir.program import operations
 from dit_cache_fx.lowering import Part, lower_variants
 from dit_cache_fx.passes import run_passes
-from dit_cache_fx.program import operations
 from dit_cache_fx.runtime.drive import lasting
 from dit_cache_fx.runtime.graphs import block_bytes
 from dit_cache_fx.runtime.host import Host

@@ -11,7 +11,7 @@ from torch import fx
 from dit_cache_fx.capture.normal_form import Guards
 from dit_cache_fx.capture.reads import READS, read_count, read_list, read_value
 from dit_cache_fx.errors import CaptureError
-from dit_cache_fx.program import attributes_of, graph_module
+from dit_cache_fx.ir.program import attributes_of, graph_module
 
 _ATEN = torch.ops.aten
 

@@ -11,12 +11,12 @@ import torch
 from torch import fx
 
 from dit_cache_fx._torch import trace_shapes
-from dit_cache_fx.listing import trace_graph
+from dit_cache_fx.ir.graph_text import trace_graph
+from dit_cache_fx.ir.program import Program, graph_module, inline, tensor_spec
+from dit_cache_fx.ir.tensor_spec import TensorSpec
 from dit_cache_fx.lowering.part import Part
 from dit_cache_fx.lowering.preamble import Preamble, pinned, split_preamble
 from dit_cache_fx.lowering.variants import Variants
-from dit_cache_fx.program import Program, graph_module, inline, tensor_spec
-from dit_cache_fx.specs import TensorSpec
 from dit_cache_fx.strategies import Clock, Strategy
 
 _FLAG = TensorSpec(torch.Size([]), torch.bool, torch.device("cpu"))

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
-from dit_cache_fx.program import graph_module, is_kept
+from dit_cache_fx.ir.program import graph_module, is_kept
 
 _T = TypeVar("_T")
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dit_cache_fx.lowering.part import Part
-from dit_cache_fx.program import (
+from dit_cache_fx.ir.program import (
     BLOCK,
     ancestors,
     attributes_of,
@@ -19,7 +18,8 @@ from dit_cache_fx.program import (
     spec_of,
     tensor_spec,
 )
-from dit_cache_fx.specs import TensorSpec
+from dit_cache_fx.ir.tensor_spec import TensorSpec
+from dit_cache_fx.lowering.part import Part
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from dit_cache_fx.errors import OptionError
+from dit_cache_fx.ir.program import Program
 from dit_cache_fx.lowering.clock import ClockState
 from dit_cache_fx.lowering.one_graph import lower_one_graph
 from dit_cache_fx.lowering.variants import Variants
-from dit_cache_fx.program import Program
 from dit_cache_fx.schedule import ListedSteps
 from dit_cache_fx.strategies import Strategy
 

@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import fx
 
-from dit_cache_fx.cached_run import CachedRun, is_cached_run
-from dit_cache_fx.listing import trace_graph
-from dit_cache_fx.lowering.part import Part
-from dit_cache_fx.program import (
+from dit_cache_fx.ir.cached_run import CachedRun, is_cached_run
+from dit_cache_fx.ir.graph_text import trace_graph
+from dit_cache_fx.ir.program import (
     ORIGIN,
     SIGNAL,
     Program,
@@ -23,7 +22,8 @@ from dit_cache_fx.program import (
     spec_of,
     tensor_spec,
 )
-from dit_cache_fx.specs import TensorSpec
+from dit_cache_fx.ir.tensor_spec import TensorSpec
+from dit_cache_fx.lowering.part import Part
 from dit_cache_fx.strategies import Clock
 
 

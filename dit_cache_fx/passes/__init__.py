@@ -6,16 +6,16 @@ import logging
 import time
 from collections.abc import Callable
 
-from dit_cache_fx.listing import trace_graph
+from dit_cache_fx.ir.graph_text import trace_graph
+from dit_cache_fx.ir.program import Program
+from dit_cache_fx.ir.verify import verify
 from dit_cache_fx.passes.dead_code import dead_code
 from dit_cache_fx.passes.find_values import find_values
 from dit_cache_fx.passes.forward_slices import forward_slices
 from dit_cache_fx.passes.guard_runs import guard_runs
 from dit_cache_fx.passes.select_runs import select_runs
 from dit_cache_fx.passes.sink import sink
-from dit_cache_fx.program import Program
 from dit_cache_fx.strategies import Strategy
-from dit_cache_fx.verify import verify
 
 Pass = Callable[[Program, Strategy], None]
 Observer = Callable[[str, Program], None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dit_cache_fx.program import Program, attributes_of, graph_module, is_kept
+from dit_cache_fx.ir.program import Program, attributes_of, graph_module, is_kept
 from dit_cache_fx.strategies import Strategy
 
 

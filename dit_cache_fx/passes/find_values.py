@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from dit_cache_fx.program import (
+from dit_cache_fx.ir.program import (
     BLOCK,
     BlockId,
     Program,
@@ -16,8 +16,8 @@ from dit_cache_fx.program import (
     block_call_of,
     block_values,
 )
+from dit_cache_fx.ir.streams import padded_start, start_of
 from dit_cache_fx.strategies import Strategy
-from dit_cache_fx.streams import padded_start, start_of
 
 
 def find_values(program: Program, strategy: Strategy) -> None:

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from dit_cache_fx.program import Program, ancestors, attributes_of, graph_module, is_kept, spec_of
+from dit_cache_fx.ir.program import (
+    Program,
+    ancestors,
+    attributes_of,
+    graph_module,
+    is_kept,
+    spec_of,
+)
 from dit_cache_fx.strategies import Strategy
 
 _SLICE = torch.ops.aten.slice.Tensor

@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import fx
 
-from dit_cache_fx.cached_run import cache_or_compute
-from dit_cache_fx.passes.subgraphs import Subgraphs
-from dit_cache_fx.program import (
+from dit_cache_fx.ir.cached_run import cache_or_compute
+from dit_cache_fx.ir.program import (
     BLOCK,
     Program,
     Region,
@@ -18,6 +17,7 @@ from dit_cache_fx.program import (
     descendants,
     graph_module,
 )
+from dit_cache_fx.passes.subgraphs import Subgraphs
 from dit_cache_fx.strategies import Strategy
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dit_cache_fx.program import BLOCK, BlockId, Program, Region
+from dit_cache_fx.ir.program import BLOCK, BlockId, Program, Region
 from dit_cache_fx.strategies import Strategy, never_cached
 
 

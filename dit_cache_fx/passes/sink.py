@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import fx
 
-from dit_cache_fx.cached_run import CachedRun, cached_runs, is_cached_run
-from dit_cache_fx.program import (
+from dit_cache_fx.ir.cached_run import CachedRun, cached_runs, is_cached_run
+from dit_cache_fx.ir.program import (
     ORIGIN,
     Program,
     ancestors,

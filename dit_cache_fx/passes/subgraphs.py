@@ -10,7 +10,7 @@ from torch import fx
 
 from dit_cache_fx._torch import trace_shapes
 from dit_cache_fx.errors import VerifyError
-from dit_cache_fx.program import (
+from dit_cache_fx.ir.program import (
     DEVICE,
     Program,
     Region,
@@ -21,7 +21,7 @@ from dit_cache_fx.program import (
     spec_of,
     tensor_spec,
 )
-from dit_cache_fx.specs import TensorSpec
+from dit_cache_fx.ir.tensor_spec import TensorSpec
 from dit_cache_fx.strategies import Clock, Strategy
 
 _SCALAR = TensorSpec(torch.Size([]), torch.float64, torch.device("cpu"))

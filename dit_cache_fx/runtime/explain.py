@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import fx
 
-from dit_cache_fx.cached_run import cached_runs
-from dit_cache_fx.listing import lines, ranges
-from dit_cache_fx.program import BLOCK
+from dit_cache_fx.ir.cached_run import cached_runs
+from dit_cache_fx.ir.graph_text import lines, ranges
+from dit_cache_fx.ir.program import BLOCK
+from dit_cache_fx.ir.tensor_spec import TensorSpec
 from dit_cache_fx.runtime.host import Host
 from dit_cache_fx.runtime.lowered import Lowered
 from dit_cache_fx.runtime.report import size
 from dit_cache_fx.runtime.reporting import schedule_of
-from dit_cache_fx.specs import TensorSpec
 from dit_cache_fx.strategies import Strategy
 
 NOTHING_YET = "nothing is captured yet: call the model once (under torch.no_grad()), then ask again"

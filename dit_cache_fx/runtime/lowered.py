@@ -7,9 +7,9 @@ from functools import cached_property
 
 from torch import fx
 
+from dit_cache_fx.ir.program import Program, operations, tensor_spec
+from dit_cache_fx.ir.tensor_spec import TensorSpec
 from dit_cache_fx.lowering import Part, Variants
-from dit_cache_fx.program import Program, operations, tensor_spec
-from dit_cache_fx.specs import TensorSpec
 
 
 @dataclass(eq=False)

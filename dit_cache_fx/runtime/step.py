@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
+from dit_cache_fx.ir.tensor_spec import TensorSpec
 from dit_cache_fx.runtime.branches import Branch, Held
 from dit_cache_fx.runtime.drive import Results
-from dit_cache_fx.specs import TensorSpec
 from dit_cache_fx.strategies import Clock, Memory, Strategy
 from dit_cache_fx.values.identity import memory
 

@@ -13,8 +13,8 @@ from dit_cache_fx.capture import (
     capture,
     flatten_call,
 )
+from dit_cache_fx.ir.program import Program
 from dit_cache_fx.passes import PASSES
-from dit_cache_fx.program import Program
 from dit_cache_fx.strategies import Strategy
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from dit_cache_fx.errors import VerifyError
-from dit_cache_fx.specs import TensorSpec
+from dit_cache_fx.ir.tensor_spec import TensorSpec
 from dit_cache_fx.values.pytree import Skeleton
 
 #: node.meta keys

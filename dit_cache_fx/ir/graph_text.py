@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from dit_cache_fx._torch import trace_text
-from dit_cache_fx.program import spec_of
+from dit_cache_fx.ir.program import spec_of
 
 #: an argument that is longer is cut
 _LONGEST = 100

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dit_cache_fx.program import (
+from dit_cache_fx.ir.program import (
     BLOCK,
     DEVICE,
     PATH,

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from dit_cache_fx.errors import VerifyError
-from dit_cache_fx.program import BLOCK, Program
+from dit_cache_fx.ir.program import BLOCK, Program
 
 
 def verify(program: Program) -> None:

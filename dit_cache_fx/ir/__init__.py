@@ -1,0 +1,1 @@
+"""The program that every pass reads and writes, and what goes with it."""
