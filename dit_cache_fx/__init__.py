@@ -1,7 +1,6 @@
 """Step caching for Diffusion Transformers as a compiler pass."""
 
 from dit_cache_fx.api import apply
-from dit_cache_fx.coefficients import TEACACHE_COEFFICIENTS, Coefficients
 from dit_cache_fx.dynamo import Backend, backend
 from dit_cache_fx.errors import (
     CaptureError,
@@ -16,8 +15,9 @@ from dit_cache_fx.export import Exported, Runner, export, load
 from dit_cache_fx.module import CachedModel
 from dit_cache_fx.runtime.explain import Explanation
 from dit_cache_fx.runtime.report import CacheReport, CaptureReport, StepRecord
-from dit_cache_fx.schedule import EvenAndLast, EvenSteps, Schedule, interval_schedule
 from dit_cache_fx.strategies import Clock, DeepCache, Strategy, TaylorCache, TeaCache
+from dit_cache_fx.strategies.schedule import EvenAndLast, EvenSteps, Schedule, interval_schedule
+from dit_cache_fx.strategies.teacache_coefficients import TEACACHE_COEFFICIENTS, Coefficients
 
 __version__ = "0.1.0"
 

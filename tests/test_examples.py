@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dit_cache_fx import TEACACHE_COEFFICIENTS
-from dit_cache_fx.schedule import PRESETS
+from dit_cache_fx.strategies.schedule import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -14,8 +14,8 @@ from dit_cache_fx.ir.program import Program
 from dit_cache_fx.lowering.clock import ClockState
 from dit_cache_fx.lowering.one_graph import lower_one_graph
 from dit_cache_fx.lowering.variants import Variants
-from dit_cache_fx.schedule import ListedSteps
 from dit_cache_fx.strategies import Strategy
+from dit_cache_fx.strategies.schedule import ListedSteps
 
 State = dict[str, torch.Tensor]
 #: steps up to which a schedule is written out; more than that are all computed

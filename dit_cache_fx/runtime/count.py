@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dit_cache_fx.schedule import check_num_steps
 from dit_cache_fx.strategies import NumSteps
+from dit_cache_fx.strategies.schedule import check_num_steps
 
 
 class StepCount:

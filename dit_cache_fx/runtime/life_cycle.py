@@ -15,7 +15,7 @@ from dit_cache_fx.runtime.lowered import Lowered
 from dit_cache_fx.runtime.report import CacheReport
 from dit_cache_fx.runtime.reporting import report
 from dit_cache_fx.runtime.tracker import CacheContext
-from dit_cache_fx.schedule import check_num_steps
+from dit_cache_fx.strategies.schedule import check_num_steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

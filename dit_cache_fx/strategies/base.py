@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.schedule import (
+from dit_cache_fx.strategies.schedule import (
     EvenSteps,
     ListedSteps,
     Schedule,

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dit_cache_fx.coefficients import TEACACHE_COEFFICIENTS, Coefficients
 from dit_cache_fx.errors import OptionError
 from dit_cache_fx.strategies.base import Clock, Memory, Strategy
+from dit_cache_fx.strategies.teacache_coefficients import TEACACHE_COEFFICIENTS, Coefficients
 
 SIGNALS = ("modulated", "input", "conditioning", "embedding")
 

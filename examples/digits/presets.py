@@ -17,7 +17,7 @@ if not __package__:  # run as a file: make the repository root importable
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import dit_cache_fx
-from dit_cache_fx.schedule import PRESETS
+from dit_cache_fx.strategies.schedule import PRESETS
 from examples.digits import checkpoint
 from examples.digits.sampling import Sampler, adams_bashforth2, euler, guided, ignore, start
 from examples.digits.table import psnr
