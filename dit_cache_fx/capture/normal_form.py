@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from dit_cache_fx.capture.reads import READS, read_count, read_list, read_shape
+from dit_cache_fx.capture.data_guards import READS, read_count, read_list, read_shape
 from dit_cache_fx.capture.signature import FlatCall
 from dit_cache_fx.capture.trace import Trace, call_kept
 from dit_cache_fx.ir.graph_text import short

@@ -15,10 +15,10 @@ from torch import fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from dit_cache_fx._torch import Emitter, opaque, trace_functional
+from dit_cache_fx.capture.data_guards import DataReads, PythonReads, read_count, read_shape
 from dit_cache_fx.capture.intercept import intercepted
-from dit_cache_fx.capture.numbers import NumberFactories
-from dit_cache_fx.capture.reads import DataReads, PythonReads, read_count, read_shape
 from dit_cache_fx.capture.record import ModuleCall, Recording
+from dit_cache_fx.capture.scalar_timestep import NumberFactories
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.program import KEYS, OUTPUT, PATH
 from dit_cache_fx.values.pytree import (

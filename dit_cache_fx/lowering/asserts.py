@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from dit_cache_fx.capture.data_guards import READS, read_count, read_list, read_value
 from dit_cache_fx.capture.normal_form import Guards
-from dit_cache_fx.capture.reads import READS, read_count, read_list, read_value
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.program import attributes_of, graph_module
 
