@@ -28,10 +28,10 @@ from dit_cache_fx.ir.program import operations, tensor_spec
 from dit_cache_fx.ir.tensor_spec import TensorSpec
 from dit_cache_fx.lowering import OneGraph, lower_one_graph, lower_variants
 from dit_cache_fx.lowering.asserts import assertions
+from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.lowering.stateful import Carried, Stateful, fixed_steps
 from dit_cache_fx.passes import run_passes
 from dit_cache_fx.runtime.count import StepCount
-from dit_cache_fx.runtime.lowered import Lowered
 from dit_cache_fx.strategies import Strategy, check_block_ids
 
 #: most input signatures whose graphs are kept at one time

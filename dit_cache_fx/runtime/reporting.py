@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.host import Host
-from dit_cache_fx.runtime.lowered import Lowered
 from dit_cache_fx.runtime.report import CacheReport, CaptureReport
 from dit_cache_fx.strategies import Strategy
 
