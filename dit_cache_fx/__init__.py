@@ -13,7 +13,7 @@ from dit_cache_fx.errors import (
 )
 from dit_cache_fx.export import Exported, Runner, export, load
 from dit_cache_fx.module import CachedModel
-from dit_cache_fx.runtime.explain import Explanation
+from dit_cache_fx.report.explain import Explanation
 from dit_cache_fx.runtime.report import CacheReport, CaptureReport, StepRecord
 from dit_cache_fx.strategies import Clock, DeepCache, Strategy, TaylorCache, TeaCache
 from dit_cache_fx.strategies.schedule import EvenAndLast, EvenSteps, Schedule, interval_schedule

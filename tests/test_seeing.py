@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import dit_cache_fx
 from dit_cache_fx import DeepCache, DitCacheError, MissingPackageError, TeaCache
 from dit_cache_fx.ir.graph_text import lines, ranges
-from dit_cache_fx.picture import ACTIONS, branches, step_map
+from dit_cache_fx.report.plot import ACTIONS, branches, step_map
 from tests.toys import DEPTH, DIM, TOKENS, MaskedDiT, ReadingDiT, ToyDiT, make, toy_inputs
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dit_cache_fx.picture import ACTIONS, COLORS, INK, draw_map
+from dit_cache_fx.report.plot import ACTIONS, COLORS, INK, draw_map
 from examples.digits.running import Run
 from examples.digits.table import psnr
 
