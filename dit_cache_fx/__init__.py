@@ -1,6 +1,7 @@
 """Step caching for Diffusion Transformers as a compiler pass."""
 
 from dit_cache_fx.api import apply
+from dit_cache_fx.cached_model import CachedModel
 from dit_cache_fx.dynamo import Backend, backend
 from dit_cache_fx.errors import (
     CaptureError,
@@ -12,7 +13,6 @@ from dit_cache_fx.errors import (
     VerifyError,
 )
 from dit_cache_fx.export import Exported, Runner, export, load
-from dit_cache_fx.module import CachedModel
 from dit_cache_fx.report.explain import Explanation
 from dit_cache_fx.runtime.report import CacheReport, CaptureReport, StepRecord
 from dit_cache_fx.strategies import Clock, DeepCache, Strategy, TaylorCache, TeaCache

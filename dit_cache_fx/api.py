@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from dit_cache_fx.block_lists import LISTS, Blocks, listed
+from dit_cache_fx.cached_model import CachedModel, is_compiled, original
 from dit_cache_fx.capture import (
     BlockList,
     CallSignature,
@@ -18,8 +19,7 @@ from dit_cache_fx.capture import (
     named_timestep,
 )
 from dit_cache_fx.errors import DiscoveryError, OptionError
-from dit_cache_fx.installed import installed_on
-from dit_cache_fx.module import CachedModel, is_compiled, original
+from dit_cache_fx.forward_patch import installed_on
 from dit_cache_fx.runtime.engine import Engine
 from dit_cache_fx.strategies import ALIASES, Strategy, check_block_ids, make_strategy
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from dit_cache_fx._torch import aoti_load, aoti_package
+from dit_cache_fx.cached_model import CachedModel
 from dit_cache_fx.capture import CallSignature, FlatCall, flatten_call
 from dit_cache_fx.errors import CaptureError, OptionError
 from dit_cache_fx.ir.tensor_spec import TensorSpec
 from dit_cache_fx.lowering.stateful import State
-from dit_cache_fx.module import CachedModel
 from dit_cache_fx.values.pytree import Skeleton, unflatten
 
 #: (state, inputs) -> (the model's tensors, the new state)

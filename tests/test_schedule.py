@@ -151,7 +151,7 @@ def test_the_number_of_steps_set_on_the_cached_model_goes_first() -> None:
     assert run(cached, 3) == "CrC"
     cached.num_steps = None
     assert run(cached, 4) == "CrrC"
-    assert not hasattr(dit_cache_fx.module.original(cached), "num_steps")
+    assert not hasattr(dit_cache_fx.cached_model.original(cached), "num_steps")
 
 
 def test_the_number_of_steps_from_a_function_once_a_generation() -> None:

@@ -18,9 +18,9 @@ from dit_cache_fx.dynamo.inner import Compile, Inner, inner_compiler
 from dit_cache_fx.dynamo.outline import is_number, outline
 from dit_cache_fx.dynamo.sources import argument_of, is_owned, path_of
 from dit_cache_fx.errors import DiscoveryError, OptionError
+from dit_cache_fx.life_cycle import LifeCycle
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.runtime.host import WANTS_GRADIENTS, Host
-from dit_cache_fx.runtime.life_cycle import LifeCycle
 from dit_cache_fx.strategies import Strategy
 
 

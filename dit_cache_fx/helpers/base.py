@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from dit_cache_fx.api import apply
+from dit_cache_fx.cached_model import CachedModel
 from dit_cache_fx.errors import OptionError
+from dit_cache_fx.forward_patch import InstalledForward, installed_on
 from dit_cache_fx.helpers.places import checked_ids, given_blocks, model_with, places
-from dit_cache_fx.installed import InstalledForward, installed_on
-from dit_cache_fx.module import CachedModel
 from dit_cache_fx.strategies import DeepCache, Strategy
 
 Blocks = Iterable[nn.Module]

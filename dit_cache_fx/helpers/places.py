@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from dit_cache_fx.block_lists import LISTS
+from dit_cache_fx.cached_model import CachedModel
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.module import CachedModel
 
 Given = Mapping[str, Sequence[nn.Module]]
 

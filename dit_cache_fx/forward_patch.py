@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from dit_cache_fx._torch import not_a_compiled_frame
+from dit_cache_fx.cached_model import CachedModel, original
 from dit_cache_fx.capture.intercept import capturing
 from dit_cache_fx.errors import CaptureError
-from dit_cache_fx.module import CachedModel, original
 
 _NOTHING = object()
 _TWICE = (

@@ -12,12 +12,12 @@ from torch import nn
 
 from dit_cache_fx._torch import dynamo_callback, exporting, not_a_compiled_frame, wants_one_graph
 from dit_cache_fx.capture import CallSignature, FlatCall
+from dit_cache_fx.life_cycle import LifeCycle
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.runtime.drive import Compiler, Serving, drive, drive_here
 from dit_cache_fx.runtime.engine import Engine, requires_grad
 from dit_cache_fx.runtime.graphs import Entry
 from dit_cache_fx.runtime.host import WANTS_GRADIENTS, Host
-from dit_cache_fx.runtime.life_cycle import LifeCycle
 from dit_cache_fx.runtime.separate import StepCompiler
 
 #: attributes that belong to the cached model itself; every other one is the model's
