@@ -1,0 +1,168 @@
+"""From a model's forward to a checked `Program`, in one recorded run of the model.
+
+`record` runs the model once, `trace` makes the graph of what it does around its kept modules,
+`normal_form` makes that a program, `mark_blocks` finds the trunk and `check` compares program and
+model on inputs that neither has seen.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_cache_fx.capture.blocks import mark_blocks
+from dit_cache_fx.capture.captured import Captured, not_held
+from dit_cache_fx.capture.check import IllegalInputs, compare, refusable, refuse, second_inputs
+from dit_cache_fx.capture.leaves import BlockList, kept_modules
+from dit_cache_fx.capture.normal_form import Guards, normal_form
+from dit_cache_fx.capture.record import Recording, record
+from dit_cache_fx.capture.refusals import (
+    refuse_late_guards,
+    refuse_rewritten_arguments,
+    refuse_written_memory,
+    require_timestep,
+)
+from dit_cache_fx.capture.signal import mark_signal, parts_of
+from dit_cache_fx.capture.signature import FlatCall, unflatten_call
+from dit_cache_fx.capture.subject import Subject
+from dit_cache_fx.capture.timestep import guessed_timestep
+from dit_cache_fx.capture.trace import trace
+from dit_cache_fx.errors import CaptureError, DitCacheError
+from dit_cache_fx.values.pytree import constants
+
+log = logging.getLogger(__name__)
+
+
+def capture(subject: Subject, call: FlatCall, timestep: str | None) -> Captured:
+    """Capture the model for calls like `call`; its blocks run once, for this call's own answer.
+
+    Raises `DiscoveryError` where blocks or timestep cannot be told, `CaptureError` where the graph
+    cannot be made or differs from the model.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        tensors = [t.clone() if t.is_inference() else t for t in call.tensors]
+        lists = subject.lists()
+        kept = kept_modules(subject.model, lists)
+        members = {m: kept[m] for blocks in lists for m in blocks.modules}
+        recording = _recorded(subject, call, tensors, lists, kept)
+        refuse_rewritten_arguments(recording)
+        refuse_written_memory(subject.model, call, tensors, recording)
+        with _explained("the model's own code (outside its blocks and layers) cannot be traced"):
+            traced = trace(lambda inputs: subject.run(call, inputs), tensors, kept, recording)
+        step = timestep if timestep is not None else guessed_timestep(call)
+        require_timestep(call, step)
+        program, guards = normal_form(subject.model, traced, call, step)
+        mark_blocks(program, lists, chosen=subject.blocks is not None)
+        mark_signal(program, subject.strategy, recording)
+        trunk = {str(node.target) for node in program.block_calls()}
+        blocks = {m: name for m, name in members.items() if f"model.{name}" in trunk}
+        captured = Captured(program, program.gm, guards, recording, blocks, set(kept), set())
+        captured.not_held = not_held(program, recording)
+        if guards is not None:
+            refuse_late_guards(guards, trunk)
+            captured.shapes = guards.shapes(guards.expected)
+            captured.accepted.add(captured.shapes)
+        if subject.check:
+            with _explained("the captured graph fails where the model does not"):
+                _check(subject, captured, call, tensors)
+    return captured
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """The model has just answered this call: what fails now is the capture, not the call."""
+    try:
+        yield
+    except (DitCacheError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"{what}: {type(error).__name__}: {error}. Move what fails into a block or a layer, or "
+            "make it before the call and pass it as an argument; or make such calls between "
+            "disable() and enable()"
+        ) from error
+
+
+def _recorded(
+    subject: Subject,
+    call: FlatCall,
+    tensors: Sequence[torch.Tensor],
+    lists: Sequence[BlockList],
+    kept: dict[nn.Module, str],
+) -> Recording:
+    """Record the model; a layer that answers with numbers is looked into, so leaves `kept`."""
+    members = {m: kept[m] for blocks in lists for m in blocks.modules}
+    recording = record(
+        lambda: subject.run(call, tensors),
+        kept,
+        set(members),
+        {m for m, name in members.items() if subject.always_runs(name)},
+        {m: parts_of(m, kept[m]) for m in subject.opened(lists)},
+    )
+    numbers = {c.name for c in recording.calls if any(v is not None for v in constants(c.skeleton))}
+    open_layers = [m for m, name in kept.items() if name in numbers and m not in members]
+    if not open_layers:
+        return recording
+    for module in open_layers:
+        del kept[module]
+    return _recorded(subject, call, tensors, lists, kept)
+
+
+def _check(
+    subject: Subject, captured: Captured, call: FlatCall, tensors: Sequence[torch.Tensor]
+) -> None:
+    program = captured.program
+    step = program.inputs.index(str(program.timestep))
+    if call.number is not None:
+        _check_number(subject, captured, call, tensors, step)
+    sample = [i for i, a in enumerate(program.arguments) if a == program.sample]
+    for inputs in second_inputs(tensors, step, sample):
+        if not _guards_hold(captured.guards, inputs):
+            continue
+        try:
+            difference = compare(
+                refusable(partial(subject.run, call, inputs)),
+                partial(captured.gm, *inputs),
+                captured.blocks,
+                captured.recording,
+            )
+        except IllegalInputs as error:
+            log.info("the model refuses inputs made up for a check: %r", error.__cause__)
+            continue
+        if difference is not None:
+            raise refuse(difference)
+        return
+
+
+def _check_number(
+    subject: Subject,
+    captured: Captured,
+    call: FlatCall,
+    tensors: Sequence[torch.Tensor],
+    step: int,
+) -> None:
+    """The graph takes the timestep as a tensor: that must act as the number does."""
+    numbered: list[Any] = [*tensors]
+    numbered[step] = call.number
+    arguments = unflatten_call(call.skeleton, numbered)
+    difference = compare(
+        lambda: subject.signature.call(subject.model.forward, arguments),
+        lambda: captured.gm(*tensors),
+        captured.blocks,
+        captured.recording,
+    )
+    if difference is not None:
+        raise CaptureError(
+            f"the model treats the timestep as a number differently from a tensor: {difference}. "
+            "Pass it as a tensor"
+        )
+
+
+def _guards_hold(guards: Guards | None, inputs: Sequence[torch.Tensor]) -> bool:
+    return guards is None or list(guards.gm(*inputs)) == list(guards.expected)
