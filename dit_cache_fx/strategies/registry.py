@@ -1,0 +1,35 @@
+"""The strategies by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dit_cache_fx.errors import OptionError
+from dit_cache_fx.strategies.base import Strategy, options_of
+from dit_cache_fx.strategies.deepcache import DeepCache
+from dit_cache_fx.strategies.taylorcache import TaylorCache
+from dit_cache_fx.strategies.teacache import TeaCache
+
+BY_NAME: dict[str, type[Strategy]] = {s.name: s for s in (DeepCache, TeaCache, TaylorCache)}
+
+
+def make_strategy(strategy: str | Strategy, options: dict[str, Any]) -> Strategy:
+    """A strategy object from a name and options, or the object itself.
+
+    Raises `OptionError` for an unknown name or option, or a value that cannot work.
+    """
+    if isinstance(strategy, Strategy):
+        if options:
+            raise OptionError(
+                "strategy", strategy, f"an object has its options already; got {sorted(options)}"
+            )
+        return strategy
+    kind = BY_NAME.get(strategy) if isinstance(strategy, str) else None
+    if kind is None:
+        raise OptionError("strategy", strategy, f"one of {sorted(BY_NAME)}, or a Strategy object")
+    for name, value in options.items():
+        if name not in options_of(kind):
+            raise OptionError(
+                name, value, f"{strategy} has no such option; it has {options_of(kind)}"
+            )
+    return kind(**options)
