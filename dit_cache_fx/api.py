@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from dit_cache_fx.block_lists import LISTS, Blocks, listed
 from dit_cache_fx.cached_model import CachedModel, is_compiled, original
 from dit_cache_fx.capture import (
     BlockList,
@@ -18,6 +17,7 @@ from dit_cache_fx.capture import (
     named_list,
     named_timestep,
 )
+from dit_cache_fx.capture.leaves import LISTS, Blocks, listed
 from dit_cache_fx.errors import DiscoveryError, OptionError
 from dit_cache_fx.forward_patch import installed_on
 from dit_cache_fx.runtime.engine import Engine

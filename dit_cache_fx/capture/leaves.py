@@ -7,10 +7,12 @@ its inside is baked into the graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+
+from dit_cache_fx.errors import OptionError
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -94,3 +96,17 @@ def _is_adapted(module: nn.Module) -> bool:
 def _is_hooked(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks)
     return any(hooks) or "forward" in vars(module) or module._compiled_call_impl is not None
+
+
+#: what can hold blocks
+LISTS = (nn.ModuleList, nn.Sequential)
+Blocks = str | nn.ModuleList | Sequence[str | nn.ModuleList]
+
+
+def listed(blocks: Blocks) -> list[str | nn.ModuleList]:
+    """One name or list, or several of them, as a list; raises `OptionError` for anything else."""
+    if isinstance(blocks, (str, *LISTS)):
+        return [blocks]
+    if not isinstance(blocks, Iterable):
+        raise OptionError("blocks", blocks, "attribute paths of module lists, or the lists")
+    return list(blocks)

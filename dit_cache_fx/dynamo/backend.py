@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from dit_cache_fx.block_lists import LISTS, Blocks, listed
+from dit_cache_fx.capture.leaves import LISTS, Blocks, listed
 from dit_cache_fx.dynamo.front_end import Backend
 from dit_cache_fx.dynamo.inner import Inner
 from dit_cache_fx.errors import OptionError

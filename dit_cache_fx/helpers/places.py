@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from dit_cache_fx.block_lists import LISTS
 from dit_cache_fx.cached_model import CachedModel
+from dit_cache_fx.capture.leaves import LISTS
 from dit_cache_fx.errors import OptionError
 
 Given = Mapping[str, Sequence[nn.Module]]
