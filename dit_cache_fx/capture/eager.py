@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from dit_cache_fx.capture.blocks import mark_blocks
-from dit_cache_fx.capture.captured import Captured, not_held
+from dit_cache_fx.capture.captured import Captured, Subject, not_held
 from dit_cache_fx.capture.check import IllegalInputs, compare, refusable, refuse, second_inputs
 from dit_cache_fx.capture.leaves import BlockList, kept_modules
 from dit_cache_fx.capture.normal_form import Guards, normal_form
@@ -30,7 +30,6 @@ from dit_cache_fx.capture.refusals import (
 )
 from dit_cache_fx.capture.signal import mark_signal, parts_of
 from dit_cache_fx.capture.signature import FlatCall, unflatten_call
-from dit_cache_fx.capture.subject import Subject
 from dit_cache_fx.capture.timestep import guessed_timestep
 from dit_cache_fx.capture.trace import trace
 from dit_cache_fx.errors import CaptureError, DitCacheError
