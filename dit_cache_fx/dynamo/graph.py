@@ -21,10 +21,10 @@ from dit_cache_fx.lowering import Part, lower_variants
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.passes import run_passes
 from dit_cache_fx.runtime.drive import lasting
+from dit_cache_fx.runtime.generation import timestep_value
 from dit_cache_fx.runtime.graphs import block_bytes
 from dit_cache_fx.runtime.host import Host
 from dit_cache_fx.runtime.step import Step
-from dit_cache_fx.runtime.steps import timestep_value
 from dit_cache_fx.strategies import check_block_ids
 from dit_cache_fx.values.identity import Seen
 from dit_cache_fx.values.pytree import unflatten

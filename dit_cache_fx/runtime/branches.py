@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dit_cache_fx.ir.tensor_spec import TensorSpec
-from dit_cache_fx.runtime.steps import Generation, Moment
+from dit_cache_fx.runtime.generation import Generation, Moment
 from dit_cache_fx.strategies import Memory
 from dit_cache_fx.values.identity import Seen, version
 

@@ -14,11 +14,11 @@ from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.runtime import stages
 from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.drive import Compiler, Results, Serving, drive_here
+from dit_cache_fx.runtime.generation import timestep_value
 from dit_cache_fx.runtime.graphs import Entry, Graphs, input_key
 from dit_cache_fx.runtime.host import Host
 from dit_cache_fx.runtime.separate import StepCompiler
 from dit_cache_fx.runtime.step import Step
-from dit_cache_fx.runtime.steps import timestep_value
 from dit_cache_fx.values.identity import Seen
 from dit_cache_fx.values.pytree import flatten, unflatten
 

@@ -31,7 +31,7 @@ from dit_cache_fx.lowering.asserts import assertions
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.lowering.stateful import Carried, Stateful, fixed_steps
 from dit_cache_fx.passes import run_passes
-from dit_cache_fx.runtime.count import StepCount
+from dit_cache_fx.runtime.generation import StepCount
 from dit_cache_fx.strategies import Strategy, check_block_ids
 
 #: most input signatures whose graphs are kept at one time

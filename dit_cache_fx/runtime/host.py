@@ -13,7 +13,7 @@ import torch
 from dit_cache_fx.errors import warn
 from dit_cache_fx.ir.tensor_spec import TensorSpec
 from dit_cache_fx.runtime.branches import MAX_BRANCHES, Branch, Session
-from dit_cache_fx.runtime.count import StepCount
+from dit_cache_fx.runtime.generation import StepCount
 from dit_cache_fx.runtime.report import StepRecord
 from dit_cache_fx.runtime.step import Step
 from dit_cache_fx.runtime.tracker import Tracker

@@ -8,8 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from dit_cache_fx.runtime.branches import Session
-from dit_cache_fx.runtime.count import StepCount
-from dit_cache_fx.runtime.steps import Generation, Moment
+from dit_cache_fx.runtime.generation import Generation, Moment, StepCount
 from dit_cache_fx.values.identity import Seen
 
 #: most generations (signatures, contexts) whose tensors are held at one time
