@@ -14,11 +14,11 @@ from dit_cache_fx._torch import dynamo_callback, exporting, not_a_compiled_frame
 from dit_cache_fx.capture import CallSignature, FlatCall
 from dit_cache_fx.life_cycle import LifeCycle
 from dit_cache_fx.lowering.lowered_program import Lowered
+from dit_cache_fx.runtime.call_log import WANTS_GRADIENTS, Host
 from dit_cache_fx.runtime.drive import Compiler, Serving, drive, drive_here
 from dit_cache_fx.runtime.engine import Engine, requires_grad
+from dit_cache_fx.runtime.execution import StepCompiler
 from dit_cache_fx.runtime.graphs import Entry
-from dit_cache_fx.runtime.host import WANTS_GRADIENTS, Host
-from dit_cache_fx.runtime.separate import StepCompiler
 
 #: attributes that belong to the cached model itself; every other one is the model's
 _OWN = frozenset({"_model", "_engine", "_rebuild", "_enabled", "_compiled_call_impl"})

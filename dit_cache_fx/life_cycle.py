@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from dit_cache_fx.errors import OptionError
 from dit_cache_fx.lowering.lowered_program import Lowered
+from dit_cache_fx.report.cache_report import CacheReport, report
 from dit_cache_fx.report.explain import Explanation, explain
 from dit_cache_fx.report.plot import draw
-from dit_cache_fx.runtime.host import Host
-from dit_cache_fx.runtime.report import CacheReport
-from dit_cache_fx.runtime.reporting import report
+from dit_cache_fx.runtime.call_log import Host
 from dit_cache_fx.runtime.tracker import CacheContext
 from dit_cache_fx.strategies.schedule import check_num_steps
 

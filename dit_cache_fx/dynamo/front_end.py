@@ -20,7 +20,7 @@ from dit_cache_fx.dynamo.sources import argument_of, is_owned, path_of
 from dit_cache_fx.errors import DiscoveryError, OptionError
 from dit_cache_fx.life_cycle import LifeCycle
 from dit_cache_fx.lowering.lowered_program import Lowered
-from dit_cache_fx.runtime.host import WANTS_GRADIENTS, Host
+from dit_cache_fx.runtime.call_log import WANTS_GRADIENTS, Host
 from dit_cache_fx.strategies import Strategy
 
 

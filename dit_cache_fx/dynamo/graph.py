@@ -20,10 +20,10 @@ from dit_cache_fx.ir.program import operations
 from dit_cache_fx.lowering import Part, lower_variants
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.passes import run_passes
+from dit_cache_fx.runtime.call_log import Host
 from dit_cache_fx.runtime.drive import lasting
 from dit_cache_fx.runtime.generation import timestep_value
 from dit_cache_fx.runtime.graphs import block_bytes
-from dit_cache_fx.runtime.host import Host
 from dit_cache_fx.runtime.step import Step
 from dit_cache_fx.strategies import check_block_ids
 from dit_cache_fx.values.identity import Seen

@@ -14,9 +14,8 @@ from dit_cache_fx.ir.graph_text import lines, ranges
 from dit_cache_fx.ir.program import BLOCK
 from dit_cache_fx.ir.tensor_spec import TensorSpec
 from dit_cache_fx.lowering.lowered_program import Lowered
-from dit_cache_fx.runtime.host import Host
-from dit_cache_fx.runtime.report import size
-from dit_cache_fx.runtime.reporting import schedule_of
+from dit_cache_fx.report.cache_report import schedule_of, size
+from dit_cache_fx.runtime.call_log import Host
 from dit_cache_fx.strategies import Strategy
 
 NOTHING_YET = "nothing is captured yet: call the model once (under torch.no_grad()), then ask again"

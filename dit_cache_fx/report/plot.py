@@ -7,7 +7,8 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from dit_cache_fx.errors import DitCacheError, MissingPackageError
-from dit_cache_fx.runtime.report import CacheReport, StepRecord
+from dit_cache_fx.report.cache_report import CacheReport
+from dit_cache_fx.runtime.call_log import StepRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

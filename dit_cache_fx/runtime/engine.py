@@ -11,13 +11,13 @@ from torch import nn
 
 from dit_cache_fx.capture import FlatCall, Subject, can_replay, flatten_call, replayed
 from dit_cache_fx.errors import CaptureError
-from dit_cache_fx.runtime import stages
+from dit_cache_fx.runtime import execution
 from dit_cache_fx.runtime.branches import Branch
+from dit_cache_fx.runtime.call_log import Host
 from dit_cache_fx.runtime.drive import Compiler, Results, Serving, drive_here
+from dit_cache_fx.runtime.execution import StepCompiler
 from dit_cache_fx.runtime.generation import timestep_value
 from dit_cache_fx.runtime.graphs import Entry, Graphs, input_key
-from dit_cache_fx.runtime.host import Host
-from dit_cache_fx.runtime.separate import StepCompiler
 from dit_cache_fx.runtime.step import Step
 from dit_cache_fx.values.identity import Seen
 from dit_cache_fx.values.pytree import flatten, unflatten
@@ -129,12 +129,12 @@ class Engine:
             compiled = watched or separate is not None
             results = self._first(entry, step.anew() if compiled else step, call)
         if watched:
-            results = yield from stages.watched(entry, step, call, compiler)
+            results = yield from execution.watched(entry, step, call, compiler)
         elif separate is not None:
             compiled_variants = separate.compiled(entry.variants)
-            results = yield from stages.separate(entry, step, call, compiled_variants)
+            results = yield from execution.separate(entry, step, call, compiled_variants)
         elif not first:
-            results = yield from stages.plain(entry, step, call)
+            results = yield from execution.plain(entry, step, call)
         outputs, kept = results[: entry.variants.outputs], results[entry.variants.outputs :]
         owned = step.commit(call.tensors, outputs, kept)
         return unflatten(entry.program.output, owned)
@@ -147,7 +147,7 @@ class Engine:
         captured = entry.captured
         recording = captured.recording
         with torch.no_grad(), replayed(captured) if can_replay(captured) else nullcontext():
-            results: Results = drive_here(stages.plain(entry, step, call))
+            results: Results = drive_here(execution.plain(entry, step, call))
         expected = flatten(recording.output)[0]
         recording.output = None
         for made in recording.calls:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,6 @@ from dit_cache_fx.errors import warn
 from dit_cache_fx.ir.tensor_spec import TensorSpec
 from dit_cache_fx.runtime.branches import MAX_BRANCHES, Branch, Session
 from dit_cache_fx.runtime.generation import StepCount
-from dit_cache_fx.runtime.report import StepRecord
 from dit_cache_fx.runtime.step import Step
 from dit_cache_fx.runtime.tracker import Tracker
 from dit_cache_fx.strategies import Strategy
@@ -37,6 +36,32 @@ MAX_RECORDS = 4096
 Measured = torch.Tensor | float | None
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One call in the last generation. `action`: "computed", "reused" or "predicted".
+
+    `why`: why it computed. `graph`: the number of the captured graph. `context`: the cache context.
+    A branch is one of a graph and context. `measured`: what the strategy's own rule had measured
+    when it decided.
+    """
+
+    step: int
+    timestep: float
+    branch: int
+    action: str
+    why: str = ""
+    graph: int = 0
+    context: str | None = None
+    measured: float | None = None
+
+    def __str__(self) -> str:
+        where = f"branch {self.branch}" if self.context is None else f"{self.context!r}"
+        text = f"step {self.step} (timestep {self.timestep:g}, {where}): {self.action}"
+        notes = [self.why] if self.why else []
+        notes += [] if self.measured is None else [f"measured {self.measured:.4g}"]
+        return f"{text} ({', '.join(notes)})" if notes else text
 
 
 class Place(NamedTuple):
