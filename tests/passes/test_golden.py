@@ -110,7 +110,7 @@ def forward(self, x, timestep, text):
     model_text_embedder = self.model.text_embedder(text)
     run_0_compute = self.run_0_compute
     run_0_reuse = self.run_0_reuse
-    run_0 = dit_cache_fx_cached_run_cache_or_compute(0, run_0_compute, run_0_reuse, [], [unsqueeze_1, add, model_text_embedder])
+    run_0 = dit_cache_fx_ir_cached_run_cache_or_compute(0, run_0_compute, run_0_reuse, [], [unsqueeze_1, add, model_text_embedder])
     getitem_4 = run_0[0]
     add_1 = torch.ops.aten.add.Tensor(getitem_4, unsqueeze_1)
     model_proj_out = self.model.proj_out(add_1)
@@ -151,7 +151,7 @@ def forward(self, x, timestep, text):
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
     run_0_compute = self.run_0_compute
     run_0_reuse = self.run_0_reuse
-    run_0 = dit_cache_fx_cached_run_cache_or_compute(0, run_0_compute, run_0_reuse, [], [x, text, unsqueeze_1])
+    run_0 = dit_cache_fx_ir_cached_run_cache_or_compute(0, run_0_compute, run_0_reuse, [], [x, text, unsqueeze_1])
     getitem_4 = run_0[0]
     add_1 = torch.ops.aten.add.Tensor(getitem_4, unsqueeze_1)
     model_proj_out = self.model.proj_out(add_1)
@@ -192,7 +192,7 @@ def forward(self, x, timestep, text):
     add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
     run_0_compute = self.run_0_compute
     run_0_reuse = self.run_0_reuse
-    run_0 = dit_cache_fx_cached_run_cache_or_compute(0, run_0_compute, run_0_reuse, [add], [text, unsqueeze_1])
+    run_0 = dit_cache_fx_ir_cached_run_cache_or_compute(0, run_0_compute, run_0_reuse, [add], [text, unsqueeze_1])
     getitem_4 = run_0[0]
     add_1 = torch.ops.aten.add.Tensor(getitem_4, unsqueeze_1)
     model_proj_out = self.model.proj_out(add_1)
@@ -222,7 +222,7 @@ def forward(self, x, timestep, text):
     add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
     run_0_compute = self.run_0_compute
     run_0_reuse = self.run_0_reuse
-    run_0 = dit_cache_fx_cached_run_cache_or_compute(0, run_0_compute, run_0_reuse, [add], [text, unsqueeze_1])
+    run_0 = dit_cache_fx_ir_cached_run_cache_or_compute(0, run_0_compute, run_0_reuse, [add], [text, unsqueeze_1])
     getitem_4 = run_0[0]
     add_1 = torch.ops.aten.add.Tensor(getitem_4, unsqueeze_1)
     model_proj_out = self.model.proj_out(add_1)
@@ -252,7 +252,7 @@ def forward(self, held_getitem_4_0, held_getitem_4_1, distance, computed):
 def forward(self, x, timestep, text):
     run_0_compute = self.run_0_compute
     run_0_reuse = self.run_0_reuse
-    run_0 = dit_cache_fx_cached_run_cache_or_compute(0, run_0_compute, run_0_reuse, [], [x, timestep, text])
+    run_0 = dit_cache_fx_ir_cached_run_cache_or_compute(0, run_0_compute, run_0_reuse, [], [x, timestep, text])
     getitem_4 = run_0[0]
     return [getitem_4]
 """,
