@@ -32,8 +32,10 @@ from torch.fx.experimental.proxy_tensor import (
 )
 from torch.utils import _pytree as pytree
 
-from dit_cache_fx.ir.program import DEVICE
-from dit_cache_fx.ir.tensor_spec import TensorSpec
+from dit_cache_fx.values.tensor_spec import TensorSpec
+
+#: node.meta key: where "val" is on the meta device, the real one
+DEVICE = "dit_cache_device"
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

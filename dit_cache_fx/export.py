@@ -16,9 +16,9 @@ from dit_cache_fx._torch import aoti_load, aoti_package
 from dit_cache_fx.cached_model import CachedModel
 from dit_cache_fx.capture import CallSignature, FlatCall, flatten_call
 from dit_cache_fx.errors import CaptureError, OptionError
-from dit_cache_fx.ir.tensor_spec import TensorSpec
 from dit_cache_fx.lowering.stateful import State
 from dit_cache_fx.values.pytree import Skeleton, unflatten
+from dit_cache_fx.values.tensor_spec import TensorSpec
 
 #: (state, inputs) -> (the model's tensors, the new state)
 Function = Callable[[State, dict[str, torch.Tensor]], tuple[Sequence[torch.Tensor], State]]

@@ -41,7 +41,7 @@ from dit_cache_fx._torch import (
     wants_one_graph,
 )
 from dit_cache_fx.capture.intercept import intercepted
-from dit_cache_fx.ir.tensor_spec import TensorSpec
+from dit_cache_fx.values.tensor_spec import TensorSpec
 
 PACKAGE = Path(dit_cache_fx.__file__).parent
 

@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_cache_fx.capture.intercept import intercepted
-from dit_cache_fx.ir.tensor_spec import TensorSpec
 from dit_cache_fx.values.identity import memory, version
 from dit_cache_fx.values.pytree import Skeleton, flatten
+from dit_cache_fx.values.tensor_spec import TensorSpec
 
 
 @dataclass

@@ -11,8 +11,8 @@ from torch import fx, nn
 
 from dit_cache_fx._torch import like_dynamos
 from dit_cache_fx.dynamo.inner import Compile
-from dit_cache_fx.ir.tensor_spec import TensorSpec
 from dit_cache_fx.lowering import CompiledPart, Part
+from dit_cache_fx.values.tensor_spec import TensorSpec
 
 
 class _AtFirstCall:

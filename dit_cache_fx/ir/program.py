@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from dit_cache_fx._torch import DEVICE
 from dit_cache_fx.errors import VerifyError
-from dit_cache_fx.ir.tensor_spec import TensorSpec
 from dit_cache_fx.values.pytree import Skeleton
+from dit_cache_fx.values.tensor_spec import TensorSpec
 
 #: node.meta keys
 BLOCK = "dit_cache_block"  # on a block's call: its BlockId
@@ -26,7 +27,6 @@ PATH = "dit_cache_path"  # beside it: the keys that lead to it in the block's re
 ORIGIN = "dit_cache_origin"  # on a node that was copied into a run: the name of what it was
 KEYS = "dit_cache_keys"  # on a container that is made as a block's argument: its keys
 SIGNAL = "dit_cache_signal"  # on the value that the strategy's own rule looks at
-DEVICE = "dit_cache_device"  # where "val" is on the meta device: the real one
 
 
 @dataclass(frozen=True, order=True)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from dit_cache_fx._torch import DEVICE
 from dit_cache_fx.ir.program import (
     BLOCK,
-    DEVICE,
     PATH,
     Program,
     Region,

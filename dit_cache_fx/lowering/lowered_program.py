@@ -8,8 +8,8 @@ from functools import cached_property
 from torch import fx
 
 from dit_cache_fx.ir.program import Program, operations, tensor_spec
-from dit_cache_fx.ir.tensor_spec import TensorSpec
 from dit_cache_fx.lowering import Part, Variants
+from dit_cache_fx.values.tensor_spec import TensorSpec
 
 
 @dataclass(eq=False)

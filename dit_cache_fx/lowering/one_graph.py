@@ -13,11 +13,11 @@ from torch import fx
 from dit_cache_fx._torch import trace_shapes
 from dit_cache_fx.ir.graph_text import trace_graph
 from dit_cache_fx.ir.program import Program, graph_module, inline, tensor_spec
-from dit_cache_fx.ir.tensor_spec import TensorSpec
 from dit_cache_fx.lowering.part import Part
 from dit_cache_fx.lowering.preamble import Preamble, pinned, split_preamble
 from dit_cache_fx.lowering.variants import Variants
 from dit_cache_fx.strategies import Clock, Strategy
+from dit_cache_fx.values.tensor_spec import TensorSpec
 
 _FLAG = TensorSpec(torch.Size([]), torch.bool, torch.device("cpu"))
 _SCALAR = TensorSpec(torch.Size([]), torch.float64, torch.device("cpu"))

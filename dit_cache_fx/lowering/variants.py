@@ -22,9 +22,9 @@ from dit_cache_fx.ir.program import (
     spec_of,
     tensor_spec,
 )
-from dit_cache_fx.ir.tensor_spec import TensorSpec
 from dit_cache_fx.lowering.part import Part
 from dit_cache_fx.strategies import Clock
+from dit_cache_fx.values.tensor_spec import TensorSpec
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from dit_cache_fx._torch import trace_shapes
+from dit_cache_fx._torch import DEVICE, trace_shapes
 from dit_cache_fx.errors import VerifyError
 from dit_cache_fx.ir.program import (
-    DEVICE,
     Program,
     Region,
     attributes_of,
@@ -21,8 +20,8 @@ from dit_cache_fx.ir.program import (
     spec_of,
     tensor_spec,
 )
-from dit_cache_fx.ir.tensor_spec import TensorSpec
 from dit_cache_fx.strategies import Clock, Strategy
+from dit_cache_fx.values.tensor_spec import TensorSpec
 
 _SCALAR = TensorSpec(torch.Size([]), torch.float64, torch.device("cpu"))
 

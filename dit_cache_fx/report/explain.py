@@ -12,11 +12,11 @@ from torch import fx
 from dit_cache_fx.ir.cached_run import cached_runs
 from dit_cache_fx.ir.graph_text import lines, ranges
 from dit_cache_fx.ir.program import BLOCK
-from dit_cache_fx.ir.tensor_spec import TensorSpec
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.report.cache_report import schedule_of, size
 from dit_cache_fx.runtime.call_log import Host
 from dit_cache_fx.strategies import Strategy
+from dit_cache_fx.values.tensor_spec import TensorSpec
 
 NOTHING_YET = "nothing is captured yet: call the model once (under torch.no_grad()), then ask again"
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from dit_cache_fx.ir.tensor_spec import TensorSpec
 from dit_cache_fx.runtime.generation import Generation, Moment
 from dit_cache_fx.strategies import Memory
 from dit_cache_fx.values.identity import Seen, version
+from dit_cache_fx.values.tensor_spec import TensorSpec
 
 #: more calls than this with one timestep are not the branches of one step
 MAX_BRANCHES = 8

@@ -11,13 +11,13 @@ from typing import NamedTuple
 import torch
 
 from dit_cache_fx.errors import warn
-from dit_cache_fx.ir.tensor_spec import TensorSpec
 from dit_cache_fx.runtime.branches import MAX_BRANCHES, Branch, Session
 from dit_cache_fx.runtime.generation import StepCount
 from dit_cache_fx.runtime.step import Step
 from dit_cache_fx.runtime.tracker import Tracker
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.values.identity import Seen
+from dit_cache_fx.values.tensor_spec import TensorSpec
 
 _CROWDED = (
     f"more than {MAX_BRANCHES} calls with one timestep are not told apart: every step is computed. "

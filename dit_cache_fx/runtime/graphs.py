@@ -25,7 +25,6 @@ from dit_cache_fx.capture.fingerprint import Fingerprint, fingerprint, volatile
 from dit_cache_fx.capture.record import Recording
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.program import operations, tensor_spec
-from dit_cache_fx.ir.tensor_spec import TensorSpec
 from dit_cache_fx.lowering import OneGraph, lower_one_graph, lower_variants
 from dit_cache_fx.lowering.asserts import assertions
 from dit_cache_fx.lowering.lowered_program import Lowered
@@ -33,6 +32,7 @@ from dit_cache_fx.lowering.stateful import Carried, Stateful, fixed_steps
 from dit_cache_fx.passes import run_passes
 from dit_cache_fx.runtime.generation import StepCount
 from dit_cache_fx.strategies import Strategy, check_block_ids
+from dit_cache_fx.values.tensor_spec import TensorSpec
 
 #: most input signatures whose graphs are kept at one time
 MAX_CAPTURES = 32

@@ -6,11 +6,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
-from dit_cache_fx.ir.tensor_spec import TensorSpec
 from dit_cache_fx.runtime.branches import Branch, Held
 from dit_cache_fx.runtime.drive import Results
 from dit_cache_fx.strategies import Clock, Memory, Strategy
 from dit_cache_fx.values.identity import memory
+from dit_cache_fx.values.tensor_spec import TensorSpec
 
 #: why a step computes
 FIRST, SCHEDULED, MISSING, RULE = "the first step", "scheduled", "nothing is held", "its rule"
