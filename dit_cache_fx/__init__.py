@@ -16,7 +16,17 @@ from dit_cache_fx.export import Exported, Runner, export, load
 from dit_cache_fx.report.cache_report import CacheReport, CaptureReport
 from dit_cache_fx.report.explain import Explanation
 from dit_cache_fx.runtime.call_log import StepRecord
-from dit_cache_fx.strategies import Clock, DeepCache, Strategy, TaylorCache, TeaCache
+from dit_cache_fx.strategies import (
+    Clock,
+    DeepCache,
+    EasyCache,
+    FirstBlockCache,
+    MagCache,
+    RuleState,
+    Strategy,
+    TaylorCache,
+    TeaCache,
+)
 from dit_cache_fx.strategies.schedule import EvenAndLast, EvenSteps, Schedule, interval_schedule
 from dit_cache_fx.strategies.teacache_coefficients import TEACACHE_COEFFICIENTS, Coefficients
 
@@ -35,12 +45,16 @@ __all__ = [
     "DiscoveryError",
     "DitCacheError",
     "DitCacheWarning",
+    "EasyCache",
     "EvenAndLast",
     "EvenSteps",
     "Explanation",
     "Exported",
+    "FirstBlockCache",
+    "MagCache",
     "MissingPackageError",
     "OptionError",
+    "RuleState",
     "Runner",
     "Schedule",
     "StepRecord",

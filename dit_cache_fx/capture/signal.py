@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx, nn
 
 from dit_cache_fx.capture.normal_form import translated
+from dit_cache_fx.capture.outer_signal import mark_residual, mark_sample
 from dit_cache_fx.capture.record import ModuleCall, Recording
 from dit_cache_fx.capture.trace import Trace, call_kept, trace
 from dit_cache_fx.errors import CaptureError
@@ -30,6 +31,7 @@ from dit_cache_fx.ir.program import (
 )
 from dit_cache_fx.ir.streams import stream_input
 from dit_cache_fx.strategies import Strategy
+from dit_cache_fx.strategies.signals import value_of
 from dit_cache_fx.values.pytree import unflatten
 
 _NO_STREAM = "the first block has no input of the shape of its output"
@@ -80,12 +82,15 @@ MARKS: Mapping[str, Callable[[Program, str], None]] = MappingProxyType(
 
 def mark_signal(program: Program, strategy: Strategy, recording: Recording) -> None:
     """Find what the strategy's own rule looks at, where it has one."""
-    if not strategy.has_rule:
+    value = value_of(strategy)
+    if value is None:
         return
-    mark = MARKS.get(strategy.looks_at())
-    if mark is not None:
-        mark(program, strategy.stream_name())
-        return
+    if value == "sample":
+        return mark_sample(program)
+    if value == "residual":
+        return mark_residual(program, strategy)
+    if value in MARKS:
+        return MARKS[value](program, strategy.stream_name())
     name = str(program.block_calls()[0].target).removeprefix("model.")
     made = next(c for c in recording.calls if c.name == name)
     mark_modulated(program, made, strategy.stream_name())

@@ -21,6 +21,7 @@ from dit_cache_fx.capture.trace import trace
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.program import Program, spec_of
 from dit_cache_fx.strategies import Strategy
+from dit_cache_fx.strategies.signals import value_of
 
 #: Dynamo's graph takes tensors and, where shapes are dynamic, numbers
 Input = torch.Tensor | int | float
@@ -75,7 +76,8 @@ def capture_graph(outlined: Outlined, inputs: Sequence[Input], strategy: Strateg
         tensors = [value for value in faked if isinstance(value, torch.Tensor)]
         call = flatten_call(dict(zip(outlined.names, tensors, strict=True)), None)
         members = _members(outlined.lists)
-        opened = [blocks.modules[0] for blocks in outlined.lists] if _looks(strategy) else []
+        looks_inside = value_of(strategy) == "modulated"
+        opened = [blocks.modules[0] for blocks in outlined.lists] if looks_inside else []
         parts = {m: parts_of(m, members[m]) for m in opened if m in members}
 
         def run(given: Sequence[torch.Tensor]) -> Any:
@@ -115,11 +117,6 @@ def _sample(program: Program) -> str | None:
         if (spec := spec_of(program.node(name))) is not None and spec.ndim > 1
     }
     return max(given, key=lambda argument: likeness(given[argument]), default=None)
-
-
-def _looks(strategy: Strategy) -> bool:
-    """Whether the strategy's rule looks at what is inside of the first block."""
-    return strategy.has_rule and strategy.looks_at() == "modulated"
 
 
 def _members(lists: Sequence[BlockList]) -> dict[nn.Module, str]:

@@ -17,6 +17,7 @@ from dit_cache_fx.lowering.part import Part
 from dit_cache_fx.lowering.preamble import Preamble, pinned, split_preamble
 from dit_cache_fx.lowering.variants import Variants
 from dit_cache_fx.strategies import Clock, Strategy
+from dit_cache_fx.strategies.signals import in_one, signal_of
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
 _FLAG = TensorSpec(torch.Size([]), torch.bool, torch.device("cpu"))
@@ -28,18 +29,20 @@ class OneGraph:
     """A program as one graph.
 
     `part` gives `outputs` values of the model, then the tensors to hold. Beside what the variants
-    read it reads `forced`: whether the step computes. Where it asks the strategy's own rule, it
-    also reads `fresh` (the memory means nothing yet; both are booleans on the CPU) and the memory
-    (name -> spec), and its results end with the decision and the new memory. What has no dimensions
-    is given as one of a single element, by `operands`.
+    read it reads `forced`: whether the step computes. Where it asks the strategy's own rule
+    (`asks`), it also reads `fresh` (the state means nothing yet; both are booleans on the CPU) and
+    the rule's `state` (name -> spec), and its results end with the decision and the new state. What
+    has no dimensions is given as one of a single element, by `operands`.
 
     With a `preamble` the host runs that first (and the rule before it): then the graph asks no
-    rule, and reads what the prefix carries and what the preamble gives.
+    rule, and reads what the prefix carries and what the preamble gives. A rule that looks at no
+    value of the model is the host's as well, where there is one.
     """
 
     part: Part
     outputs: int
-    memory: dict[str, TensorSpec]
+    asks: bool
+    state: dict[str, TensorSpec]
     preamble: Preamble | None
 
     def operands(self, given: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -81,30 +84,28 @@ class _Writer:
         self.graph = fx.Graph()
         self.attributes: dict[str, Any] = {}
         self.preamble = None if carry else split_preamble(variants.compute)
-        self.memory = {} if self.preamble else _memory_specs(program, strategy)
+        self.asks = (
+            strategy.has_rule and self.preamble is None and (carry or variants.prefix is not None)
+        )
+        self.state = self._state_specs() if self.asks else {}
 
     def write(self) -> OneGraph:
         given = self._placeholders()
         predicate, decided = given.pop("forced"), list[fx.Node]()
-        if self.memory:
-            assert self.variants.prefix is not None
-            state = [given.pop(name) for name in ("fresh", *self.memory)]
-            called = self.variants.prefix.operands(given)
-            seen, *carried = inline(self.graph, self.attributes, self.variants.prefix.gm, called)
-            carried = [self._flat(self._apart(n, {*carried, *called})) for n in carried]
-            given.update(zip(self.variants.carried, carried, strict=True))
-            decided = self._decide([seen, predicate, *state])
+        if self.asks:
+            state = [given.pop(name) for name in ("fresh", *self.state)]
+            decided = self._decide([*self._looked_at(given), predicate, *state])
             predicate = decided[0]
         self.graph.output((*self._cond(predicate, given), *decided))
         part = Part.of(self.program.model, self.attributes, self.graph, "OneGraph")
         trace_graph("one_graph", part.gm)
-        return OneGraph(part, self.variants.outputs, self.memory, self.preamble)
+        return OneGraph(part, self.variants.outputs, self.asks, self.state, self.preamble)
 
     def _placeholders(self) -> dict[str, fx.Node]:
         """All that the graph is given, by name; what has no dimensions is made so."""
         inputs = {name: tensor_spec(self.program.node(name)) for name in self.program.inputs}
         clock = dict.fromkeys(Clock._fields, _SCALAR)
-        rule = {"fresh": _FLAG, **self.memory} if self.memory else {}
+        rule = {"fresh": _FLAG, **self.state} if self.asks else {}
         specs = {"forced": _FLAG, **rule, **clock, **self.variants.held, **inputs}
         if self.preamble is not None:
             carried = {n: tensor_spec(self.program.node(n)) for n in self.variants.carried}
@@ -118,26 +119,59 @@ class _Writer:
 
     # --- the strategy's own rule ---------------------------------------------------------------
 
-    def _decide(self, operands: Sequence[fx.Node]) -> list[fx.Node]:
-        """The decision, on the CPU (here the host waits for the device), and the new memory."""
-        signal = self.program.signal
-        assert signal is not None
+    def _looked_at(self, given: dict[str, fx.Node]) -> list[fx.Node]:
+        """All that a rule may look at: the clock, what was measured, and the model's value."""
+        variants = self.variants
+        seen = [given[name] for name in (*Clock._fields, *variants.measured)]
+        if variants.prefix is None:
+            return seen
+        called = variants.prefix.operands(given)
+        value, *carried = inline(self.graph, self.attributes, variants.prefix.gm, called)
+        carried = [self._flat(self._apart(n, {*carried, *called})) for n in carried]
+        given.update(zip(variants.carried, carried, strict=True))
+        return [*seen, value]
 
-        def decide(
-            seen: torch.Tensor, forced: torch.Tensor, fresh: torch.Tensor, *memory: torch.Tensor
-        ) -> list[torch.Tensor]:
-            anew = fresh.to(seen.device)
-            compute, after = self.strategy.decide(seen, memory, forced.to(seen.device))
-            first = self.strategy.begin(seen)
+    def _seen_specs(self) -> list[TensorSpec]:
+        held, signal = self.variants.held, self.program.signal
+        specs = [_SCALAR] * len(Clock._fields) + [held[n] for n in self.variants.measured]
+        return specs if signal is None else [*specs, tensor_spec(signal)]
+
+    def _signal(self, seen: Sequence[torch.Tensor]) -> Any:
+        """What is looked at, as the strategy names it."""
+        fields, measures = len(Clock._fields), len(self.variants.measured)
+        measured = in_one(seen[fields : fields + measures])
+        value = seen[-1] if len(seen) > fields + measures else None
+        return signal_of(self.strategy, value, Clock(*seen[:fields]), measured)
+
+    def _decide(self, operands: Sequence[fx.Node]) -> list[fx.Node]:
+        """The decision, on the CPU (here the host waits for the device), and the new state."""
+        looked_at = self._seen_specs()
+
+        def decide(*given: torch.Tensor) -> list[torch.Tensor]:
+            seen, (forced, fresh, *state) = given[: len(looked_at)], given[len(looked_at) :]
+            signal, device = self._signal(seen), seen[-1].device
+            compute, after = self.strategy.should_compute(signal, tuple(state), forced.to(device))
+            first, anew = self.strategy.init_state(signal), fresh.to(device)
             new = [torch.where(anew, a, b) for a, b in zip(first, after, strict=True)]
             return [(compute | anew).to("cpu"), *new]
 
-        specs = [tensor_spec(signal), _FLAG, _FLAG, *self.memory.values()]
+        specs = [*looked_at, _FLAG, _FLAG, *self.state.values()]
         return inline(self.graph, self.attributes, trace_shapes(decide, specs), operands)
+
+    def _state_specs(self) -> dict[str, TensorSpec]:
+        """What the strategy's rule remembers."""
+        first = trace_shapes(
+            lambda *seen: list(self.strategy.init_state(self._signal(seen))), self._seen_specs()
+        )
+        results: Any = first.graph.output_node().args[0]
+        return {f"state_{i}": tensor_spec(node) for i, node in enumerate(results)}
 
     def _apart(self, node: fx.Node, others: set[fx.Node]) -> fx.Node:
         """A module's result may be its input itself, and `cond` takes each memory once."""
-        shared = node.op == "call_module" and not others.isdisjoint(node.all_input_nodes)
+        call = node
+        while call.target is operator.getitem:
+            call = call.all_input_nodes[0]
+        shared = call.op == "call_module" and not others.isdisjoint(call.all_input_nodes)
         return _own(self.graph, node) if shared else node
 
     def _flat(self, node: fx.Node) -> fx.Node:
@@ -164,7 +198,7 @@ class _Writer:
         """A variant of these operands, with results in memory of their own."""
         graph, attributes = fx.Graph(), dict[str, Any]()
         given = {name: graph.placeholder(name) for name in names}
-        for name in self.variants.carried if self.memory else ():
+        for name in self.variants.carried if self.asks else ():
             if name in given:
                 shape = list(tensor_spec(self.program.node(name)).shape)
                 given[name] = graph.call_function(
@@ -178,15 +212,6 @@ class _Writer:
             results += [_valueless(graph, spec) for spec in self.variants.held.values()]
         graph.output(tuple(results))
         return graph_module(self.program.model, attributes, graph, part.gm._get_name())
-
-
-def _memory_specs(program: Program, strategy: Strategy) -> dict[str, TensorSpec]:
-    """What the strategy's rule remembers; nothing where it has none."""
-    if program.signal is None:
-        return {}
-    first = trace_shapes(lambda s: list(strategy.begin(s)), [tensor_spec(program.signal)])
-    results: Any = first.graph.output_node().args[0]
-    return {f"memory_{i}": tensor_spec(node) for i, node in enumerate(results)}
 
 
 def _own(graph: fx.Graph, node: fx.Node) -> fx.Node:

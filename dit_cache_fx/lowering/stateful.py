@@ -84,7 +84,7 @@ class Stateful(nn.Module):
 
     def initial(self) -> State:
         """The state before the first call."""
-        specs = {**self.held, **self._one.memory}
+        specs = {**self.held, **self._one.state}
         zeros = {name: spec.zeros() for name, spec in specs.items()}
         clock = torch.zeros(len(ClockState._fields), dtype=torch.float64)
         prints = torch.zeros(2 * len(self.conditioning), dtype=torch.float64)
@@ -111,7 +111,7 @@ class Stateful(nn.Module):
         computes = decided[0] if decided else forced
         new = {"clock": clock.after(computes).pack(), "print": seen}
         new.update(zip(self.held, held, strict=True))
-        new.update(zip(self._one.memory, decided[1:], strict=True))
+        new.update(zip(self._one.state, decided[1:], strict=True))
         return outputs, new
 
 

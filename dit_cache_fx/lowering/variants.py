@@ -12,6 +12,7 @@ from torch import fx
 from dit_cache_fx.ir.cached_run import CachedRun, is_cached_run
 from dit_cache_fx.ir.graph_text import trace_graph
 from dit_cache_fx.ir.program import (
+    BLOCK,
     ORIGIN,
     SIGNAL,
     Program,
@@ -24,6 +25,7 @@ from dit_cache_fx.ir.program import (
 )
 from dit_cache_fx.lowering.part import Part
 from dit_cache_fx.strategies import Clock
+from dit_cache_fx.strategies.signals import MEASURED
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
 
@@ -34,7 +36,8 @@ class Variants:
     `compute` gives `outputs` values of the model, then the tensors to hold; `reuse` the values of
     the model alone. Their operands are among the call's inputs, the clock (`distance`, `computed`),
     what is `held` (name -> spec, run after run) and what is `carried`. `prefix`, where the strategy
-    has a rule of its own, gives what the rule looks at, then the carried tensors; None otherwise.
+    has a rule of its own that looks at a value of the model, gives that value, then the carried
+    tensors; None otherwise.
     """
 
     compute: Part
@@ -43,6 +46,11 @@ class Variants:
     held: dict[str, TensorSpec]
     carried: tuple[str, ...]
     outputs: int
+
+    @property
+    def measured(self) -> list[str]:
+        """Which of `held` is what was measured of a value."""
+        return [name for name in self.held if name.startswith(MEASURED)]
 
     def mapped(self, function: Callable[[Part], Part]) -> Variants:
         """The same with `function` of each graph."""
@@ -102,8 +110,7 @@ def _prefix(program: Program) -> tuple[Part | None, tuple[str, ...]]:
     signal = program.signal
     if signal is None:
         return None, ()
-    needed = ancestors([signal])
-    needed |= {user for node in needed if spec_of(node) is None for user in items_of(node)}
+    needed = _needed(signal)
     inside = {n for n in needed if n.op not in ("placeholder", "get_attr") and not is_view(n)}
     carried = [
         n
@@ -122,6 +129,12 @@ def _prefix(program: Program) -> tuple[Part | None, tuple[str, ...]]:
     return part, tuple(n.name for n in carried)
 
 
+def _needed(signal: fx.Node) -> set[fx.Node]:
+    """What the signal is made of, with every item of the containers among it."""
+    needed = ancestors([signal])
+    return needed | {user for node in needed if spec_of(node) is None for user in items_of(node)}
+
+
 class _Side:
     """Writes the graph of one kind of step: each run gives way to one of its two sides."""
 
@@ -138,6 +151,8 @@ class _Side:
         inputs = [n for n in program.graph.nodes if n.op == "placeholder"]
         for node in (*map(program.node, carried), *inputs):
             self.new[node] = self.graph.placeholder(node.name)
+        #: the prefix has run these: a block among them is not to run again for its own sake
+        self.done = set() if program.signal is None else _needed(program.signal)
 
     def lower(self) -> Part:
         for node in self.program.graph.nodes:
@@ -159,6 +174,8 @@ class _Side:
             return
         new[node] = self.graph.node_copy(node, new.__getitem__)
         new[node].meta.pop(SIGNAL, None)
+        if node in self.done:
+            new[node].meta.pop(BLOCK, None)
         if origin is not None:
             self.sunk[origin] = new[node]
 

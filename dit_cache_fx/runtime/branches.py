@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dit_cache_fx.runtime.generation import Generation, Moment
-from dit_cache_fx.strategies import Memory
+from dit_cache_fx.strategies import RuleState
 from dit_cache_fx.values.identity import Seen, version
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
@@ -55,7 +55,8 @@ class Branch:
     placed: bool = True  # it has a place in its step that tells it from the others
     second: bool = False  # it may be another one, called again in the generation's first step
     held: list[Held] = field(default_factory=list)  # of all cached runs, in order
-    memory: Memory | None = None  # of the strategy's own rule
+    memory: RuleState | None = None  # of the strategy's own rule
+    measured: torch.Tensor | None = None  # on the CPU, where the rule has read it there
     computed: int = 0  # computed steps so far
     last_computed: int = 0  # the newest computed step
     prepared: tuple[TensorSpec, ...] = ()  # specs of what the host prepared for its newest graph

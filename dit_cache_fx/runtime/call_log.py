@@ -139,7 +139,7 @@ class Host:
             step.index, value, number, action, step.why, session.serial, session.context
         )
         self.timeline.append(record)
-        self.measured.append(self._measured(branch))
+        self.measured.append(self._measured(step, branch))
         self.calls["computed" if step.computes else "reused"] += 1
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s", _read(record, self.measured[-1]))
@@ -148,9 +148,11 @@ class Host:
         """The last generation's calls. Reads what the rule measured from its device."""
         return list(map(_read, self.timeline, self.measured))
 
-    def _measured(self, branch: Branch) -> Measured:
+    def _measured(self, step: Step, branch: Branch) -> Measured:
         """As a number where that waits for no device; else a copy, since state may be cleared."""
-        tensor = None if branch.memory is None else self.strategy.measured(branch.memory)
+        state, measured = branch.memory, step.measured() if step.computes else None
+        known = state is not None or measured is not None
+        tensor = self.strategy.metric(state or (), measured) if known else None
         if tensor is None:
             return None
         return float(tensor) if tensor.device.type == "cpu" else tensor.clone()

@@ -115,25 +115,27 @@ def watched(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> Ser
 def _one_graph(entry: Entry, step: Step, call: FlatCall) -> Serving:
     """Run the graph that has the decision in it."""
     one, given = entry.one_graph, entry.inputs(call)
-    if one.preamble is not None:  # what the graph cannot hold is the host's, the rule first
+    if not one.asks:  # what the graph cannot hold is the host's, the rule first
         drive_here(_ruled(entry.variants, step, given))
+    if one.preamble is not None:
         given.update(_prepared(one.preamble, step, given))
         given.update((name, _contiguous(given[name])) for name in entry.variants.carried)
-    given.update(step.one_graph_given(one.part.names, one.memory))
+    given.update(step.one_graph_given(one.part.names, one.state, one.asks))
     with signatures_kept():
         results = yield Stage(one.part.run, one.operands(given))
     values = one.outputs + len(entry.variants.held)
-    if one.memory:
+    if one.asks:
         step.decided(*results[values:])
     return results[:values]
 
 
 def _ruled(variants: Variants, step: Step, given: dict[str, torch.Tensor]) -> Serving:
     """Ask the strategy's own rule, where it has one; what its graph carries on is given then."""
+    value: torch.Tensor | None = None
     if variants.prefix is not None:
-        signal, *carried = yield Stage(variants.prefix.run, variants.prefix.operands(given))
+        value, *carried = yield Stage(variants.prefix.run, variants.prefix.operands(given))
         given.update(zip(variants.carried, carried, strict=True))
-        step.decide(signal)
+    step.decide(value)
 
 
 def _prepared(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from dit_cache_fx.runtime.branches import Branch, Held
 from dit_cache_fx.runtime.drive import Results
-from dit_cache_fx.strategies import Clock, Memory, Strategy
+from dit_cache_fx.strategies import Clock, RuleState, Strategy
+from dit_cache_fx.strategies.signals import MEASURED, in_one, signal_of
 from dit_cache_fx.values.identity import memory
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
@@ -35,7 +37,7 @@ class Step:
         self._strategy = strategy
         self._branch = branch
         self._specs = specs
-        self._memory: Memory | None = branch.memory
+        self._state: RuleState | None = branch.memory
         missing = len(branch.held) != len(specs) or not all(h.untouched() for h in branch.held)
         scheduled = strategy.scheduled(index, num_steps)
         self._forced = scheduled or missing
@@ -76,9 +78,9 @@ class Step:
         return given
 
     def one_graph_given(
-        self, names: Collection[str], memory: Mapping[str, TensorSpec]
+        self, names: Collection[str], state: Mapping[str, TensorSpec], asks: bool
     ) -> dict[str, torch.Tensor]:
-        """For the graph that decides by itself: flags, the rule's memory, the clock, what is held.
+        """For the graph that decides by itself: flags, the rule's state, the clock, what is held.
 
         Every step gives tensors of the same strides: for others it would be compiled again.
         """
@@ -86,10 +88,11 @@ class Step:
         held = held or [spec.zeros() for spec in self._specs.values()]
         given = {"forced": _flag(self.computes), **self._clock(names)}
         given.update(zip(self._specs, held, strict=True))
-        if memory:
-            remembered = self._memory or [spec.zeros() for spec in memory.values()]
-            given["fresh"] = _flag(self._memory is None)
-            given.update(zip(memory, (t.contiguous() for t in remembered), strict=True))
+        if asks:
+            own = self._state
+            remembered = [spec.zeros() for spec in state.values()] if own is None else own
+            given["fresh"] = _flag(own is None)
+            given.update(zip(state, (t.contiguous() for t in remembered), strict=True))
         return given
 
     def _clock(self, names: Collection[str]) -> dict[str, torch.Tensor]:
@@ -111,19 +114,45 @@ class Step:
 
     # --- the strategy's own rule -----------------------------------------------------------------
 
-    def decide(self, signal: torch.Tensor) -> None:
-        """Ask the strategy's own rule. Reads one boolean from the device."""
-        if self._memory is None:
-            self.computes = True
-            self._memory = self._strategy.begin(signal)
+    def decide(self, value: torch.Tensor | None) -> None:
+        """Ask the strategy's own rule, where it has one. `value`: of the model, if it looks at one.
+
+        Reads one boolean from the device; without a value, what was measured on the newest computed
+        step, once.
+        """
+        if not self._strategy.has_rule:
             return
-        forced = torch.tensor(self._forced, device=signal.device)
-        computes, self._memory = self._strategy.decide(signal, self._memory, forced)
+        signal = self._signal(value)
+        if self._state is None:
+            self.computes = True
+            self._state = self._strategy.init_state(signal)
+            return
+        device = None if value is None else value.device
+        forced = torch.tensor(self._forced, device=device)
+        computes, self._state = self._strategy.should_compute(signal, self._state, forced)
         self.computes = bool(computes)
 
-    def decided(self, computes: torch.Tensor, *memory: torch.Tensor) -> None:
-        """The graph has asked the rule: its decision, on the CPU, and its new memory."""
-        self.computes, self._memory = bool(computes), memory
+    def decided(self, computes: torch.Tensor, *state: torch.Tensor) -> None:
+        """The graph has asked the rule: its decision, on the CPU, and its new state."""
+        self.computes, self._state = bool(computes), state
+
+    def _signal(self, value: torch.Tensor | None) -> Any:
+        measured = self._measured_here() if value is None else self.measured()
+        clock = Clock(**self._clock(Clock._fields))
+        return signal_of(self._strategy, value, clock, measured)
+
+    def _measured_here(self) -> torch.Tensor | None:
+        """On the CPU: read once for each computed step."""
+        if self._branch.measured is None:
+            measured = self.measured()
+            self._branch.measured = None if measured is None else measured.to("cpu")
+        return self._branch.measured
+
+    def measured(self) -> torch.Tensor | None:
+        """What the newest computed step has measured, one row for each value; None for nothing."""
+        own = [h.tensor for h in self._branch.held] or [s.zeros() for s in self._specs.values()]
+        named = zip(self._specs, own, strict=False)
+        return in_one([tensor for name, tensor in named if name.startswith(MEASURED)])
 
     # --- afterwards ------------------------------------------------------------------------------
 
@@ -138,9 +167,9 @@ class Step:
         The caller may change its inputs and its outputs in place: no memory of theirs is held.
         """
         foreign = {memory(t) for t in inputs}
-        if self._memory is not None:
-            self._memory = tuple(_own(Held.of(t), foreign).tensor for t in self._memory)
-        self._branch.memory = self._memory
+        if self._state is not None:
+            self._state = tuple(_own(Held.of(t), foreign).tensor for t in self._state)
+        self._branch.memory = self._state
         if self.computes:
             self._hold([_own(Held.of(t), foreign) for t in kept])
         own = {memory(h.tensor) for h in self._branch.held}
@@ -149,7 +178,7 @@ class Step:
     def _hold(self, held: list[Held]) -> None:
         branch = self._branch
         again = branch.computed > 0 and branch.last_computed == self.index
-        branch.held = held
+        branch.held, branch.measured = held, None
         branch.computed += 0 if again else 1
         branch.last_computed = self.index
 

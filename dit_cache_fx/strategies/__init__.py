@@ -1,8 +1,11 @@
 """The strategies. A strategy of your own is a subclass of `Strategy`: pass an object."""
 
-from dit_cache_fx.strategies.base import Clock, Memory, NumSteps, Strategy
+from dit_cache_fx.strategies.base import Clock, NumSteps, RuleState, Strategy
 from dit_cache_fx.strategies.block_ids import ALIASES, check_block_ids, never_cached
 from dit_cache_fx.strategies.deepcache import DeepCache
+from dit_cache_fx.strategies.easycache import EasyCache
+from dit_cache_fx.strategies.firstblockcache import FirstBlockCache
+from dit_cache_fx.strategies.magcache import MagCache
 from dit_cache_fx.strategies.registry import make_strategy
 from dit_cache_fx.strategies.taylorcache import TaylorCache
 from dit_cache_fx.strategies.teacache import TeaCache
@@ -11,8 +14,11 @@ __all__ = [
     "ALIASES",
     "Clock",
     "DeepCache",
-    "Memory",
+    "EasyCache",
+    "FirstBlockCache",
+    "MagCache",
     "NumSteps",
+    "RuleState",
     "Strategy",
     "TaylorCache",
     "TeaCache",

@@ -1,8 +1,8 @@
 """What a strategy is: a few pure functions on tensors, and options.
 
-A strategy never sees a model or a graph. The passes trace `store` and `reuse` into the compute and
-the reuse side of each cached run; the runtime calls `decide` when the strategy has a rule of its
-own for when to compute.
+A strategy never sees a model or a graph. The passes trace `store`, `measure` and `reuse` into the
+compute and the reuse side of each cached run. Where the strategy has a rule of its own for when to
+compute, the runtime calls `should_compute`, or the one graph has it inside.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from dit_cache_fx.errors import OptionError
+from dit_cache_fx.errors import OptionError, warn
 from dit_cache_fx.strategies.schedule import (
     EvenSteps,
     ListedSteps,
@@ -27,8 +27,10 @@ from dit_cache_fx.strategies.schedule import (
 
 #: how many steps a generation has, or what tells it
 NumSteps = int | Callable[[], int]
-#: how `decide` keeps its memory from step to step
-Memory = tuple[Tensor, ...]
+#: what a rule remembers from step to step
+RuleState = tuple[Tensor, ...]
+#: methods of a rule by the names that they had before
+_OLD_NAMES = {"begin": "init_state", "decide": "should_compute", "measured": "metric"}
 
 
 class Clock(NamedTuple):
@@ -67,6 +69,24 @@ class Strategy:
     action: ClassVar[str] = "reused"
     #: whether `reuse` reads what the cached run starts from on this step
     reads_start: ClassVar[bool] = False
+    #: whether other streams than the sample's (text rows) start from themselves too
+    every_stream: ClassVar[bool] = False
+    #: whether one run of everything from the sample to the output is cached, not runs of blocks
+    whole_model: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Give each method of a rule its old name too, and a method of an old name its new one."""
+        super().__init_subclass__(**options)
+        own = vars(cls)
+        renamed = {old: new for old, new in _OLD_NAMES.items() if old in own and new not in own}
+        for old, new in _OLD_NAMES.items():
+            if new in own:
+                setattr(cls, old, own[new])
+        for old, new in renamed.items():
+            setattr(cls, new, _any_arguments(own[old]) if new == "metric" else own[old])
+        if renamed:
+            names = ", ".join(f"{old} is now {new}" for old, new in renamed.items())
+            warn(f"{cls.__name__} has methods of old names, which will go: {names}")
 
     def __post_init__(self) -> None:
         steps, ids = _steps(self.no_cache_steps), _block_ids(self.no_cache_block_id)
@@ -113,35 +133,64 @@ class Strategy:
         """The block argument that carries the stream, tried before it is found from the graph."""
         return ""
 
+    def measure(
+        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+    ) -> Tensor | None:
+        """On a computed step: numbers about `value` for the rule and for reports, of one dimension.
+
+        The arguments are those of `store`: `held` is from the computed step before this one. None
+        where nothing is measured.
+        """
+        return None
+
+    def always_runs(self, position: int, blocks: int) -> bool:
+        """Whether a block runs on every step: the one at `position` of all `blocks` calls."""
+        return False
+
     # --- when to compute (optional) --------------------------------------------------------
 
     @property
     def has_rule(self) -> bool:
-        """Whether `decide` takes part in the decision (beside `no_cache_steps`)."""
+        """Whether `should_compute` takes part in the decision (beside `no_cache_steps`)."""
         return False
 
-    def looks_at(self) -> str:
-        """What `decide` gets: the first block's "modulated" input, or its "input"."""
+    def looks_at(self) -> str | tuple[str, ...]:
+        """The `signal` of the rule, by name, or several names.
+
+        At most one is a value of the model: the first block's "modulated" input or its "input",
+        what conditions it ("conditioning", "embedding"), the "residual" that the blocks which
+        always run at the model's head add to their stream, or the "sample" that the model is given.
+        Others: "distance" and "computed" of `Clock`, and "measured", one row for each held value:
+        what `measure` gave on the newest computed step. A rule that looks at no value of the model
+        is asked on the CPU, and nothing is read from the device on a reused step.
+        """
         return "modulated"
 
-    def begin(self, signal: Tensor) -> Memory:
-        """The rule's memory after a generation's first step."""
+    def init_state(self, signal: Any) -> RuleState:
+        """The rule's state after a generation's first step."""
         raise NotImplementedError
 
-    def decide(self, signal: Tensor, memory: Memory, forced: Tensor) -> tuple[Tensor, Memory]:
-        """Whether this step computes (a boolean of no dimensions), and the new memory.
+    def should_compute(
+        self, signal: Any, state: RuleState, forced: Tensor
+    ) -> tuple[Tensor, RuleState]:
+        """Whether this step computes (a boolean of no dimensions), and the new state.
 
-        `signal`: the first block's modulated input. `forced`: the step computes in any case.
+        `signal`: the tensor that `looks_at` names, a tuple where it names several. `forced`: the
+        step computes in any case.
         """
         raise NotImplementedError
 
     @property
     def threshold(self) -> float | None:
-        """What the rule compares `measured` with, for reports; None where it is no such rule."""
+        """What the rule compares `metric` with, for reports; None where it is no such rule."""
         return None
 
-    def measured(self, memory: Memory) -> Tensor | None:
-        """What the rule had measured when it decided last, of no dimensions, for reports."""
+    def metric(self, state: RuleState, measured: Tensor | None = None) -> Tensor | None:
+        """What the rule compared when it decided last, of no dimensions, for reports.
+
+        `measured`: as in `looks_at`; None where nothing is measured. `state` is empty where the
+        rule has none.
+        """
         return None
 
     def _rule_hint(self) -> str:
@@ -152,7 +201,7 @@ class Strategy:
     def _check_schedule(self) -> None:
         ways = ("no_cache_steps", "compute_ratio", "schedule")
         given = [name for name in ways if getattr(self, name) is not None]
-        if not given and not self.has_rule:
+        if not given and not self.has_rule and self.plan is None:
             raise OptionError(
                 "no_cache_steps",
                 None,
@@ -169,6 +218,16 @@ class Strategy:
             named_schedule(self.schedule)
         if self.num_steps is not None and not callable(self.num_steps):
             check_num_steps(self.num_steps)
+
+
+def _any_arguments(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`measured(state)` as it is called now."""
+
+    @wraps(method)
+    def metric(self: Strategy, state: RuleState, measured: Tensor | None = None) -> Any:
+        return method(self, state)
+
+    return metric
 
 
 def options_of(strategy: type[Strategy]) -> list[str]:

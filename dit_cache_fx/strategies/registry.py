@@ -7,10 +7,22 @@ from typing import Any
 from dit_cache_fx.errors import OptionError
 from dit_cache_fx.strategies.base import Strategy, options_of
 from dit_cache_fx.strategies.deepcache import DeepCache
+from dit_cache_fx.strategies.easycache import EasyCache
+from dit_cache_fx.strategies.firstblockcache import FirstBlockCache
+from dit_cache_fx.strategies.magcache import MagCache
 from dit_cache_fx.strategies.taylorcache import TaylorCache
 from dit_cache_fx.strategies.teacache import TeaCache
 
-BY_NAME: dict[str, type[Strategy]] = {s.name: s for s in (DeepCache, TeaCache, TaylorCache)}
+KINDS: tuple[type[Strategy], ...] = (
+    DeepCache,
+    TeaCache,
+    TaylorCache,
+    FirstBlockCache,
+    MagCache,
+    EasyCache,
+)
+#: cache-dit's name beside our own
+BY_NAME: dict[str, type[Strategy]] = {s.name: s for s in KINDS} | {"dbcache": FirstBlockCache}
 
 
 def make_strategy(strategy: str | Strategy, options: dict[str, Any]) -> Strategy:

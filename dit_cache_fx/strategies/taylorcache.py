@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.strategies.base import Clock, Strategy
+from dit_cache_fx.strategies.base import Clock, RuleState, Strategy
+from dit_cache_fx.strategies.residual import check_positive
+from dit_cache_fx.strategies.tolerance import expected_error, measured_error
 
 #: share of the highest frequency up to which a frequency is in the low band
 CUTOFF = 0.1
@@ -26,11 +28,17 @@ class TaylorCache(Strategy):
     it the prediction is `sum D[i] d^i / i!`. Tokens (dimension 1) are split by frequency into a
     low and a high band with orders of their own, at most `max_order`; with equal orders the split
     changes nothing and is left out.
+
+    `tolerance` chooses the steps: each computed step tells the relative error of the prediction for
+    it, `|computed - predicted| / |computed|`, and the next one is as far away as the error that is
+    expected of the gap, cubic in its steps, stays within the tolerance. The error is read once on
+    each computed step; nothing is read on a predicted one.
     """
 
     max_order: int = 2
     low_freqs_order: int = 2
     high_freqs_order: int = 2
+    tolerance: float | None = None
 
     name: ClassVar[str] = "taylorcache"
     action: ClassVar[str] = "predicted"
@@ -41,6 +49,7 @@ class TaylorCache(Strategy):
             value = getattr(self, option)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise OptionError(option, value, "an integer from 0")
+        check_positive("tolerance", self.tolerance, 0.02, optional=True)
 
     @property
     def orders(self) -> tuple[int, ...]:
@@ -71,6 +80,44 @@ class TaylorCache(Strategy):
             first += order + 1
         assert total is not None
         return total
+
+    # --- the tolerance ---------------------------------------------------------------------
+
+    @property
+    def has_rule(self) -> bool:
+        return self.tolerance is not None
+
+    @property
+    def threshold(self) -> float | None:
+        return self.tolerance
+
+    def looks_at(self) -> tuple[str, ...]:
+        return "distance", "measured"
+
+    def measure(
+        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+    ) -> Tensor | None:
+        if self.tolerance is None:
+            return None
+        predicted = self.reuse(held, start, clock)
+        return measured_error(value, predicted, clock.distance, clock.computed)
+
+    def init_state(self, signal: tuple[Tensor, Tensor]) -> RuleState:
+        return (torch.zeros((), dtype=torch.float64, device=signal[1].device),)
+
+    def should_compute(
+        self, signal: tuple[Tensor, Tensor], state: RuleState, forced: Tensor
+    ) -> tuple[Tensor, RuleState]:
+        assert self.tolerance is not None
+        distance, measured = signal
+        error = expected_error(measured, distance)
+        return forced | ~(error <= self.tolerance), (error,)
+
+    def metric(self, state: RuleState, measured: Tensor | None = None) -> Tensor | None:
+        return state[0] if state else None
+
+    def _rule_hint(self) -> str:
+        return "; or give tolerance=0.02, say"
 
 
 def derivatives(value: Tensor, held: Sequence[Tensor], clock: Clock) -> list[Tensor]:

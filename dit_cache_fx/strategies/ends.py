@@ -1,0 +1,43 @@
+"""Steps at a generation's ends, and several schedules in one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dit_cache_fx.strategies.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class EndSteps(Schedule):
+    """The first steps, and the last ones where the number of steps is known."""
+
+    first: int
+    last: int = 0
+
+    needs_num_steps: ClassVar[bool] = False
+
+    def computes(self, step: int, num_steps: int | None) -> bool:
+        return step < self.first or (num_steps is not None and step >= num_steps - self.last)
+
+
+@dataclass(frozen=True)
+class AnyOf(Schedule):
+    """Every step that one of several schedules computes."""
+
+    schedules: tuple[Schedule, ...]
+
+    @property
+    def needs_num_steps(self) -> bool:  # type: ignore[override]
+        return any(schedule.needs_num_steps for schedule in self.schedules)
+
+    def computes(self, step: int, num_steps: int | None) -> bool:
+        return any(schedule.computes(step, num_steps) for schedule in self.schedules)
+
+
+def with_ends(schedule: Schedule | None, first: int, last: int = 0) -> Schedule | None:
+    """A schedule, if any, and the first and the last steps."""
+    if not first and not last:
+        return schedule
+    ends = EndSteps(first, last)
+    return ends if schedule is None else AnyOf((ends, schedule))
