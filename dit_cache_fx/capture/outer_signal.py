@@ -14,7 +14,7 @@ from dit_cache_fx.ir.streams import sample_like_output, stream_input
 from dit_cache_fx.strategies import Strategy
 
 
-def mark_sample(program: Program) -> None:
+def mark_sample(program: Program, cache_name: str) -> None:
     """Take the sample that the model is given as the signal, in the shape of the output."""
     sample_like_output(program).meta[SIGNAL] = True
 

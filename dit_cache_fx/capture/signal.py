@@ -76,7 +76,12 @@ def mark_embedding(program: Program, cache_name: str) -> None:
 
 #: signals that need no look inside the first block
 MARKS: Mapping[str, Callable[[Program, str], None]] = MappingProxyType(
-    {"input": mark_input, "conditioning": mark_conditioning, "embedding": mark_embedding}
+    {
+        "input": mark_input,
+        "conditioning": mark_conditioning,
+        "embedding": mark_embedding,
+        "sample": mark_sample,
+    }
 )
 
 
@@ -85,12 +90,15 @@ def mark_signal(program: Program, strategy: Strategy, recording: Recording) -> N
     value = value_of(strategy)
     if value is None:
         return
-    if value == "sample":
-        return mark_sample(program)
-    if value == "residual":
-        return mark_residual(program, strategy)
-    if value in MARKS:
-        return MARKS[value](program, strategy.stream_name())
+    if value == "modulated":
+        _mark_inside(program, strategy, recording)
+    elif value == "residual":
+        mark_residual(program, strategy)
+    else:
+        MARKS[value](program, strategy.stream_name())
+
+
+def _mark_inside(program: Program, strategy: Strategy, recording: Recording) -> None:
     name = str(program.block_calls()[0].target).removeprefix("model.")
     made = next(c for c in recording.calls if c.name == name)
     mark_modulated(program, made, strategy.stream_name())

@@ -70,7 +70,8 @@ class MagCache(ResidualCache):
     @cached_property
     def plan(self) -> Schedule | None:
         own = EvenSteps(1.0) if self.calibrate else self._steps()
-        return own if super().plan is None else AnyOf((own, super().plan))
+        given = super().plan
+        return own if given is None else AnyOf((own, given))
 
     def _steps(self) -> MagnitudeSteps:
         assert isinstance(self.mag_ratios, tuple)

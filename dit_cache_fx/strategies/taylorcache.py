@@ -30,9 +30,10 @@ class TaylorCache(Strategy):
     changes nothing and is left out.
 
     `tolerance` chooses the steps: each computed step tells the relative error of the prediction for
-    it, `|computed - predicted| / |computed|`, and the next one is as far away as the error that is
-    expected of the gap, cubic in its steps, stays within the tolerance. The error is read once on
-    each computed step; nothing is read on a predicted one.
+    it, `e = |computed - predicted| / |computed|`, after a gap of g steps. The next gap is the
+    longest of n steps whose expected error, `e g (n / g)^3`, is within the tolerance; it is at most
+    three times as long as the last. The error is read once for each computed step, and nothing is
+    read on a predicted one.
     """
 
     max_order: int = 2
@@ -49,7 +50,7 @@ class TaylorCache(Strategy):
             value = getattr(self, option)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise OptionError(option, value, "an integer from 0")
-        check_positive("tolerance", self.tolerance, 0.02, optional=True)
+        check_positive("tolerance", self.tolerance, 0.5, optional=True)
 
     @property
     def orders(self) -> tuple[int, ...]:
@@ -117,7 +118,7 @@ class TaylorCache(Strategy):
         return state[0] if state else None
 
     def _rule_hint(self) -> str:
-        return "; or give tolerance=0.02, say"
+        return "; or give tolerance=0.5, say"
 
 
 def derivatives(value: Tensor, held: Sequence[Tensor], clock: Clock) -> list[Tensor]:

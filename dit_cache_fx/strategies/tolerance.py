@@ -1,8 +1,10 @@
 """A tolerance for the error of prediction, as the solvers of differential equations have one.
 
-A computed step tells what the prediction for it would have been wrong by, at no cost. From that
-error e over a gap of g steps, the error of a gap of n steps is expected to be `e (n / g)^3` (Hairer,
-Nørsett, Wanner: Solving Ordinary Differential Equations I, section II.4).
+A computed step tells how wrong the prediction for it would have been, at no cost. Over a gap of g
+steps such errors add up to about e g, with e the relative error at the gap's end. A line is wrong
+by the square of the distance, so a gap of n steps is expected to add up `e g (n / g)^3`: a solver
+chooses its step in the same way (Hairer, Norsett, Wanner: Solving Ordinary Differential Equations
+I, section II.4).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import Tensor
 
 #: how much longer than the last a gap may be: the estimate is good near the gap it was made over
 MOST_GROWTH = 3.0
-#: how the error grows with the gap
+#: how the error that a gap adds up grows with its length
 ORDER = 3
 
 
@@ -26,11 +28,11 @@ def measured_error(value: Tensor, predicted: Tensor, distance: Tensor, computed:
 
 
 def expected_error(measured: Tensor, distance: Tensor) -> Tensor:
-    """The error to expect at the next step, if this one is not computed: the worst value's.
+    """The error to expect of a gap up to the next step: the worst value's.
 
     Not a number where nothing is known yet, infinite where the gap would grow too much.
     """
     errors, gaps = measured.unbind(dim=1)
     growth = (distance + 1) / gaps
-    worst = (errors * growth**ORDER).max()
+    worst = (errors * gaps * growth**ORDER).max()
     return torch.where((growth > MOST_GROWTH).any(), math.inf, worst)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import dit_cache_fx
@@ -50,9 +49,7 @@ def decided(strategy: str, **options: Any) -> str:
     return actions(cached)
 
 
-def streams(
-    depth: int, given: list[dict[str, Any]] | None = None
-) -> list[tuple[Tensor, Tensor]]:
+def streams(depth: int, given: list[dict[str, Any]] | None = None) -> list[tuple[Tensor, Tensor]]:
     """On each step of the uncached model: the input of its first block, the output of another."""
     seen: dict[str, list[Tensor]] = {"in": [], "out": []}
     plain = model()
