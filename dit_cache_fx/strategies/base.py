@@ -10,12 +10,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property, wraps
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from dit_cache_fx.errors import OptionError, warn
+from dit_cache_fx.errors import OptionError
+from dit_cache_fx.strategies.old_names import name_both_ways
 from dit_cache_fx.strategies.schedule import (
     EvenSteps,
     ListedSteps,
@@ -29,8 +30,6 @@ from dit_cache_fx.strategies.schedule import (
 NumSteps = int | Callable[[], int]
 #: what a rule remembers from step to step
 RuleState = tuple[Tensor, ...]
-#: methods of a rule by the names that they had before
-_OLD_NAMES = {"begin": "init_state", "decide": "should_compute", "measured": "metric"}
 
 
 class Clock(NamedTuple):
@@ -75,18 +74,8 @@ class Strategy:
     whole_model: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Give each method of a rule its old name too, and a method of an old name its new one."""
         super().__init_subclass__(**options)
-        own = vars(cls)
-        renamed = {old: new for old, new in _OLD_NAMES.items() if old in own and new not in own}
-        for old, new in _OLD_NAMES.items():
-            if new in own:
-                setattr(cls, old, own[new])
-        for old, new in renamed.items():
-            setattr(cls, new, _any_arguments(own[old]) if new == "metric" else own[old])
-        if renamed:
-            names = ", ".join(f"{old} is now {new}" for old, new in renamed.items())
-            warn(f"{cls.__name__} has methods of old names, which will go: {names}")
+        name_both_ways(cls)
 
     def __post_init__(self) -> None:
         steps, ids = _steps(self.no_cache_steps), _block_ids(self.no_cache_block_id)
@@ -218,16 +207,6 @@ class Strategy:
             named_schedule(self.schedule)
         if self.num_steps is not None and not callable(self.num_steps):
             check_num_steps(self.num_steps)
-
-
-def _any_arguments(method: Callable[..., Any]) -> Callable[..., Any]:
-    """`measured(state)` as it is called now."""
-
-    @wraps(method)
-    def metric(self: Strategy, state: RuleState, measured: Tensor | None = None) -> Any:
-        return method(self, state)
-
-    return metric
 
 
 def options_of(strategy: type[Strategy]) -> list[str]:
