@@ -10,7 +10,7 @@ from torch import fx
 from dit_cache_fx._torch import DEVICE
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.program import SIGNAL, Program, block_values, device_of, spec_of
-from dit_cache_fx.ir.streams import sample_like_output, stream_input
+from dit_cache_fx.ir.streams import sample_like_output, stream_input, unchanged
 from dit_cache_fx.strategies import Strategy
 
 
@@ -41,6 +41,7 @@ def mark_residual(program: Program, strategy: Strategy) -> None:
         why = "no block at the model's head always runs" if stream is not None else "no stream"
         raise CaptureError(f"the rule's signal ('residual') cannot be found: {why}")
     following = calls[len(leading)] if len(leading) < len(calls) else None
+    stream = unchanged(stream)  # a block may change its input in place
     after = _stream_after(program, leading[-1], stream, following, strategy.stream_name())
     with program.graph.inserting_after(after):
         residual = program.graph.call_function(torch.ops.aten.sub.Tensor, (after, stream))
@@ -58,6 +59,7 @@ def _stream_after(
         if (spec := spec_of(value)) is not None and like is not None and spec.shape == like.shape
     ]
     taken = None if following is None else stream_input(program, following, name)
+    taken = taken and unchanged(taken)
     if not found:
         raise CaptureError(
             "the rule's signal ('residual') cannot be found: no result of "

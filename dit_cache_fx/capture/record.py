@@ -107,7 +107,7 @@ def record(
         specs = [TensorSpec.of(t) for t in outputs]
         made = ModuleCall(name, specs, skeleton, mutated=mutated, like=like, inside=inside)
         made.rewrites, made.writes = rewrites, frozenset(writes)
-        reader.produced(made, outputs, hold=module not in blocks or module in always_run)
+        reader.produced(made, outputs, module not in blocks, module in always_run)
         calls.append(made)
         return output
 
@@ -128,11 +128,15 @@ class _Reader(TorchDispatchMode):
         self.reads(flatten((args, kwargs or {}))[0])
         return func(*args, **(kwargs or {}))
 
-    def produced(self, call: ModuleCall, outputs: list[torch.Tensor], hold: bool) -> None:
+    def produced(
+        self, call: ModuleCall, outputs: list[torch.Tensor], hold: bool, always_run: bool
+    ) -> None:
         for index, tensor in enumerate(outputs):
             self._origin[id(tensor)] = (ref(tensor), call, index)
             if hold:
                 call.values[index] = tensor
+            elif always_run:  # a copy: the model may change it in place afterwards
+                call.values[index] = tensor.clone()
 
     def reads(self, tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:

@@ -29,7 +29,7 @@ from dit_cache_fx.ir.program import (
     spec_of,
     tensor_spec,
 )
-from dit_cache_fx.ir.streams import stream_input
+from dit_cache_fx.ir.streams import stream_input, unchanged
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.strategies.signals import value_of
 from dit_cache_fx.values.pytree import unflatten
@@ -48,7 +48,7 @@ def mark_input(program: Program, cache_name: str) -> None:
     stream = stream_input(program, first, cache_name)
     if stream is None:
         raise _unknown("input", _NO_STREAM)
-    stream.meta[SIGNAL] = True
+    unchanged(stream).meta[SIGNAL] = True
 
 
 def mark_conditioning(program: Program, cache_name: str) -> None:
@@ -124,7 +124,7 @@ def mark_modulated(program: Program, made: ModuleCall, cache_name: str) -> None:
         )
     conditioning = [n for n in arguments if n is not stream and _timed(program, n)]
     if not conditioning:
-        stream.meta[SIGNAL] = True
+        unchanged(stream).meta[SIGNAL] = True
         return
 
     def run(tensors: Any) -> Any:

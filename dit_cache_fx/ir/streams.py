@@ -42,11 +42,18 @@ def start_of(
     wired = _wired_slot(program, value, first)
     if wired is not None and tracked is not None and wired != tracked:
         given = dict(argument_leaves(first)).get(wired) if every else None
-        return given if given is not None and _shape(given) == _shape(value) else None
+        return unchanged(given) if given and _shape(given) == _shape(value) else None
     spec = spec_of(value)
     found = _candidates(program, first, set() if spec is None else {spec.shape})
     slot = next((s for s in (tracked, wired, *found) if s is not None and s in found), None)
-    return None if slot is None else found[slot]
+    return None if slot is None else unchanged(found[slot])
+
+
+def unchanged(node: fx.Node) -> fx.Node:
+    """The same values where no block changes them in place: it is given a copy for that."""
+    while node.target is torch.ops.aten.clone.default:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def stream_input(program: Program, call: fx.Node, cache_name: str) -> fx.Node | None:
@@ -85,6 +92,7 @@ def padded_start(
     joined, spec = spec_of(value), None if start is None else spec_of(start)
     if start is None or spec is None or joined is None or joined.ndim != spec.ndim:
         return None
+    start = unchanged(start)
     inside = descendants([first])
     for node in program.graph.nodes:
         if node in inside and node.target is torch.ops.aten.cat.default:

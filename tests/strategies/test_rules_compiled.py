@@ -19,7 +19,7 @@ from tests.compile.compiling import (
     no_recompile,
 )
 from tests.strategies.recorded import actions, calls, model
-from tests.toys import JoinedDiT, UnchangedDiT, make
+from tests.toys import InPlaceCodeDiT, InPlaceDiT, JoinedDiT, UnchangedDiT, make
 
 __all__ = ["new_compiler"]
 
@@ -63,6 +63,24 @@ def test_one_graph_where_blocks_return_several_tensors_or_their_input(
     eager, cached, backend = cached_model(rule, kind), cached_model(rule, kind), Counting()
     assert_same(compiled(cached, backend), eager, GIVEN)
     assert backend.count == 1
+
+
+@pytest.mark.parametrize("rule", ["first block", "magnitudes"])
+def test_one_graph_where_blocks_change_their_input_in_place(rule: str) -> None:
+    """What a block was given is known although it is not there any more."""
+    eager, cached, backend = (
+        cached_model(rule, InPlaceDiT),
+        cached_model(rule, InPlaceDiT),
+        Counting(),
+    )
+    assert_same(compiled(cached, backend), eager, GIVEN)
+    assert set(actions(eager)) == {"C", "r"}
+
+
+def test_a_last_block_that_always_runs_and_whose_result_the_model_changes() -> None:
+    cached, plain = cached_model("both ends", InPlaceCodeDiT), make(InPlaceCodeDiT)
+    for inputs in GIVEN[:3]:  # the warm-up
+        assert torch.equal(cached(**inputs), plain(**inputs))
 
 
 @pytest.mark.exhaustive
