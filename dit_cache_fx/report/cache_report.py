@@ -9,6 +9,7 @@ from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.call_log import Host, StepRecord
 from dit_cache_fx.strategies import Strategy
+from dit_cache_fx.strategies.schedule import ListedSteps
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,10 @@ def schedule_of(strategy: Strategy) -> str:
     """The option that says which steps compute, where it is no list of them."""
     if strategy.compute_ratio is not None:
         return f"compute_ratio {strategy.compute_ratio:.3g}"
-    return "" if strategy.schedule is None else str(strategy.schedule)
+    if strategy.schedule is not None:
+        return str(strategy.schedule)
+    plan = strategy.plan
+    return "" if plan is None or isinstance(plan, ListedSteps) else str(plan)
 
 
 def _branches(host: Host, entries: Sequence[Lowered]) -> Iterator[tuple[Lowered, Branch]]:

@@ -98,7 +98,7 @@ class EasyCache(Strategy):
         self, signal: tuple[Tensor, Tensor], state: RuleState, forced: Tensor
     ) -> tuple[Tensor, RuleState]:
         (sample, measured), (previous, _, total) = signal, state
-        rate, size = measured[0].unbind()
+        rate, size = measured.flatten().unbind()
         total = total + rate * (sample - previous).abs().mean().double() / size
         compute = forced | ~(total < self.threshold)
         return compute, (sample, total, torch.where(compute, 0.0, total))

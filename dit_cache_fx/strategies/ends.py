@@ -20,6 +20,13 @@ class EndSteps(Schedule):
     def computes(self, step: int, num_steps: int | None) -> bool:
         return step < self.first or (num_steps is not None and step >= num_steps - self.last)
 
+    def __str__(self) -> str:
+        return " and ".join(
+            f"the {which} {count}"
+            for which, count in (("first", self.first), ("last", self.last))
+            if count
+        )
+
 
 @dataclass(frozen=True)
 class AnyOf(Schedule):
@@ -33,6 +40,9 @@ class AnyOf(Schedule):
 
     def computes(self, step: int, num_steps: int | None) -> bool:
         return any(schedule.computes(step, num_steps) for schedule in self.schedules)
+
+    def __str__(self) -> str:
+        return " and ".join(map(str, self.schedules))
 
 
 def with_ends(schedule: Schedule | None, first: int, last: int = 0) -> Schedule | None:

@@ -32,6 +32,9 @@ class MagnitudeSteps(Schedule):
                 product, error, reused = 1.0, 0.0, 0
         return reused == 0
 
+    def __str__(self) -> str:
+        return f"{len(self.ratios)} magnitude ratios"
+
     def _ratio(self, step: int, num_steps: int) -> float:
         """The ratio of a step, of the nearest one where there are more or fewer ratios."""
         count = len(self.ratios)

@@ -469,3 +469,31 @@ def test_a_measure_that_is_no_number_computes_and_the_rule_recovers(
         if letter == "C":
             assert torch.equal(out.nan_to_num(), plain(**inputs).nan_to_num())
     assert all(out.isfinite().all() for out in got[16:])
+
+
+# --- what reports say -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "text"),
+    [
+        ("magcache", {"mag_ratios": [1.0] * 6}, "on those of 6 magnitude ratios: 0, 4 (2 in all)"),
+        (
+            "easycache",
+            {"warmup_steps": 2},
+            "on those of the first 2 and the last 1: 0-1, 5 (3 in all), when its own rule on the "
+            "sample says so (measured against 0.05)",
+        ),
+        (
+            "firstblockcache",
+            {"threshold": 0.2},
+            "when its own rule on the residual of the first blocks says so (measured against 0.2)",
+        ),
+        ("taylorcache", {"tolerance": 0.5}, "its own rule on what it measures on computed steps"),
+    ],
+)
+def test_explain_tells_what_decides(name: str, options: dict[str, Any], text: str) -> None:
+    cached = dit_cache_fx.apply(model(), name, num_steps=6, **options)
+    run(cached, calls(6))
+    assert text in cached.explain().decides
+    assert str(cached.explain())
