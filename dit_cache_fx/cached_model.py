@@ -14,7 +14,7 @@ from dit_cache_fx._torch import dynamo_callback, exporting, not_a_compiled_frame
 from dit_cache_fx.capture import CallSignature, FlatCall
 from dit_cache_fx.life_cycle import LifeCycle
 from dit_cache_fx.lowering.lowered_program import Lowered
-from dit_cache_fx.runtime.call_log import WANTS_GRADIENTS, Host
+from dit_cache_fx.runtime.call_log import WANTS_GRADIENTS, CallLog
 from dit_cache_fx.runtime.drive import Compiler, Serving, drive, drive_here
 from dit_cache_fx.runtime.engine import Engine, requires_grad
 from dit_cache_fx.runtime.execution import StepCompiler
@@ -81,6 +81,7 @@ class CachedModel(LifeCycle, nn.Module):
         reason = self._uncached_because(args, kwargs)
         if reason is not None:
             self._engine.host.warn_once(reason)
+            self._engine.passed(args, kwargs)
             return None
         return self._engine.serve(args, kwargs, _compiler(callback))
 
@@ -186,7 +187,7 @@ class CachedModel(LifeCycle, nn.Module):
     # --- life cycle ----------------------------------------------------------------------------
 
     @property
-    def _host(self) -> Host:
+    def _host(self) -> CallLog:
         return self._engine.host
 
     def _lowered(self) -> Sequence[Lowered]:

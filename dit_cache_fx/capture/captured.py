@@ -20,7 +20,7 @@ from dit_cache_fx.capture.signature import CallSignature, FlatCall, unflatten_ca
 from dit_cache_fx.ir.graph_text import short
 from dit_cache_fx.ir.program import OUTPUT, BlockId, Program, block_values
 from dit_cache_fx.strategies import Strategy, never_cached
-from dit_cache_fx.values.identity import Seen
+from dit_cache_fx.values.identity import TensorIdentity
 from dit_cache_fx.values.pytree import unflatten
 
 
@@ -65,6 +65,10 @@ class Subject:
 log = logging.getLogger(__name__)
 
 
+#: sizes that depend on data
+Shapes = tuple[torch.Size, ...]
+
+
 @dataclass
 class Captured:
     """A program that was checked, with what is needed to trust it on the next call."""
@@ -75,37 +79,39 @@ class Captured:
     recording: Recording  # of the call that it was captured from, until that call is answered
     blocks: dict[nn.Module, str]
     whole: set[nn.Module]  # every module that the graph calls as a node
-    accepted: set[tuple[torch.Size, ...]]  # guard shapes that the graph was checked with
+    accepted: set[Shapes]  # guard shapes that the graph was checked with
     not_held: frozenset[str] = frozenset()  # block results that the recording did not hold
-    shapes: tuple[torch.Size, ...] = ()  # guard shapes of the newest call
-    seen: Seen | None = None  # the newest call's tensors that the guards depend on
+    shapes: Shapes = ()  # guard shapes of the capture
+    newest: tuple[TensorIdentity, Shapes] | None = None  # what the guards read last, and gave
 
 
-def accepts(subject: Subject, captured: Captured, call: FlatCall) -> bool:
+def accepts(subject: Subject, captured: Captured, call: FlatCall) -> Shapes | None:
     """Whether the captured graph is right for this call (whose signature is the capture's).
 
-    Where a masked selection has another size than any seen, the graph is checked with it first.
+    Gives the shapes of its masked selections then; None where it is not. Where a selection has
+    another size than any seen, the graph is checked with it first.
     """
     guards = captured.guards
     if guards is None:
-        return True
-    tensors = Seen([call.tensors[i] for i in guards.inputs], certain=True)
-    if captured.seen is not None and tensors.shared_with(captured.seen) == len(guards.inputs):
-        return True
+        return ()
+    tensors = TensorIdentity([call.tensors[i] for i in guards.inputs])
+    newest = captured.newest
+    if newest is not None and not tensors.other_objects(newest[0]):
+        return newest[1]
     with torch.no_grad():
         read = guards.gm(*call.tensors)
     if guards.values(read) != guards.values(guards.expected):
         _log_failed(guards, read)
-        return False
+        return None
     shapes = guards.shapes(read)
     if shapes not in captured.accepted:
         difference = _differs(subject, captured, call, call.tensors)
         if difference is not None:
             log.info("a graph is not for this call: with %s %s", shapes, difference)
-            return False
+            return None
         captured.accepted.add(shapes)
-    captured.shapes, captured.seen = shapes, tensors
-    return True
+    captured.newest = tensors, shapes
+    return shapes
 
 
 def _log_failed(guards: Guards, read: Sequence[Any]) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_cache_fx.capture.intercept import intercepted
-from dit_cache_fx.values.identity import memory, version
+from dit_cache_fx.values.identity import storage_key, version
 from dit_cache_fx.values.pytree import Skeleton, flatten
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
@@ -100,8 +100,8 @@ def record(
         after, kept_form = flatten((args, kwargs))
         rewrites = given != kept_form or any(a is not b for a, b in zip(inputs, after, strict=True))
         mutated = tuple(i for i, t in enumerate(inputs) if version(t) != versions[i])
-        returned = {memory(t) for t in outputs} if mutated else set()
-        writes = {memory(inputs[i]) for i in mutated} - returned
+        returned = {storage_key(t) for t in outputs} if mutated else set()
+        writes = {storage_key(inputs[i]) for i in mutated} - returned
         shapes = [t.shape for t in inputs]
         like = tuple(shapes.index(t.shape) if t.shape in shapes else None for t in outputs)
         specs = [TensorSpec.of(t) for t in outputs]

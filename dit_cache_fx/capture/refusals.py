@@ -11,7 +11,7 @@ from dit_cache_fx.capture.normal_form import Guards, owned_tensors
 from dit_cache_fx.capture.record import Recording
 from dit_cache_fx.capture.signature import FlatCall
 from dit_cache_fx.errors import CaptureError, DiscoveryError
-from dit_cache_fx.values.identity import memory
+from dit_cache_fx.values.identity import storage_key
 
 _APART = (
     "a cached step could not do the same. Make such calls between disable() and enable(), turn off "
@@ -45,9 +45,9 @@ def refuse_written_memory(
     """Refuse a module that keeps a value for later, in memory that outlives the call."""
     if not any(made.writes for made in recording.calls):
         return
-    lasting = {memory(t): f"the model's {name!r}" for name, t in owned_tensors(model)}
+    lasting = {storage_key(t): f"the model's {name!r}" for name, t in owned_tensors(model)}
     lasting.update(
-        (memory(t), f"the argument {name!r}")
+        (storage_key(t), f"the argument {name!r}")
         for t, name in zip(tensors, call.arguments_of(), strict=True)
     )
     for made in recording.calls:

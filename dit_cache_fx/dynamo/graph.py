@@ -20,13 +20,16 @@ from dit_cache_fx.ir.program import operations
 from dit_cache_fx.lowering import Part, lower_variants
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.passes import run_passes
-from dit_cache_fx.runtime.call_log import Host
+from dit_cache_fx.runtime.call_log import CallLog
 from dit_cache_fx.runtime.drive import lasting
-from dit_cache_fx.runtime.generation import timestep_value
+from dit_cache_fx.runtime.generation import TimestepValue, timestep_value
 from dit_cache_fx.runtime.graphs import block_bytes
+from dit_cache_fx.runtime.placement import CallEvidence
+from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.runtime.step import Step
+from dit_cache_fx.runtime.trajectory import SampleProbe
 from dit_cache_fx.strategies import check_block_ids
-from dit_cache_fx.values.identity import Seen
+from dit_cache_fx.values.identity import TensorIdentity
 from dit_cache_fx.values.pytree import unflatten
 
 #: most shapes of one graph with dynamic shapes whose variants are kept
@@ -59,15 +62,15 @@ class Shared:
     `split`: there was a piece that is not the whole of its function. `caches`: a graph is cached.
     """
 
-    host: Host
+    host: CallLog
     enabled: bool = True
     serials: Iterator[int] = field(default_factory=lambda: count(1))
-    timesteps: dict[Hashable, float] = field(default_factory=dict)
+    timesteps: dict[Hashable, TimestepValue] = field(default_factory=dict)
     split: bool = False
     caches: bool = False
     warned: bool = False
 
-    def tell(self, piece: Piece, value: float) -> None:
+    def tell(self, piece: Piece, value: TimestepValue) -> None:
         """Note the timestep of a piece for those behind it."""
         if not piece.whole:
             self.timesteps[piece.function] = value
@@ -130,13 +133,15 @@ class CachedGraph:
             for v in given
         )
 
-    def _value(self, inputs: Sequence[Input]) -> float | None:
+    def _value(self, inputs: Sequence[Input]) -> TimestepValue | None:
         """The step's timestep: set by the user, among the inputs, or told by an earlier piece."""
-        host, place, value = self._shared.host, self._outlined.timestep_place, None
+        place = self._outlined.timestep_place
+        value: TimestepValue | None = None
+        explicit = self._shared.host.tracker.session.explicit
         if not self._piece.first:
             value = self._shared.timesteps.get(self._piece.function)
-        if host.tracker.explicit is not None:
-            value = float(host.tracker.explicit)
+        if explicit is not None:
+            value = float(explicit)
         elif value is None and place is not None:
             value = timestep_value(inputs[place])  # type: ignore[arg-type]
         if value is None:
@@ -146,21 +151,39 @@ class CachedGraph:
         return value
 
     def _serve(
-        self, lowered: Lowered, value: float, tensors: Sequence[torch.Tensor]
+        self, lowered: Lowered, value: TimestepValue, tensors: Sequence[torch.Tensor]
     ) -> Sequence[Any]:
         host, variants = self._shared.host, lowered.variants
-        session = host.tracker.session(lowered.signature, lowered.serial)
+        session = host.tracker.session
         given = [tensors[i] for i in lowered.given]
-        with session.restored_on_error(), torch.no_grad():
-            conditioning = Seen([tensors[i] for i in lowered.conditioning])
-            place = host.begin(session, value, conditioning, variants.held)
-            results = _run(lowered, place.step, tensors)
+        with session.lock, torch.no_grad():
+            evidence = self._evidence(lowered, value, tensors, session)
+            start = host.begin(session, evidence, variants.held)
+            results = _run(lowered, start.step, tensors)
             outputs = lasting(results[: variants.outputs])
             kept = lasting([t.contiguous() for t in results[variants.outputs :]])
-            owned = place.step.commit(given, outputs, kept)
-        host.done(place, value)
+            owned = start.step.commit(given, outputs, kept)
+            arguments = lowered.program.arguments
+            host.done(start, lambda: [arguments[i] for i in lowered.conditioning])
         output: Sequence[Any] = unflatten(lowered.program.output, owned)
         return output
+
+    def _evidence(
+        self,
+        lowered: Lowered,
+        value: TimestepValue,
+        tensors: Sequence[torch.Tensor],
+        session: Session,
+    ) -> CallEvidence:
+        return CallEvidence(
+            key=(lowered.signature, *lowered.conditioning),
+            serial=lowered.serial,
+            context=self._shared.host.tracker.context,
+            value=value,
+            explicit=session.explicit is not None,
+            conditioning=TensorIdentity([tensors[i] for i in lowered.conditioning]),
+            sample=None if lowered.sample is None else SampleProbe(tensors[lowered.sample]),
+        )
 
     def _uncached(self, key: Hashable, inputs: Sequence[Input]) -> Sequence[Any]:
         if key not in self._plain:
@@ -227,7 +250,7 @@ class NotingGraph:
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         if self._shared.enabled:
-            if self._shared.host.tracker.explicit is None:
+            if self._shared.host.tracker.session.explicit is None:
                 self._shared.tell(self._piece, timestep_value(inputs[self._place]))
             self._shared.uncached(NO_BLOCKS, self._called)
             self._called = True

@@ -14,7 +14,7 @@ from dit_cache_fx.ir.graph_text import lines, ranges
 from dit_cache_fx.ir.program import BLOCK
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.report.cache_report import schedule_of, size
-from dit_cache_fx.runtime.call_log import Host
+from dit_cache_fx.runtime.call_log import CallLog
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
@@ -102,14 +102,14 @@ class Explanation:
 
 
 def explain(
-    host: Host, entries: Sequence[Lowered], enabled: bool, full: bool = False
+    host: CallLog, entries: Sequence[Lowered], enabled: bool, full: bool = False
 ) -> Explanation:
     """What a host and its graphs do. `full`: with the text of every graph."""
     strategy = host.strategy
     return Explanation(
         strategy.name or type(strategy).__name__,
         enabled,
-        _decides(strategy, host.tracker.num_steps),
+        _decides(strategy, host.num_steps),
         tuple(_explained(entry, strategy, full) for entry in entries),
     )
 

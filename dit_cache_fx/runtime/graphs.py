@@ -16,6 +16,7 @@ from dit_cache_fx.capture import (
     CAPTURING,
     Captured,
     FlatCall,
+    Shapes,
     Subject,
     accepts,
     capture,
@@ -52,7 +53,7 @@ class Entry(Lowered):
     volatile: frozenset[tuple[str, str]]  # what of it the forward changes by itself
     count: StepCount
     breaks: bool = False  # it cannot be compiled as one graph
-    carried: dict[str | None, Carried] = field(default_factory=dict)  # by cache context
+    carried: dict[tuple[str, ...], Carried] = field(default_factory=dict)  # by cache context
     served: set[float] = field(default_factory=set)  # a few of the timesteps that it answered
 
     def guards(self) -> list[str]:
@@ -84,12 +85,12 @@ class Entry(Lowered):
         steps = fixed_steps(self.strategy, self.count.told())
         return Stateful(self.program, self.variants, self.strategy, asserted, names, steps)
 
-    def carried_in(self, context: str | None) -> Carried:
+    def carried_in(self, context: tuple[str, ...]) -> Carried:
         """The program with the state of a cache context in its buffers."""
         return getattr(self, self._carry(context))  # type: ignore[no-any-return]
 
     @torch.compiler.assume_constant_result
-    def _carry(self, context: str | None) -> str:
+    def _carry(self, context: tuple[str, ...]) -> str:
         """The name of the attribute that holds it: made while a graph is traced, where need be."""
         if context not in self.carried:
             self.carried[context] = Carried(self.stateful())
@@ -117,15 +118,16 @@ class Graphs:
         if self.timestep is None:
             self.timestep = named_timestep(arguments, None)
 
-    def find(self, call: FlatCall, key: Hashable) -> tuple[Entry, bool]:
-        """The graph for a call, and whether it was captured just now."""
+    def find(self, call: FlatCall, key: Hashable) -> tuple[Entry, bool, Shapes]:
+        """The graph for a call, whether it was captured just now, and its masked selections."""
         entries = self.entries.setdefault(key, [])
         self.entries.move_to_end(key)
         for entry in reversed(entries):
-            if accepts(self.subject, entry.captured, call):
+            shapes = accepts(self.subject, entry.captured, call)
+            if shapes is not None:
                 entries.remove(entry)
                 entries.append(entry)  # the newest is the last
-                return entry, False
+                return entry, False, shapes
         if len(entries) >= MAX_VARIANTS:
             _refuse_one_for_each_step(entries)
             entries.pop(0)
@@ -138,7 +140,7 @@ class Graphs:
                 self.entries.pop(key, None)
         while len(self.entries) > MAX_CAPTURES:
             self.entries.popitem(last=False)
-        return entries[-1], True
+        return entries[-1], True, entries[-1].captured.shapes
 
     def all(self) -> list[Entry]:
         """Every graph, the newest last."""
@@ -149,7 +151,7 @@ class Graphs:
         entries = self.entries.get(key)
         return entries[-1] if entries else None
 
-    def carried(self, context: str | None) -> nn.ModuleDict:
+    def carried(self, context: tuple[str, ...]) -> nn.ModuleDict:
         """Each graph with the state of a cache context in its buffers."""
         return nn.ModuleDict({str(e.serial): e.carried_in(context) for e in self.all()})
 

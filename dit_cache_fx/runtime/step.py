@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 
 from dit_cache_fx.runtime.branches import Branch, Held
 from dit_cache_fx.runtime.drive import Results
 from dit_cache_fx.strategies import Clock, Memory, Strategy
-from dit_cache_fx.values.identity import memory
+from dit_cache_fx.values.identity import storage_key
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
 #: why a step computes
@@ -18,6 +18,9 @@ FIRST, SCHEDULED, MISSING, RULE = "the first step", "scheduled", "nothing is hel
 
 class Step:
     """A step of one branch. `specs`: what is held of it, by name. `num_steps`: where it is known.
+
+    `missed`: steps since the branch was called last. What is held is older than meant where one of
+    them was to be computed, or a rule did not see it.
 
     Nothing is written to the branch before `commit`: a call that raises leaves no trace.
     """
@@ -29,6 +32,7 @@ class Step:
         index: int,
         specs: Mapping[str, TensorSpec],
         num_steps: int | None = None,
+        missed: Iterable[int] = (),
     ) -> None:
         self.index = index
         self._num_steps = num_steps
@@ -37,6 +41,8 @@ class Step:
         self._specs = specs
         self._memory: Memory | None = branch.memory
         missing = len(branch.held) != len(specs) or not all(h.untouched() for h in branch.held)
+        seen = not any(strategy.has_rule or strategy.scheduled(i, num_steps) for i in missed)
+        missing = missing or not seen
         scheduled = strategy.scheduled(index, num_steps)
         self._forced = scheduled or missing
         self.computes = self._forced
@@ -137,14 +143,14 @@ class Step:
 
         The caller may change its inputs and its outputs in place: no memory of theirs is held.
         """
-        foreign = {memory(t) for t in inputs}
+        foreign = {storage_key(t) for t in inputs}
         if self._memory is not None:
             self._memory = tuple(_own(Held.of(t), foreign).tensor for t in self._memory)
         self._branch.memory = self._memory
         if self.computes:
             self._hold([_own(Held.of(t), foreign) for t in kept])
-        own = {memory(h.tensor) for h in self._branch.held}
-        return [t.clone() if memory(t) in own else t for t in outputs]
+        own = {storage_key(h.tensor) for h in self._branch.held}
+        return [t.clone() if storage_key(t) in own else t for t in outputs]
 
     def _hold(self, held: list[Held]) -> None:
         branch = self._branch
@@ -163,4 +169,4 @@ def _flag(value: bool) -> torch.Tensor:
 
 
 def _own(held: Held, foreign: set[int]) -> Held:
-    return held.copy() if memory(held.tensor) in foreign else held
+    return held.copy() if storage_key(held.tensor) in foreign else held
