@@ -60,10 +60,11 @@ class SampleProbe:
         return math.sqrt(float(torch.dot(difference, difference)))
 
     def similar(self, other: SampleProbe) -> bool:
-        """Whether both point the same way. Waits for the device."""
+        """Whether both point the same way, more than by chance. Waits for the device."""
         a, b = self.values, other.values
+        least = min(SIMILAR + 2 / math.sqrt(max(a.numel(), 1)), 0.98)
         dot, aa, bb = torch.stack([torch.dot(a, b), torch.dot(a, a), torch.dot(b, b)]).tolist()
-        return bool(dot >= SIMILAR * (aa * bb) ** 0.5)
+        return bool(dot >= least * math.sqrt(aa * bb))
 
 
 class Judgement(NamedTuple):
