@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_cache_fx._torch import dynamo_callback, exporting, not_a_compiled_frame, wants_one_graph
+from dit_cache_fx._torch import (
+    dynamo_callback,
+    exporting,
+    not_a_compiled_frame,
+    traced_here,
+    wants_one_graph,
+)
 from dit_cache_fx.capture import CallSignature, FlatCall
 from dit_cache_fx.life_cycle import LifeCycle
 from dit_cache_fx.lowering.lowered_program import Lowered
@@ -56,7 +62,7 @@ class CachedModel(LifeCycle, nn.Module):
     @not_a_compiled_frame
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, called as before."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling() or traced_here((*args, *kwargs.values())):
             return self._traced(self._model.forward, args, kwargs)
         callback = dynamo_callback()
         if callback is None:
@@ -69,7 +75,7 @@ class CachedModel(LifeCycle, nn.Module):
 
     def _traced(self, uncached: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The answer as part of another graph that is being made: no host runs beside it."""
-        wanted = not torch.compiler.is_exporting() and self._uncached_because(args, kwargs)
+        wanted = not exporting() and self._uncached_because(args, kwargs)
         if wanted or not self._enabled:
             return uncached(*args, **kwargs)
         return self._engine.carried(args, kwargs)

@@ -13,7 +13,6 @@ from torch import fx, nn
 
 from dit_cache_fx._torch import not_a_compiled_frame
 from dit_cache_fx.capture import (
-    CAPTURING,
     Captured,
     FlatCall,
     Subject,
@@ -131,8 +130,7 @@ class Graphs:
             entries.pop(0)
         log.info("capturing: %s", _Because(self.all(), entries, call))
         try:
-            with CAPTURING:
-                entries.append(self._capture(call))
+            entries.append(self._capture(call))
         finally:
             if not entries:
                 self.entries.pop(key, None)
