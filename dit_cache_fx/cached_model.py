@@ -15,7 +15,6 @@ from dit_cache_fx._torch import (
     exporting,
     not_a_compiled_frame,
     traced_here,
-    wants_one_graph,
 )
 from dit_cache_fx.capture import CallSignature, FlatCall
 from dit_cache_fx.life_cycle import LifeCycle
@@ -88,7 +87,7 @@ class CachedModel(LifeCycle, nn.Module):
         if reason is not None:
             self._engine.host.warn_once(reason)
             return None
-        return self._engine.serve(args, kwargs, _compiler(callback))
+        return self._engine.serve(args, kwargs, Compiler(callback))
 
     _serving_unseen = torch.compiler.disable(_serving)
 
@@ -209,12 +208,6 @@ class CachedModel(LifeCycle, nn.Module):
     def _own_context(self, name: str, more: dict[str, Any]) -> AbstractContextManager[Any] | None:
         own = getattr(self._model, "cache_context", None)  # the model's own hooks may look at it
         return own and own(name, **more)  # type: ignore[no-any-return]
-
-
-def _compiler(callback: object) -> Compiler:
-    if callback is None:
-        return Compiler.NONE
-    return Compiler.FULLGRAPH if wants_one_graph(callback) else Compiler.ANY
 
 
 def original(model: nn.Module) -> nn.Module:

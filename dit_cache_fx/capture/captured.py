@@ -64,6 +64,9 @@ class Subject:
 
 log = logging.getLogger(__name__)
 
+#: the sizes of masked selections, which may differ from call to call
+Shapes = tuple[torch.Size, ...]
+
 
 @dataclass
 class Captured:
@@ -75,37 +78,38 @@ class Captured:
     recording: Recording  # of the call that it was captured from, until that call is answered
     blocks: dict[nn.Module, str]
     whole: set[nn.Module]  # every module that the graph calls as a node
-    accepted: set[tuple[torch.Size, ...]]  # guard shapes that the graph was checked with
+    accepted: set[Shapes]  # guard shapes that the graph was checked with
     not_held: frozenset[str] = frozenset()  # block results that the recording did not hold
-    shapes: tuple[torch.Size, ...] = ()  # guard shapes of the newest call
-    seen: Seen | None = None  # the newest call's tensors that the guards depend on
+    #: the tensors of the newest call that the guards depend on, and its guard shapes
+    newest: tuple[Seen, Shapes] | None = None
 
 
-def accepts(subject: Subject, captured: Captured, call: FlatCall) -> bool:
-    """Whether the captured graph is right for this call (whose signature is the capture's).
+def accepts(subject: Subject, captured: Captured, call: FlatCall) -> Shapes | None:
+    """The guard shapes of a call (whose signature is the capture's) that the graph is right for.
 
-    Where a masked selection has another size than any seen, the graph is checked with it first.
+    None where it is not. Where a masked selection has another size than any seen, the graph is
+    checked with it first.
     """
-    guards = captured.guards
+    guards, newest = captured.guards, captured.newest
     if guards is None:
-        return True
+        return ()
     tensors = Seen([call.tensors[i] for i in guards.inputs], certain=True)
-    if captured.seen is not None and tensors.shared_with(captured.seen) == len(guards.inputs):
-        return True
+    if newest is not None and tensors.shared_with(newest[0]) == len(guards.inputs):
+        return newest[1]
     with torch.no_grad():
         read = guards.gm(*call.tensors)
     if guards.values(read) != guards.values(guards.expected):
         _log_failed(guards, read)
-        return False
+        return None
     shapes = guards.shapes(read)
     if shapes not in captured.accepted:
         difference = _differs(subject, captured, call, call.tensors)
         if difference is not None:
             log.info("a graph is not for this call: with %s %s", shapes, difference)
-            return False
+            return None
         captured.accepted.add(shapes)
-    captured.shapes, captured.seen = shapes, tensors
-    return True
+    captured.newest = tensors, shapes
+    return shapes
 
 
 def _log_failed(guards: Guards, read: Sequence[Any]) -> None:

@@ -59,13 +59,13 @@ class _Interception:
         with _SEAMS:
             for module in modules:
                 self._seams[module] = _seam(module)
-                self._seams[module].push(self._thread, self)
+                self._seams[module].add(self._thread, self)
 
     def leave(self, modules: Iterable[nn.Module]) -> None:
         """From now on they do not."""
         with _SEAMS:
             for module in [m for m in modules if m in self._seams]:
-                self._seams.pop(module).pop(self._thread)
+                self._seams.pop(module).remove(self._thread, self)
 
     def handle(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.inside = True
@@ -109,12 +109,13 @@ class _Seam:
             return self._before(*args, **kwargs)
         return here[-1].handle(self.module, args, kwargs)
 
-    def push(self, thread: int, interception: _Interception) -> None:
+    def add(self, thread: int, interception: _Interception) -> None:
+        """The newest of a thread's interceptions gets its calls."""
         self._waiting.setdefault(thread, []).append(interception)
 
-    def pop(self, thread: int) -> None:
-        """Leave it; the last one to leave puts the module's own attribute back."""
-        self._waiting[thread].pop()
+    def remove(self, thread: int, interception: _Interception) -> None:
+        """The last one to leave puts the module's own attribute back."""
+        self._waiting[thread].remove(interception)
         if not self._waiting[thread]:
             del self._waiting[thread]
         if self._waiting or vars(self.module).get(self._attribute) is not self:
