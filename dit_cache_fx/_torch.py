@@ -43,6 +43,8 @@ from dit_cache_fx.values.tensor_spec import TensorSpec
 #: node.meta key: where "val" is on the meta device, the real one
 DEVICE = "dit_cache_device"
 
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -122,7 +124,7 @@ def emit_node(target: Callable[..., Any], args: Any, kwargs: Any, name: str) -> 
 
     Returns False where no tensor is a value of the graph (constants): nothing is added then.
     """
-    mode = get_proxy_mode()
+    mode = _proxy_mode()
     if mode is None:
         return False
     tracer: Any = mode.tracer
@@ -330,9 +332,17 @@ def traced_here(values: Iterable[object]) -> bool:
     `torch.compiler.is_compiling()` is a flag of the process: other threads set it while they
     compile. In what Dynamo traces, `torch.compiler.is_dynamo_compiling()` is to be asked before.
     """
-    if get_proxy_mode() is not None or active_fake_mode() is not None:
+    if _proxy_mode() is not None or active_fake_mode() is not None:
         return True
     return any(map(is_fake, values))
+
+
+@not_a_compiled_frame
+def _proxy_mode() -> ProxyTorchDispatchMode | None:
+    """What traces this thread; torch keeps the mode of `pre_dispatch` tracing for all threads."""
+    here = torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+    mode = get_proxy_mode() if here else torch._C._get_dispatch_mode(_PROXY)
+    return mode if isinstance(mode, ProxyTorchDispatchMode) else None
 
 
 def untraced() -> Any:
