@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_cache_fx._torch import dynamo_callback, exporting, not_a_compiled_frame, wants_one_graph
+from dit_cache_fx._torch import (
+    dynamo_callback,
+    exporting,
+    not_a_compiled_frame,
+    traced_here,
+)
 from dit_cache_fx.capture import CallSignature, FlatCall
 from dit_cache_fx.life_cycle import LifeCycle
 from dit_cache_fx.lowering.lowered_program import Lowered
@@ -56,7 +61,7 @@ class CachedModel(LifeCycle, nn.Module):
     @not_a_compiled_frame
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, called as before."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling() or traced_here((*args, *kwargs.values())):
             return self._traced(self._model.forward, args, kwargs)
         callback = dynamo_callback()
         if callback is None:
@@ -69,7 +74,7 @@ class CachedModel(LifeCycle, nn.Module):
 
     def _traced(self, uncached: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The answer as part of another graph that is being made: no host runs beside it."""
-        wanted = not torch.compiler.is_exporting() and self._uncached_because(args, kwargs)
+        wanted = not exporting() and self._uncached_because(args, kwargs)
         if wanted or not self._enabled:
             return uncached(*args, **kwargs)
         return self._engine.carried(args, kwargs)
@@ -83,7 +88,7 @@ class CachedModel(LifeCycle, nn.Module):
             self._engine.host.warn_once(reason)
             self._engine.passed(args, kwargs)
             return None
-        return self._engine.serve(args, kwargs, _compiler(callback))
+        return self._engine.serve(args, kwargs, Compiler(callback))
 
     _serving_unseen = torch.compiler.disable(_serving)
 
@@ -204,12 +209,6 @@ class CachedModel(LifeCycle, nn.Module):
     def _own_context(self, name: str, more: dict[str, Any]) -> AbstractContextManager[Any] | None:
         own = getattr(self._model, "cache_context", None)  # the model's own hooks may look at it
         return own and own(name, **more)  # type: ignore[no-any-return]
-
-
-def _compiler(callback: object) -> Compiler:
-    if callback is None:
-        return Compiler.NONE
-    return Compiler.FULLGRAPH if wants_one_graph(callback) else Compiler.ANY
 
 
 def original(model: nn.Module) -> nn.Module:

@@ -64,8 +64,7 @@ class Subject:
 
 log = logging.getLogger(__name__)
 
-
-#: sizes that depend on data
+#: the sizes of masked selections, which may differ from call to call
 Shapes = tuple[torch.Size, ...]
 
 
@@ -82,20 +81,20 @@ class Captured:
     accepted: set[Shapes]  # guard shapes that the graph was checked with
     not_held: frozenset[str] = frozenset()  # block results that the recording did not hold
     shapes: Shapes = ()  # guard shapes of the capture
-    newest: tuple[TensorIdentity, Shapes] | None = None  # what the guards read last, and gave
+    #: the tensors of the newest call that the guards depend on, and its guard shapes
+    newest: tuple[TensorIdentity, Shapes] | None = None
 
 
 def accepts(subject: Subject, captured: Captured, call: FlatCall) -> Shapes | None:
-    """Whether the captured graph is right for this call (whose signature is the capture's).
+    """The guard shapes of a call (whose signature is the capture's) that the graph is right for.
 
-    Gives the shapes of its masked selections then; None where it is not. Where a selection has
-    another size than any seen, the graph is checked with it first.
+    None where it is not. Where a masked selection has another size than any seen, the graph is
+    checked with it first.
     """
-    guards = captured.guards
+    guards, newest = captured.guards, captured.newest
     if guards is None:
         return ()
     tensors = TensorIdentity([call.tensors[i] for i in guards.inputs])
-    newest = captured.newest
     if newest is not None and not tensors.other_objects(newest[0]):
         return newest[1]
     with torch.no_grad():

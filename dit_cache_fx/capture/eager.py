@@ -65,8 +65,7 @@ def capture(subject: Subject, call: FlatCall, timestep: str | None) -> Captured:
         captured.not_held = not_held(program, recording)
         if guards is not None:
             refuse_late_guards(guards, trunk)
-            captured.shapes = guards.shapes(guards.expected)
-            captured.accepted.add(captured.shapes)
+            captured.accepted.add(guards.shapes(guards.expected))
         if subject.check:
             with _explained("the captured graph fails where the model does not"):
                 _check(subject, captured, call, tensors)

@@ -81,7 +81,6 @@ def _trace(
     output: list[Skeleton] = []
 
     def body(*inputs: torch.Tensor) -> list[torch.Tensor]:
-        # make_fx replaces Module.__call__ itself: ours must come after
         with (
             intercepted(kept, player.handle),
             PythonReads(read),

@@ -92,8 +92,9 @@ class Backend(LifeCycle):
         self._shared.enabled = value
 
     def _lowered(self) -> list[Lowered]:
-        found = [lowered for graph in self._graphs for lowered in graph.lowered()]
-        return sorted(found, key=lambda lowered: lowered.serial)
+        found = [lowered for graph in [*self._graphs] for lowered in graph.lowered()]
+        once = {lowered.serial: lowered for lowered in found}
+        return [once[serial] for serial in sorted(once)]
 
     def reset_states(self) -> None:
         """Forget everything: graphs and counts too."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from dit_cache_fx.dynamo.inner import Compile
 from dit_cache_fx.dynamo.parts import compiled_part, flat
 from dit_cache_fx.errors import CaptureError, DiscoveryError
 from dit_cache_fx.ir.program import operations
-from dit_cache_fx.lowering import Part, lower_variants
+from dit_cache_fx.lowering import Part, Variants, lower_variants
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.passes import run_passes
 from dit_cache_fx.runtime.call_log import CallLog
@@ -30,7 +30,7 @@ from dit_cache_fx.runtime.step import Step
 from dit_cache_fx.runtime.trajectory import SampleProbe
 from dit_cache_fx.strategies import check_block_ids
 from dit_cache_fx.values.identity import TensorIdentity
-from dit_cache_fx.values.pytree import unflatten
+from dit_cache_fx.values.pytree import Identity, unflatten
 
 #: most shapes of one graph with dynamic shapes whose variants are kept
 MAX_SHAPES = 32
@@ -64,11 +64,18 @@ class Shared:
 
     host: CallLog
     enabled: bool = True
-    serials: Iterator[int] = field(default_factory=lambda: count(1))
+    serials: dict[Hashable, int] = field(default_factory=dict)  # of programs
     timesteps: dict[Hashable, TimestepValue] = field(default_factory=dict)
     split: bool = False
     caches: bool = False
     warned: bool = False
+
+    def serial(self, program: Hashable) -> int:
+        """The number of a program: what is held with one graph of it is right for another one.
+
+        Threads that wait for one compilation of Dynamo get a graph each.
+        """
+        return self.serials.setdefault(program, len(self.serials) + 1)
 
     def tell(self, piece: Piece, value: TimestepValue) -> None:
         """Note the timestep of a piece for those behind it."""
@@ -98,6 +105,7 @@ class CachedGraph:
         self._piece = piece
         self._entries: OrderedDict[Hashable, Lowered | None] = OrderedDict()
         self._plain: OrderedDict[Hashable, Compiled] = OrderedDict()
+        self._making = threading.RLock()  # of entries and plain graphs, each is made once
         self._reason = ""  # why it is not cached
         self._called = False
 
@@ -115,7 +123,7 @@ class CachedGraph:
 
     def lowered(self) -> list[Lowered]:
         """The graphs that there are."""
-        return [entry for entry in self._entries.values() if entry is not None]
+        return [entry for entry in [*self._entries.values()] if entry is not None]
 
     def forget(self) -> None:
         """Forget them."""
@@ -186,29 +194,40 @@ class CachedGraph:
         )
 
     def _uncached(self, key: Hashable, inputs: Sequence[Input]) -> Sequence[Any]:
-        if key not in self._plain:
-            outlined = self._outlined
-            gm = flat(outlined.gm) if outlined.numbers else outlined.dynamos
-            self._plain[key] = self._compile(gm, inputs)
-            _drop_oldest(self._plain)
-        return self._plain[key](*inputs)
+        compiled = self._plain.get(key)
+        if compiled is None:
+            compiled = self._compiled_plain(key, inputs)
+        return compiled(*inputs)
+
+    def _compiled_plain(self, key: Hashable, inputs: Sequence[Input]) -> Compiled:
+        with self._making:
+            if key not in self._plain:
+                outlined = self._outlined
+                gm = flat(outlined.gm) if outlined.numbers else outlined.dynamos
+                self._plain[key] = self._compile(gm, inputs)
+                _drop_oldest(self._plain)
+            return self._plain[key]
 
     # --- a capture ---------------------------------------------------------------------------
 
     def _lowered(self, key: Hashable, inputs: Sequence[Input]) -> Lowered | None:
         """The graphs for inputs like these; None where they cannot be made."""
-        if key not in self._entries:
-            try:
-                self._entries[key] = self._lower(inputs)
-                self._shared.caches = True
-            except (CaptureError, DiscoveryError) as error:
-                self._entries[key] = None
-                self._reason = str(error)
-            _drop_oldest(self._entries)
-        entry = self._entries[key]
+        entry = self._entries.get(key) or self._made(key, inputs)
         if entry is None:
             self._missed(self._reason)
         return entry
+
+    def _made(self, key: Hashable, inputs: Sequence[Input]) -> Lowered | None:
+        with self._making:
+            if key not in self._entries:
+                try:
+                    self._entries[key] = self._lower(inputs)
+                    self._shared.caches = True
+                except (CaptureError, DiscoveryError) as error:
+                    self._entries[key] = None
+                    self._reason = str(error)
+                _drop_oldest(self._entries)
+            return self._entries[key]
 
     def _missed(self, reason: str) -> None:
         self._shared.uncached(reason, self._called)
@@ -227,12 +246,13 @@ class CachedGraph:
         def compiled(part: Part) -> Part:
             return compiled_part(part, self._compile, variants.held, outlined.dynamos, origins)
 
+        ready = variants.mapped(compiled)
         entry = Lowered(
             program,
-            variants.mapped(compiled),
+            ready,
             nodes,
             block_bytes(traced.recording, traced.blocks),
-            next(self._shared.serials),
+            self._shared.serial(_identity(ready)),
         )
         log.info("captured %s", entry)
         return entry
@@ -277,6 +297,18 @@ def _call(
 ) -> Sequence[torch.Tensor]:
     places = lowered.places
     return part.run(*(tensors[places[n]] if n in places else made[n] for n in part.names))
+
+
+def _identity(variants: Variants) -> Hashable:
+    """What tells programs apart: the code of their graphs, the constants in it, what is held."""
+    parts = [p for p in (variants.prefix, variants.compute, variants.reuse) if p is not None]
+    code = tuple(part.gm.code for part in parts)
+    constants = tuple(
+        Identity(getattr(part.gm, str(node.target)))
+        for part in parts
+        for node in part.gm.graph.find_nodes(op="get_attr")
+    )
+    return code, constants, tuple(variants.held.items())
 
 
 def _drop_oldest(kept: OrderedDict[Hashable, Any]) -> None:

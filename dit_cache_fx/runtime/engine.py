@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,6 +27,13 @@ from dit_cache_fx.values.identity import TensorIdentity
 from dit_cache_fx.values.pytree import flatten, unflatten
 
 log = logging.getLogger(__name__)
+
+
+class First(NamedTuple):
+    """The answer of a new graph to the call that it was captured from."""
+
+    step: Step
+    results: Results
 
 
 class Engine:
@@ -60,24 +68,25 @@ class Engine:
         Nothing of the call is noted when it raises.
         """
         call = self._flat(args, kwargs)
-        entry, first, shapes = self.graphs.find(call, input_key(call))
+        found = self.graphs.find(call, input_key(call), partial(self._first, call))
+        entry, first = found.entry, found.first
         session = self.host.tracker.session
         with session.lock:
             evidence = self._evidence(call, entry, session)
-            start = self.host.begin(session, evidence, entry.variants.held, shapes)
+            start = self.host.begin(session, evidence, entry.variants.held, found.shapes)
             step = start.step
-            stale = self._stale(entry, step, first)
+            stale = first is None and self._stale(entry, step)
             if not stale:
                 by_schedule = step.computes
                 output = yield from self._run(entry, step, call, first, compiler)
                 # where the strategy's rule decides, it is known now that the step has computed
-                stale = not by_schedule and self._stale(entry, step, first)
+                stale = not by_schedule and first is None and self._stale(entry, step)
             if not stale:
                 self._done(start, entry)
                 return output
-        log.info("capturing again")
-        self.graphs.clear()
-        self.host.tracker.forget()
+        if self.graphs.outdated(entry):  # else another thread has seen it
+            log.info("capturing again")
+            self.host.tracker.forget()
         return (yield from self.serve(args, kwargs, compiler))
 
     def passed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -110,17 +119,14 @@ class Engine:
         arguments = entry.program.arguments
         self.host.done(start, lambda: [arguments[i] for i in entry.conditioning])
 
-    def _stale(self, entry: Entry, step: Step, first: bool) -> bool:
+    def _stale(self, entry: Entry, step: Step) -> bool:
         """Whether a computed step's graph is of a model that has changed since."""
-        return step.computes and not first and self.graphs.stale(entry)
+        return step.computes and self.graphs.stale(entry)
 
     def captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Entry, FlatCall]:
         """The graph for a call like this, captured and checked where there is none."""
         call = self._flat(args, kwargs)
-        entry, first, _ = self.graphs.find(call, input_key(call))
-        if first:
-            self._first(entry, Step(self.host.strategy, Branch(), 0, entry.variants.held), call)
-        return entry, call
+        return self.graphs.find(call, input_key(call), partial(self._first, call)).entry, call
 
     def carried(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a call from inside another graph that is being made, where there is no host.
@@ -144,29 +150,29 @@ class Engine:
         return flatten_call(arguments, self.graphs.timestep)
 
     def _run(
-        self, entry: Entry, step: Step, call: FlatCall, first: bool, compiler: Compiler
+        self, entry: Entry, step: Step, call: FlatCall, first: First | None, compiler: Compiler
     ) -> Serving:
-        watched, separate = compiler is not Compiler.NONE, self.step_compiler
-        if first:
-            compiled = watched or separate is not None
-            results = self._first(entry, step.anew() if compiled else step, call)
-        if watched:
+        separate = self.step_compiler
+        if compiler.looks_on:
             results = yield from execution.watched(entry, step, call, compiler)
         elif separate is not None:
             compiled_variants = separate.compiled(entry.variants)
             results = yield from execution.separate(entry, step, call, compiled_variants)
-        elif not first:
+        elif first is not None:
+            step.follow(first.step)
+            results = first.results
+        else:
             results = yield from execution.plain(entry, step, call)
         outputs, kept = results[: entry.variants.outputs], results[entry.variants.outputs :]
         owned = step.commit(call.tensors, outputs, kept)
         return unflatten(entry.program.output, owned)
 
-    def _first(self, entry: Entry, step: Step, call: FlatCall) -> Results:
+    def _first(self, call: FlatCall, entry: Entry) -> First:
         """Run a new graph for the call that it was captured from, and check what it gives.
 
         Its blocks do not run again: they answer as they did in the recorded run.
         """
-        captured = entry.captured
+        captured, step = entry.captured, Step(self.host.strategy, Branch(), 0, entry.variants.held)
         recording = captured.recording
         with torch.no_grad(), replayed(captured) if can_replay(captured) else nullcontext():
             results: Results = drive_here(execution.plain(entry, step, call))
@@ -175,13 +181,12 @@ class Engine:
         for made in recording.calls:
             made.values.clear()
         if self.subject.check and not all(map(_same, expected, results)):
-            self.graphs.clear()
             raise CaptureError(
                 "the captured graph does not give the model's output for the call that it was "
                 "captured from: a layer around the blocks is random or keeps a state. Pass "
                 "check=False if that is wanted"
             )
-        return results
+        return First(step, results)
 
 
 def _same(want: torch.Tensor, got: torch.Tensor) -> bool:

@@ -48,9 +48,10 @@ class Step:
         self.computes = self._forced
         self._why = FIRST if index == 0 else SCHEDULED if scheduled else MISSING
 
-    def anew(self) -> Step:
-        """The same step of a branch that holds nothing."""
-        return Step(self._strategy, Branch(), self.index, self._specs, self._num_steps)
+    def follow(self, first: Step) -> None:
+        """Take the decision of `first`, the same step of a branch that holds nothing."""
+        if first._memory is not None:
+            self.computes, self._memory = first.computes, first._memory
 
     @property
     def why(self) -> str:
