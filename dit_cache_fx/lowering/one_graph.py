@@ -12,6 +12,7 @@ from torch import fx
 
 from dit_cache_fx._torch import trace_shapes
 from dit_cache_fx.ir.graph_text import trace_graph
+from dit_cache_fx.ir.names import memory_name
 from dit_cache_fx.ir.program import Program, graph_module, inline, tensor_spec
 from dit_cache_fx.lowering.part import Part
 from dit_cache_fx.lowering.preamble import Preamble, pinned, split_preamble
@@ -186,7 +187,7 @@ def _memory_specs(program: Program, strategy: Strategy) -> dict[str, TensorSpec]
         return {}
     first = trace_shapes(lambda s: list(strategy.begin(s)), [tensor_spec(program.signal)])
     results: Any = first.graph.output_node().args[0]
-    return {f"memory_{i}": tensor_spec(node) for i, node in enumerate(results)}
+    return {memory_name(i): tensor_spec(node) for i, node in enumerate(results)}
 
 
 def _own(graph: fx.Graph, node: fx.Node) -> fx.Node:

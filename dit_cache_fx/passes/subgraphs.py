@@ -10,6 +10,7 @@ from torch import fx
 
 from dit_cache_fx._torch import DEVICE, trace_shapes
 from dit_cache_fx.errors import VerifyError
+from dit_cache_fx.ir.names import held_name
 from dit_cache_fx.ir.program import (
     Program,
     Region,
@@ -79,7 +80,7 @@ class Subgraphs:
         graph = fx.Graph()
         slots = range(self.strategy.slots())
         held = [
-            [graph.placeholder(f"held_{name}_{slot}") for slot in slots]
+            [graph.placeholder(held_name(name, slot)) for slot in slots]
             for name in self.region.values
         ]
         for name, places in zip(self.region.values, held, strict=True):
