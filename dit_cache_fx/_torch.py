@@ -22,6 +22,10 @@ from torch._dynamo.variables import functions as dynamo_functions
 from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
 from torch.export import _trace as export_trace
 from torch.fx.experimental.proxy_tensor import (
     ProxyTorchDispatchMode,
@@ -30,6 +34,7 @@ from torch.fx.experimental.proxy_tensor import (
     make_fx,
     track_tensor,
 )
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from dit_cache_fx.values.tensor_spec import TensorSpec
@@ -125,6 +130,14 @@ def emit_node(target: Callable[..., Any], args: Any, kwargs: Any, name: str) -> 
         return False
     Emitter(tracer).call(target, args, kwargs, name)
     return True
+
+
+#: what code raises that needs a tensor's values where there are none (`trace_shapes`)
+READS_DATA = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    GuardOnDataDependentSymNode,
+)
 
 
 def trace_shapes(

@@ -123,7 +123,7 @@ def _one_graph(entry: Entry, step: Step, call: FlatCall) -> Serving:
     with signatures_kept():
         results = yield Stage(one.part.run, one.operands(given))
     values = one.outputs + len(entry.variants.held)
-    if one.memory:
+    if one.memory is not None:
         step.decided(*results[values:])
     return results[:values]
 
