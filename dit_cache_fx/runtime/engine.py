@@ -61,7 +61,7 @@ class Engine:
         entry, first = self.graphs.find(call, key)
         value = self._value(call, entry)
         session = self.host.tracker.session(key, entry.serial)
-        with session.restored_on_error():
+        with session.restored_on_error(), self.graphs.kept_if_checked(entry):
             conditioning = Seen([call.tensors[i] for i in entry.conditioning])
             held, shapes = entry.variants.held, entry.captured.shapes
             place = self.host.begin(session, value, conditioning, held, shapes)
@@ -91,7 +91,8 @@ class Engine:
         call = self._flat(args, kwargs)
         entry, first = self.graphs.find(call, input_key(call))
         if first:
-            self._first(entry, Step(self.host.strategy, Branch(), 0, entry.variants.held), call)
+            with self.graphs.kept_if_checked(entry):
+                self._first(entry, Step(self.host.strategy, Branch(), 0, entry.variants.held), call)
         return entry, call
 
     def carried(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -149,9 +150,7 @@ class Engine:
         with torch.no_grad(), replayed(captured) if can_replay(captured) else nullcontext():
             results: Results = drive_here(execution.plain(entry, step, call))
         expected = flatten(recording.output)[0]
-        recording.output = None
-        for made in recording.calls:
-            made.values.clear()
+        recording.forget()
         if self.subject.check and not all(map(_same, expected, results)):
             self.graphs.clear()
             raise CaptureError(
@@ -159,6 +158,7 @@ class Engine:
                 "captured from: a layer around the blocks is random or keeps a state. Pass "
                 "check=False if that is wanted"
             )
+        entry.checked = True
         return results
 
 

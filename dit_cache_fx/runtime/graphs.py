@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -54,6 +55,7 @@ class Entry(Lowered):
     breaks: bool = False  # it cannot be compiled as one graph
     carried: dict[str | None, Carried] = field(default_factory=dict)  # by cache context
     served: set[float] = field(default_factory=set)  # a few of the timesteps that it answered
+    checked: bool = False  # its answer to the call that it was captured from was right
 
     def guards(self) -> list[str]:
         guards = self.captured.guards
@@ -118,8 +120,12 @@ class Graphs:
             self.timestep = named_timestep(arguments, None)
 
     def find(self, call: FlatCall, key: Hashable) -> tuple[Entry, bool]:
-        """The graph for a call, and whether it was captured just now."""
+        """The graph for a call, and whether it was captured just now.
+
+        One whose first call has raised was never checked: it is captured again.
+        """
         entries = self.entries.setdefault(key, [])
+        entries[:] = [entry for entry in entries if entry.checked]
         self.entries.move_to_end(key)
         for entry in reversed(entries):
             if accepts(self.subject, entry.captured, call):
@@ -139,6 +145,23 @@ class Graphs:
         while len(self.entries) > MAX_CAPTURES:
             self.entries.popitem(last=False)
         return entries[-1], True
+
+    @contextmanager
+    def kept_if_checked(self, entry: Entry) -> Iterator[None]:
+        """Drop a new graph, with what is recorded for its first answer, when its call raises."""
+        try:
+            yield
+        except BaseException:
+            if not entry.checked:
+                self._drop(entry)
+            raise
+
+    def _drop(self, entry: Entry) -> None:
+        entry.captured.recording.forget()
+        for key in [*self.entries]:
+            self.entries[key] = [e for e in self.entries[key] if e is not entry]
+            if not self.entries[key]:
+                del self.entries[key]
 
     def all(self) -> list[Entry]:
         """Every graph, the newest last."""

@@ -63,7 +63,7 @@ def _no_number(strategy: Strategy, signal: Tensor, memory: Memory) -> Tensor:
     """Whether the measure is none, or something else that the rule will go by."""
     measured = strategy.measured(memory)
     found = torch.zeros((), dtype=torch.bool, device=signal.device)
-    if measured is not None:
+    if measured is not None and measured.device == signal.device:
         found = found | ~_finite(measured)
     for tensor in memory:
         if tensor is not signal and tensor is not measured and _has_nans(tensor):
