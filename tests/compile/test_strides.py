@@ -79,3 +79,14 @@ def test_the_graphs_of_a_backend_get_the_strides_that_they_were_compiled_for(
     for inputs in calls_of(TOY):
         run(**inputs)
     assert [len(seen) for seen in inner.seen] == [1, 1]
+
+
+def test_what_an_eager_step_holds_does_for_the_one_graph(model: nn.Module) -> None:
+    cached = dit_cache_fx.apply(model, "taylorcache", no_cache_steps=STEPS)
+    eager = dit_cache_fx.apply(model, "taylorcache", no_cache_steps=STEPS)
+    run = compiled(cached, "eager")
+    with no_recompile():
+        for step, inputs in enumerate(calls_of(TOY)):
+            called = cached if step == 3 else run
+            torch.testing.assert_close(called(**inputs), eager(**inputs))
+    assert actions(cached) == "CrCCrr"
