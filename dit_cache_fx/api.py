@@ -55,6 +55,14 @@ def apply(
         raise OptionError("model", model, "an nn.Module")
     if is_compiled(model):
         raise OptionError("model", type(model).__name__, "apply first, then torch.compile")
+    for given in (model, original(model)):
+        if vars(given).get("_compiled_call_impl") is not None:
+            raise OptionError(
+                "model",
+                type(model).__name__,
+                "model.compile() was called on it, which a cached model would not go through: "
+                "apply to a model that is not compiled, then call cached.compile()",
+            )
     model = original(model)
     if installed_on(model) is not None:
         raise OptionError("model", type(model).__name__, "a helper is enabled on it: disable() it")
@@ -69,7 +77,7 @@ def apply(
             "apply first, and enable the offloading afterwards)",
         )
     signature = CallSignature(model.forward)
-    step = named_timestep(signature.parameters, timestep, more=signature.open)
+    named_timestep(signature.parameters, timestep, more=signature.open)
     lists = candidate_lists(model) if blocks is None else _named_lists(model, blocks)
     if not lists:
         raise DiscoveryError(
@@ -78,9 +86,22 @@ def apply(
         )
     names = None if blocks is None else tuple(b.name for b in lists)
     _check_ids_early(chosen, lists, known=blocks is not None)
-    subject = Subject(model, signature, names, chosen, check)
-    again = partial(apply, strategy=chosen, blocks=names, timestep=timestep, check=check)
-    return CachedModel(model, Engine(subject, step), again)
+    return _cached(model, chosen, names, timestep, check)
+
+
+def _cached(
+    model: nn.Module,
+    strategy: Strategy,
+    blocks: tuple[str, ...] | None,
+    timestep: str | None,
+    check: bool,
+) -> CachedModel:
+    """A model whose arguments were looked at: a copy of a cached one is made in the same way."""
+    signature = CallSignature(model.forward)
+    step = named_timestep(signature.parameters, timestep, more=signature.open)
+    engine = Engine(Subject(model, signature, blocks, strategy, check), step)
+    again = partial(_cached, strategy=strategy, blocks=blocks, timestep=timestep, check=check)
+    return CachedModel(model, engine, again)
 
 
 def _named_lists(model: nn.Module, blocks: Blocks) -> list[BlockList]:

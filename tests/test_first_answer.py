@@ -37,7 +37,7 @@ def deep(model: nn.Module, **options: Any) -> CachedModel:
     return dit_cache_fx.apply(model, "deepcache", no_cache_steps=STEPS_OF_SIX, **options)
 
 
-# --- a first call that raises ------------------------------------------------------------------------
+# --- a first call that raises ------------------------------------------------------------------
 
 
 class Count:
@@ -225,5 +225,3 @@ def test_what_is_read_of_a_changed_output_is_what_the_model_read() -> None:
     cached = deep(model)
     follows(cached, ByHand(model, ["blocks"]), generation(TOY, STEPS_OF_SIX))
     assert len(cached.cache_report().captures) == 1
-
-

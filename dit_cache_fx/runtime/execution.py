@@ -36,7 +36,7 @@ class StepCompiler:
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         torch.compile(_nothing, **options)
-        self._options = options
+        self.options = dict(options)
         self._made: WeakKeyDictionary[Variants, Separate] = WeakKeyDictionary()
 
     def compiled(self, variants: Variants) -> Separate:
@@ -49,7 +49,7 @@ class StepCompiler:
         return made
 
     def _part(self, part: Part) -> Part:
-        return CompiledPart(part.gm, part.names, _Whole(part.run, self._options))
+        return CompiledPart(part.gm, part.names, _Whole(part.run, self.options))
 
 
 class _Whole:
