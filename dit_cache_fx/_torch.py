@@ -35,6 +35,11 @@ from torch.fx.experimental.proxy_tensor import (
     track_tensor,
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode,
+    _pop_mode_temporarily,
+)
 from torch.utils import _pytree as pytree
 
 from dit_cache_fx.values.tensor_spec import TensorSpec
@@ -306,6 +311,16 @@ def exporting() -> bool:
 def untraced() -> Any:
     """A context in which operations run without being added to the graph."""
     return disable_proxy_modes_tracing()
+
+
+@contextmanager
+def without_mode(kind: type[TorchFunctionMode]) -> Iterator[None]:
+    """Within it the innermost `TorchFunctionMode` is off, where it is of this kind."""
+    if isinstance(_get_current_function_mode(), kind):
+        with _pop_mode_temporarily():
+            yield
+    else:
+        yield
 
 
 def trace_functional(

@@ -17,6 +17,7 @@ from dit_cache_fx.capture import (
     named_list,
     named_timestep,
 )
+from dit_cache_fx.capture.callable import positional_names
 from dit_cache_fx.capture.leaves import LISTS, Blocks, listed
 from dit_cache_fx.errors import DiscoveryError, OptionError
 from dit_cache_fx.forward_patch import installed_on
@@ -76,7 +77,7 @@ def apply(
             "it has weights on the meta device: not loaded, or offloaded layer by layer (then "
             "apply first, and enable the offloading afterwards)",
         )
-    signature = CallSignature(model.forward)
+    signature = _signature(model, timestep)
     named_timestep(signature.parameters, timestep, more=signature.open)
     lists = candidate_lists(model) if blocks is None else _named_lists(model, blocks)
     if not lists:
@@ -97,11 +98,16 @@ def _cached(
     check: bool,
 ) -> CachedModel:
     """A model whose arguments were looked at: a copy of a cached one is made in the same way."""
-    signature = CallSignature(model.forward)
+    signature = _signature(model, timestep)
     step = named_timestep(signature.parameters, timestep, more=signature.open)
     engine = Engine(Subject(model, signature, blocks, strategy, check), step)
     again = partial(_cached, strategy=strategy, blocks=blocks, timestep=timestep, check=check)
     return CachedModel(model, engine, again)
+
+
+def _signature(model: nn.Module, timestep: str | None) -> CallSignature:
+    names = positional_names(model)
+    return CallSignature(model.forward, names if timestep in (None, *names) else ())
 
 
 def _named_lists(model: nn.Module, blocks: Blocks) -> list[BlockList]:

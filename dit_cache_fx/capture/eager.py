@@ -24,6 +24,7 @@ from dit_cache_fx.capture.normal_form import Guards, normal_form
 from dit_cache_fx.capture.record import Recording, record
 from dit_cache_fx.capture.refusals import (
     refuse_late_guards,
+    refuse_read_number,
     refuse_rewritten_arguments,
     refuse_written_memory,
     require_timestep,
@@ -57,6 +58,7 @@ def capture(subject: Subject, call: FlatCall, timestep: str | None) -> Captured:
         step = timestep if timestep is not None else guessed_timestep(call)
         require_timestep(call, step)
         program, guards = normal_form(subject.model, traced, call, step)
+        refuse_read_number(call, program, guards)
         mark_blocks(program, lists, chosen=subject.blocks is not None)
         mark_signal(program, subject.strategy, recording)
         trunk = {str(node.target) for node in program.block_calls()}

@@ -16,7 +16,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dit_cache_fx._torch import without_mode
 from dit_cache_fx.capture.intercept import intercepted
+from dit_cache_fx.capture.scalar_timestep import NumberFactories
 from dit_cache_fx.values.identity import memory, version
 from dit_cache_fx.values.pytree import Skeleton, flatten
 from dit_cache_fx.values.tensor_spec import TensorSpec
@@ -95,7 +97,7 @@ def record(
             reader.reads(inputs)
         versions = [version(t) for t in inputs]
         inside: Inside | None = None
-        with reader.paused():
+        with reader.paused(), without_mode(NumberFactories):
             if module in parts:
                 within = record(lambda: call(module, *args, **kwargs), parts[module], ())
                 inside = Inside(module, parts[module], inputs, given, within)
