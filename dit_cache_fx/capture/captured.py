@@ -59,7 +59,10 @@ class Subject:
 
     def run(self, call: FlatCall, tensors: Sequence[torch.Tensor]) -> Any:
         """The model's own answer to a flattened call with these tensors."""
-        arguments = unflatten_call(call.skeleton, list(tensors))
+        return self.answer(call, unflatten_call(call.skeleton, list(tensors)))
+
+    def answer(self, call: FlatCall, arguments: dict[str, Any]) -> Any:
+        """The same, for arguments by name."""
         with nullcontext() if call.number is None else NumberFactories(call.number):
             return self.signature.call(self.model.forward, arguments)
 
