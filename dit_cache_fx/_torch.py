@@ -25,7 +25,11 @@ from torch._guards import active_fake_mode
 from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensorMode
-from torch._subclasses.fake_tensor import is_fake
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    is_fake,
+)
 from torch.export import _trace as export_trace
 from torch.fx.experimental.proxy_tensor import (
     ProxyTorchDispatchMode,
@@ -35,6 +39,12 @@ from torch.fx.experimental.proxy_tensor import (
     get_proxy_mode,
     track_tensor,
     track_tensor_tree,
+)
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode,
+    _pop_mode_temporarily,
 )
 from torch.utils import _pytree as pytree
 
@@ -133,6 +143,14 @@ def emit_node(target: Callable[..., Any], args: Any, kwargs: Any, name: str) -> 
         return False
     Emitter(tracer).call(target, args, kwargs, name)
     return True
+
+
+#: what code raises that needs a tensor's values where there are none (`trace_shapes`)
+READS_DATA = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    GuardOnDataDependentSymNode,
+)
 
 
 def trace_shapes(
@@ -348,6 +366,16 @@ def _proxy_mode() -> ProxyTorchDispatchMode | None:
 def untraced() -> Any:
     """A context in which operations run without being added to the graph."""
     return disable_proxy_modes_tracing()
+
+
+@contextmanager
+def without_mode(kind: type[TorchFunctionMode]) -> Iterator[None]:
+    """Within it the innermost `TorchFunctionMode` is off, where it is of this kind."""
+    if isinstance(_get_current_function_mode(), kind):
+        with _pop_mode_temporarily():
+            yield
+    else:
+        yield
 
 
 def trace_functional(

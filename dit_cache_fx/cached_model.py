@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -34,13 +34,31 @@ _HOOK = frozenset({"forward", "_old_forward", "_hf_hook"})
 _SETTABLE = frozenset({"cur_timestep", "num_steps"})
 
 
-class CachedModel(LifeCycle, nn.Module):
+class _Alike(type):
+    """The type of a class that is equal to another: pipelines compare the types of components."""
+
+    like: type | None = None
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or (cls.like is not None and other is cls.like)
+
+    def __hash__(cls) -> int:
+        return type.__hash__(cls) if cls.like is None else hash(cls.like)
+
+
+class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
     """A view of `model` whose forward skips what its cache holds.
 
     It owns nothing: parameters, submodules and hooks are the model's own dictionaries, so that
     `.to()`, `load_state_dict`, LoRA and replaced layers act on both, and every attribute that is
     not the cache's is read from and written to the model.
     """
+
+    def __new__(cls, model: nn.Module, *_: Any) -> CachedModel:
+        """An instance of a class of its own, which is equal to the model's."""
+        kind: Any = _Alike(cls.__name__, (cls,), {"like": type(model)})
+        made: CachedModel = object.__new__(kind)
+        return made
 
     def __init__(
         self, model: nn.Module, engine: Engine, rebuild: Callable[[nn.Module], CachedModel]
@@ -124,7 +142,7 @@ class CachedModel(LifeCycle, nn.Module):
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        """The model's class: `isinstance` answers as for the model (`type` does not)."""
+        """The model's class: `isinstance` answers as for the model."""
         return type(self._model)
 
     @property
@@ -160,13 +178,18 @@ class CachedModel(LifeCycle, nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CachedModel:
         """A copy of the model, cached in the same way; it holds nothing yet."""
-        return self._rebuild(copy.deepcopy(self._model, memo))
+        return _rebuilt(self._rebuild, copy.deepcopy(self._model, memo), self._settings())
 
     def __copy__(self) -> CachedModel:
-        return self._rebuild(self._model)
+        return _rebuilt(self._rebuild, self._model, self._settings())
 
     def __reduce__(self) -> Any:
-        return self._rebuild, (self._model,)
+        return _rebuilt, (self._rebuild, self._model, self._settings())
+
+    def _settings(self) -> _Settings:
+        compiler = self._engine.step_compiler
+        options = None if compiler is None else compiler.options
+        return _Settings(self._enabled, self._host.count.given, options)
 
     def _captured(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -209,6 +232,25 @@ class CachedModel(LifeCycle, nn.Module):
     def _own_context(self, name: str, more: dict[str, Any]) -> AbstractContextManager[Any] | None:
         own = getattr(self._model, "cache_context", None)  # the model's own hooks may look at it
         return own and own(name, **more)  # type: ignore[no-any-return]
+
+
+class _Settings(NamedTuple):
+    """What a user has set on a cached model, which its copies keep."""
+
+    enabled: bool
+    num_steps: int | None
+    step_options: dict[str, Any] | None
+
+
+def _rebuilt(
+    rebuild: Callable[[nn.Module], CachedModel], model: nn.Module, settings: _Settings
+) -> CachedModel:
+    cached = rebuild(model)
+    cached._enabled = settings.enabled
+    cached.num_steps = settings.num_steps
+    if settings.step_options is not None:
+        cached.compile_steps(**settings.step_options)
+    return cached
 
 
 def original(model: nn.Module) -> nn.Module:

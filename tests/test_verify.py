@@ -75,7 +75,8 @@ class TooMany(Strategy):
 
 def test_a_strategy_that_holds_more_than_it_says_is_refused() -> None:
     strategy = TooMany(no_cache_steps=[0])
-    with pytest.raises(VerifyError, match="TooMany gave 2 tensors"):
+    told = "in pass guard_runs: strategy TooMany: store gave 2 tensors, 1 expected"
+    with pytest.raises(VerifyError, match=told):
         run_passes(captured(strategy), strategy)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.leaves import BlockList, candidate_lists, named_list
 from dit_cache_fx.capture.normal_form import Guards
 from dit_cache_fx.capture.record import ModuleCall, Recording
+from dit_cache_fx.capture.scalar_timestep import NumberFactories
 from dit_cache_fx.capture.signature import CallSignature, FlatCall, unflatten_call
 from dit_cache_fx.ir.graph_text import short
 from dit_cache_fx.ir.program import OUTPUT, BlockId, Program, block_values
@@ -58,8 +59,12 @@ class Subject:
 
     def run(self, call: FlatCall, tensors: Sequence[torch.Tensor]) -> Any:
         """The model's own answer to a flattened call with these tensors."""
-        arguments = unflatten_call(call.skeleton, list(tensors))
-        return self.signature.call(self.model.forward, arguments)
+        return self.answer(call, unflatten_call(call.skeleton, list(tensors)))
+
+    def answer(self, call: FlatCall, arguments: dict[str, Any]) -> Any:
+        """The same, for arguments by name."""
+        with nullcontext() if call.number is None else NumberFactories(call.number):
+            return self.signature.call(self.model.forward, arguments)
 
 
 log = logging.getLogger(__name__)

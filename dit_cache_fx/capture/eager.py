@@ -23,7 +23,9 @@ from dit_cache_fx.capture.leaves import BlockList, kept_modules
 from dit_cache_fx.capture.normal_form import Guards, normal_form
 from dit_cache_fx.capture.record import Recording, record
 from dit_cache_fx.capture.refusals import (
+    refuse_changed_arguments,
     refuse_late_guards,
+    refuse_read_number,
     refuse_rewritten_arguments,
     refuse_written_memory,
     require_timestep,
@@ -57,6 +59,7 @@ def capture(subject: Subject, call: FlatCall, timestep: str | None) -> Captured:
         step = timestep if timestep is not None else guessed_timestep(call)
         require_timestep(call, step)
         program, guards = normal_form(subject.model, traced, call, step)
+        refuse_read_number(call, program, guards)
         mark_blocks(program, lists, chosen=subject.blocks is not None)
         mark_signal(program, subject.strategy, recording)
         trunk = {str(node.target) for node in program.block_calls()}
@@ -96,13 +99,15 @@ def _recorded(
 ) -> Recording:
     """Record the model; a layer that answers with numbers is looked into, so leaves `kept`."""
     members = {m: kept[m] for blocks in lists for m in blocks.modules}
+    arguments = unflatten_call(call.skeleton, list(tensors))
     recording = record(
-        lambda: subject.run(call, tensors),
+        lambda: subject.answer(call, arguments),
         kept,
         set(members),
         {m for m, name in members.items() if subject.always_runs(name)},
         {m: parts_of(m, kept[m]) for m in subject.opened(lists)},
     )
+    refuse_changed_arguments(call, tensors, arguments)
     numbers = {c.name for c in recording.calls if any(v is not None for v in constants(c.skeleton))}
     open_layers = [m for m, name in kept.items() if name in numbers and m not in members]
     if not open_layers:

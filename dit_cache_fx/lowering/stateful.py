@@ -16,8 +16,12 @@ from dit_cache_fx.lowering.one_graph import lower_one_graph
 from dit_cache_fx.lowering.variants import Variants
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.strategies.schedule import ListedSteps
+from dit_cache_fx.values.tensor_spec import TensorSpec
 
 State = dict[str, torch.Tensor]
+#: whose multiples have fractions that are spread evenly
+_IRRATIONAL = (math.sqrt(5), math.sqrt(2))
+_FLAG = TensorSpec(torch.Size([]), torch.bool, torch.device("cpu"))
 #: steps up to which a schedule is written out; more than that are all computed
 MOST_STEPS = 1000
 
@@ -52,11 +56,11 @@ class Stateful(nn.Module):
     """Answers a call from its tensors and the state that the call before has left.
 
     `forward(state, inputs)` returns the model's tensors and the new state. `state`: "clock"
-    (float64 [6], on the CPU), what is held, and what the strategy's rule remembers. It is the state
-    of one branch of a generation: CFG as two calls a step takes two. So that a state never answers
-    for another branch, it has a "print" of the conditioning (float64 [2 n], on the CPU, for the n
-    inputs in `conditioning`): a call with another one computes. `assertions` of the call's tensors
-    stand for the guards of the capture.
+    (float64 [6], on the CPU), what is held, what the strategy's rule remembers, and whether that is
+    "lost". It is the state of one branch of a generation: CFG as two calls a step takes two. So
+    that a state never answers for another branch, it has a "print" of the conditioning (float64
+    [2 n], on the CPU, for the n inputs in `conditioning`): a call with another one computes.
+    `assertions` of the call's tensors stand for the guards of the capture.
     """
 
     def __init__(
@@ -84,11 +88,17 @@ class Stateful(nn.Module):
 
     def initial(self) -> State:
         """The state before the first call."""
-        specs = {**self.held, **self._one.memory}
+        specs = {**self.held, **self._remembered}
         zeros = {name: spec.zeros() for name, spec in specs.items()}
         clock = torch.zeros(len(ClockState._fields), dtype=torch.float64)
         prints = torch.zeros(2 * len(self.conditioning), dtype=torch.float64)
         return {"clock": clock, "print": prints, **zeros}
+
+    @property
+    def _remembered(self) -> dict[str, TensorSpec]:
+        """What the strategy's rule keeps, where it has one."""
+        memory = self._one.memory
+        return {} if memory is None else {"lost": _FLAG, **memory}
 
     def forward(
         self, state: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]
@@ -102,7 +112,8 @@ class Stateful(nn.Module):
         )
         scheduled = torch.eq(self.steps, clock.step).any() | (clock.step >= self.until)
         forced = (clock.computed == 0) | (clock.step == 0) | scheduled
-        flags = {"forced": forced, "fresh": clock.computed == 0}
+        fresh = clock.computed == 0
+        flags = {"forced": forced, "fresh": fresh | state["lost"] if "lost" in state else fresh}
         times = {"distance": clock.distance, "computed": clock.computed}
         operands = self._one.operands({**inputs, **state, **flags, **times})
         results = list(self.program(*operands))
@@ -111,17 +122,25 @@ class Stateful(nn.Module):
         computes = decided[0] if decided else forced
         new = {"clock": clock.after(computes).pack(), "print": seen}
         new.update(zip(self.held, held, strict=True))
-        new.update(zip(self._one.memory, decided[1:], strict=True))
+        new.update(zip(self._remembered, decided[1:], strict=True))
         return outputs, new
 
 
 def _print(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Two sums over each tensor, on the CPU: other values give others."""
+    """Two weighted sums over each tensor, on the CPU: other values or places give others."""
     sums = [torch.zeros(0, dtype=torch.float64)]
     for tensor in tensors:
-        values = tensor.to(torch.float64)
-        sums.append(torch.stack([values.sum(), values.square().sum()]).to("cpu"))
+        values = tensor.to(torch.float64).flatten()
+        places = torch.arange(1, values.numel() + 1, dtype=torch.float64, device=values.device)
+        weighted = [(values * _weights(places, factor)).sum() for factor in _IRRATIONAL]
+        sums.append(torch.stack(weighted).to("cpu"))
     return torch.cat(sums)
+
+
+def _weights(places: torch.Tensor, factor: float) -> torch.Tensor:
+    """Numbers from 1 to 2, no two of them the same."""
+    scaled = places * factor
+    return 1 + scaled - scaled.floor()
 
 
 class Carried(nn.Module):

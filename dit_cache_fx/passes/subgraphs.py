@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from dit_cache_fx._torch import DEVICE, trace_shapes
-from dit_cache_fx.errors import VerifyError
+from dit_cache_fx._torch import DEVICE
+from dit_cache_fx.ir.names import held_name
 from dit_cache_fx.ir.program import (
     Program,
     Region,
@@ -21,6 +21,7 @@ from dit_cache_fx.ir.program import (
     tensor_spec,
 )
 from dit_cache_fx.strategies import Clock, Strategy
+from dit_cache_fx.strategies.traced import agree, traced
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
 _SCALAR = TensorSpec(torch.Size([]), torch.float64, torch.device("cpu"))
@@ -79,7 +80,7 @@ class Subgraphs:
         graph = fx.Graph()
         slots = range(self.strategy.slots())
         held = [
-            [graph.placeholder(f"held_{name}_{slot}") for slot in slots]
+            [graph.placeholder(held_name(name, slot)) for slot in slots]
             for name in self.region.values
         ]
         for name, places in zip(self.region.values, held, strict=True):
@@ -106,28 +107,26 @@ class Subgraphs:
         clock: list[fx.Node],
     ) -> list[Any]:
         """Trace a strategy's function for value `index` and copy its graph behind `graph`."""
-        node = self.program.node(self.region.values[index])
-        given = [n for n in (value, start) if n is not None]
+        spec = tensor_spec(self.program.node(self.region.values[index]))
+        rest = {"value": value, "start": start}
+        given = {name: node for name, node in rest.items() if node is not None}
 
         def flat(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
-            rest = iter(tensors[len(held) + 2 :])
-            arguments = [next(rest) if n is not None else None for n in (value, start)]
+            named = dict(zip(given, tensors[len(held) + 2 :], strict=True))
             at = Clock(*tensors[len(held) : len(held) + 2])
-            return list(function(tensors[: len(held)], *arguments, at))
+            results = function(tensors[: len(held)], *map(named.get, rest), at)
+            agree(self.strategy, name, results, right, why)
+            return list(results)
 
-        spec = tensor_spec(node)
-        specs = [spec] * len(held) + [_SCALAR] * 2 + [spec] * len(given)
-        traced = trace_shapes(flat, specs)
-        results = inline(graph, self.attributes, traced, [*held, *clock, *given])
-        return self._checked(results, len(held) if value is not None else 1, node)
+        name, right, why = "reuse", [spec], "it stands for the value"
+        if value is not None:
+            name, right = "store", [spec] * self.strategy.slots()
+            why = "as many as slots(), of the value's shape, dtype and device"
 
-    def _checked(self, results: list[Any], expected: int, node: fx.Node) -> list[Any]:
-        if len(results) != expected or not all(isinstance(r, fx.Node) for r in results):
-            raise VerifyError(
-                f"strategy {type(self.strategy).__name__} gave {len(results)} tensors for "
-                f"{node.name}, {expected} expected (slots() for store)"
-            )
-        return results
+        specs = {f"held[{i}]": spec for i in range(len(held))}
+        specs |= {f"clock.{name}": _SCALAR for name in Clock._fields} | dict.fromkeys(given, spec)
+        gm = traced(self.strategy, name, flat, specs)
+        return inline(graph, self.attributes, gm, [*held, *clock, *given.values()])
 
     def _module(self, graph: fx.Graph, side: str) -> fx.GraphModule:
         read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}

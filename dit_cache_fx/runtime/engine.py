@@ -177,9 +177,7 @@ class Engine:
         with torch.no_grad(), replayed(captured) if can_replay(captured) else nullcontext():
             results: Results = drive_here(execution.plain(entry, step, call))
         expected = flatten(recording.output)[0]
-        recording.output = None
-        for made in recording.calls:
-            made.values.clear()
+        recording.forget()
         if self.subject.check and not all(map(_same, expected, results)):
             raise CaptureError(
                 "the captured graph does not give the model's output for the call that it was "

@@ -46,7 +46,7 @@ class StepCompiler:
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         torch.compile(_nothing, **options)
-        self._options = options
+        self.options = dict(options)
         self._made: WeakKeyDictionary[Variants, Separate] = WeakKeyDictionary()
         self._lock = threading.Lock()
 
@@ -64,7 +64,7 @@ class StepCompiler:
         return Separate(whole.mapped(self._part), preamble)
 
     def _part(self, part: Part) -> Part:
-        return CompiledPart(part.gm, part.names, _Whole(part.run, self._options))
+        return CompiledPart(part.gm, part.names, _Whole(part.run, self.options))
 
 
 class _Whole:
@@ -146,7 +146,7 @@ def _one_graph(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> 
     with entry.first_runs.alone(compiler) as first:
         results = yield from _compiled(Stage(one.part.run, one.operands(given)), first)
     values = one.outputs + len(entry.variants.held)
-    if one.memory:
+    if one.memory is not None:
         step.decided(*results[values:])
     return results[:values]
 

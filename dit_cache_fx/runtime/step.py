@@ -9,6 +9,7 @@ import torch
 from dit_cache_fx.runtime.branches import Branch, Held
 from dit_cache_fx.runtime.drive import Results
 from dit_cache_fx.strategies import Clock, Memory, Strategy
+from dit_cache_fx.strategies.rule import begun, decided, lost_with
 from dit_cache_fx.values.identity import storage_key
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
@@ -83,7 +84,7 @@ class Step:
         return given
 
     def one_graph_given(
-        self, names: Collection[str], memory: Mapping[str, TensorSpec]
+        self, names: Collection[str], memory: Mapping[str, TensorSpec] | None
     ) -> dict[str, torch.Tensor]:
         """For the graph that decides by itself: flags, the rule's memory, the clock, what is held.
 
@@ -93,7 +94,7 @@ class Step:
         held = held or [spec.zeros() for spec in self._specs.values()]
         given = {"forced": _flag(self.computes), **self._clock(names)}
         given.update(zip(self._specs, held, strict=True))
-        if memory:
+        if memory is not None:
             remembered = self._memory or [spec.zeros() for spec in memory.values()]
             given["fresh"] = _flag(self._memory is None)
             given.update(zip(memory, (t.contiguous() for t in remembered), strict=True))
@@ -119,18 +120,22 @@ class Step:
     # --- the strategy's own rule -----------------------------------------------------------------
 
     def decide(self, signal: torch.Tensor) -> None:
-        """Ask the strategy's own rule. Reads one boolean from the device."""
+        """Ask the strategy's own rule. Waits for the device once."""
         if self._memory is None:
-            self.computes = True
-            self._memory = self._strategy.begin(signal)
-            return
-        forced = torch.tensor(self._forced, device=signal.device)
-        computes, self._memory = self._strategy.decide(signal, self._memory, forced)
-        self.computes = bool(computes)
+            self.computes, self._memory = True, begun(self._strategy, signal)
+            lost = bool(lost_with(signal))
+        else:
+            forced = torch.tensor(self._forced, device=signal.device)
+            answer = decided(self._strategy, signal, self._memory, forced)
+            flags = torch.stack([answer.computes, answer.doubted, answer.lost])
+            self.computes, doubted, lost = flags.tolist()
+            self._memory = begun(self._strategy, signal) if doubted else answer.memory
+        if lost:
+            self._memory = None
 
-    def decided(self, computes: torch.Tensor, *memory: torch.Tensor) -> None:
+    def decided(self, computes: torch.Tensor, lost: torch.Tensor, *memory: torch.Tensor) -> None:
         """The graph has asked the rule: its decision, on the CPU, and its new memory."""
-        self.computes, self._memory = bool(computes), memory
+        self.computes, self._memory = bool(computes), None if bool(lost) else memory
 
     # --- afterwards ------------------------------------------------------------------------------
 
