@@ -29,8 +29,10 @@ class FixedSteps(NamedTuple):
     until: float
 
 
-def fixed_steps(strategy: Strategy, num_steps: int | None) -> FixedSteps:
-    """The schedule of a program that nobody tells a number of steps later.
+def fixed_steps(
+    strategy: Strategy, num_steps: int | None, timesteps: tuple[float, ...] | None = None
+) -> FixedSteps:
+    """The schedule of a program that nobody tells a number of steps or timesteps later.
 
     Raises `OptionError` where the schedule needs the number and it is None.
     """
@@ -41,11 +43,11 @@ def fixed_steps(strategy: Strategy, num_steps: int | None) -> FixedSteps:
         raise OptionError(
             "num_steps",
             None,
-            f"{plan} places its steps by their number, which has to be known here: give num_steps, "
-            "or set it on the cached model (cached.num_steps = 50)",
+            f"{plan} places its steps by their number, which has to be known here: give num_steps "
+            "(or timesteps), or set it on the cached model (cached.num_steps = 50)",
         )
-    most = max(MOST_STEPS, num_steps or 0)
-    return FixedSteps([s for s in range(most) if strategy.scheduled(s, num_steps)], most)
+    most, course = max(MOST_STEPS, num_steps or 0), strategy.course(num_steps, timesteps)
+    return FixedSteps([s for s in range(most) if course.computes(s)], most)
 
 
 class Stateful(nn.Module):

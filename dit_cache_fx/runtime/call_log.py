@@ -12,8 +12,8 @@ import torch
 
 from dit_cache_fx.errors import warn
 from dit_cache_fx.runtime.branches import MAX_BRANCHES, Branch, Session
-from dit_cache_fx.runtime.generation import StepCount
 from dit_cache_fx.runtime.step import Step
+from dit_cache_fx.runtime.step_count import StepCount
 from dit_cache_fx.runtime.tracker import Tracker
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.values.identity import Seen
@@ -78,7 +78,7 @@ class Host:
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
-        self.count = StepCount(strategy.num_steps)
+        self.count = StepCount(strategy)
         self.tracker = Tracker(self.count)
         self.timeline: deque[StepRecord] = deque(maxlen=MAX_RECORDS)
         #: beside it: what the strategy's rule measured, not yet read from a device
@@ -122,8 +122,9 @@ class Host:
             branch.shapes = shapes
         assert session.moment is not None
         assert session.generation is not None
-        index, num_steps = session.moment.index, session.generation.num_steps
-        step = Step(self.strategy, branch, index, held, num_steps)
+        index, generation = session.moment.index, session.generation
+        generation.course = self.count.on_way(generation.course, generation.values, index, value)
+        step = Step(self.strategy, branch, index, held, generation.course)
         return Place(step, branch, session, conditioning)
 
     def done(self, place: Place, value: float) -> None:

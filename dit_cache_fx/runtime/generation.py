@@ -1,4 +1,4 @@
-"""Which step of which generation a call belongs to, and how many steps a generation has."""
+"""Which step of which generation a call belongs to."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dit_cache_fx.strategies import NumSteps
-from dit_cache_fx.strategies.schedule import check_num_steps
+from dit_cache_fx.strategies import Course
 from dit_cache_fx.values.identity import Seen
+
+#: most timesteps of a generation that are noted
+MAX_VALUES = 4096
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,20 @@ class Moment:
 class Generation:
     """A denoising loop under way; its branches and signatures share it.
 
-    `num_steps`: how many it is expected to have; None where that is not known. `conditioning`: of
-    its newest call.
+    `course`: its steps, as far as they are known beforehand. `conditioning`: of its newest call.
+    `values`: the timesteps of its steps so far; it ends where one was left out.
     """
 
     moment: Moment
-    num_steps: int | None = None
+    course: Course = field(default_factory=Course)
     conditioning: Seen = field(default_factory=lambda: Seen([]))
+    values: list[float] = field(default_factory=list)
+
+    def note(self, moment: Moment) -> None:
+        """A call has succeeded there: learn its timestep, where it is the next step's."""
+        following = moment.index == len(self.values) and not moment.explicit
+        if following and len(self.values) < MAX_VALUES:
+            self.values.append(moment.value)
 
     def takes(self, value: float, explicit: bool, conditioning: Seen) -> bool:
         """Whether a first call with this value and conditioning surely belongs to this generation.
@@ -78,29 +87,3 @@ def timestep_value(timestep: torch.Tensor) -> float:
     if timestep.numel() == 1:
         return float(timestep.item())
     return float(timestep.double().mean().item())
-
-
-class StepCount:
-    """The number of steps: as set on the cached model, else as the option says, else as counted.
-
-    `given`: what is set on the cached model. `counted`: the steps of the newest generation that has
-    ended (one that was broken off counts as it ended).
-    """
-
-    def __init__(self, option: NumSteps | None) -> None:
-        self.option = option
-        self.given: int | None = None
-        self.counted: int | None = None
-
-    def told(self) -> int | None:
-        """As the user says it. Raises `OptionError` where the option's function gives no number."""
-        if self.given is not None or not callable(self.option):
-            return self.option if self.given is None else self.given  # type: ignore[return-value]
-        number = self.option()
-        check_num_steps(number, "num_steps()")
-        return number
-
-    def expected(self) -> int | None:
-        """For a generation that begins now; None where nothing is known."""
-        told = self.told()
-        return self.counted if told is None else told

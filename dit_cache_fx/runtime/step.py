@@ -8,7 +8,7 @@ import torch
 
 from dit_cache_fx.runtime.branches import Branch, Held
 from dit_cache_fx.runtime.drive import Results
-from dit_cache_fx.strategies import Clock, Memory, Strategy
+from dit_cache_fx.strategies import Clock, Course, Memory, Strategy
 from dit_cache_fx.values.identity import memory
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
@@ -17,7 +17,7 @@ FIRST, SCHEDULED, MISSING, RULE = "the first step", "scheduled", "nothing is hel
 
 
 class Step:
-    """A step of one branch. `specs`: what is held of it, by name. `num_steps`: where it is known.
+    """A step of one branch. `specs`: what is held of it, by name. `course`: of its generation.
 
     Nothing is written to the branch before `commit`: a call that raises leaves no trace.
     """
@@ -28,23 +28,23 @@ class Step:
         branch: Branch,
         index: int,
         specs: Mapping[str, TensorSpec],
-        num_steps: int | None = None,
+        course: Course | None = None,
     ) -> None:
         self.index = index
-        self._num_steps = num_steps
+        self._course = course or strategy.course()
         self._strategy = strategy
         self._branch = branch
         self._specs = specs
         self._memory: Memory | None = branch.memory
         missing = len(branch.held) != len(specs) or not all(h.untouched() for h in branch.held)
-        scheduled = strategy.scheduled(index, num_steps)
+        scheduled = self._course.computes(index)
         self._forced = scheduled or missing
         self.computes = self._forced
         self._why = FIRST if index == 0 else SCHEDULED if scheduled else MISSING
 
     def anew(self) -> Step:
         """The same step of a branch that holds nothing."""
-        return Step(self._strategy, Branch(), self.index, self._specs, self._num_steps)
+        return Step(self._strategy, Branch(), self.index, self._specs, self._course)
 
     @property
     def why(self) -> str:

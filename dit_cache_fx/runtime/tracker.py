@@ -8,7 +8,9 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from dit_cache_fx.runtime.branches import Session
-from dit_cache_fx.runtime.generation import Generation, Moment, StepCount
+from dit_cache_fx.runtime.generation import Generation, Moment
+from dit_cache_fx.runtime.step_count import StepCount
+from dit_cache_fx.strategies import Course
 from dit_cache_fx.values.identity import Seen
 
 #: most generations (signatures, contexts) whose tensors are held at one time
@@ -62,7 +64,12 @@ class Tracker:
     @property
     def num_steps(self) -> int | None:
         """How many steps the newest generation is expected to have; None where not known."""
-        return self._newest.num_steps if self._newest is not None else None
+        return self._newest.course.num_steps if self._newest is not None else None
+
+    @property
+    def course(self) -> Course | None:
+        """What is known of the newest generation's steps; None before the first call."""
+        return self._newest.course if self._newest is not None else None
 
     def session(self, inputs: Hashable, serial: int) -> Session:
         """The session of a call; the one that was used the longest ago gives way.
@@ -98,18 +105,20 @@ class Tracker:
             if moment is not None and joins:
                 return session.enter(generation, moment)
         self._ended()
-        fresh = Generation(Moment(value, explicit=explicit), self.count.expected())
+        course = self.count.course(None if explicit else value)
+        fresh = Generation(Moment(value, explicit=explicit), course)
         return session.enter(fresh, fresh.moment)
 
     def _ended(self) -> None:
         if self._newest is not None:
-            self.count.counted = self._newest.moment.index + 1
+            self.count.ended(self._newest.moment.index + 1, self._newest.values)
 
     def done(self, session: Session, conditioning: Seen) -> None:
         """The session's call has succeeded."""
         self._newest = session.generation
         if self._newest is not None:
             self._newest.conditioning = conditioning
+            self._newest.note(self._newest.moment)
 
 
 class CacheContext(AbstractContextManager[None]):

@@ -2,6 +2,7 @@
 
 from dit_cache_fx.strategies.base import Clock, Memory, NumSteps, Strategy
 from dit_cache_fx.strategies.block_ids import ALIASES, check_block_ids, never_cached
+from dit_cache_fx.strategies.course import Course
 from dit_cache_fx.strategies.deepcache import DeepCache
 from dit_cache_fx.strategies.registry import make_strategy
 from dit_cache_fx.strategies.taylorcache import TaylorCache
@@ -10,6 +11,7 @@ from dit_cache_fx.strategies.teacache import TeaCache
 __all__ = [
     "ALIASES",
     "Clock",
+    "Course",
     "DeepCache",
     "Memory",
     "NumSteps",
