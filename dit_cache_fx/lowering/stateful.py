@@ -13,8 +13,9 @@ from dit_cache_fx.errors import OptionError
 from dit_cache_fx.ir.program import Program
 from dit_cache_fx.lowering.clock import ClockState
 from dit_cache_fx.lowering.one_graph import lower_one_graph
+from dit_cache_fx.lowering.path import Path
 from dit_cache_fx.lowering.variants import Variants
-from dit_cache_fx.strategies import Strategy
+from dit_cache_fx.strategies import Course, Strategy
 from dit_cache_fx.strategies.schedule import ListedSteps
 
 State = dict[str, torch.Tensor]
@@ -69,6 +70,7 @@ class Stateful(nn.Module):
         assertions: nn.Module | None,
         conditioning: Sequence[str],
         steps: FixedSteps,
+        course: Course | None = None,
     ) -> None:
         super().__init__()
         self.steps: torch.Tensor
@@ -83,6 +85,9 @@ class Stateful(nn.Module):
         computed = torch.tensor(steps.computed, dtype=torch.float64)
         self.register_buffer("steps", computed, persistent=False)
         self.until = steps.until
+        course = course or strategy.course()
+        needs_path = course.by_timestep or "gap" in one.part.names
+        self.path = Path(course, max(MOST_STEPS, course.num_steps or 0)) if needs_path else None
 
     def initial(self) -> State:
         """The state before the first call."""
@@ -105,8 +110,7 @@ class Stateful(nn.Module):
         scheduled = torch.eq(self.steps, clock.step).any() | (clock.step >= self.until)
         forced = (clock.computed == 0) | (clock.step == 0) | scheduled
         flags = {"forced": forced, "fresh": clock.computed == 0}
-        times = {"distance": clock.distance, "computed": clock.computed}
-        operands = self._one.operands({**inputs, **state, **flags, **times})
+        operands = self._one.operands({**inputs, **state, **flags, **self._times(clock)})
         results = list(self.program(*operands))
         outputs, rest = results[: self._one.outputs], results[self._one.outputs :]
         held, decided = rest[: len(self.held)], rest[len(self.held) :]
@@ -115,6 +119,13 @@ class Stateful(nn.Module):
         new.update(zip(self.held, held, strict=True))
         new.update(zip(self._one.memory, decided[1:], strict=True))
         return outputs, new
+
+    def _times(self, clock: ClockState) -> State:
+        """The tensors of the clock that the graph reads."""
+        times = {"computed": clock.computed, "distance": clock.distance}
+        if self.path is None:
+            return times
+        return times | {"distance": self.path.distance(clock), "gap": self.path.gap(clock)}
 
 
 def _print(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

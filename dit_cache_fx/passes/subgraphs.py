@@ -20,17 +20,14 @@ from dit_cache_fx.ir.program import (
     spec_of,
     tensor_spec,
 )
-from dit_cache_fx.strategies import Clock, Strategy
-from dit_cache_fx.values.tensor_spec import TensorSpec
-
-_SCALAR = TensorSpec(torch.Size([]), torch.float64, torch.device("cpu"))
+from dit_cache_fx.strategies import CLOCK, Clock, Strategy
 
 
 class Subgraphs:
     """Builds the sides of one run.
 
-    Both take, for each value, the tensors that are held for it, then `distance` and `computed`
-    (float64, no dimensions), then what the run starts from; the compute side also its operands.
+    Both take, for each value, the tensors that are held for it, then those of a `Clock`, then what
+    the run starts from; the compute side also its operands.
     """
 
     def __init__(
@@ -86,7 +83,7 @@ class Subgraphs:
             value = self.program.node(name)
             for place in places:
                 place.meta.update({"val": spec_of(value), DEVICE: device_of(value)})
-        clock = [graph.placeholder(name) for name in Clock._fields]
+        clock = [graph.placeholder(name) for name in CLOCK]
         new = {node: graph.placeholder(node.name) for node in inputs}
         for node, placeholder in new.items():
             placeholder.meta.update(node.meta)
@@ -110,13 +107,13 @@ class Subgraphs:
         given = [n for n in (value, start) if n is not None]
 
         def flat(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
-            rest = iter(tensors[len(held) + 2 :])
+            rest = iter(tensors[len(held) + len(CLOCK) :])
             arguments = [next(rest) if n is not None else None for n in (value, start)]
-            at = Clock(*tensors[len(held) : len(held) + 2])
+            at = Clock(*tensors[len(held) : len(held) + len(CLOCK)])
             return list(function(tensors[: len(held)], *arguments, at))
 
         spec = tensor_spec(node)
-        specs = [spec] * len(held) + [_SCALAR] * 2 + [spec] * len(given)
+        specs = [spec] * len(held) + [*CLOCK.values()] + [spec] * len(given)
         traced = trace_shapes(flat, specs)
         results = inline(graph, self.attributes, traced, [*held, *clock, *given])
         return self._checked(results, len(held) if value is not None else 1, node)

@@ -83,7 +83,7 @@ class Entry(Lowered):
         asserted = None if guards is None else assertions(guards, accepted)
         course = self.count.told_course()
         steps = fixed_steps(self.strategy, course.num_steps, course.timesteps)
-        return Stateful(self.program, self.variants, self.strategy, asserted, names, steps)
+        return Stateful(self.program, self.variants, self.strategy, asserted, names, steps, course)
 
     def carried_in(self, context: str | None) -> Carried:
         """The program with the state of a cache context in its buffers."""

@@ -1,7 +1,8 @@
 """The strategies. A strategy of your own is a subclass of `Strategy`: pass an object."""
 
-from dit_cache_fx.strategies.base import Clock, Memory, NumSteps, Strategy
+from dit_cache_fx.strategies.base import Memory, NumSteps, Strategy
 from dit_cache_fx.strategies.block_ids import ALIASES, check_block_ids, never_cached
+from dit_cache_fx.strategies.clock import CLOCK, Clock
 from dit_cache_fx.strategies.course import Course
 from dit_cache_fx.strategies.deepcache import DeepCache
 from dit_cache_fx.strategies.registry import make_strategy
@@ -10,6 +11,7 @@ from dit_cache_fx.strategies.teacache import TeaCache
 
 __all__ = [
     "ALIASES",
+    "CLOCK",
     "Clock",
     "Course",
     "DeepCache",

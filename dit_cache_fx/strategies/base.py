@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from dit_cache_fx.errors import OptionError
+from dit_cache_fx.strategies.clock import Clock
 from dit_cache_fx.strategies.course import Course
 from dit_cache_fx.strategies.schedule import (
     EvenSteps,
@@ -32,16 +33,6 @@ from dit_cache_fx.strategies.timesteps import Timesteps, checked_timesteps
 NumSteps = int | Callable[[], int]
 #: how `decide` keeps its memory from step to step
 Memory = tuple[Tensor, ...]
-
-
-class Clock(NamedTuple):
-    """Where a step stands in its generation; tensors of no dimensions, float64.
-
-    `distance`: steps since the last computed step. `computed`: computed steps before this one.
-    """
-
-    distance: Tensor
-    computed: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,16 +90,22 @@ class Strategy:
         self, num_steps: int | None = None, timesteps: tuple[float, ...] | None = None
     ) -> Course:
         """A generation's steps by what is known of it."""
-        return Course(self.plan, num_steps, timesteps)
+        course = Course(self.plan, num_steps, timesteps)
+        return replace(course, ruled=self.has_rule, by_timestep=self.by_timestep)
 
     def scheduled(self, step: int, num_steps: int | None = None) -> bool:
         """Whether a step is computed in any case; the number of steps may turn out too small."""
         return self.course(num_steps).computes(step)
 
     @property
+    def by_timestep(self) -> bool:
+        """Whether distances are differences of timesteps, not numbers of steps."""
+        return False
+
+    @property
     def needs_timesteps(self) -> bool:
         """Whether it does better where a generation's timesteps are known beforehand."""
-        return self.plan is not None and self.plan.needs_timesteps
+        return self.by_timestep or (self.plan is not None and self.plan.needs_timesteps)
 
     # --- what to keep and what to give back ------------------------------------------------
 
