@@ -16,7 +16,16 @@ from dit_cache_fx.export import Exported, Runner, export, load
 from dit_cache_fx.report.cache_report import CacheReport, CaptureReport
 from dit_cache_fx.report.explain import Explanation
 from dit_cache_fx.runtime.call_log import StepRecord
-from dit_cache_fx.strategies import Clock, DeepCache, Strategy, TaylorCache, TeaCache
+from dit_cache_fx.strategies import (
+    Clock,
+    DeepCache,
+    Exponential,
+    FoCa,
+    HiCache,
+    Strategy,
+    TaylorCache,
+    TeaCache,
+)
 from dit_cache_fx.strategies.schedule import (
     EvenAndLast,
     EvenSteps,
@@ -45,7 +54,10 @@ __all__ = [
     "EvenSteps",
     "EvenTimesteps",
     "Explanation",
+    "Exponential",
     "Exported",
+    "FoCa",
+    "HiCache",
     "MissingPackageError",
     "OptionError",
     "Runner",

@@ -5,6 +5,9 @@ from dit_cache_fx.strategies.block_ids import ALIASES, check_block_ids, never_ca
 from dit_cache_fx.strategies.clock import CLOCK, Clock
 from dit_cache_fx.strategies.course import Course
 from dit_cache_fx.strategies.deepcache import DeepCache
+from dit_cache_fx.strategies.exponential import Exponential
+from dit_cache_fx.strategies.foca import FoCa
+from dit_cache_fx.strategies.hicache import HiCache
 from dit_cache_fx.strategies.registry import make_strategy
 from dit_cache_fx.strategies.taylorcache import TaylorCache
 from dit_cache_fx.strategies.teacache import TeaCache
@@ -15,6 +18,9 @@ __all__ = [
     "Clock",
     "Course",
     "DeepCache",
+    "Exponential",
+    "FoCa",
+    "HiCache",
     "Memory",
     "NumSteps",
     "Strategy",

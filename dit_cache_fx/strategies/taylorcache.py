@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar
@@ -91,9 +91,19 @@ class TaylorCache(Strategy):
         return new
 
     def reuse(self, held: Sequence[Tensor], start: Tensor | None, clock: Clock) -> Tensor:
-        first, *others = [taylor_sum(band, clock.distance) for band in self._bands(held)]
+        first, *others = [self._predicted(band, clock.distance) for band in self._bands(held)]
         total = sum(others, start=first)
         return total + held[-1] if self.corrector else total
+
+    def weight(self, order: int, power: Callable[[int], Tensor]) -> Tensor:
+        """The weight of a derivative in a prediction. `power`: of the distance."""
+        return power(order) / math.factorial(order)
+
+    def _predicted(self, band: Sequence[Tensor], distance: Tensor) -> Tensor:
+        total = band[0]
+        for i, derivative in enumerate(band[1:], start=1):
+            total = total + derivative * self.weight(i, lambda n: distance**n)
+        return total
 
     def _bands(self, held: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         """The derivatives of each band."""
@@ -110,7 +120,7 @@ class TaylorCache(Strategy):
         missed = slope(value, last, clock) * (clock.gap[1] / 1)
         for band in bands:
             for i, derivative in enumerate(band[1:], start=1):
-                missed = missed - derivative * (clock.gap[i] / math.factorial(i))
+                missed = missed - derivative * self.weight(i, lambda n: clock.gap[n])
         again = (clock.computed > 0) & (clock.distance == 0)
         return torch.where(again, held[-1], self.corrector * missed)
 
@@ -142,14 +152,6 @@ def slope(value: Tensor, last: Tensor, clock: Clock) -> Tensor:
     """The change since the last computed step by its distance; 0 where there is none."""
     known = (clock.computed > 0) & (clock.distance > 0)
     return (value - last) / torch.where(known, clock.distance, math.inf)
-
-
-def taylor_sum(held: Sequence[Tensor], distance: Tensor) -> Tensor:
-    """`sum D[i] distance^i / i!`."""
-    total = held[0]
-    for i, d in enumerate(held[1:], start=1):
-        total = total + d * (distance**i / math.factorial(i))
-    return total
 
 
 def split_bands(value: Tensor) -> list[Tensor]:
