@@ -59,7 +59,8 @@ class ByHand:
     ) -> None:
         self.model, self.orders, self.share, self.steps = model, orders, share, steps
         known = timesteps is not None
-        t = list(timesteps) if timesteps is not None else [float(k) for k in range(LENGTH)]
+        steps_alone = [float(k) for k in range(LENGTH)]
+        t = list(timesteps) if timesteps is not None else steps_alone
         t.append(2 * t[-1] - t[-2])
         self.dt = [b - a for a, b in pairwise(t)]
         self.place = t if known and axis == "timestep" else [float(k) for k in range(LENGTH)]
@@ -243,9 +244,11 @@ def test_a_reused_step_of_order_1_runs_no_more_than_one_of_order_2() -> None:
 # --- the functions alone --------------------------------------------------------------------------
 
 
-def clock(distance: float, computed: int, gap: Sequence[float] = ()) -> Clock:
+def clock(distance: float, computed: int, gap: Sequence[float] = (), reach: float = 0) -> Clock:
     filled = [*gap, *[0.0] * (MOMENTS - len(gap))]
-    return Clock(*(torch.tensor(v, dtype=torch.float64) for v in (distance, computed, filled)))
+    return Clock(
+        *(torch.tensor(v, dtype=torch.float64) for v in (distance, computed, filled, reach))
+    )
 
 
 def test_a_second_evaluation_of_a_step_keeps_the_correction() -> None:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 import dit_cache_fx
-from dit_cache_fx import Clock, Exponential, FoCa, HiCache, TaylorCache
+from dit_cache_fx import Clock, Exponential, FoCa, HiCache, NewtonCache, TaylorCache
 from dit_cache_fx.strategies.clock import MOMENTS
 from dit_cache_fx.strategies.hicache import hermite
 from tests.compile.compiling import Counting, breaks, compiled, no_recompile
+from tests.test_corrector import SHIFTED, ByHand
 from tests.test_errors import refused
 from tests.toys import ToyDiT, actions, make, toy_inputs
 
@@ -31,9 +32,11 @@ def _new_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def at(distance: float, computed: int = 3, gap: Sequence[float] = ()) -> Clock:
+def at(distance: float, computed: int = 3, gap: Sequence[float] = (), reach: float = 0) -> Clock:
     filled = [*gap, *[0.0] * (MOMENTS - len(gap))]
-    return Clock(*(torch.tensor(v, dtype=torch.float64) for v in (distance, computed, filled)))
+    return Clock(
+        *(torch.tensor(v, dtype=torch.float64) for v in (distance, computed, filled, reach))
+    )
 
 
 def physicists(order: int, x: float) -> float:
@@ -87,6 +90,80 @@ def test_hicache_with_the_corrector_is_its_formula() -> None:
 def test_sigmas_that_cannot_be(sigma: Any) -> None:
     options = {"no_cache_steps": STEPS, "sigma": sigma}
     refused("sigma=.*: a number above 0", make(ToyDiT), "hicache", **options)
+
+
+# --- Newton ---------------------------------------------------------------------------------------
+
+
+def parabola(t: float) -> Tensor:
+    return torch.tensor([1.0, -2.0]) + t * torch.tensor([0.5, 3.0]) + t * t * torch.tensor([2, -1])
+
+
+@pytest.mark.parametrize("places", [(0, 2, 5, 9), (0, 1, 2, 3), (0, 4, 5, 11)])
+def test_newton_goes_on_along_a_parabola(places: Sequence[float]) -> None:
+    """TaylorCache of order 2 does not."""
+    got = []
+    for kind in (NewtonCache, TaylorCache):
+        strategy = kind(no_cache_steps=STEPS)
+        held: Sequence[Tensor] = [torch.zeros(2) for _ in range(3)]
+        for i, place in enumerate(places):
+            distance = place - places[i - 1] if i else 0
+            reach = places[i - 1] - places[i - 2] if i > 1 else 0
+            now = at(distance, i, reach=reach)
+            held = strategy.store(held, parabola(place), None, now)
+            held = strategy.store(held, parabola(place), None, at(0, i + 1, reach=distance))
+        got.append(strategy.reuse(held, None, at(2.5)))
+    want = parabola(places[-1] + 2.5)
+    torch.testing.assert_close(got[0], want)
+    assert not torch.allclose(got[1], want, rtol=1e-2)
+
+
+def test_newton_of_order_1_is_taylor() -> None:
+    held, value = [*torch.randn(2, 4)], torch.randn(4)
+    stored = [
+        kind(no_cache_steps=STEPS, max_order=1).store(held, value, None, at(3, 2, reach=2))
+        for kind in (NewtonCache, TaylorCache)
+    ]
+    assert all(map(torch.equal, *stored))
+
+
+def test_newton_has_no_higher_order() -> None:
+    high = {"max_order": 3, "low_freqs_order": 3}
+    refused("max_order=3: at most 2", make(ToyDiT), "newtoncache", no_cache_steps=STEPS, **high)
+
+
+@pytest.mark.parametrize("axis", ["step", "timestep"])
+def test_newton_in_a_cached_model_and_in_a_program(axis: str) -> None:
+    model, timesteps = make(ToyDiT), SHIFTED
+    options = {"axis": axis, "timesteps": timesteps, "corrector": 0.5, "no_cache_steps": STEPS}
+    eager, exported = (dit_cache_fx.apply(model, "newtoncache", **options) for _ in range(2))
+    runner = dit_cache_fx.export(exported, kwargs=toy_inputs(timesteps[0])).runner()
+    by_hand = Newton(model, [2], 0.5, STEPS, timesteps, axis)
+    for step, timestep in enumerate(timesteps):
+        inputs = toy_inputs(timestep, seed=step)
+        want = by_hand(step, **inputs)
+        # Lagrange's weights cancel each other, which rounds more
+        torch.testing.assert_close(eager(**inputs), want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(runner(**inputs), want, rtol=1e-4, atol=1e-4)
+
+
+class Newton(ByHand):
+    """By Lagrange's formula through the last three computed values."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.points: list[tuple[float, Tensor]] = []
+
+    def store(self, c: int, value: Tensor) -> None:
+        super().store(c, value)
+        self.points = [*self.points[-2:], (self.place[c], value)]
+
+    def sum(self, step: int) -> Tensor:
+        total = torch.zeros(())
+        for t, value in self.points:
+            others = [o for o, _ in self.points if o != t]
+            total = total + value * math.prod((self.place[step] - o) / (t - o) for o in others)
+        return total
 
 
 # --- FoCa -----------------------------------------------------------------------------------------
@@ -148,6 +225,7 @@ def test_exponential_keeps_the_dtype(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
+        ("newtoncache", {"corrector": 0.5}),
         ("hicache", {"corrector": 0.5}),
         ("hicache", {"high_freqs_order": 1}),
         ("foca", {}),

@@ -55,7 +55,7 @@ class Stateful(nn.Module):
     """Answers a call from its tensors and the state that the call before has left.
 
     `forward(state, inputs)` returns the model's tensors and the new state. `state`: "clock"
-    (float64 [6], on the CPU), what is held, and what the strategy's rule remembers. It is the state
+    (float64 [7], on the CPU), what is held, and what the strategy's rule remembers. It is the state
     of one branch of a generation: CFG as two calls a step takes two. So that a state never answers
     for another branch, it has a "print" of the conditioning (float64 [2 n], on the CPU, for the n
     inputs in `conditioning`): a call with another one computes. `assertions` of the call's tensors
@@ -110,19 +110,21 @@ class Stateful(nn.Module):
         scheduled = torch.eq(self.steps, clock.step).any() | (clock.step >= self.until)
         forced = (clock.computed == 0) | (clock.step == 0) | scheduled
         flags = {"forced": forced, "fresh": clock.computed == 0}
-        operands = self._one.operands({**inputs, **state, **flags, **self._times(clock)})
+        times = self._times(clock)
+        operands = self._one.operands({**inputs, **state, **flags, **times})
         results = list(self.program(*operands))
         outputs, rest = results[: self._one.outputs], results[self._one.outputs :]
         held, decided = rest[: len(self.held)], rest[len(self.held) :]
         computes = decided[0] if decided else forced
-        new = {"clock": clock.after(computes).pack(), "print": seen}
+        new = {"clock": clock.after(computes, times["distance"]).pack(), "print": seen}
         new.update(zip(self.held, held, strict=True))
         new.update(zip(self._one.memory, decided[1:], strict=True))
         return outputs, new
 
     def _times(self, clock: ClockState) -> State:
         """The tensors of the clock that the graph reads."""
-        times = {"computed": clock.computed, "distance": clock.distance}
+        reach = torch.where(clock.computed > 1, clock.reach, 0.0)
+        times = {"computed": clock.computed, "distance": clock.distance, "reach": reach}
         if self.path is None:
             return times
         return times | {"distance": self.path.distance(clock), "gap": self.path.gap(clock)}

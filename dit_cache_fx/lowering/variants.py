@@ -33,7 +33,7 @@ class Variants:
 
     `compute` gives `outputs` values of the model, then the tensors to hold; `reuse` the values of
     the model alone. Their operands are among the call's inputs, the clock (`distance`,
-    `computed`, `gap`), what is `held` (name -> spec, run after run) and what is `carried`.
+    `computed`, `gap`, `reach`), what is `held` (name -> spec, run after run) and what is `carried`.
     `prefix`, where the strategy has a rule of its own, gives what the rule looks at, then the
     carried tensors; None otherwise.
     """

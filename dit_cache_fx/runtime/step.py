@@ -97,6 +97,7 @@ class Step:
             "distance": lambda: self._course.distance(self._last, self.index),
             "computed": lambda: self._computed,
             "gap": lambda: self._course.gap(self._last, self.index),
+            "reach": lambda: self._branch.reach if self._computed > 1 else 0.0,
         }
         return {n: torch.tensor(made[n](), dtype=torch.float64) for n in CLOCK if n in names}
 
@@ -165,6 +166,8 @@ class Step:
     def _hold(self, held: list[Held]) -> None:
         branch = self._branch
         again = self._computed > 0 and branch.last_computed == self.index
+        if not again:
+            branch.reach = self._course.distance(self._last, self.index)
         branch.held = held
         branch.computed = self._computed + (0 if again else 1)
         branch.last_computed = self.index

@@ -8,6 +8,7 @@ from dit_cache_fx.strategies.deepcache import DeepCache
 from dit_cache_fx.strategies.exponential import Exponential
 from dit_cache_fx.strategies.foca import FoCa
 from dit_cache_fx.strategies.hicache import HiCache
+from dit_cache_fx.strategies.newton import NewtonCache
 from dit_cache_fx.strategies.registry import make_strategy
 from dit_cache_fx.strategies.taylorcache import TaylorCache
 from dit_cache_fx.strategies.teacache import TeaCache
@@ -22,6 +23,7 @@ __all__ = [
     "FoCa",
     "HiCache",
     "Memory",
+    "NewtonCache",
     "NumSteps",
     "Strategy",
     "TaylorCache",

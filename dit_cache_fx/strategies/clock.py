@@ -26,15 +26,24 @@ class Clock(NamedTuple):
     `dt` over the steps that will be reused up to the next computed one. All are 0 where no steps
     were or none will be. `dt`: how far the timestep moves from the step to the next one (a step is
     1 where timesteps are not known).
+
+    `reach` (of no dimensions): the distance between the last computed step and the one before it; 0
+    where there are no two.
     """
 
     distance: Tensor
     computed: Tensor
     gap: Tensor
+    reach: Tensor
 
 
 _SCALAR = TensorSpec(torch.Size([]), torch.float64, torch.device("cpu"))
 #: the tensors of a `Clock` by name, as the host makes them
 CLOCK: Mapping[str, TensorSpec] = MappingProxyType(
-    {"distance": _SCALAR, "computed": _SCALAR, "gap": _SCALAR._replace(shape=torch.Size([MOMENTS]))}
+    {
+        "distance": _SCALAR,
+        "computed": _SCALAR,
+        "gap": _SCALAR._replace(shape=torch.Size([MOMENTS])),
+        "reach": _SCALAR,
+    }
 )

@@ -85,7 +85,7 @@ class TaylorCache(Strategy):
         bands = [value] if len(self.orders) == 1 else split_bands(value)
         new: list[Tensor] = []
         for order, band in zip(self.orders, bands, strict=True):
-            new += derivatives(band, held[len(new) : len(new) + order + 1], clock)
+            new += self.differences(band, held[len(new) : len(new) + order + 1], clock)
         if self.corrector:
             new.append(self._correction(value, held, clock))
         return new
@@ -94,6 +94,10 @@ class TaylorCache(Strategy):
         first, *others = [self._predicted(band, clock.distance) for band in self._bands(held)]
         total = sum(others, start=first)
         return total + held[-1] if self.corrector else total
+
+    def differences(self, value: Tensor, held: Sequence[Tensor], clock: Clock) -> list[Tensor]:
+        """The new derivatives of a band, as many as `held`."""
+        return derivatives(value, held, clock)
 
     def weight(self, order: int, power: Callable[[int], Tensor]) -> Tensor:
         """The weight of a derivative in a prediction. `power`: of the distance."""

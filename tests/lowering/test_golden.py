@@ -289,7 +289,7 @@ def forward(self, forced, fresh, memory_0, memory_1, held_getitem_4_0, x, timest
     model_x_embedder = self.model.x_embedder(x)
     model_positions = self.model.positions
     add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
-    reshape_default_6 = torch.ops.aten.reshape.default(add, [-1])
+    reshape_default_7 = torch.ops.aten.reshape.default(add, [-1])
     sub = torch.ops.aten.sub.Tensor(add, memory_0)
     abs_1 = torch.ops.aten.abs.default(sub)
     mean = torch.ops.aten.mean.default(abs_1)
@@ -315,7 +315,7 @@ def forward(self, forced, fresh, memory_0, memory_1, held_getitem_4_0, x, timest
     bitwise_or_1 = torch.ops.aten.bitwise_or.Tensor(bitwise_or, reshape_default_1)
     compute = self.compute
     reuse = self.reuse
-    cond = torch.cond(bitwise_or_1, compute, reuse, (held_getitem_4_0, timestep, text, reshape_default_6))
+    cond = torch.cond(bitwise_or_1, compute, reuse, (held_getitem_4_0, timestep, text, reshape_default_7))
     getitem = cond[0]
     getitem_1 = cond[1]
     return (getitem, getitem_1, bitwise_or_1, where_1, where_2, where_3)
