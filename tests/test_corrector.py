@@ -263,6 +263,8 @@ def test_nothing_is_corrected_before_there_was_an_interval() -> None:
     held = [torch.zeros(()) for _ in range(3)]
     new = strategy.store(held, torch.tensor(4.0), None, clock(0, 0))
     assert [float(t) for t in new] == [4.0, 0.0, 0.0]
+    broken = [torch.tensor(float("nan")) for _ in range(3)]  # of another request, in a program
+    assert float(strategy.store(broken, torch.tensor(4.0), None, clock(0, 0))[-1]) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

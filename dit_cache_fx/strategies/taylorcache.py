@@ -115,7 +115,7 @@ class TaylorCache(Strategy):
         return [held[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
     def _correction(self, value: Tensor, held: Sequence[Tensor], clock: Clock) -> Tensor:
-        """What to add to the predictions up to the next computed step.
+        """What to add to the predictions up to the next computed step; 0 before there was another.
 
         A second evaluation at the same step (distance 0) keeps that of the first.
         """
@@ -125,8 +125,10 @@ class TaylorCache(Strategy):
         for band in bands:
             for i, derivative in enumerate(band[1:], start=1):
                 missed = missed - derivative * self.weight(i, lambda n: clock.gap[n])
+        known = (clock.computed > 0) & (clock.distance > 0)
         again = (clock.computed > 0) & (clock.distance == 0)
-        return torch.where(again, held[-1], self.corrector * missed)
+        corrected = torch.where(known, self.corrector * missed, 0.0)
+        return torch.where(again, held[-1], corrected)
 
     def _check_corrector(self) -> None:
         value = self.corrector
