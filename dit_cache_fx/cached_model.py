@@ -31,7 +31,7 @@ _OWN = frozenset({"_model", "_engine", "_rebuild", "_enabled", "_compiled_call_i
 _HOOK = frozenset({"forward", "_old_forward", "_hf_hook"})
 
 #: what can be set on the cached model itself
-_SETTABLE = frozenset({"cur_timestep", "num_steps"})
+_SETTABLE = frozenset({"cur_timestep", "num_steps", "timesteps"})
 
 
 class _Alike(type):

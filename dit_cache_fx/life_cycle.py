@@ -16,6 +16,7 @@ from dit_cache_fx.runtime.call_log import CallLog
 from dit_cache_fx.runtime.scope import CacheContext
 from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.strategies.schedule import check_num_steps
+from dit_cache_fx.strategies.timesteps import Timesteps, checked_timesteps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,6 +71,25 @@ class LifeCycle:
         if number is not None:
             check_num_steps(number)
         self._host.count.given = number
+
+    @property
+    def timesteps(self) -> tuple[float, ...] | None:
+        """The timesteps of a generation's calls; None where not known.
+
+        Set them before a generation begins: a sequence, tensor or array, or a function that is
+        asked at a generation's first call. They go before the option of this name.
+        """
+        given = self._host.count.given_timesteps
+        if isinstance(given, tuple):
+            return given
+        course = self._host.course
+        return None if course is None else course.timesteps
+
+    @timesteps.setter
+    def timesteps(self, timesteps: Timesteps | None) -> None:
+        if timesteps is not None and not callable(timesteps):
+            timesteps = checked_timesteps(timesteps)
+        self._host.count.given_timesteps = timesteps
 
     def enable(self) -> None:
         """Cache from the next call on."""

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from dit_cache_fx import DeepCache, Strategy, VerifyError
+from dit_cache_fx.ir.names import CLOCK_NAMES
 from dit_cache_fx.ir.program import BlockId, Region
 from dit_cache_fx.ir.verify import verify
 from dit_cache_fx.passes import run_passes
-from dit_cache_fx.strategies import Clock
+from dit_cache_fx.strategies import CLOCK, Clock
 from tests.passes.toy import captured
 
 DEEP = DeepCache(no_cache_steps=[0])
@@ -91,3 +92,7 @@ def test_the_observer_sees_every_pass() -> None:
         "sink",
         "dead_code",
     ]
+
+
+def test_the_verifier_knows_the_clock() -> None:
+    assert CLOCK_NAMES == Clock._fields == tuple(CLOCK)

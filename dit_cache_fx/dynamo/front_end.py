@@ -100,6 +100,7 @@ class Backend(LifeCycle):
         """Forget everything: graphs and counts too."""
         self.clear_states()
         self._host.forget_calls()
+        self._host.count.forget()
         for graph in self._graphs:
             graph.forget()
 

@@ -6,8 +6,11 @@ whatever the model's arguments and operators are called: `unreserved` sees to th
 
 from __future__ import annotations
 
+#: what both sides of a run read of the step (`strategies.Clock`)
+CLOCK_NAMES = ("distance", "computed", "gap", "reach")
+
 #: the clock, the flags of a decision, and what a state holds beside the tensors
-_WORDS = frozenset({"distance", "computed", "forced", "fresh", "clock", "print", "lost"})
+_WORDS = frozenset({*CLOCK_NAMES, "forced", "fresh", "clock", "print", "lost"})
 _HELD, _MEMORY = "held_", "memory_"
 
 

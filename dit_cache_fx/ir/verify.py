@@ -10,11 +10,8 @@ from torch import fx
 
 from dit_cache_fx.errors import VerifyError
 from dit_cache_fx.ir.cached_run import CachedRun, cached_runs, is_cached_run
-from dit_cache_fx.ir.names import is_reserved
+from dit_cache_fx.ir.names import CLOCK_NAMES, is_reserved
 from dit_cache_fx.ir.program import BLOCK, Program, Region
-
-#: operands of both sides beside what is held and what the run starts from: the clock
-_CLOCK = 2
 
 
 def verify(program: Program) -> None:
@@ -89,7 +86,7 @@ def _verify_run(program: Program, run: CachedRun) -> None:
     _verify_results(run, region, where)
     compute, reuse = (_side(program, name, where) for name in (run.compute, run.reuse))
     taken = [sum(n.op == "placeholder" for n in side.graph.nodes) for side in (compute, reuse)]
-    held = taken[1] - _CLOCK - len(run.starts)
+    held = taken[1] - len(CLOCK_NAMES) - len(run.starts)
     if held < 0 or held % max(len(region.values), 1):
         raise VerifyError(
             f"{where}its reuse side takes {taken[1]} operands: no number of held tensors for "

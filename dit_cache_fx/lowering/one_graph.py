@@ -16,13 +16,12 @@ from dit_cache_fx.ir.program import Program, graph_module, inline, tensor_spec
 from dit_cache_fx.lowering.part import Part
 from dit_cache_fx.lowering.preamble import Preamble, pinned, split_preamble
 from dit_cache_fx.lowering.variants import Variants
-from dit_cache_fx.strategies import Clock, Strategy
+from dit_cache_fx.strategies import CLOCK, Strategy
 from dit_cache_fx.strategies.rule import begun, decided
 from dit_cache_fx.strategies.traced import traced
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
 _FLAG = TensorSpec(torch.Size([]), torch.bool, torch.device("cpu"))
-_SCALAR = TensorSpec(torch.Size([]), torch.float64, torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -106,9 +105,8 @@ class _Writer:
     def _placeholders(self) -> dict[str, fx.Node]:
         """All that the graph is given, by name; what has no dimensions is made so."""
         inputs = {name: tensor_spec(self.program.node(name)) for name in self.program.inputs}
-        clock = dict.fromkeys(Clock._fields, _SCALAR)
         rule = {} if self.memory is None else {"fresh": _FLAG, **self.memory}
-        specs = {"forced": _FLAG, **rule, **clock, **self.variants.held, **inputs}
+        specs = {"forced": _FLAG, **rule, **CLOCK, **self.variants.held, **inputs}
         if self.preamble is not None:
             carried = {n: tensor_spec(self.program.node(n)) for n in self.variants.carried}
             specs |= carried | self.preamble.given

@@ -13,8 +13,9 @@ from dit_cache_fx.errors import OptionError
 from dit_cache_fx.ir.program import Program
 from dit_cache_fx.lowering.clock import ClockState
 from dit_cache_fx.lowering.one_graph import lower_one_graph
+from dit_cache_fx.lowering.path import Path
 from dit_cache_fx.lowering.variants import Variants
-from dit_cache_fx.strategies import Strategy
+from dit_cache_fx.strategies import Course, Strategy
 from dit_cache_fx.strategies.schedule import ListedSteps
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
@@ -33,8 +34,10 @@ class FixedSteps(NamedTuple):
     until: float
 
 
-def fixed_steps(strategy: Strategy, num_steps: int | None) -> FixedSteps:
-    """The schedule of a program that nobody tells a number of steps later.
+def fixed_steps(
+    strategy: Strategy, num_steps: int | None, timesteps: tuple[float, ...] | None = None
+) -> FixedSteps:
+    """The schedule of a program that nobody tells a number of steps or timesteps later.
 
     Raises `OptionError` where the schedule needs the number and it is None.
     """
@@ -45,18 +48,18 @@ def fixed_steps(strategy: Strategy, num_steps: int | None) -> FixedSteps:
         raise OptionError(
             "num_steps",
             None,
-            f"{plan} places its steps by their number, which has to be known here: give num_steps, "
-            "or set it on the cached model (cached.num_steps = 50)",
+            f"{plan} places its steps by their number, which has to be known here: give num_steps "
+            "(or timesteps), or set it on the cached model (cached.num_steps = 50)",
         )
-    most = max(MOST_STEPS, num_steps or 0)
-    return FixedSteps([s for s in range(most) if strategy.scheduled(s, num_steps)], most)
+    most, course = max(MOST_STEPS, num_steps or 0), strategy.course(num_steps, timesteps)
+    return FixedSteps([s for s in range(most) if course.computes(s)], most)
 
 
 class Stateful(nn.Module):
     """Answers a call from its tensors and the state that the call before has left.
 
     `forward(state, inputs)` returns the model's tensors and the new state. `state`: "clock"
-    (float64 [6], on the CPU), what is held, what the strategy's rule remembers, and whether that is
+    (float64 [7], on the CPU), what is held, what the strategy's rule remembers, and whether that is
     "lost". It is the state of one branch of a generation: CFG as two calls a step takes two. So
     that a state never answers for another branch, it has a "print" of the conditioning (float64
     [2 n], on the CPU, for the n inputs in `conditioning`): a call with another one computes.
@@ -71,6 +74,7 @@ class Stateful(nn.Module):
         assertions: nn.Module | None,
         conditioning: Sequence[str],
         steps: FixedSteps,
+        course: Course | None = None,
     ) -> None:
         super().__init__()
         self.steps: torch.Tensor
@@ -85,6 +89,9 @@ class Stateful(nn.Module):
         computed = torch.tensor(steps.computed, dtype=torch.float64)
         self.register_buffer("steps", computed, persistent=False)
         self.until = steps.until
+        course = course or strategy.course()
+        needs_path = course.by_timestep or "gap" in one.part.names
+        self.path = Path(course, max(MOST_STEPS, course.num_steps or 0)) if needs_path else None
 
     def initial(self) -> State:
         """The state before the first call."""
@@ -114,16 +121,24 @@ class Stateful(nn.Module):
         forced = (clock.computed == 0) | (clock.step == 0) | scheduled
         fresh = clock.computed == 0
         flags = {"forced": forced, "fresh": fresh | state["lost"] if "lost" in state else fresh}
-        times = {"distance": clock.distance, "computed": clock.computed}
+        times = self._times(clock)
         operands = self._one.operands({**inputs, **state, **flags, **times})
         results = list(self.program(*operands))
         outputs, rest = results[: self._one.outputs], results[self._one.outputs :]
         held, decided = rest[: len(self.held)], rest[len(self.held) :]
         computes = decided[0] if decided else forced
-        new = {"clock": clock.after(computes).pack(), "print": seen}
+        new = {"clock": clock.after(computes, times["distance"]).pack(), "print": seen}
         new.update(zip(self.held, held, strict=True))
         new.update(zip(self._remembered, decided[1:], strict=True))
         return outputs, new
+
+    def _times(self, clock: ClockState) -> State:
+        """The tensors of the clock that the graph reads."""
+        reach = torch.where(clock.computed > 1, clock.reach, 0.0)
+        times = {"computed": clock.computed, "distance": clock.distance, "reach": reach}
+        if self.path is None:
+            return times
+        return times | {"distance": self.path.distance(clock), "gap": self.path.gap(clock)}
 
 
 def _print(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

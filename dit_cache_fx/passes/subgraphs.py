@@ -20,18 +20,15 @@ from dit_cache_fx.ir.program import (
     spec_of,
     tensor_spec,
 )
-from dit_cache_fx.strategies import Clock, Strategy
+from dit_cache_fx.strategies import CLOCK, Clock, Strategy
 from dit_cache_fx.strategies.traced import agree, traced
-from dit_cache_fx.values.tensor_spec import TensorSpec
-
-_SCALAR = TensorSpec(torch.Size([]), torch.float64, torch.device("cpu"))
 
 
 class Subgraphs:
     """Builds the sides of one run.
 
-    Both take, for each value, the tensors that are held for it, then `distance` and `computed`
-    (float64, no dimensions), then what the run starts from; the compute side also its operands.
+    Both take, for each value, the tensors that are held for it, then those of a `Clock`, then what
+    the run starts from; the compute side also its operands.
     """
 
     def __init__(
@@ -87,7 +84,7 @@ class Subgraphs:
             value = self.program.node(name)
             for place in places:
                 place.meta.update({"val": spec_of(value), DEVICE: device_of(value)})
-        clock = [graph.placeholder(name) for name in Clock._fields]
+        clock = [graph.placeholder(name) for name in CLOCK]
         new = {node: graph.placeholder(node.name) for node in inputs}
         for node, placeholder in new.items():
             placeholder.meta.update(node.meta)
@@ -112,8 +109,8 @@ class Subgraphs:
         given = {name: node for name, node in rest.items() if node is not None}
 
         def flat(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
-            named = dict(zip(given, tensors[len(held) + 2 :], strict=True))
-            at = Clock(*tensors[len(held) : len(held) + 2])
+            named = dict(zip(given, tensors[len(held) + len(CLOCK) :], strict=True))
+            at = Clock(*tensors[len(held) : len(held) + len(CLOCK)])
             results = function(tensors[: len(held)], *map(named.get, rest), at)
             agree(self.strategy, name, results, right, why)
             return list(results)
@@ -124,7 +121,9 @@ class Subgraphs:
             why = "as many as slots(), of the value's shape, dtype and device"
 
         specs = {f"held[{i}]": spec for i in range(len(held))}
-        specs |= {f"clock.{name}": _SCALAR for name in Clock._fields} | dict.fromkeys(given, spec)
+        specs |= {f"clock.{name}": spec for name, spec in CLOCK.items()} | dict.fromkeys(
+            given, spec
+        )
         gm = traced(self.strategy, name, flat, specs)
         return inline(graph, self.attributes, gm, [*held, *clock, *given.values()])
 

@@ -122,6 +122,8 @@ def schedule_of(strategy: Strategy) -> str:
     """The option that says which steps compute, where it is no list of them."""
     if strategy.compute_ratio is not None:
         return f"compute_ratio {strategy.compute_ratio:.3g}"
+    if strategy.computed_steps is not None:
+        return f"computed_steps {strategy.computed_steps}"
     return "" if strategy.schedule is None else str(strategy.schedule)
 
 

@@ -67,6 +67,7 @@ class Branch:
     memory: Memory | None = None  # of the strategy's own rule
     computed: int = 0  # computed steps so far
     last_computed: int = 0  # the newest computed step
+    reach: float = 0.0  # the distance to it from the one before
     prepared: tuple[TensorSpec, ...] = ()  # specs of what the host prepared for its newest graph
     shapes: Any = None  # of the masked selections that the held tensors came from
 

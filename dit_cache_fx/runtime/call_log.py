@@ -11,12 +11,13 @@ import torch
 
 from dit_cache_fx.errors import warn
 from dit_cache_fx.runtime.branches import Branch
-from dit_cache_fx.runtime.generation import StepCount, as_number
+from dit_cache_fx.runtime.generation import as_number
 from dit_cache_fx.runtime.placement import CallEvidence, Placement, place
 from dit_cache_fx.runtime.session import MAX_BRANCHES, Session
 from dit_cache_fx.runtime.step import MISSING, Step
+from dit_cache_fx.runtime.step_count import StepCount
 from dit_cache_fx.runtime.tracker import Tracker
-from dit_cache_fx.strategies import Strategy
+from dit_cache_fx.strategies import Course, Strategy
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
 _CROWDED = (
@@ -78,16 +79,22 @@ class CallLog:
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
-        self.count = StepCount(strategy.num_steps)
+        self.count = StepCount(strategy)
         self.tracker = Tracker(self.count)
         self.calls = {"computed": 0, "reused": 0}
         self._warned: set[str] = set()
 
     @property
+    def course(self) -> Course | None:
+        """What is known of the newest generation's steps; None before the first call."""
+        newest = self.tracker.session.newest
+        return None if newest is None else newest.course
+
+    @property
     def num_steps(self) -> int | None:
         """How many steps the newest generation is expected to have; None where not known."""
-        newest = self.tracker.session.newest
-        return None if newest is None else newest.num_steps
+        course = self.course
+        return None if course is None else course.num_steps
 
     def forget_calls(self) -> None:
         """Forget what the calls were."""
@@ -119,15 +126,18 @@ class CallLog:
         if placed.branch.shapes != shapes:
             emptied = replace(placed.branch.emptied(), shapes=shapes)
             placed = replace(placed, branch=emptied, replaced=placed.replaced or placed.branch)
-        num_steps = placed.generation.num_steps
-        step = Step(self.strategy, placed.branch, placed.index, held, num_steps, placed.missed)
-        return CallStart(session, placed, step)
+        generation = placed.generation
+        course = self.count.on_way(
+            generation.course, generation.values, placed.index, as_number(call.value)
+        )
+        step = Step(self.strategy, placed.branch, placed.index, held, course, placed.missed)
+        return CallStart(session, replace(placed, course=course), step)
 
     def done(self, start: CallStart, arguments: Callable[[], Sequence[str]]) -> None:
         """The call has succeeded. `arguments`: the names of those that are its conditioning."""
         session, placed, step = start
         if placed.begins:
-            self.count.ended(session.newest)
+            session.end(self.count)
         fits = placed.settle(session, answered=True)
         self._warn_starved(start, fits, arguments)
         if placed.generation is not session.noted:
@@ -144,7 +154,7 @@ class CallLog:
         """The model itself has answered a call: it counts as a step that the cache did not see."""
         placed = place(session, call, self.count)
         if placed.begins:
-            self.count.ended(session.newest)
+            session.end(self.count)
         placed.settle(session, answered=False)
 
     def records(self) -> list[StepRecord]:

@@ -56,7 +56,7 @@ class Engine:
     def reset_states(self) -> None:
         """Forget everything, graphs and counts included."""
         self.clear_states()
-        self.host.count.counted = None
+        self.host.count.forget()
         self.graphs.clear()
         self.host.forget_calls()
 

@@ -1,4 +1,4 @@
-"""Which step of which generation a call belongs to, and how many steps a generation has."""
+"""Which step of which generation a call belongs to."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dit_cache_fx.strategies import NumSteps
-from dit_cache_fx.strategies.schedule import check_num_steps
+from dit_cache_fx.runtime.step_count import StepCount
+from dit_cache_fx.strategies import Course
 
 #: a timestep as a number; where its elements differ, all of them: float64 [n] on the CPU
 TimestepValue = float | torch.Tensor
@@ -38,6 +38,10 @@ def movement(before: TimestepValue, now: TimestepValue) -> tuple[float, float]:
         return movement(as_number(before), as_number(now))
     low, high = torch.aminmax(b - a)
     return float(low), float(high)
+
+
+#: most timesteps of a generation that are noted
+MAX_VALUES = 4096
 
 
 @dataclass(frozen=True)
@@ -81,28 +85,30 @@ class StepPosition:
 class Generation:
     """A denoising loop under way; the branches and signatures of a request share it.
 
-    `called`: the branches that were called in its newest step, by their identity. `num_steps`: how
-    many steps it is expected to have; `told`: as the user says it. None where that is not known.
-    `crowded`: it has more branches than are known. `origin`: the generation that it has parted
-    from.
+    `called`: the branches that were called in its newest step, by their identity. `course`: its
+    steps, as far as they are known beforehand. `values`: the timesteps of its steps so far; it ends
+    where one was left out. `told`: the number of steps as the user says it, else None. `crowded`:
+    it has more branches than are known. `origin`: the generation that it has parted from.
     """
 
     position: StepPosition = field(default_factory=lambda: StepPosition(0.0))
-    num_steps: int | None = None
+    course: Course = field(default_factory=Course)
     told: int | None = None
     called: set[object] = field(default_factory=set)
+    values: list[float] = field(default_factory=list)
     crowded: bool = False
     origin: Generation | None = None
 
     @staticmethod
     def begun(position: StepPosition, count: StepCount) -> Generation:
         """One that begins with a call at this position."""
-        told = count.told()
-        return Generation(position, count.counted if told is None else told, told)
+        course = count.course(None if position.explicit else as_number(position.value))
+        return Generation(position, course, course.num_steps if count.is_told else None)
 
     def apart(self, position: StepPosition, branch: object) -> Generation:
         """One for a branch that others have left behind at this position."""
-        return Generation(position, self.num_steps, self.told, {branch}, origin=self)
+        own = self.values[: position.index + 1]
+        return Generation(position, self.course, self.told, {branch}, own, origin=self)
 
     def reached(self, value: TimestepValue, explicit: bool, branch: object) -> StepPosition | None:
         """Where a call of `branch` with this timestep stands; None where it is not of this one.
@@ -121,34 +127,17 @@ class Generation:
         """Whether it has no such step: the user said how many there are."""
         return self.told is not None and position.index >= self.told and not position.explicit
 
+    def expects(self, value: TimestepValue) -> bool:
+        """Whether its next step is known to have this timestep."""
+        timesteps, following = self.course.timesteps, self.position.index + 1
+        known = timesteps is not None and following < len(timesteps)
+        return known and isinstance(value, float) and timesteps[following] == value  # type: ignore[index]
+
     def enter(self, position: StepPosition, branch: object) -> None:
-        """Move to a call of `branch`."""
+        """Move to a call of `branch`; its timestep is learnt where it is the next step's."""
         if position is not self.position:
             self.position, self.called = position, set()
         self.called.add(branch)
-
-
-class StepCount:
-    """The number of steps: as set on the cached model, else as the option says, else as counted.
-
-    `given`: what is set on the cached model. `counted`: the steps of the newest generation that has
-    ended (one that was broken off counts as it ended).
-    """
-
-    def __init__(self, option: NumSteps | None) -> None:
-        self.option = option
-        self.given: int | None = None
-        self.counted: int | None = None
-
-    def told(self) -> int | None:
-        """As the user says it. Raises `OptionError` where the option's function gives no number."""
-        if self.given is not None or not callable(self.option):
-            return self.option if self.given is None else self.given  # type: ignore[return-value]
-        number = self.option()
-        check_num_steps(number, "num_steps()")
-        return number
-
-    def ended(self, generation: Generation | None) -> None:
-        """A generation has ended."""
-        if generation is not None:
-            self.counted = generation.position.index + 1
+        following = position.index == len(self.values) and not position.explicit
+        if following and len(self.values) < MAX_VALUES:
+            self.values.append(as_number(position.value))

@@ -32,7 +32,7 @@ from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.lowering.stateful import Carried, Stateful, fixed_steps
 from dit_cache_fx.passes import run_passes
 from dit_cache_fx.runtime.first_runs import FirstRuns
-from dit_cache_fx.runtime.generation import StepCount
+from dit_cache_fx.runtime.step_count import StepCount
 from dit_cache_fx.strategies import Strategy, check_block_ids
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
@@ -91,8 +91,9 @@ class Entry(Lowered):
         names = [self.program.inputs[i] for i in self.conditioning] if check_conditioning else []
         guards, accepted = self.captured.guards, self.captured.accepted.copy()
         asserted = None if guards is None else assertions(guards, accepted)
-        steps = fixed_steps(self.strategy, self.count.told())
-        return Stateful(self.program, self.variants, self.strategy, asserted, names, steps)
+        course = self.count.told_course()
+        steps = fixed_steps(self.strategy, course.num_steps, course.timesteps)
+        return Stateful(self.program, self.variants, self.strategy, asserted, names, steps, course)
 
     def carried_in(self, context: tuple[str, ...]) -> Carried:
         """The program with the state of a cache context in its buffers."""

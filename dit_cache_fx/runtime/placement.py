@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.generation import (
     Generation,
-    StepCount,
     StepPosition,
     TimestepValue,
 )
 from dit_cache_fx.runtime.session import Session
+from dit_cache_fx.runtime.step_count import StepCount
 from dit_cache_fx.runtime.trajectory import Judgement, SampleProbe, Trajectory, Verdict
+from dit_cache_fx.strategies import Course
 from dit_cache_fx.values.identity import TensorIdentity
 
 #: a sample that is nearer than this share of the next one's distance belongs to a branch
@@ -57,6 +58,7 @@ class Placement:
     position: StepPosition
     trajectory: Trajectory
     replaced: Branch | None = None
+    course: Course | None = None  # what is known of the generation's steps by now
     new: bool = False  # nothing was known of the branch in this generation
     begins: bool = False  # the generation begins
 
@@ -81,6 +83,7 @@ class Placement:
             _forget_others(session, call, generation)
         session.calls += 1
         session.newest = branch.generation = generation
+        generation.course = self.course or generation.course
         generation.enter(self.position, branch.identity)
         branch.conditioning, branch.trajectory = call.conditioning, self.trajectory
         branch.serial, branch.called = call.serial, session.calls
@@ -168,7 +171,11 @@ def _match(
     """
     trajectory = branch.trajectory
     judgement = trajectory.judge(
-        call.value, call.explicit, call.sample, wait=several or bool(varying)
+        call.value,
+        call.explicit,
+        call.sample,
+        wait=several or bool(varying),
+        expected=branch.generation.expects(call.value),
     )
     if judgement.verdict is Verdict.OTHER:
         return None

@@ -11,6 +11,7 @@ from dit_cache_fx.errors import OptionError
 from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.generation import Generation
 from dit_cache_fx.runtime.scope import Scope
+from dit_cache_fx.runtime.step_count import StepCount
 
 #: most branches of a session whose tensors are held at one time
 MAX_BRANCHES = 8
@@ -73,6 +74,11 @@ class Session:
         """Forget what is held; the generation goes on."""
         for branch in self.branches:
             branch.forget()
+
+    def end(self, count: StepCount) -> None:
+        """The newest generation has ended: learn its steps."""
+        if self.newest is not None:
+            count.ended(self.newest.position.index + 1, self.newest.values)
 
     def of(self, key: Hashable, context: tuple[str, ...]) -> list[Branch]:
         """The known branches of a signature and context."""

@@ -8,7 +8,7 @@ import torch
 
 from dit_cache_fx.runtime.branches import Branch, Held
 from dit_cache_fx.runtime.drive import Results
-from dit_cache_fx.strategies import Clock, Memory, Strategy
+from dit_cache_fx.strategies import CLOCK, Course, Memory, Strategy
 from dit_cache_fx.strategies.rule import begun, decided, lost_with
 from dit_cache_fx.values.identity import storage_key
 from dit_cache_fx.values.tensor_spec import TensorSpec
@@ -18,7 +18,7 @@ FIRST, SCHEDULED, MISSING, RULE = "the first step", "scheduled", "nothing is hel
 
 
 class Step:
-    """A step of one branch. `specs`: what is held of it, by name. `num_steps`: where it is known.
+    """A step of one branch. `specs`: what is held of it, by name. `course`: of its generation.
 
     `missed`: steps since the branch was called last. What is held is older than meant where one of
     them was to be computed, or a rule did not see it.
@@ -32,19 +32,20 @@ class Step:
         branch: Branch,
         index: int,
         specs: Mapping[str, TensorSpec],
-        num_steps: int | None = None,
+        course: Course | None = None,
         missed: Iterable[int] = (),
     ) -> None:
         self.index = index
-        self._num_steps = num_steps
+        self._course = course or strategy.course()
         self._strategy = strategy
         self._branch = branch
         self._specs = specs
         self._memory: Memory | None = branch.memory
         missing = len(branch.held) != len(specs) or not all(h.untouched() for h in branch.held)
-        seen = not any(strategy.has_rule or strategy.scheduled(i, num_steps) for i in missed)
+        seen = not any(strategy.has_rule or self._course.computes(i) for i in missed)
         missing = missing or not seen
-        scheduled = strategy.scheduled(index, num_steps)
+        scheduled = self._course.computes(index)
+        self._missing = missing
         self._forced = scheduled or missing
         self.computes = self._forced
         self._why = FIRST if index == 0 else SCHEDULED if scheduled else MISSING
@@ -65,8 +66,7 @@ class Step:
 
     def given(self, names: Collection[str]) -> dict[str, torch.Tensor]:
         """For a variant that reads `names`: the clock, and what is held (else placeholders)."""
-        held = [h.tensor for h in self._branch.held]
-        held = held or [spec.placeholder() for spec in self._specs.values()]
+        held = self._held() or [spec.placeholder() for spec in self._specs.values()]
         return {**self._clock(names), **dict(zip(self._specs, held, strict=True))}
 
     def compiled_given(self, names: Collection[str]) -> dict[str, torch.Tensor]:
@@ -77,8 +77,8 @@ class Step:
         given: dict[str, torch.Tensor] = {}
         for place, (name, spec) in enumerate(self._specs.items()):
             if name in names:
-                own = self._branch.held
-                given[name] = own[place].tensor if own else spec.zeros()
+                own = self._held()
+                given[name] = own[place] if own else spec.zeros()
         for name, value in self._clock(names).items():
             given[name] = value.to(next(iter(self._specs.values())).device)
         return given
@@ -90,7 +90,7 @@ class Step:
 
         Every step gives tensors of the same strides: for others it would be compiled again.
         """
-        held = [h.tensor.contiguous() for h in self._branch.held]
+        held = [t.contiguous() for t in self._held()]
         held = held or [spec.zeros() for spec in self._specs.values()]
         given = {"forced": _flag(self.computes), **self._clock(names)}
         given.update(zip(self._specs, held, strict=True))
@@ -101,10 +101,27 @@ class Step:
         return given
 
     def _clock(self, names: Collection[str]) -> dict[str, torch.Tensor]:
-        branch = self._branch
-        distance = self.index - branch.last_computed if branch.computed else 0
-        clock = zip(Clock._fields, (distance, branch.computed), strict=True)
-        return {name: _scalar(value) for name, value in clock if name in names}
+        made: dict[str, Callable[[], float | list[float]]] = {
+            "distance": lambda: self._course.distance(self._last, self.index),
+            "computed": lambda: self._computed,
+            "gap": lambda: self._course.gap(self._last, self.index),
+            "reach": lambda: self._branch.reach if self._computed > 1 else 0.0,
+        }
+        return {n: torch.tensor(made[n](), dtype=torch.float64) for n in CLOCK if n in names}
+
+    def _held(self) -> list[torch.Tensor]:
+        """What the branch holds, if anything that can be used."""
+        return [] if self._missing else [h.tensor for h in self._branch.held]
+
+    @property
+    def _computed(self) -> int:
+        """Computed steps that what is held comes from."""
+        return 0 if self._missing else self._branch.computed
+
+    @property
+    def _last(self) -> int:
+        """The newest of them; this step where there is none."""
+        return self._branch.last_computed if self._computed else self.index
 
     def prepared(self, first: Mapping[str, TensorSpec], make: Callable[[], Results]) -> Results:
         """What the host makes for a computed step's graph; on others nothing reads it.
@@ -160,14 +177,12 @@ class Step:
 
     def _hold(self, held: list[Held]) -> None:
         branch = self._branch
-        again = branch.computed > 0 and branch.last_computed == self.index
+        again = self._computed > 0 and branch.last_computed == self.index
+        if not again:
+            branch.reach = self._course.distance(self._last, self.index)
         branch.held = held
-        branch.computed += 0 if again else 1
+        branch.computed = self._computed + (0 if again else 1)
         branch.last_computed = self.index
-
-
-def _scalar(value: int) -> torch.Tensor:
-    return torch.tensor(float(value), dtype=torch.float64)
 
 
 def _flag(value: bool) -> torch.Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from weakref import WeakSet, ref
 
-from dit_cache_fx.runtime.generation import StepCount
 from dit_cache_fx.runtime.scope import Scope
 from dit_cache_fx.runtime.session import Session
+from dit_cache_fx.runtime.step_count import StepCount
 
 
 class Tracker:
@@ -65,7 +65,7 @@ class Tracker:
 
     def clear(self) -> None:
         """Forget what is held and where the generations stand; their steps are counted."""
-        self.count.ended(self.session.newest)
+        self.session.end(self.count)
         for session in self.sessions():
             session.clear()
 

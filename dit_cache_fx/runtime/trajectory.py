@@ -107,16 +107,22 @@ class Trajectory:
         return replace(new, change=max(self.change, change), speed=max(self.speed, speed))
 
     def judge(
-        self, value: TimestepValue, explicit: bool, sample: SampleProbe | None, wait: bool
+        self,
+        value: TimestepValue,
+        explicit: bool,
+        sample: SampleProbe | None,
+        wait: bool,
+        expected: bool = False,
     ) -> Judgement:
         """Whether a call whose timestep does not move back goes on from the newest one.
 
-        `wait`: the samples are compared even if the host has to wait for the device.
+        `wait`: the samples are compared even if the host has to wait for the device. `expected`:
+        the timestep is known to be the next one.
         """
         if self.value is None or explicit != self.explicit:
             return Judgement(Verdict.OTHER)
         move = self._move(value)
-        doubtful = not explicit and self._far(value, move, DOUBTFUL_MOVE)
+        doubtful = not (explicit or expected) and self._far(value, move, DOUBTFUL_MOVE)
         change = self._distance(sample, wait or doubtful or move == 0)
         if change is not None and self._elsewhere(move, change, sample):
             return Judgement(Verdict.OTHER, change)

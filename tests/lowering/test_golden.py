@@ -289,7 +289,7 @@ def forward(self, forced, fresh, memory_0, memory_1, held_getitem_4_0, x, timest
     model_x_embedder = self.model.x_embedder(x)
     model_positions = self.model.positions
     add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
-    reshape_default_6 = torch.ops.aten.reshape.default(add, [-1])
+    reshape_default_7 = torch.ops.aten.reshape.default(add, [-1])
     zeros = torch.ops.aten.zeros.default([], dtype = torch.float64, device = device(type='cpu'), pin_memory = False)
     clone = torch.ops.aten.clone.default(zeros)
     sub = torch.ops.aten.sub.Tensor(add, memory_0)
@@ -340,7 +340,7 @@ def forward(self, forced, fresh, memory_0, memory_1, held_getitem_4_0, x, timest
     getitem_1 = unbind[1]
     compute = self.compute
     reuse = self.reuse
-    cond = torch.cond(getitem, compute, reuse, (held_getitem_4_0, timestep, text, reshape_default_6))
+    cond = torch.cond(getitem, compute, reuse, (held_getitem_4_0, timestep, text, reshape_default_7))
     getitem_2 = cond[0]
     getitem_3 = cond[1]
     return (getitem_2, getitem_3, getitem, getitem_1, where_1, where_2, where_3)
