@@ -16,6 +16,7 @@ from dit_cache_fx.export import Exported, Runner, export, load
 from dit_cache_fx.report.cache_report import CacheReport, CaptureReport
 from dit_cache_fx.report.explain import Explanation
 from dit_cache_fx.runtime.call_log import StepRecord
+from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.strategies import (
     Clock,
     DeepCache,
@@ -64,6 +65,7 @@ __all__ = [
     "OptionError",
     "Runner",
     "Schedule",
+    "Session",
     "StepRecord",
     "Strategy",
     "TaylorCache",
