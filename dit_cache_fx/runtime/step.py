@@ -160,11 +160,11 @@ class Step:
 
 
 def _scalar(value: int) -> torch.Tensor:
-    return torch.tensor(float(value), dtype=torch.float64)
+    return torch.tensor(float(value), dtype=torch.float64, device="cpu")
 
 
 def _flag(value: bool) -> torch.Tensor:
-    return torch.tensor(value)
+    return torch.tensor(value, device="cpu")
 
 
 def _own(held: Held, foreign: set[int]) -> Held:
