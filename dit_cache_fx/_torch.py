@@ -47,6 +47,7 @@ from torch.overrides import (
     _pop_mode_temporarily,
 )
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
@@ -157,7 +158,7 @@ def trace_shapes(
     function: Callable[..., Sequence[torch.Tensor]], specs: Sequence[TensorSpec]
 ) -> fx.GraphModule:
     """The graph of a pure function for tensors of these specs, without data."""
-    with FakeTensorMode():
+    with without_dispatch_modes(), FakeTensorMode():
         inputs = [torch.empty(shape, dtype=dtype, device=d) for shape, dtype, d in specs]
         return _traced(function, inputs)
 
@@ -366,6 +367,10 @@ def _proxy_mode() -> ProxyTorchDispatchMode | None:
 def untraced() -> Any:
     """A context in which operations run without being added to the graph."""
     return disable_proxy_modes_tracing()
+
+
+#: within it what looks on at operators (a count of FLOPs, a debugger) does not see them
+without_dispatch_modes = _disable_current_modes
 
 
 @contextmanager

@@ -115,12 +115,12 @@ def second_inputs(
     Integers and booleans (ids, labels, masks) stay as they are, the timestep excepted: another
     value might not be a legal one.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     for only in (range(len(tensors)), sample):
         changed = [t.clone() for t in tensors]
         for i in only:
             if tensors[i].is_floating_point():
-                noise = torch.randn(tensors[i].shape, generator=generator)
+                noise = torch.randn(tensors[i].shape, generator=generator, device="cpu")
                 changed[i] = noise.to(tensors[i])
         changed[timestep] = _another_timestep(tensors[timestep])
         yield changed

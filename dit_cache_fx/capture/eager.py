@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dit_cache_fx._torch import without_dispatch_modes
 from dit_cache_fx.capture.blocks import mark_blocks
 from dit_cache_fx.capture.captured import Captured, Subject, not_held
 from dit_cache_fx.capture.check import IllegalInputs, compare, refusable, refuse, second_inputs
@@ -54,14 +55,16 @@ def capture(subject: Subject, call: FlatCall, timestep: str | None) -> Captured:
         recording = _recorded(subject, call, tensors, lists, kept)
         refuse_rewritten_arguments(recording)
         refuse_written_memory(subject.model, call, tensors, recording)
-        with _explained("the model's own code (outside its blocks and layers) cannot be traced"):
+        what = "the model's own code (outside its blocks and layers) cannot be traced"
+        with _explained(what), without_dispatch_modes():
             traced = trace(lambda inputs: subject.run(call, inputs), tensors, kept, recording)
         step = timestep if timestep is not None else guessed_timestep(call)
         require_timestep(call, step)
         program, guards = normal_form(subject.model, traced, call, step)
         refuse_read_number(call, program, guards)
         mark_blocks(program, lists, chosen=subject.blocks is not None)
-        mark_signal(program, subject.strategy, recording)
+        with without_dispatch_modes():
+            mark_signal(program, subject.strategy, recording)
         trunk = {str(node.target) for node in program.block_calls()}
         blocks = {m: name for m, name in members.items() if f"model.{name}" in trunk}
         captured = Captured(program, program.gm, guards, recording, blocks, set(kept), set())
@@ -70,7 +73,8 @@ def capture(subject: Subject, call: FlatCall, timestep: str | None) -> Captured:
             refuse_late_guards(guards, trunk)
             captured.accepted.add(guards.shapes(guards.expected))
         if subject.check:
-            with _explained("the captured graph fails where the model does not"):
+            what = "the captured graph fails where the model does not"
+            with _explained(what), without_dispatch_modes():
                 _check(subject, captured, call, tensors)
     return captured
 

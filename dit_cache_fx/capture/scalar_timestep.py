@@ -110,5 +110,7 @@ def _stacked(value: Any) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value
     if isinstance(value, (list, tuple)):
-        return torch.stack([_stacked(v) for v in value])
-    return torch.tensor(value)
+        parts = [_stacked(v) for v in value]
+        device = next((t.device for t in flatten(value)[0]), None)
+        return torch.stack([part.to(device) for part in parts])
+    return torch.tensor(value, device="cpu")

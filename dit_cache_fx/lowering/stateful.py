@@ -86,7 +86,7 @@ class Stateful(nn.Module):
         self.inputs = program.inputs
         self.timestep = str(program.timestep)
         self.guards = assertions
-        computed = torch.tensor(steps.computed, dtype=torch.float64)
+        computed = torch.tensor(steps.computed, dtype=torch.float64, device="cpu")
         self.register_buffer("steps", computed, persistent=False)
         self.until = steps.until
         course = course or strategy.course()
@@ -97,8 +97,8 @@ class Stateful(nn.Module):
         """The state before the first call."""
         specs = {**self.held, **self._remembered}
         zeros = {name: spec.zeros() for name, spec in specs.items()}
-        clock = torch.zeros(len(ClockState._fields), dtype=torch.float64)
-        prints = torch.zeros(2 * len(self.conditioning), dtype=torch.float64)
+        clock = torch.zeros(len(ClockState._fields), dtype=torch.float64, device="cpu")
+        prints = torch.zeros(2 * len(self.conditioning), dtype=torch.float64, device="cpu")
         return {"clock": clock, "print": prints, **zeros}
 
     @property
@@ -143,7 +143,7 @@ class Stateful(nn.Module):
 
 def _print(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Two weighted sums over each tensor, on the CPU: other values or places give others."""
-    sums = [torch.zeros(0, dtype=torch.float64)]
+    sums = [torch.zeros(0, dtype=torch.float64, device="cpu")]
     for tensor in tensors:
         values = tensor.to(torch.float64).flatten()
         places = torch.arange(1, values.numel() + 1, dtype=torch.float64, device=values.device)

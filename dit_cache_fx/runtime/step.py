@@ -107,7 +107,11 @@ class Step:
             "gap": lambda: self._course.gap(self._last, self.index),
             "reach": lambda: self._branch.reach if self._computed > 1 else 0.0,
         }
-        return {n: torch.tensor(made[n](), dtype=torch.float64) for n in CLOCK if n in names}
+        return {
+            n: torch.tensor(made[n](), dtype=torch.float64, device="cpu")
+            for n in CLOCK
+            if n in names
+        }
 
     def _held(self) -> list[torch.Tensor]:
         """What the branch holds, if anything that can be used."""
@@ -186,7 +190,7 @@ class Step:
 
 
 def _flag(value: bool) -> torch.Tensor:
-    return torch.tensor(value)
+    return torch.tensor(value, device="cpu")
 
 
 def _own(held: Held, foreign: set[int]) -> Held:
