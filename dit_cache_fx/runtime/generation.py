@@ -33,7 +33,9 @@ def movement(before: TimestepValue, now: TimestepValue) -> tuple[float, float]:
     """
     if isinstance(before, float) and isinstance(now, float):
         return now - before, now - before
-    a, b = (torch.as_tensor(v, dtype=torch.float64).reshape(-1) for v in (before, now))
+    a, b = (
+        torch.as_tensor(v, dtype=torch.float64, device="cpu").reshape(-1) for v in (before, now)
+    )
     if 1 not in (a.numel(), b.numel()) and a.numel() != b.numel():
         return movement(as_number(before), as_number(now))
     low, high = torch.aminmax(b - a)

@@ -168,7 +168,7 @@ class Trajectory:
 
 def _rounding(value: float) -> float:
     """How coarse timesteps of this size may be: those of a format that holds the value exactly."""
-    number = torch.tensor(value, dtype=torch.float64)
+    number = torch.tensor(value, dtype=torch.float64, device="cpu")
     for dtype in (torch.bfloat16, torch.float16):
         if float(number.to(dtype)) == value:
             return torch.finfo(dtype).eps * abs(value)
