@@ -191,6 +191,7 @@ class CachedGraph:
             explicit=session.explicit is not None,
             conditioning=TensorIdentity([tensors[i] for i in lowered.conditioning]),
             sample=None if lowered.sample is None else SampleProbe(tensors[lowered.sample]),
+            derived=not self._piece.first,
         )
 
     def _uncached(self, key: Hashable, inputs: Sequence[Input]) -> Sequence[Any]:

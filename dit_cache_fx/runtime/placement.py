@@ -32,7 +32,8 @@ class CallEvidence:
     """What is known of a call.
 
     `key`: its signature. `serial`: the graph that answers it. `context`: the cache contexts that it
-    is in. `explicit`: `value` is a step index that the user has set.
+    is in. `explicit`: `value` is a step index that the user has set. `derived`: it is of a piece of
+    a model, so its conditioning may be made from the timestep.
     """
 
     key: Hashable
@@ -42,6 +43,7 @@ class CallEvidence:
     explicit: bool
     conditioning: TensorIdentity
     sample: SampleProbe | None = None
+    derived: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,10 @@ def _find(session: Session, call: CallEvidence) -> _Match | None:
 def _of_conditioning(
     branches: Sequence[Branch], call: CallEvidence
 ) -> list[tuple[Branch, frozenset[int]]]:
-    """The branches with the call's conditioning; in a cache context also those where it varies."""
+    """The branches with the call's conditioning.
+
+    In a cache context, and in a piece of a model, also those where the least of it varies.
+    """
     given = call.conditioning
     objects = [(b, given.other_objects(b.conditioning)) for b in branches]
     same = [(b, places) for b, places in objects if not places]
@@ -148,7 +153,10 @@ def _of_conditioning(
         return same
     values = [(b, given.other_values(b.conditioning, places)) for b, places in objects]
     equal = [(b, places) for b, places in values if not places]
-    return equal if equal or not call.context else values
+    if equal or not (call.context or call.derived):
+        return equal
+    least = min((len(places) for _, places in values), default=0)
+    return [(b, places) for b, places in values if len(places) == least]
 
 
 def _moves_on(branch: Branch, call: CallEvidence) -> bool:
@@ -167,7 +175,7 @@ def _match(
     """A branch, unless the call's sample comes from elsewhere.
 
     Conditioning that varies is no evidence: there the sample must go on, and the first call of its
-    kind computes.
+    kind computes. What a piece of a model is given varies from its second call on, or not at all.
     """
     trajectory = branch.trajectory
     judgement = trajectory.judge(
@@ -180,10 +188,14 @@ def _match(
     if judgement.verdict is Verdict.OTHER:
         return None
     if not varying:
-        return _Match(branch, judgement, varying)
+        return _Match(branch, judgement, branch.varying if call.derived else varying)
+    known = varying <= branch.varying
+    if call.derived:
+        found = _Match(branch, judgement, varying | branch.varying, usable=known)
+        return found if known or trajectory.move == 0 else None
     if judgement.change is None or not trajectory.similar(call.sample):
         return None
-    return _Match(branch, judgement, varying, usable=varying <= branch.varying)
+    return _Match(branch, judgement, varying, usable=known)
 
 
 def _nearest(session: Session, call: CallEvidence, matches: Sequence[_Match]) -> _Match | None:
