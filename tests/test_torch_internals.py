@@ -16,11 +16,13 @@ from functorch.compile import make_boxed_func
 from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd import frontend_utils
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_cache_fx
 from dit_cache_fx._torch import (
     CANNOT_COMPILE,
+    READS_DATA,
     Emitter,
     Piece,
     aoti_load,
@@ -39,6 +41,7 @@ from dit_cache_fx._torch import (
     trace_text,
     untraced,
     wants_one_graph,
+    without_mode,
 )
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.values.tensor_spec import TensorSpec
@@ -115,6 +118,37 @@ def test_emit_node_adds_a_reader_of_traced_values_only() -> None:
     targets = [n.target for n in gm.graph.nodes if n.op == "call_function"]
     assert targets == [read, torch.ops.aten.add.Tensor]
     assert not emit_node(read, (torch.ones(2),), {}, "read")
+
+
+class Naming(TorchFunctionMode):
+    """Notes the functions that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_function_mode_can_be_left_for_a_while() -> None:
+    with Naming() as mode:
+        torch.zeros(1)
+        with without_mode(Naming):
+            torch.ones(1)
+        with without_mode(TorchDispatchMode):  # another kind
+            torch.full((1,), 2.0)
+    assert mode.seen == ["zeros", "full"]
+
+
+def test_values_that_are_not_there_have_errors_of_their_own() -> None:
+    spec = TensorSpec(torch.Size([2]), torch.float32, torch.device("cpu"))
+    for read in (lambda x: [x * float(x[0])], lambda x: [x if x.sum() > 0 else -x]):
+        with pytest.raises(READS_DATA):
+            trace_shapes(read, [spec])
+    with pytest.raises(READS_DATA):
+        trace_shapes(lambda x: [x.nonzero()], [spec])
 
 
 def test_trace_shapes_needs_no_data() -> None:

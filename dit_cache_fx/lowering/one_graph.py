@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from torch import fx
 
-from dit_cache_fx._torch import trace_shapes
 from dit_cache_fx.ir.graph_text import trace_graph
+from dit_cache_fx.ir.names import state_name
 from dit_cache_fx.ir.program import Program, graph_module, inline, tensor_spec
 from dit_cache_fx.lowering.part import Part
 from dit_cache_fx.lowering.preamble import Preamble, pinned, split_preamble
 from dit_cache_fx.lowering.variants import Variants
-from dit_cache_fx.strategies import Clock, Strategy
+from dit_cache_fx.strategies import CLOCK, Clock, RuleState, Strategy
+from dit_cache_fx.strategies.rule import begun, decided, device_of
 from dit_cache_fx.strategies.signals import in_one, signal_of
+from dit_cache_fx.strategies.traced import traced
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
 _FLAG = TensorSpec(torch.Size([]), torch.bool, torch.device("cpu"))
-_SCALAR = TensorSpec(torch.Size([]), torch.float64, torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ class OneGraph:
     `part` gives `outputs` values of the model, then the tensors to hold. Beside what the variants
     read it reads `forced`: whether the step computes. Where it asks the strategy's own rule
     (`asks`), it also reads `fresh` (the state means nothing yet; both are booleans on the CPU) and
-    the rule's `state` (name -> spec), and its results end with the decision and the new state. What
-    has no dimensions is given as one of a single element, by `operands`.
+    the rule's `state` (name -> spec), and its results end with the decision, whether the state is
+    `lost` (the next step has to be told `fresh`), and the new state. What has no dimensions is
+    given as one of a single element, by `operands`.
 
     With a `preamble` the host runs that first (and the rule before it): then the graph asks no
     rule, and reads what the prefix carries and what the preamble gives. A rule that looks at no
@@ -104,9 +106,8 @@ class _Writer:
     def _placeholders(self) -> dict[str, fx.Node]:
         """All that the graph is given, by name; what has no dimensions is made so."""
         inputs = {name: tensor_spec(self.program.node(name)) for name in self.program.inputs}
-        clock = dict.fromkeys(Clock._fields, _SCALAR)
         rule = {"fresh": _FLAG, **self.state} if self.asks else {}
-        specs = {"forced": _FLAG, **rule, **clock, **self.variants.held, **inputs}
+        specs = {"forced": _FLAG, **rule, **CLOCK, **self.variants.held, **inputs}
         if self.preamble is not None:
             carried = {n: tensor_spec(self.program.node(n)) for n in self.variants.carried}
             specs |= carried | self.preamble.given
@@ -122,7 +123,7 @@ class _Writer:
     def _looked_at(self, given: dict[str, fx.Node]) -> list[fx.Node]:
         """All that a rule may look at: the clock, what was measured, and the model's value."""
         variants = self.variants
-        seen = [given[name] for name in (*Clock._fields, *variants.measured)]
+        seen = [given[name] for name in (*CLOCK, *variants.measured)]
         if variants.prefix is None:
             return seen
         called = variants.prefix.operands(given)
@@ -131,40 +132,49 @@ class _Writer:
         given.update(zip(variants.carried, carried, strict=True))
         return [*seen, value]
 
-    def _seen_specs(self) -> list[TensorSpec]:
-        held, signal = self.variants.held, self.program.signal
-        specs = [_SCALAR] * len(Clock._fields) + [held[n] for n in self.variants.measured]
-        return specs if signal is None else [*specs, tensor_spec(signal)]
+    def _seen_specs(self) -> dict[str, TensorSpec]:
+        """All of it by name, in that order."""
+        specs = {f"clock.{name}": spec for name, spec in CLOCK.items()}
+        specs |= {name: self.variants.held[name] for name in self.variants.measured}
+        signal = self.program.signal
+        return specs if signal is None else {**specs, "signal": tensor_spec(signal)}
 
     def _signal(self, seen: Sequence[torch.Tensor]) -> Any:
         """What is looked at, as the strategy names it."""
-        fields, measures = len(Clock._fields), len(self.variants.measured)
+        fields, measures = len(CLOCK), len(self.variants.measured)
         measured = in_one(seen[fields : fields + measures])
         value = seen[-1] if len(seen) > fields + measures else None
         return signal_of(self.strategy, value, Clock(*seen[:fields]), measured)
 
     def _decide(self, operands: Sequence[fx.Node]) -> list[fx.Node]:
-        """The decision, on the CPU (here the host waits for the device), and the new state."""
-        looked_at = self._seen_specs()
+        """The decision and whether the state is lost, on the CPU, and the new state.
+
+        Here the host waits for the device.
+        """
+        looked_at, flags = self._seen_specs(), {"forced": _FLAG, "fresh": _FLAG}
 
         def decide(*given: torch.Tensor) -> list[torch.Tensor]:
-            seen, (forced, fresh, *state) = given[: len(looked_at)], given[len(looked_at) :]
-            signal, device = self._signal(seen), seen[-1].device
-            compute, after = self.strategy.should_compute(signal, tuple(state), forced.to(device))
-            first, anew = self.strategy.init_state(signal), fresh.to(device)
-            new = [torch.where(anew, a, b) for a, b in zip(first, after, strict=True)]
-            return [(compute | anew).to("cpu"), *new]
+            signal = self._signal(given[: len(looked_at)])
+            forced, fresh, *state = given[len(looked_at) :]
+            anew, first = fresh.to(device_of(signal)), begun(self.strategy, signal)
+            answer = decided(self.strategy, signal, tuple(state), forced.to(anew.device))
+            begins = anew | answer.doubted
+            new = [torch.where(begins, a, b) for a, b in zip(first, answer.state, strict=True)]
+            return [*torch.stack([answer.computes | anew, answer.lost]).to("cpu"), *new]
 
-        specs = [*looked_at, _FLAG, _FLAG, *self.state.values()]
-        return inline(self.graph, self.attributes, trace_shapes(decide, specs), operands)
+        given = {**looked_at, **flags, **self.state}
+        gm = traced(self.strategy, "should_compute", decide, given)
+        return inline(self.graph, self.attributes, gm, operands)
 
     def _state_specs(self) -> dict[str, TensorSpec]:
         """What the strategy's rule remembers."""
-        first = trace_shapes(
-            lambda *seen: list(self.strategy.init_state(self._signal(seen))), self._seen_specs()
-        )
+
+        def begin(*seen: torch.Tensor) -> RuleState:
+            return begun(self.strategy, self._signal(seen))
+
+        first = traced(self.strategy, "init_state", begin, self._seen_specs())
         results: Any = first.graph.output_node().args[0]
-        return {f"state_{i}": tensor_spec(node) for i, node in enumerate(results)}
+        return {state_name(i): tensor_spec(node) for i, node in enumerate(results)}
 
     def _apart(self, node: fx.Node, others: set[fx.Node]) -> fx.Node:
         """A module's result may be its input itself, and `cond` takes each memory once."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from dit_cache_fx._torch import DEVICE, trace_shapes
-from dit_cache_fx.errors import VerifyError
+from dit_cache_fx._torch import DEVICE
+from dit_cache_fx.ir.names import held_name, measured_name
 from dit_cache_fx.ir.program import (
     Program,
     Region,
@@ -20,19 +20,17 @@ from dit_cache_fx.ir.program import (
     spec_of,
     tensor_spec,
 )
-from dit_cache_fx.strategies import Clock, Strategy
-from dit_cache_fx.strategies.signals import MEASURED
+from dit_cache_fx.strategies import CLOCK, Clock, Strategy
+from dit_cache_fx.strategies.traced import agree, refused, traced
 from dit_cache_fx.values.tensor_spec import TensorSpec
-
-_SCALAR = TensorSpec(torch.Size([]), torch.float64, torch.device("cpu"))
 
 
 class Subgraphs:
     """Builds the sides of one run.
 
     Both take, for each value, the tensors that are held for it (what was measured of it is the
-    last, where something is), then `distance` and `computed` (float64, no dimensions), then what
-    the run starts from; the compute side also its operands.
+    last, where something is), then those of a `Clock`, then what the run starts from; the compute
+    side also its operands.
     """
 
     def __init__(
@@ -50,7 +48,7 @@ class Subgraphs:
         self.operands = operands
         self.attributes = attributes_of(program.gm, program.graph)
         self.slots = strategy.slots()
-        self.measures = [self._traced(_measure(strategy), i, True) for i in self._indexes()]
+        self.measures = [self._traced("measure", i) for i in self._indexes()]
 
     def compute(self, members: set[fx.Node]) -> fx.GraphModule:
         """Runs the blocks; returns the values, then all that is to be held."""
@@ -62,8 +60,7 @@ class Subgraphs:
         kept: list[Any] = []
         for i, value in enumerate(values):
             given = [*held[i][: self.slots], *clock, value, *self._start(graph, i, new)]
-            new_held = self._inlined(graph, self._traced(self.strategy.store, i, True), given)
-            kept += self._checked(new_held, self.slots, i)
+            kept += self._inlined(graph, self._traced("store", i), given)
             kept += self._inlined(graph, self.measures[i], given)
         graph.output((*values, *kept))
         return self._module(graph, "Compute")
@@ -74,20 +71,16 @@ class Subgraphs:
         values: list[Any] = []
         for i in self._indexes():
             given = [*held[i][: self.slots], *clock, *self._start(graph, i, new)]
-            reused = self._inlined(graph, self._traced(self._reuse, i, False), given)
-            values += self._checked(reused, 1, i)
+            values += self._inlined(graph, self._traced("reuse", i), given)
         graph.output(tuple(values))
         return self._module(graph, "Reuse")
-
-    def _reuse(self, held: Any, value: None, start: Any, clock: Clock) -> Sequence[torch.Tensor]:
-        return [self.strategy.reuse(held, start, clock)]
 
     def _head(
         self, inputs: Sequence[fx.Node]
     ) -> tuple[fx.Graph, list[list[fx.Node]], list[fx.Node], dict[fx.Node, fx.Node]]:
         graph = fx.Graph()
         held = [self._places(graph, i) for i in self._indexes()]
-        clock = [graph.placeholder(name) for name in Clock._fields]
+        clock = [graph.placeholder(name) for name in CLOCK]
         new = {node: graph.placeholder(node.name) for node in inputs}
         for node, placeholder in new.items():
             placeholder.meta.update(node.meta)
@@ -98,8 +91,7 @@ class Subgraphs:
         name = self.region.inputs[index]
         if name is None:
             return []
-        start, value = self.program.node(name), self.program.node(self.region.values[index])
-        dtype = tensor_spec(value).dtype
+        start, dtype = self.program.node(name), self._spec(index).dtype
         if tensor_spec(start).dtype == dtype:
             return [new[start]]
         cast = torch.ops.aten._to_copy.default
@@ -112,59 +104,72 @@ class Subgraphs:
         """The placeholders of what is held of a value, and of what was measured of it."""
         name = self.region.values[index]
         value = self.program.node(name)
-        places = [graph.placeholder(f"held_{name}_{slot}") for slot in range(self.slots)]
+        places = [graph.placeholder(held_name(name, slot)) for slot in range(self.slots)]
         for place in places:
             place.meta.update({"val": spec_of(value), DEVICE: device_of(value)})
         for result in _results(self.measures[index]):
-            places.append(graph.placeholder(f"{MEASURED}_{name}"))
+            places.append(graph.placeholder(measured_name(name)))
             val = result.meta["val"]
             places[-1].meta.update({"val": val.to("meta"), DEVICE: val.device})
         return places
 
-    def _traced(
-        self, function: Callable[..., Sequence[torch.Tensor]], index: int, computes: bool
-    ) -> fx.GraphModule:
+    def _traced(self, name: str, index: int) -> fx.GraphModule:
         """The graph of a strategy's function, for what is held, the clock, value and start."""
-        spec = tensor_spec(self.program.node(self.region.values[index]))
-        has_start = self.region.inputs[index] is not None
-        slots, fields = self.slots, len(Clock._fields)
+        spec, start = self._spec(index), self.region.inputs[index]
+        given = ["value"] * (name != "reuse") + ["start"] * (start is not None)
+        slots, end = self.slots, self.slots + len(CLOCK)
 
         def flat(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
-            rest = iter(tensors[slots + fields :])
-            arguments = [next(rest) if given else None for given in (computes, has_start)]
-            at = Clock(*tensors[slots : slots + fields])
-            return list(function(tensors[:slots], *arguments, at))
+            named = dict(zip(given, tensors[end:], strict=True))
+            return self._called(name, tensors[:slots], named, Clock(*tensors[slots:end]), spec)
 
-        specs = [spec] * slots + [_SCALAR] * fields + [spec] * (computes + has_start)
-        return trace_shapes(flat, specs)
+        specs = {f"held[{i}]": spec for i in range(slots)}
+        specs |= {f"clock.{name}": spec for name, spec in CLOCK.items()}
+        return traced(self.strategy, name, flat, specs | dict.fromkeys(given, spec))
+
+    def _called(
+        self,
+        name: str,
+        held: Sequence[torch.Tensor],
+        named: Mapping[str, torch.Tensor],
+        clock: Clock,
+        spec: TensorSpec,
+    ) -> Sequence[torch.Tensor]:
+        """The results of a strategy's function, if they are what it has to give."""
+        start = named.get("start")
+        if name == "reuse":
+            reused = [self.strategy.reuse(held, start, clock)]
+            agree(self.strategy, name, reused, [spec], "it stands for the value")
+            return reused
+        if name == "measure":
+            return self._numbers(self.strategy.measure(held, named["value"], start, clock))
+        stored = self.strategy.store(held, named["value"], start, clock)
+        why = "as many as slots(), of the value's shape, dtype and device"
+        agree(self.strategy, name, stored, [spec] * self.slots, why)
+        return list(stored)
+
+    def _numbers(self, measured: Any) -> Sequence[torch.Tensor]:
+        if measured is None:
+            return []
+        if not isinstance(measured, torch.Tensor) or measured.ndim != 1:
+            what = TensorSpec.of(measured) if isinstance(measured, torch.Tensor) else repr(measured)
+            raise refused(
+                self.strategy, "measure", f"gave {what}; right is a tensor of one dimension or None"
+            )
+        return [measured]
+
+    def _spec(self, index: int) -> TensorSpec:
+        return tensor_spec(self.program.node(self.region.values[index]))
 
     def _inlined(self, graph: fx.Graph, gm: fx.GraphModule, given: list[fx.Node]) -> list[Any]:
         """Copy a strategy's function behind `graph`."""
         return inline(graph, self.attributes, gm, given)
-
-    def _checked(self, results: list[Any], expected: int, index: int) -> list[Any]:
-        if len(results) != expected or not all(isinstance(r, fx.Node) for r in results):
-            raise VerifyError(
-                f"strategy {type(self.strategy).__name__} gave {len(results)} tensors for "
-                f"{self.region.values[index]}, {expected} expected (slots() for store)"
-            )
-        return results
 
     def _module(self, graph: fx.Graph, side: str) -> fx.GraphModule:
         read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
         attributes = {name: value for name, value in self.attributes.items() if name in read}
         name = f"Run{self.region.index}{side}"
         return graph_module(self.program.model, attributes, graph, name)
-
-
-def _measure(strategy: Strategy) -> Callable[..., Sequence[torch.Tensor]]:
-    """`measure`, with a list of one tensor or of none."""
-
-    def measure(*arguments: Any) -> Sequence[torch.Tensor]:
-        measured = strategy.measure(*arguments)
-        return [] if measured is None else [measured]
-
-    return measure
 
 
 def _results(gm: fx.GraphModule) -> list[fx.Node]:

@@ -7,24 +7,35 @@ looks on, it sees the graphs alone: the bookkeeping is the host's, as a sampler'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
 
-from dit_cache_fx._torch import not_a_compiled_frame
+from dit_cache_fx._torch import not_a_compiled_frame, wants_one_graph
 
 Results = Sequence[torch.Tensor]
 
 
-class Compiler(Enum):
-    """What looks on where graphs run: nothing, `torch.compile`, or that with `fullgraph=True`."""
+@dataclass(frozen=True)
+class Compiler:
+    """What looks on where graphs run: `torch.compile`, by its callback, or nothing (None)."""
 
-    NONE = 0
-    ANY = 1
-    FULLGRAPH = 2
+    callback: Hashable = None
+
+    @property
+    def looks_on(self) -> bool:
+        return self.callback is not None
+
+    @property
+    def fullgraph(self) -> bool:
+        """Whether it is `torch.compile(fullgraph=True)`."""
+        return wants_one_graph(self.callback)
+
+
+#: no compiler looks on
+NOTHING = Compiler()
 
 
 def lasting(results: Results) -> list[torch.Tensor]:

@@ -9,37 +9,31 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from dit_cache_fx.errors import OptionError
+from dit_cache_fx.strategies.clock import Clock
+from dit_cache_fx.strategies.course import Course
 from dit_cache_fx.strategies.old_names import name_both_ways
 from dit_cache_fx.strategies.schedule import (
     EvenSteps,
+    EvenTimesteps,
     ListedSteps,
     Schedule,
     check_num_steps,
     check_ratio,
     named_schedule,
 )
+from dit_cache_fx.strategies.timesteps import Timesteps, checked_timesteps
 
 #: how many steps a generation has, or what tells it
 NumSteps = int | Callable[[], int]
 #: what a rule remembers from step to step
 RuleState = tuple[Tensor, ...]
-
-
-class Clock(NamedTuple):
-    """Where a step stands in its generation; tensors of no dimensions, float64.
-
-    `distance`: steps since the last computed step. `computed`: computed steps before this one.
-    """
-
-    distance: Tensor
-    computed: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +42,13 @@ class Strategy:
 
     Which steps are computed in full (a generation's first always is), one of: `no_cache_steps`, the
     steps, counted from the generation's first; `compute_ratio`, a share of them, evenly spaced;
-    `schedule`, "quality", "balanced" or "fast", or a `Schedule` object. `num_steps`: how many a
-    generation has, or a function that tells at its first call; without it, as many as the one
-    before had.
+    `computed_steps`, their number, evenly spaced in timestep (`EvenTimesteps`); `schedule`,
+    "quality", "balanced" or "fast", or a `Schedule` object.
+
+    `num_steps`: how many steps a generation has, or a function that tells at its first call;
+    without it, as many as the one before had. `timesteps`: the timesteps of its calls (a sequence,
+    tensor or array), or a function that is asked at its first call, such as
+    `lambda: pipe.scheduler.timesteps`; without it, those that the generation before had.
 
     `no_cache_block_id`: block list -> ids that are never cached; a list is named as the model names
     it, or "double_blocks" / "single_blocks" for the first / second.
@@ -59,7 +57,9 @@ class Strategy:
     no_cache_steps: frozenset[int] | None = None
     compute_ratio: float | None = None
     schedule: str | Schedule | None = None
+    computed_steps: int | None = None
     num_steps: NumSteps | None = None
+    timesteps: Timesteps | None = None
     no_cache_block_id: Mapping[str, Iterable[int]] | None = None
 
     #: its name for `apply(model, strategy=...)`
@@ -70,6 +70,9 @@ class Strategy:
     reads_start: ClassVar[bool] = False
     #: whether other streams than the sample's (text rows) start from themselves too
     every_stream: ClassVar[bool] = False
+    #: whether its rule computes by itself where a signal or a change is no number, and goes on
+    #: from the next step; else such a step computes, and the rule's state begins again
+    bears_nans: ClassVar[bool] = False
     #: whether one run of everything from the sample to the output is cached, not runs of blocks
     whole_model: ClassVar[bool] = False
 
@@ -82,6 +85,7 @@ class Strategy:
         object.__setattr__(self, "no_cache_steps", steps)
         object.__setattr__(self, "no_cache_block_id", ids)
         self._check_schedule()
+        self._check_length()
 
     @cached_property
     def plan(self) -> Schedule | None:
@@ -90,13 +94,30 @@ class Strategy:
             return ListedSteps(self.no_cache_steps)
         if self.compute_ratio is not None:
             return EvenSteps(self.compute_ratio)
+        if self.computed_steps is not None:
+            return EvenTimesteps(self.computed_steps)
         return None if self.schedule is None else named_schedule(self.schedule)
+
+    def course(
+        self, num_steps: int | None = None, timesteps: tuple[float, ...] | None = None
+    ) -> Course:
+        """A generation's steps by what is known of it."""
+        course = Course(self.plan, num_steps, timesteps)
+        return replace(course, ruled=self.has_rule, by_timestep=self.by_timestep)
 
     def scheduled(self, step: int, num_steps: int | None = None) -> bool:
         """Whether a step is computed in any case; the number of steps may turn out too small."""
-        known = num_steps is not None and step < num_steps
-        planned = self.plan is not None and self.plan.computes(step, num_steps if known else None)
-        return step == 0 or planned
+        return self.course(num_steps).computes(step)
+
+    @property
+    def by_timestep(self) -> bool:
+        """Whether distances are differences of timesteps, not numbers of steps."""
+        return False
+
+    @property
+    def needs_timesteps(self) -> bool:
+        """Whether it does better where a generation's timesteps are known beforehand."""
+        return self.by_timestep or (self.plan is not None and self.plan.needs_timesteps)
 
     # --- what to keep and what to give back ------------------------------------------------
 
@@ -149,9 +170,9 @@ class Strategy:
         At most one is a value of the model: the first block's "modulated" input or its "input",
         what conditions it ("conditioning", "embedding"), the "residual" that the blocks which
         always run at the model's head add to their stream, or the "sample" that the model is given.
-        Others: "distance" and "computed" of `Clock`, and "measured", one row for each held value:
-        what `measure` gave on the newest computed step. A rule that looks at no value of the model
-        is asked on the CPU, and nothing is read from the device on a reused step.
+        Others: those of `Clock` ("distance", "computed"), and "measured", one row for each held
+        value: what `measure` gave on the newest computed step. A rule that looks at no value of
+        the model is asked on the CPU, and nothing is read from the device on a reused step.
         """
         return "modulated"
 
@@ -188,7 +209,7 @@ class Strategy:
     # --- options that cannot work ----------------------------------------------------------
 
     def _check_schedule(self) -> None:
-        ways = ("no_cache_steps", "compute_ratio", "schedule")
+        ways = ("no_cache_steps", "compute_ratio", "schedule", "computed_steps")
         given = [name for name in ways if getattr(self, name) is not None]
         if not given and not self.has_rule and self.plan is None:
             raise OptionError(
@@ -205,8 +226,23 @@ class Strategy:
             check_ratio("compute_ratio", self.compute_ratio)
         if self.schedule is not None:
             named_schedule(self.schedule)
+        if self.computed_steps is not None:
+            EvenTimesteps(self.computed_steps)
+
+    def _check_length(self) -> None:
+        """`num_steps` and `timesteps`, as far as they are given as numbers."""
+        if self.timesteps is not None and not callable(self.timesteps):
+            object.__setattr__(self, "timesteps", checked_timesteps(self.timesteps))
         if self.num_steps is not None and not callable(self.num_steps):
             check_num_steps(self.num_steps)
+        number = None if callable(self.num_steps) else self.num_steps
+        if isinstance(self.timesteps, tuple):
+            if number not in (None, len(self.timesteps)):
+                expected = f"there are {len(self.timesteps)} timesteps: one of both is enough"
+                raise OptionError("num_steps", number, expected)
+            number = len(self.timesteps)
+        if self.plan is not None and number is not None:
+            self.plan.check(number)
 
 
 def options_of(strategy: type[Strategy]) -> list[str]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.strategies.base import Clock, RuleState, Strategy
+from dit_cache_fx.strategies.base import RuleState, Strategy
+from dit_cache_fx.strategies.clock import Clock
 from dit_cache_fx.strategies.ends import with_ends
 from dit_cache_fx.strategies.residual import check_count, check_positive
 from dit_cache_fx.strategies.schedule import Schedule
@@ -47,6 +48,7 @@ class EasyCache(Strategy):
     name: ClassVar[str] = "easycache"
     reads_start: ClassVar[bool] = True
     whole_model: ClassVar[bool] = True
+    bears_nans: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

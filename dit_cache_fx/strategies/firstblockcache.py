@@ -57,6 +57,7 @@ class FirstBlockCache(ResidualCache):
 
     name: ClassVar[str] = "firstblockcache"
     every_stream: ClassVar[bool] = True
+    bears_nans: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.strategies.base import Clock, RuleState
+from dit_cache_fx.strategies.base import RuleState
+from dit_cache_fx.strategies.clock import Clock
 from dit_cache_fx.strategies.ends import AnyOf
 from dit_cache_fx.strategies.magnitudes import MagnitudeSteps
 from dit_cache_fx.strategies.residual import ResidualCache, check_count, check_positive

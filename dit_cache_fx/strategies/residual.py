@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.strategies.base import Clock, Strategy
+from dit_cache_fx.strategies.base import Strategy
+from dit_cache_fx.strategies.clock import Clock
 
 
 @dataclass(frozen=True, kw_only=True)

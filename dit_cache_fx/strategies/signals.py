@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.strategies.base import Clock, Strategy
+from dit_cache_fx.strategies.base import Strategy
+from dit_cache_fx.strategies.clock import Clock
 
 #: values of the model
 VALUES = ("modulated", "input", "conditioning", "embedding", "residual", "sample")
