@@ -246,6 +246,15 @@ CANNOT_COMPILE = (
 dynamo_callback = get_eval_frame_callback
 
 
+def breaks_raise() -> Any:
+    """A context in which `torch.compile` raises where it would break a graph.
+
+    `fullgraph=True` does that too, and counts the frames of all threads in one place: calls from
+    several threads at a time can fail then ("found no compiled frames").
+    """
+    return torch._dynamo.error_on_graph_break(True)
+
+
 def wants_one_graph(callback: object) -> bool:
     """Whether it is that of `torch.compile(fullgraph=True)`."""
     return getattr(callback, "_one_graph", False) is True
