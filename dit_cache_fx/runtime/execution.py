@@ -26,7 +26,7 @@ from dit_cache_fx.runtime.drive import (
     Results,
     Serving,
     Stage,
-    drive_here,
+    drive,
     lasting,
 )
 from dit_cache_fx.runtime.first_runs import FirstRuns
@@ -147,7 +147,7 @@ def _one_graph(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> 
     """Run the graph that has the decision in it."""
     one, given = entry.one_graph, entry.inputs(call)
     if one.preamble is not None:  # what the graph cannot hold is the host's, the rule first
-        drive_here(_ruled(entry.variants, step, given))
+        drive(_ruled(entry.variants, step, given))
         given.update(_prepared(one.preamble, step, given))
         given.update((name, _contiguous(given[name])) for name in entry.variants.carried)
     given.update(step.one_graph_given(one.part.names, one.memory))
