@@ -20,7 +20,7 @@ from dit_cache_fx.capture import CallSignature, FlatCall
 from dit_cache_fx.life_cycle import LifeCycle
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.runtime.call_log import WANTS_GRADIENTS, Host
-from dit_cache_fx.runtime.drive import Compiler, Serving, drive
+from dit_cache_fx.runtime.drive import NOTHING, Compiler, Serving, drive
 from dit_cache_fx.runtime.engine import Engine, requires_grad
 from dit_cache_fx.runtime.execution import StepCompiler
 from dit_cache_fx.runtime.graphs import Entry
@@ -83,7 +83,9 @@ class CachedModel(LifeCycle, nn.Module):
         if reason is not None:
             self._engine.host.warn_once(reason)
             return None
-        return self._engine.serve(args, kwargs, Compiler(callback))
+        return self._engine.serve(
+            args, kwargs, Compiler(callback) if callback is not None else NOTHING
+        )
 
     _serving_unseen = torch.compiler.disable(_serving)
 
