@@ -15,7 +15,7 @@ from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.runtime import execution
 from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.call_log import CallLog, CallStart
-from dit_cache_fx.runtime.drive import Compiler, Results, Serving, drive_here
+from dit_cache_fx.runtime.drive import Compiler, Results, Serving, drive
 from dit_cache_fx.runtime.execution import StepCompiler
 from dit_cache_fx.runtime.generation import as_number, timestep_value
 from dit_cache_fx.runtime.graphs import Entry, Graphs, input_key
@@ -175,7 +175,7 @@ class Engine:
         captured, step = entry.captured, Step(self.host.strategy, Branch(), 0, entry.variants.held)
         recording = captured.recording
         with torch.no_grad(), replayed(captured) if can_replay(captured) else nullcontext():
-            results: Results = drive_here(execution.plain(entry, step, call))
+            results: Results = drive(execution.plain(entry, step, call))
         expected = flatten(recording.output)[0]
         recording.forget()
         if self.subject.check and not all(map(_same, expected, results)):

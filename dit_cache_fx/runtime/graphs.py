@@ -110,7 +110,7 @@ class Entry(Lowered):
             return name
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Found(Generic[_T]):
     """The graph for a call. `first`: where it was captured just now, its answer to that call."""
 
