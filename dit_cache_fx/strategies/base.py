@@ -98,7 +98,7 @@ class Strategy:
     def store(
         self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
     ) -> Sequence[Tensor]:
-        """On a computed step: the `slots()` tensors to hold, each of the shape and dtype of `value`.
+        """On a computed step: the `slots()` tensors to hold, of the shape and dtype of `value`.
 
         This and `reuse` are traced once: no in-place change of what they are given, no Python
         branch on a tensor's value. What breaks this raises `VerifyError` at the first call.
