@@ -186,7 +186,8 @@ class CallLog:
     ) -> None:
         """Warn where calls compute, and go on doing so, for want of state."""
         session, placed, step = start
-        session.starved = session.starved + 1 if step.why == MISSING else 0
+        known = any(b.key == placed.call.key and b is not placed.branch for b in session.branches)
+        session.starved = session.starved + 1 if known and step.why == MISSING else 0
         if not fits and step.why == MISSING:
             self.warn_once(_CROWDED)
         elif session.starved >= _STARVED and not placed.begins:

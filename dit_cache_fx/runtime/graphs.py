@@ -24,7 +24,7 @@ from dit_cache_fx.capture import (
 )
 from dit_cache_fx.capture.fingerprint import Fingerprint, fingerprint, volatile
 from dit_cache_fx.capture.record import Recording
-from dit_cache_fx.errors import CaptureError
+from dit_cache_fx.errors import CaptureError, warn
 from dit_cache_fx.ir.program import operations, tensor_spec
 from dit_cache_fx.lowering import OneGraph, lower_one_graph, lower_variants
 from dit_cache_fx.lowering.asserts import assertions
@@ -34,12 +34,16 @@ from dit_cache_fx.passes import run_passes
 from dit_cache_fx.runtime.first_runs import FirstRuns
 from dit_cache_fx.runtime.step_count import StepCount
 from dit_cache_fx.strategies import Strategy, check_block_ids
+from dit_cache_fx.values.pytree import Skeleton, difference
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
 #: most input signatures whose graphs are kept at one time
 MAX_CAPTURES = 32
 #: most captures of one signature: more means that its guards depend on what changes every step
 MAX_VARIANTS = 8
+
+#: so many captures without a call of a known graph between them are no beginning any more
+_MANY_CAPTURES = 8
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +59,7 @@ class Entry(Lowered):
     fingerprint: Fingerprint
     volatile: frozenset[tuple[str, str]]  # what of it the forward changes by itself
     count: StepCount
+    skeleton: Skeleton  # of the call that it was captured from
     breaks: bool = False  # it cannot be compiled as one graph
     carried: dict[tuple[str, ...], Carried] = field(default_factory=dict)  # by cache context
     served: set[float] = field(default_factory=set)  # a few of the timesteps that it answered
@@ -132,6 +137,7 @@ class Graphs:
         self.timestep = timestep  # the argument's name, once it is known
         self.entries: OrderedDict[Hashable, tuple[Entry, ...]] = OrderedDict()
         self._serial = 0
+        self._on_end = 0  # captures since a known graph answered last
         self._capturing = threading.RLock()
         self._lock = threading.RLock()  # of `entries`, held for a moment
 
@@ -171,6 +177,7 @@ class Graphs:
             shapes = accepts(self.subject, entry.captured, call)
             if shapes is not None:
                 self._used(key, entry)
+                self._on_end = 0
                 return Found(entry, shapes, None)
         return None
 
@@ -187,7 +194,9 @@ class Graphs:
         entries = self.entries.get(key, ())
         if len(entries) >= MAX_VARIANTS:
             _refuse_one_for_each_step(entries)
-        log.info("capturing: %s", _Because(self.all(), entries, call))
+        because = _Because(self.all(), entries, call)
+        log.info("capturing: %s", because)
+        self._warn_of_one_for_each_call(because)
         entry = self._capture(call)
         first = check(entry)
         with self._lock:
@@ -197,6 +206,16 @@ class Graphs:
                 self.entries.popitem(last=False)
         guards = entry.captured.guards
         return Found(entry, () if guards is None else guards.shapes(guards.expected), first)
+
+    def _warn_of_one_for_each_call(self, because: _Because) -> None:
+        """Warn where call after call is captured: none of them can reuse anything."""
+        self._on_end += 1
+        if self._on_end == _MANY_CAPTURES:
+            warn(
+                f"not cached: each of the last {_MANY_CAPTURES} calls was captured anew, since "
+                f"shapes or arguments that are no tensors change ({because}). Pass what changes "
+                "from step to step as a tensor"
+            )
 
     def all(self) -> list[Entry]:
         """Every graph, the newest last."""
@@ -248,6 +267,7 @@ class Graphs:
             fingerprint(model, captured.whole),
             volatile(before, after),
             self.count,
+            call.skeleton,
         )
         log.info("captured %s", entry)
         return entry
@@ -281,9 +301,11 @@ class _Because:
             for name in dict.fromkeys((*now, *was))
             if now.get(name) != was.get(name)
         ]
-        return "another signature: " + (
-            "; ".join(unlike) or "an argument that is no tensor has another value, or autocast"
-        )
+        return "another signature: " + ("; ".join(unlike) or self._other_value())
+
+    def _other_value(self) -> str:
+        told = difference(self._call.skeleton, self._known[-1].skeleton)
+        return told or "autocast is another one"
 
 
 def _changes(changed: Iterable[tuple[str, str]], entry: Entry, now: Fingerprint) -> str:
