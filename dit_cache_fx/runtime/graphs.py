@@ -24,7 +24,7 @@ from dit_cache_fx.capture import (
 )
 from dit_cache_fx.capture.fingerprint import Fingerprint, fingerprint, volatile
 from dit_cache_fx.capture.record import Recording
-from dit_cache_fx.errors import CaptureError, warn
+from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.program import operations, tensor_spec
 from dit_cache_fx.lowering import OneGraph, lower_one_graph, lower_variants
 from dit_cache_fx.lowering.asserts import assertions
@@ -41,9 +41,6 @@ from dit_cache_fx.values.tensor_spec import TensorSpec
 MAX_CAPTURES = 32
 #: most captures of one signature: more means that its guards depend on what changes every step
 MAX_VARIANTS = 8
-
-#: so many captures without a call of a known graph between them are no beginning any more
-_MANY_CAPTURES = 8
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +119,7 @@ class Found(Generic[_T]):
     entry: Entry
     shapes: Shapes  # of the call's masked selections
     first: _T | None
+    because: object = ""  # why it was captured, as text
 
 
 class Graphs:
@@ -137,7 +135,6 @@ class Graphs:
         self.timestep = timestep  # the argument's name, once it is known
         self.entries: OrderedDict[Hashable, tuple[Entry, ...]] = OrderedDict()
         self._serial = 0
-        self._on_end = 0  # captures since a known graph answered last
         self._capturing = threading.RLock()
         self._lock = threading.RLock()  # of `entries`, held for a moment
 
@@ -177,7 +174,6 @@ class Graphs:
             shapes = accepts(self.subject, entry.captured, call)
             if shapes is not None:
                 self._used(key, entry)
-                self._on_end = 0
                 return Found(entry, shapes, None)
         return None
 
@@ -196,7 +192,6 @@ class Graphs:
             _refuse_one_for_each_step(entries)
         because = _Because(self.all(), entries, call)
         log.info("capturing: %s", because)
-        self._warn_of_one_for_each_call(because)
         entry = self._capture(call)
         first = check(entry)
         with self._lock:
@@ -205,17 +200,8 @@ class Graphs:
             while len(self.entries) > MAX_CAPTURES:
                 self.entries.popitem(last=False)
         guards = entry.captured.guards
-        return Found(entry, () if guards is None else guards.shapes(guards.expected), first)
-
-    def _warn_of_one_for_each_call(self, because: _Because) -> None:
-        """Warn where call after call is captured: none of them can reuse anything."""
-        self._on_end += 1
-        if self._on_end == _MANY_CAPTURES:
-            warn(
-                f"not cached: each of the last {_MANY_CAPTURES} calls was captured anew, since "
-                f"shapes or arguments that are no tensors change ({because}). Pass what changes "
-                "from step to step as a tensor"
-            )
+        shapes = () if guards is None else guards.shapes(guards.expected)
+        return Found(entry, shapes, first, because)
 
     def all(self) -> list[Entry]:
         """Every graph, the newest last."""
