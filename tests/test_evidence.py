@@ -315,4 +315,4 @@ def test_arguments_that_change_in_each_call_are_named_by_one_warning() -> None:
         for step in range(12):
             cached(**toy_inputs(1000.0 - step), gain=0.1 * step)
     assert [type(w.message) for w in caught] == [DitCacheWarning]
-    assert re.search(r"gain is 0\.\d+, was 0\.\d+", str(caught[0].message))
+    assert re.search(r"gain is \d\.\d+, was \d\.\d+", str(caught[0].message))
