@@ -21,7 +21,6 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo import exc as dynamo_errors
 from torch._dynamo.eval_frame import skip_code
 from torch._dynamo.variables import functions as dynamo_functions
-from torch._guards import active_fake_mode
 from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensorMode
@@ -54,7 +53,9 @@ from dit_cache_fx.values.tensor_spec import TensorSpec
 #: node.meta key: where "val" is on the meta device, the real one
 DEVICE = "dit_cache_device"
 
-_PROXY = torch._C._TorchDispatchModeKey.PROXY
+_PROXY, _FAKE = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
+#: kinds of tensors that are not fake
+_REAL = (torch.Tensor, nn.Parameter)
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -265,6 +266,15 @@ CANNOT_COMPILE = (
 dynamo_callback = get_eval_frame_callback
 
 
+def breaks_raise() -> Any:
+    """A context in which `torch.compile` raises where it would break a graph.
+
+    `fullgraph=True` does that too, and counts the frames of all threads in one place: calls from
+    several threads at a time can fail then ("found no compiled frames").
+    """
+    return torch._dynamo.error_on_graph_break(True)
+
+
 def wants_one_graph(callback: object) -> bool:
     """Whether it is that of `torch.compile(fullgraph=True)`."""
     return getattr(callback, "_one_graph", False) is True
@@ -351,9 +361,12 @@ def traced_here(values: Iterable[object]) -> bool:
     `torch.compiler.is_compiling()` is a flag of the process: other threads set it while they
     compile. In what Dynamo traces, `torch.compiler.is_dynamo_compiling()` is to be asked before.
     """
-    if _proxy_mode() is not None or active_fake_mode() is not None:
+    if _proxy_mode() is not None or torch._C._get_dispatch_mode(_FAKE) is not None:
         return True
-    return any(map(is_fake, values))
+    for value in values:
+        if isinstance(value, torch.Tensor) and type(value) not in _REAL and is_fake(value):
+            return True
+    return False
 
 
 @not_a_compiled_frame

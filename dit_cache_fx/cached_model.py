@@ -20,7 +20,7 @@ from dit_cache_fx.capture import CallSignature, FlatCall
 from dit_cache_fx.life_cycle import LifeCycle
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.runtime.call_log import WANTS_GRADIENTS, CallLog
-from dit_cache_fx.runtime.drive import Compiler, Serving, drive, drive_here
+from dit_cache_fx.runtime.drive import NOTHING, Compiler, Serving, drive
 from dit_cache_fx.runtime.engine import Engine, requires_grad
 from dit_cache_fx.runtime.execution import StepCompiler
 from dit_cache_fx.runtime.graphs import Entry
@@ -82,13 +82,9 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
         if torch.compiler.is_dynamo_compiling() or traced_here((*args, *kwargs.values())):
             return self._traced(self._model.forward, args, kwargs)
         callback = dynamo_callback()
-        if callback is None:
-            serving = self._serving(args, kwargs, None)
-            run = drive_here
-        else:
-            serving = self._serving_unseen(args, kwargs, callback)
-            run = drive
-        return self._model.forward(*args, **kwargs) if serving is None else run(serving)
+        begin = self._serving if callback is None else self._serving_unseen
+        serving = begin(args, kwargs, callback)
+        return self._model.forward(*args, **kwargs) if serving is None else drive(serving)
 
     def _traced(self, uncached: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The answer as part of another graph that is being made: no host runs beside it."""
@@ -106,7 +102,9 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
             self._engine.host.warn_once(reason)
             self._engine.passed(args, kwargs)
             return None
-        return self._engine.serve(args, kwargs, Compiler(callback))
+        return self._engine.serve(
+            args, kwargs, Compiler(callback) if callback is not None else NOTHING
+        )
 
     _serving_unseen = torch.compiler.disable(_serving)
 

@@ -162,8 +162,27 @@ class AppendsDiT(ToyDiT):
         return super().forward(x, timestep, text)
 
 
+class SetsDiT(ToyDiT):
+    """Notes what it has made of an argument in the argument."""
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor, given: Any) -> Any:  # type: ignore[override]
+        given["note"] = x.mean(1) if given["tensor"] else 2 * given["rows"]
+        return super().forward(x, timestep, text * given["rows"])
+
+
+def test_a_note_in_a_dict_may_be() -> None:
+    calls = generation(TOY, STEPS)
+    right(make(SetsDiT), [(c, i | {"given": {"rows": 3, "tensor": False}}) for c, i in calls])
+
+
 @pytest.mark.parametrize(
-    ("kind", "given"), [(CountsDiT, Scale(torch.tensor(2.0))), (AppendsDiT, [])]
+    ("kind", "given"),
+    [
+        (CountsDiT, Scale(torch.tensor(2.0))),
+        (AppendsDiT, []),
+        (SetsDiT, {"rows": 3, "tensor": True}),
+        (SetsDiT, {"rows": 3, "tensor": False, "note": 0}),
+    ],
 )
 def test_an_argument_that_the_model_changes_is_refused(kind: type[nn.Module], given: Any) -> None:
     cached = dit_cache_fx.apply(make(kind), "deepcache", no_cache_steps=STEPS)

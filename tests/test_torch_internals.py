@@ -27,9 +27,11 @@ from dit_cache_fx._torch import (
     Piece,
     aoti_load,
     aoti_package,
+    breaks_raise,
     dynamo_callback,
     emit_node,
     exporting,
+    fakes,
     inductor_compiler,
     like_dynamos,
     not_a_compiled_frame,
@@ -39,6 +41,7 @@ from dit_cache_fx._torch import (
     trace_functional,
     trace_shapes,
     trace_text,
+    traced_here,
     untraced,
     wants_one_graph,
     without_mode,
@@ -182,6 +185,48 @@ def test_untraced_operations_are_not_in_the_graph() -> None:
     assert targets == [torch.ops.aten.add.Tensor]
 
 
+def test_a_trace_replaces_nothing_for_other_threads() -> None:
+    call, seen = nn.Module.__call__, []
+
+    def function(x: torch.Tensor) -> list[torch.Tensor]:
+        flag = torch.fx._symbolic_trace._is_fx_tracing_flag
+        seen.append(nn.Module.__call__ is call and not flag)
+        return [x + 1]
+
+    trace_functional(function, [torch.ones(2)])
+    trace_shapes(function, [TensorSpec.of(torch.ones(2))])
+    assert seen == [True, True]
+
+
+def test_a_trace_has_constants_of_its_own() -> None:
+    """A parameter, a tensor and a result that is an input."""
+    weight, shift = nn.Parameter(torch.ones(2)), torch.full((2,), 3.0)
+    with torch.no_grad():
+        gm = trace_functional(lambda x, y: [x * weight + shift, y], [torch.ones(2), torch.ones(1)])
+        got = gm(torch.full((2,), 2.0), torch.zeros(1))
+    assert torch.equal(got[0], torch.full((2,), 5.0))
+    assert torch.equal(got[1], torch.zeros(1))
+    constants = [getattr(gm, str(n.target)) for n in gm.graph.nodes if n.op == "get_attr"]
+    assert any(value is weight for value in constants)
+
+
+def test_a_call_is_known_to_be_traced_by_its_thread_and_its_values() -> None:
+    seen: list[bool] = []
+
+    def function(x: torch.Tensor) -> list[torch.Tensor]:
+        seen.append(traced_here(()))
+        return [x + 1]
+
+    x = torch.ones(2)
+    assert not traced_here((x, None))
+    trace_functional(function, [x])
+    with fakes([x]) as (fake,):
+        function(fake)
+    assert seen == [True, True]
+    assert traced_here((None, fake))
+    assert not traced_here((x,))
+
+
 # --- Dynamo --------------------------------------------------------------------------------------
 
 
@@ -293,6 +338,15 @@ def _refuses(gm: fx.GraphModule, inputs: Any) -> Any:
 def test_what_cannot_be_compiled_raises_one_of_these(function: Any, backend: Any) -> None:
     with pytest.raises(CANNOT_COMPILE):
         torch.compile(function, backend=backend, fullgraph=True)(torch.ones(2, 3))
+
+
+@new_compiler
+def test_a_break_raises_without_fullgraph() -> None:
+    compiled = torch.compile(_breaks, backend="eager")
+    with pytest.raises(CANNOT_COMPILE), breaks_raise():
+        compiled(torch.ones(2))
+    torch._dynamo.reset()
+    assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 2.0))
 
 
 class _Inspects(nn.Module):

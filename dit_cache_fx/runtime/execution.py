@@ -5,13 +5,19 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
-from dit_cache_fx._torch import CANNOT_COMPILE, not_a_compiled_frame, signatures_kept
+from dit_cache_fx._torch import (
+    CANNOT_COMPILE,
+    breaks_raise,
+    not_a_compiled_frame,
+    signatures_kept,
+)
 from dit_cache_fx.capture import FlatCall
 from dit_cache_fx.lowering import CompiledPart, Part, Preamble, Variants, split_preamble
 from dit_cache_fx.runtime.drive import (
@@ -20,7 +26,7 @@ from dit_cache_fx.runtime.drive import (
     Results,
     Serving,
     Stage,
-    drive_here,
+    drive,
     lasting,
 )
 from dit_cache_fx.runtime.first_runs import FirstRuns
@@ -73,7 +79,8 @@ class _Whole:
     def __init__(self, forward: Callable[..., Results], options: Mapping[str, Any]) -> None:
         self._forward = forward
         self._options = options
-        self._compiled = torch.compile(forward, **{**options, "fullgraph": True})
+        self._compiled = torch.compile(forward, **{**options, "fullgraph": False})
+        self._broken = False
         self._first_runs = FirstRuns()
 
     def __call__(self, *operands: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -82,13 +89,14 @@ class _Whole:
 
     def _run(self, operands: Sequence[torch.Tensor]) -> Results:
         try:
-            return self._compiled(*operands)
+            with nullcontext() if self._broken else breaks_raise():
+                return self._compiled(*operands)
         except CANNOT_COMPILE as error:
-            if self._options.get("fullgraph"):
+            if self._broken or self._options.get("fullgraph"):
                 raise
             log.info("no single graph for a kind of step, so its blocks one by one: %s", error)
             not_a_compiled_frame(self._forward)
-            self._compiled = torch.compile(self._forward, **self._options)
+            self._broken = True
             return self._compiled(*operands)
 
 
@@ -139,7 +147,7 @@ def _one_graph(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> 
     """Run the graph that has the decision in it."""
     one, given = entry.one_graph, entry.inputs(call)
     if not one.asks:  # what the graph cannot hold is the host's, the rule first
-        drive_here(_ruled(entry.variants, step, given))
+        drive(_ruled(entry.variants, step, given))
     if one.preamble is not None:
         given.update(_prepared(one.preamble, step, given))
         given.update((name, _contiguous(given[name])) for name in entry.variants.carried)

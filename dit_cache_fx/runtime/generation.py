@@ -89,8 +89,9 @@ class Generation:
 
     `called`: the branches that were called in its newest step, by their identity. `course`: its
     steps, as far as they are known beforehand. `values`: the timesteps of its steps so far; it ends
-    where one was left out. `told`: the number of steps as the user says it, else None. `crowded`:
-    it has more branches than are known. `origin`: the generation that it has parted from.
+    where one was left out. `entered`: its steps that had a call. `told`: the number of steps as the
+    user says it, else None. `crowded`: it has more branches than are known. `origin`: the
+    generation that it has parted from.
     """
 
     position: StepPosition = field(default_factory=lambda: StepPosition(0.0))
@@ -98,6 +99,7 @@ class Generation:
     told: int | None = None
     called: set[object] = field(default_factory=set)
     values: list[float] = field(default_factory=list)
+    entered: set[int] = field(default_factory=set)
     crowded: bool = False
     origin: Generation | None = None
 
@@ -110,7 +112,9 @@ class Generation:
     def apart(self, position: StepPosition, branch: object) -> Generation:
         """One for a branch that others have left behind at this position."""
         own = self.values[: position.index + 1]
-        return Generation(position, self.course, self.told, {branch}, own, origin=self)
+        return Generation(
+            position, self.course, self.told, {branch}, own, set(self.entered), origin=self
+        )
 
     def reached(self, value: TimestepValue, explicit: bool, branch: object) -> StepPosition | None:
         """Where a call of `branch` with this timestep stands; None where it is not of this one.
@@ -140,6 +144,7 @@ class Generation:
         if position is not self.position:
             self.position, self.called = position, set()
         self.called.add(branch)
+        self.entered.add(position.index)
         following = position.index == len(self.values) and not position.explicit
         if following and len(self.values) < MAX_VALUES:
             self.values.append(as_number(position.value))

@@ -70,10 +70,15 @@ class Placement:
         return self.position.index
 
     @property
-    def missed(self) -> range:
-        """The steps that passed since the branch was answered last."""
-        before = self.branch.answered
-        return range(before + 1, self.index) if self.branch.held else range(0)
+    def missed(self) -> list[int]:
+        """The steps of the generation since the branch was answered last.
+
+        Those that `cur_timestep` left out are none.
+        """
+        if not self.branch.held:
+            return []
+        since = range(self.branch.answered + 1, self.index)
+        return [step for step in since if step in self.generation.entered]
 
     def settle(self, session: Session, answered: bool) -> bool:
         """The call is done; `answered`: by a graph of the cache, not by the model itself.

@@ -1,6 +1,8 @@
 """Which session and cache contexts the running code is in.
 
-They are context-local (`contextvars`): threads and asyncio tasks do not see each other's.
+They are context-local (`contextvars`): threads and asyncio tasks do not see each other's. Dynamo
+traces no context variable: where it traces the cached model as a part of a user's own function,
+there is no host and no session, and the names come from a list, which it guards.
 """
 
 from __future__ import annotations
@@ -8,6 +10,8 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
+
+import torch
 
 
 class Scope:
@@ -18,13 +22,21 @@ class Scope:
 
     def __init__(self) -> None:
         self._frames: ContextVar[tuple[Any, ...]] = ContextVar("dit_cache_fx", default=())
+        self._traced: list[str] = []
 
     def enter(self, frame: object) -> None:
         """Enter a session or a named branch."""
-        self._frames.set((*self._frames.get(), frame))
+        if isinstance(frame, str):
+            self._traced.append(frame)
+        if not torch.compiler.is_dynamo_compiling():
+            self._frames.set((*self._frames.get(), frame))
 
     def leave(self, frame: object) -> None:
         """Leave what was entered last of this frame."""
+        if isinstance(frame, str) and frame in self._traced:
+            self._traced.remove(frame)
+        if torch.compiler.is_dynamo_compiling():
+            return
         frames = self._frames.get()
         place = max((i for i, f in enumerate(frames) if f is frame), default=None)
         if place is not None:
@@ -38,6 +50,8 @@ class Scope:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the branch, the outermost first."""
+        if torch.compiler.is_dynamo_compiling():
+            return tuple(self._traced)
         return tuple(f for f in self._frames.get() if isinstance(f, str))
 
 

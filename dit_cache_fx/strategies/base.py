@@ -128,7 +128,10 @@ class Strategy:
     def store(
         self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
     ) -> Sequence[Tensor]:
-        """On a computed step: the `slots()` tensors to hold for `value`.
+        """On a computed step: the `slots()` tensors to hold, of the shape and dtype of `value`.
+
+        This and `reuse` are traced once: no in-place change of what they are given, no Python
+        branch on a tensor's value. What breaks this raises `VerifyError` at the first call.
 
         `held`: what is held so far, zeros in a generation's first computed step. `start`: the
         same stream before the run (None where the run has none of `value`'s shape).
@@ -136,7 +139,7 @@ class Strategy:
         raise NotImplementedError
 
     def reuse(self, held: Sequence[Tensor], start: Tensor | None, clock: Clock) -> Tensor:
-        """On any other step: the value in the place of the computed one, of the same shape."""
+        """On any other step: the value in the place of the computed one, of its shape and dtype."""
         raise NotImplementedError
 
     def stream_name(self) -> str:
@@ -186,7 +189,9 @@ class Strategy:
         """Whether this step computes (a boolean of no dimensions), and the new state.
 
         `signal`: the tensor that `looks_at` names, a tuple where it names several. `forced`: the
-        step computes in any case.
+        step computes in any case. The state keeps its number of tensors, their shapes and dtypes;
+        nothing is changed in place. Where the signal or the `metric` is no finite number, the step
+        computes, and the state begins anew (unless the rule `bears_nans`).
         """
         raise NotImplementedError
 
