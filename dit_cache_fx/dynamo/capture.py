@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -33,7 +33,8 @@ class Outlined:
     `dynamos`: the graph as it was. `tensors`: which inputs are tensors; for each of these `names`
     has a name unlike all others and `origins` Dynamo's node; the model's own are in `owned`.
     `given`: all inputs that are not. `numbers`: tensors that `gm` takes as numbers. `timestep`: the
-    name of the timestep, where there is one.
+    name of the timestep, where there is one. `elsewhere`: the model's lists that other pieces have:
+    name -> how many blocks. `order`: the arguments of the compiled function.
     """
 
     dynamos: fx.GraphModule
@@ -44,6 +45,8 @@ class Outlined:
     names: tuple[str, ...]
     origins: tuple[fx.Node, ...]
     owned: frozenset[str]
+    elsewhere: Mapping[str, int]
+    order: tuple[str, ...]
     given: tuple[int, ...]
     numbers: tuple[int, ...]
     dynamic: bool  # some inputs are sizes
@@ -88,18 +91,18 @@ def capture_graph(outlined: Outlined, inputs: Sequence[Input], strategy: Strateg
         except Exception as error:
             raise CaptureError(f"the graph of the model cannot be traced: {error}") from error
         program, guards = normal_form(outlined.gm, traced, call, outlined.timestep)
-        if guards is not None:
+        if guards is not None and guards.inputs:  # else it is read out of constants
             raise CaptureError("the graph reads values out of tensors")
         program.owned = outlined.owned
-        program.sample = _sample(program)
+        program.sample = _sample(program, outlined.order)
         mark_blocks(program, outlined.lists, outlined.chosen)
         mark_signal(program, strategy, recording)
     blocks = {str(node.target).removeprefix("model.") for node in program.block_calls()}
     return Traced(program, recording, tuple(sorted(blocks)))
 
 
-def _sample(program: Program) -> str | None:
-    """The argument that is most like the output; the order of Dynamo's inputs says nothing."""
+def _sample(program: Program, order: Sequence[str]) -> str | None:
+    """The argument that is most like the output, the first of these in the function's `order`."""
     outputs = [
         s for n in program.graph.output_node().all_input_nodes if (s := spec_of(n)) is not None
     ]
@@ -114,7 +117,8 @@ def _sample(program: Program) -> str | None:
         if name not in program.owned and name != program.timestep
         if (spec := spec_of(program.node(name))) is not None and spec.ndim > 1
     }
-    return max(given, key=lambda argument: likeness(given[argument]), default=None)
+    ordered = sorted(given, key=lambda name: order.index(name) if name in order else len(order))
+    return max(ordered, key=lambda argument: likeness(given[argument]), default=None)
 
 
 def _looks(strategy: Strategy) -> bool:

@@ -195,7 +195,7 @@ class CachedGraph:
         strategy, outlined = self._shared.host.strategy, self._outlined
         traced = capture_graph(outlined, inputs, strategy)
         program = traced.program
-        check_block_ids(strategy, program.block_lists)
+        check_block_ids(strategy, {**program.block_lists, **outlined.elsewhere})
         nodes = operations(program.graph)
         run_passes(program, strategy)
         variants = lower_variants(program)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dit_cache_fx._torch import not_a_compiled_frame
+from dit_cache_fx._torch import look_again, looking_on, not_a_compiled_frame
 
 Results = Sequence[torch.Tensor]
 
@@ -75,13 +75,14 @@ class _Host:
 @not_a_compiled_frame
 def drive(serving: Serving) -> Any:
     """The output of an engine's call, its graphs run by whatever compiler looks on."""
-    host = _Host(serving)
+    host, callback = _Host(serving), looking_on()
     host.start()
     while host.stage is not None:
         try:
             with torch.no_grad():
                 results = host.stage.graph(*host.stage.operands)
         except BaseException as error:
+            look_again(callback)
             host.fail(error)
         else:
             host.take(results)

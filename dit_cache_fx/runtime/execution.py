@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,20 +12,12 @@ import torch
 
 from dit_cache_fx._torch import CANNOT_COMPILE, not_a_compiled_frame, signatures_kept
 from dit_cache_fx.capture import FlatCall
-from dit_cache_fx.lowering import CompiledPart, Part, Preamble, Variants, split_preamble
+from dit_cache_fx.lowering import CompiledPart, Part, Preamble, Separate, Variants, separated
 from dit_cache_fx.runtime.drive import Compiler, Results, Serving, Stage, drive_here, lasting
 from dit_cache_fx.runtime.graphs import Entry
 from dit_cache_fx.runtime.step import Step
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Separate:
-    """Variants whose graphs are compiled. `preamble`: what the host runs before a computed step."""
-
-    variants: Variants
-    preamble: Preamble | None
 
 
 class StepCompiler:
@@ -43,9 +35,9 @@ class StepCompiler:
         """The same variants, compiled."""
         made = self._made.get(variants)
         if made is None:
-            preamble = split_preamble(variants.compute)
-            whole = variants if preamble is None else replace(variants, compute=preamble.compute)
-            made = self._made[variants] = Separate(whole.mapped(self._part), preamble)
+            apart = separated(variants)
+            mapped = apart.variants.mapped(self._part)
+            made = self._made[variants] = replace(apart, variants=mapped)
         return made
 
     def _part(self, part: Part) -> Part:
@@ -87,7 +79,7 @@ def plain(entry: Entry, step: Step, call: FlatCall) -> Serving:
 
 
 def separate(entry: Entry, step: Step, call: FlatCall, compiled: Separate) -> Serving:
-    """The same, where each graph was compiled by itself."""
+    """The same, where each graph is compiled by itself."""
     variants, given = compiled.variants, entry.inputs(call)
     yield from _ruled(variants, step, given)
     if step.computes and compiled.preamble is not None:
@@ -100,14 +92,30 @@ def separate(entry: Entry, step: Step, call: FlatCall, compiled: Separate) -> Se
 
 
 def watched(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> Serving:
-    """Run one graph; where its blocks break it, and may, one for each kind of step."""
-    if not entry.breaks or compiler is Compiler.FULLGRAPH:
+    """Run one graph; where there can be none, one for each kind of step.
+
+    There is none where the blocks break it, or where `cond` does not take what they are made of
+    (weights that are tensor subclasses, or views of one another).
+    """
+    whole = compiler is Compiler.FULLGRAPH
+    if not (entry.apart if whole else entry.breaks or entry.apart):
         try:
             return (yield from _one_graph(entry, step, call))
         except CANNOT_COMPILE as error:
-            if compiler is Compiler.FULLGRAPH:
-                raise
             log.info("no single graph, so one for each kind of step: %s", error)
+    return (yield from (_whole_steps if whole or entry.apart else _steps)(entry, step, call))
+
+
+def _whole_steps(entry: Entry, step: Step, call: FlatCall) -> Serving:
+    """One graph for each kind of step, none of them broken."""
+    results = yield from separate(entry, step, call, entry.separate)
+    entry.apart = True
+    return results
+
+
+def _steps(entry: Entry, step: Step, call: FlatCall) -> Serving:
+    """The same where they may break."""
+    if not entry.breaks:
         entry.broken()
     return (yield from plain(entry, step, call))
 
@@ -121,7 +129,7 @@ def _one_graph(entry: Entry, step: Step, call: FlatCall) -> Serving:
         given.update((name, _contiguous(given[name])) for name in entry.variants.carried)
     given.update(step.one_graph_given(one.part.names, one.memory))
     with signatures_kept():
-        results = yield Stage(one.part.run, one.operands(given))
+        results = yield Stage(one.part.run, one.operands_apart(given))
     values = one.outputs + len(entry.variants.held)
     if one.memory:
         step.decided(*results[values:])

@@ -25,7 +25,13 @@ from dit_cache_fx.capture.fingerprint import Fingerprint, fingerprint, volatile
 from dit_cache_fx.capture.record import Recording
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.program import operations, tensor_spec
-from dit_cache_fx.lowering import OneGraph, lower_one_graph, lower_variants
+from dit_cache_fx.lowering import (
+    OneGraph,
+    Separate,
+    lower_one_graph,
+    lower_variants,
+    separated,
+)
 from dit_cache_fx.lowering.asserts import assertions
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.lowering.stateful import Carried, Stateful, fixed_steps
@@ -51,7 +57,8 @@ class Entry(Lowered):
     fingerprint: Fingerprint
     volatile: frozenset[tuple[str, str]]  # what of it the forward changes by itself
     count: StepCount
-    breaks: bool = False  # it cannot be compiled as one graph
+    breaks: bool = False  # its blocks cannot be compiled as one graph
+    apart: bool = False  # it was compiled as one graph for each kind of step
     carried: dict[str | None, Carried] = field(default_factory=dict)  # by cache context
     served: set[float] = field(default_factory=set)  # a few of the timesteps that it answered
 
@@ -66,6 +73,11 @@ class Entry(Lowered):
     def one_graph(self) -> OneGraph:
         """The graph that decides by itself."""
         return lower_one_graph(self.program, self.variants, self.strategy)
+
+    @cached_property
+    def separate(self) -> Separate:
+        """The graphs of each kind of step."""
+        return separated(self.variants)
 
     def broken(self) -> None:
         """Its blocks cannot be in one graph: let the compiler look at each of them by itself."""
