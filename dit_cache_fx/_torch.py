@@ -220,12 +220,14 @@ class CompiledFrame(NamedTuple):
     """The call that Dynamo compiles at present.
 
     `arguments`: the function's, in order, then those of the module's forward. `outer`: the module that `torch.compile` was asked for;
-    None where it is no module's. `inner`: the function is one that this module calls.
+    None where it is no module's. `inner`: the function is one that this module calls. `numbers`:
+    the arguments that are numbers.
     """
 
     arguments: tuple[str, ...]
     outer: nn.Module | None
     inner: bool
+    numbers: Mapping[str, float]
 
 
 def compiled_frame() -> CompiledFrame:
@@ -233,7 +235,7 @@ def compiled_frame() -> CompiledFrame:
     try:
         tx: Any = InstructionTranslator.current_tx().output.root_tx
     except AttributeError:
-        return CompiledFrame((), None, False)
+        return CompiledFrame((), None, False, {})
     code, outer = tx.f_code, _outermost_module()
     arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     if outer is not None:  # behind a wrapper all of them may be in **kwargs
@@ -241,7 +243,15 @@ def compiled_frame() -> CompiledFrame:
     owner = tx.f_locals.get("self")
     resumed = owner is None and _RESUMED.match(code.co_name) is not None
     inner = outer is not None and owner is not outer and not resumed
-    return CompiledFrame(arguments, outer, inner)
+    return CompiledFrame(arguments, outer, inner, _numbers(tx.f_locals))
+
+
+def _numbers(given: Mapping[str, Any]) -> dict[str, float]:
+    inside = [value for name, value in given.items() if name.endswith("kwargs")]
+    known = dict(given)
+    for named in inside:
+        known |= named if isinstance(named, dict) else {}
+    return {n: float(v) for n, v in known.items() if type(v) in (int, float)}
 
 
 def _outermost_module() -> nn.Module | None:

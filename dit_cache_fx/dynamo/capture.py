@@ -16,6 +16,7 @@ from dit_cache_fx.capture import BlockList, flatten_call
 from dit_cache_fx.capture.blocks import mark_blocks
 from dit_cache_fx.capture.normal_form import normal_form
 from dit_cache_fx.capture.record import Recording, record
+from dit_cache_fx.capture.scalar_timestep import NumberFactories
 from dit_cache_fx.capture.signal import mark_signal, parts_of
 from dit_cache_fx.capture.trace import trace
 from dit_cache_fx.errors import CaptureError
@@ -33,7 +34,8 @@ class Outlined:
     `dynamos`: the graph as it was. `tensors`: which inputs are tensors; for each of these `names`
     has a name unlike all others and `origins` Dynamo's node; the model's own are in `owned`.
     `given`: all inputs that are not. `numbers`: tensors that `gm` takes as numbers. `timestep`: the
-    name of the timestep, where there is one. `elsewhere`: the model's lists that other pieces have:
+    name of the timestep, where there is one. `constant`: its value where it is a constant of the graph;
+    `number_step`: which input it is where Dynamo passes it as a number. `elsewhere`: the model's lists that other pieces have:
     name -> how many blocks. `order`: the arguments of the compiled function.
     """
 
@@ -45,10 +47,12 @@ class Outlined:
     names: tuple[str, ...]
     origins: tuple[fx.Node, ...]
     owned: frozenset[str]
+    constant: float | None
     elsewhere: Mapping[str, int]
     order: tuple[str, ...]
     given: tuple[int, ...]
     numbers: tuple[int, ...]
+    number_step: int | None
     dynamic: bool  # some inputs are sizes
     timestep: str | None
 
@@ -83,7 +87,9 @@ def capture_graph(outlined: Outlined, inputs: Sequence[Input], strategy: Strateg
 
         def run(given: Sequence[torch.Tensor]) -> Any:
             rest = iter(given)
-            return outlined.gm(*(next(rest) if isinstance(v, torch.Tensor) else v for v in inputs))
+            values = [next(rest) if isinstance(v, torch.Tensor) else v for v in inputs]
+            with NumberFactories():
+                return outlined.gm(*values)
 
         try:
             recording = record(lambda: run(tensors), members, set(members), opened=parts)

@@ -132,11 +132,20 @@ def outlined_graph(
     places = [n for n in gm.graph.nodes if n.op == "placeholder"]
     numbers = [i for i, node in enumerate(places) if node.users and all(map(is_number, node.users))]
     all_tensors = [i for i, v in enumerate(example_inputs) if isinstance(v, torch.Tensor)]
-    tensors = [i for i in all_tensors if i not in numbers]
+    scalars = {*numbers, *range(len(places))} - ({*all_tensors} - {*numbers})
+    number_step = _number_step({argument_of(places[i]): i for i in sorted(scalars)}, timestep)
+    numbers = [i for i in numbers if i != number_step]
+    tensors = [i for i in range(len(places)) if i not in scalars or i == number_step]
     origins = [places[i] for i in tensors]
     own = {i for i in tensors if is_owned(places[i], example_inputs[i])}
     names = _names(origins, {places[i] for i in own})
-    given = {n: example_inputs[i] for n, i in zip(names, tensors, strict=True) if i not in own}
+    given = {
+        n: torch.zeros([]) if i == number_step else example_inputs[i]
+        for n, i in zip(names, tensors, strict=True)
+        if i not in own
+    }
+    step = _timestep(given, timestep, whole)
+    named = timestep or named_timestep([*frame.numbers], None)
     return Outlined(
         dynamos=gm,
         gm=outlined,
@@ -149,9 +158,11 @@ def outlined_graph(
         origins=tuple(origins),
         owned=frozenset(n for n, i in zip(names, tensors, strict=True) if i in own),
         numbers=tuple(numbers),
+        number_step=number_step,
         given=tuple(i for i in range(len(example_inputs)) if i not in own),
         dynamic=len(tensors) < len(example_inputs),
-        timestep=_timestep(given, timestep, whole),
+        timestep=step,
+        constant=None if step is not None or named is None else frame.numbers.get(named),
     )
 
 
@@ -162,6 +173,12 @@ def _names(origins: Sequence[fx.Node], owned: set[fx.Node]) -> list[str]:
         name = node.name if node in owned else re.sub(r"\W", "_", argument_of(node))
         names.append(name if name.isidentifier() and name not in names else node.name)
     return names
+
+
+def _number_step(scalars: Mapping[str, int], timestep: str | None) -> int | None:
+    """Which of the inputs that are numbers the timestep is."""
+    name = timestep or named_timestep([*scalars], None)
+    return None if name is None else scalars.get(name)
 
 
 def _timestep(given: Mapping[str, torch.Tensor], timestep: str | None, whole: bool) -> str | None:

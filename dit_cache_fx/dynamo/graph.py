@@ -66,11 +66,22 @@ class Shared:
     split: bool = False
     caches: bool = False
     warned: bool = False
+    first_constant: float | None = None
 
     def tell(self, piece: Piece, value: float) -> None:
         """Note the timestep of a piece for those behind it."""
         if not piece.whole:
             self.timesteps[piece.function] = value
+
+    def constant(self, value: float | None) -> float | None:
+        """A timestep that is a constant of a graph; None for any other than the first one.
+
+        Dynamo lets a number vary from its second value on. Where it must not, each step has a
+        graph of its own, and there is nothing to reuse.
+        """
+        if self.first_constant is None:
+            self.first_constant = value
+        return value if value == self.first_constant else None
 
     def uncached(self, reason: str, again: bool) -> None:
         """A graph is not cached: warn, once. Of a split model only where no piece is cached.
@@ -101,7 +112,10 @@ class CachedGraph:
     def __call__(self, *given: Input) -> Sequence[Any]:
         inputs = [*given]
         for i in self._outlined.numbers:
-            inputs[i] = inputs[i].item()  # type: ignore[union-attr]
+            inputs[i] = _number(inputs[i])
+        step = self._outlined.number_step
+        if step is not None:
+            inputs[step] = torch.as_tensor(inputs[step])
         key = self._key(inputs)
         value = self._value(inputs) if self._shared.enabled else None
         lowered = None if value is None else self._lowered(key, inputs)
@@ -139,6 +153,8 @@ class CachedGraph:
             value = float(host.tracker.explicit)
         elif value is None and place is not None:
             value = timestep_value(inputs[place])  # type: ignore[arg-type]
+        elif value is None:
+            value = self._shared.constant(self._outlined.constant)
         if value is None:
             self._missed(_NO_TIMESTEP)
         elif self._piece.first:
@@ -163,9 +179,13 @@ class CachedGraph:
         return output
 
     def _uncached(self, key: Hashable, inputs: Sequence[Input]) -> Sequence[Any]:
+        outlined, step = self._outlined, self._outlined.number_step
+        if step is not None:
+            inputs = [_number(v) if i == step else v for i, v in enumerate(inputs)]
+            key = key, inputs[step]
         if key not in self._plain:
-            outlined = self._outlined
-            gm = flat(outlined.gm) if outlined.numbers else outlined.dynamos
+            numbers = outlined.numbers or step is not None
+            gm = flat(outlined.gm) if numbers else outlined.dynamos
             self._plain[key] = self._compile(gm, inputs)
             _drop_oldest(self._plain)
         return self._plain[key](*inputs)
@@ -254,6 +274,10 @@ def _call(
 ) -> Sequence[torch.Tensor]:
     places = lowered.places
     return part.run(*(tensors[places[n]] if n in places else made[n] for n in part.names))
+
+
+def _number(value: Input) -> int | float:
+    return value.item() if isinstance(value, torch.Tensor) else value
 
 
 def _drop_oldest(kept: OrderedDict[Hashable, Any]) -> None:
