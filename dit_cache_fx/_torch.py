@@ -219,9 +219,9 @@ def piece_of(gm: fx.GraphModule) -> Piece:
 class CompiledFrame(NamedTuple):
     """The call that Dynamo compiles at present.
 
-    `arguments`: the function's, in order, then those of the module's forward. `outer`: the module that `torch.compile` was asked for;
-    None where it is no module's. `inner`: the function is one that this module calls. `numbers`:
-    the arguments that are numbers.
+    `arguments`: the function's, in order, then those of the module's forward. `outer`: the module
+    that `torch.compile` was asked for; None where it is no module's. `inner`: the function is one
+    that this module calls. `numbers`: the arguments that are numbers.
     """
 
     arguments: tuple[str, ...]
@@ -294,17 +294,6 @@ CANNOT_COMPILE = (
 dynamo_callback = get_eval_frame_callback
 
 
-def looking_on() -> object:
-    """The same where a compiled function's own code, which cannot ask, may run."""
-    return None if torch.compiler.is_compiling() else dynamo_callback()
-
-
-def look_again(callback: object) -> None:
-    """Let `torch.compile` look at frames again: it stops for good where it raises."""
-    if callback is not None and looking_on() is None:
-        set_eval_frame(callback)  # type: ignore[arg-type]
-
-
 def wants_one_graph(callback: object) -> bool:
     """Whether it is that of `torch.compile(fullgraph=True)`."""
     return getattr(callback, "_one_graph", False) is True
@@ -334,6 +323,19 @@ def signatures_kept() -> Iterator[None]:
         yield
     finally:
         variable.call_function = remembered
+
+
+@not_a_compiled_frame
+def looking_on() -> object:
+    """The same where a compiled function's own code, which cannot ask, may run."""
+    return None if torch.compiler.is_compiling() else dynamo_callback()
+
+
+@not_a_compiled_frame
+def look_again(callback: object) -> None:
+    """Let `torch.compile` look at frames again: it stops for good where it raises."""
+    if callback is not None and looking_on() is None:
+        set_eval_frame(callback)  # type: ignore[arg-type]
 
 
 def trace_text(name: str, text: Callable[[], str]) -> None:

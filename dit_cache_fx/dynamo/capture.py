@@ -34,9 +34,10 @@ class Outlined:
     `dynamos`: the graph as it was. `tensors`: which inputs are tensors; for each of these `names`
     has a name unlike all others and `origins` Dynamo's node; the model's own are in `owned`.
     `given`: all inputs that are not. `numbers`: tensors that `gm` takes as numbers. `timestep`: the
-    name of the timestep, where there is one. `constant`: its value where it is a constant of the graph;
-    `number_step`: which input it is where Dynamo passes it as a number. `elsewhere`: the model's lists that other pieces have:
-    name -> how many blocks. `order`: the arguments of the compiled function.
+    name of the timestep, where there is one. `constant`: its value where it is a constant of the
+    graph. `number_step`: which input it is where Dynamo passes it as a number. `elsewhere`: the
+    model's lists that other pieces have: name -> how many blocks. `order`: the arguments of the
+    compiled function.
     """
 
     dynamos: fx.GraphModule
