@@ -280,16 +280,16 @@ def look(case: SupportCase) -> tuple[Seen | None, list[str]]:
 
 
 def look_further(seen: Seen) -> list[str]:
-    """The other cells: TeaCache and TaylorCache, and the ways to compile."""
+    """The other cells: TeaCache and TaylorCache, and one graph."""
     with torch.no_grad():
         graph = _cell(seen.one_graph)
         if graph.startswith("no") and not seen.itself_is_one_graph():
             graph = f"{graph} The model without a cache is no single graph either."
-        return [_cell(seen.others), graph, *look_compiled(seen)]
+        return [_cell(seen.others), graph]
 
 
 def look_compiled(seen: Seen) -> list[str]:
-    """The last cells: `compile_steps`, and `backend()`."""
+    """Two cells more: `compile_steps`, and `backend()`."""
     return [_cell(seen.steps), _cell(seen.through_backend)]
 
 
