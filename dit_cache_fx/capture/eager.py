@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dit_cache_fx._torch import without_dispatch_modes
 from dit_cache_fx.capture.blocks import mark_blocks
 from dit_cache_fx.capture.captured import Captured, Subject, not_held
 from dit_cache_fx.capture.check import IllegalInputs, compare, refusable, refuse, second_inputs
@@ -23,7 +24,9 @@ from dit_cache_fx.capture.leaves import BlockList, kept_modules
 from dit_cache_fx.capture.normal_form import Guards, normal_form
 from dit_cache_fx.capture.record import Recording, record
 from dit_cache_fx.capture.refusals import (
+    refuse_changed_arguments,
     refuse_late_guards,
+    refuse_read_number,
     refuse_rewritten_arguments,
     refuse_written_memory,
     require_timestep,
@@ -52,23 +55,26 @@ def capture(subject: Subject, call: FlatCall, timestep: str | None) -> Captured:
         recording = _recorded(subject, call, tensors, lists, kept)
         refuse_rewritten_arguments(recording)
         refuse_written_memory(subject.model, call, tensors, recording)
-        with _explained("the model's own code (outside its blocks and layers) cannot be traced"):
+        what = "the model's own code (outside its blocks and layers) cannot be traced"
+        with _explained(what), without_dispatch_modes():
             traced = trace(lambda inputs: subject.run(call, inputs), tensors, kept, recording)
         step = timestep if timestep is not None else guessed_timestep(call)
         require_timestep(call, step)
         program, guards = normal_form(subject.model, traced, call, step)
+        refuse_read_number(call, program, guards)
         mark_blocks(program, lists, chosen=subject.blocks is not None)
-        mark_signal(program, subject.strategy, recording)
+        with without_dispatch_modes():
+            mark_signal(program, subject.strategy, recording)
         trunk = {str(node.target) for node in program.block_calls()}
         blocks = {m: name for m, name in members.items() if f"model.{name}" in trunk}
         captured = Captured(program, program.gm, guards, recording, blocks, set(kept), set())
         captured.not_held = not_held(program, recording)
         if guards is not None:
             refuse_late_guards(guards, trunk)
-            captured.shapes = guards.shapes(guards.expected)
-            captured.accepted.add(captured.shapes)
+            captured.accepted.add(guards.shapes(guards.expected))
         if subject.check:
-            with _explained("the captured graph fails where the model does not"):
+            what = "the captured graph fails where the model does not"
+            with _explained(what), without_dispatch_modes():
                 _check(subject, captured, call, tensors)
     return captured
 
@@ -97,13 +103,15 @@ def _recorded(
 ) -> Recording:
     """Record the model; a layer that answers with numbers is looked into, so leaves `kept`."""
     members = {m: kept[m] for blocks in lists for m in blocks.modules}
+    arguments = unflatten_call(call.skeleton, list(tensors))
     recording = record(
-        lambda: subject.run(call, tensors),
+        lambda: subject.answer(call, arguments),
         kept,
         set(members),
         {m for m, name in members.items() if subject.always_runs(name)},
         {m: parts_of(m, kept[m]) for m in subject.opened(lists)},
     )
+    refuse_changed_arguments(call, tensors, arguments)
     numbers = {c.name for c in recording.calls if any(v is not None for v in constants(c.skeleton))}
     open_layers = [m for m, name in kept.items() if name in numbers and m not in members]
     if not open_layers:

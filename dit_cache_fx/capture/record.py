@@ -16,8 +16,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dit_cache_fx._torch import without_mode
 from dit_cache_fx.capture.intercept import intercepted
-from dit_cache_fx.values.identity import memory, version
+from dit_cache_fx.capture.scalar_timestep import NumberFactories
+from dit_cache_fx.values.identity import storage_key, version
 from dit_cache_fx.values.pytree import Skeleton, flatten
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
@@ -62,6 +64,12 @@ class Recording:
     calls: list[ModuleCall]
     output: Any
 
+    def forget(self) -> None:
+        """Let go of the values: only the first answer needs them."""
+        self.output = None
+        for made in self.calls:
+            made.values.clear()
+
 
 def record(
     run: Callable[[], Any],
@@ -89,7 +97,7 @@ def record(
             reader.reads(inputs)
         versions = [version(t) for t in inputs]
         inside: Inside | None = None
-        with reader.paused():
+        with reader.paused(), without_mode(NumberFactories):
             if module in parts:
                 within = record(lambda: call(module, *args, **kwargs), parts[module], ())
                 inside = Inside(module, parts[module], inputs, given, within)
@@ -100,14 +108,18 @@ def record(
         after, kept_form = flatten((args, kwargs))
         rewrites = given != kept_form or any(a is not b for a, b in zip(inputs, after, strict=True))
         mutated = tuple(i for i, t in enumerate(inputs) if version(t) != versions[i])
-        returned = {memory(t) for t in outputs} if mutated else set()
-        writes = {memory(inputs[i]) for i in mutated} - returned
+        returned = {storage_key(t) for t in outputs} if mutated else set()
+        writes = {storage_key(inputs[i]) for i in mutated} - returned
         shapes = [t.shape for t in inputs]
         like = tuple(shapes.index(t.shape) if t.shape in shapes else None for t in outputs)
         specs = [TensorSpec.of(t) for t in outputs]
         made = ModuleCall(name, specs, skeleton, mutated=mutated, like=like, inside=inside)
         made.rewrites, made.writes = rewrites, frozenset(writes)
-        reader.produced(made, outputs, hold=module not in blocks or module in always_run)
+        reader.produced(made, outputs)
+        if module in always_run:  # a copy: whoever gets it may change it in place
+            made.values.update((i, t.clone()) for i, t in enumerate(outputs))
+        elif module not in blocks:
+            reader.hold(made, outputs)
         calls.append(made)
         return output
 
@@ -123,16 +135,29 @@ class _Reader(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._origin: dict[int, tuple[ref[torch.Tensor], ModuleCall, int]] = {}
+        self._held: dict[int, list[tuple[ModuleCall, int]]] = {}  # by the memory that it shares
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.reads(flatten((args, kwargs or {}))[0])
+        tensors = flatten((args, kwargs or {}))[0]
+        self.reads(tensors)
+        if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
+            self._set_apart(tensors)
         return func(*args, **(kwargs or {}))
 
-    def produced(self, call: ModuleCall, outputs: list[torch.Tensor], hold: bool) -> None:
+    def produced(self, call: ModuleCall, outputs: list[torch.Tensor]) -> None:
         for index, tensor in enumerate(outputs):
             self._origin[id(tensor)] = (ref(tensor), call, index)
-            if hold:
-                call.values[index] = tensor
+
+    def hold(self, call: ModuleCall, outputs: list[torch.Tensor]) -> None:
+        """Hold outputs themselves, until the model's own code changes them in place."""
+        for index, tensor in enumerate(outputs):
+            call.values[index] = tensor
+            self._held.setdefault(storage_key(tensor), []).append((call, index))
+
+    def _set_apart(self, tensors: list[torch.Tensor]) -> None:
+        for tensor in tensors if self._held else ():
+            for call, index in self._held.pop(storage_key(tensor), ()):
+                call.values[index] = call.values[index].clone()
 
     def reads(self, tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from dit_cache_fx.capture.data_guards import READS
 from dit_cache_fx.capture.normal_form import Guards, owned_tensors
 from dit_cache_fx.capture.record import Recording
-from dit_cache_fx.capture.signature import FlatCall
+from dit_cache_fx.capture.signature import FlatCall, unflatten_call
 from dit_cache_fx.errors import CaptureError, DiscoveryError
-from dit_cache_fx.values.identity import memory
+from dit_cache_fx.ir.program import Program, ancestors
+from dit_cache_fx.values.identity import storage_key
+from dit_cache_fx.values.pytree import Container, Skeleton, flatten, key_paths
 
 _APART = (
     "a cached step could not do the same. Make such calls between disable() and enable(), turn off "
@@ -29,6 +33,26 @@ def require_timestep(call: FlatCall, timestep: str) -> None:
         )
 
 
+def refuse_read_number(call: FlatCall, program: Program, guards: Guards | None) -> None:
+    """Refuse a model whose own code computes with the value of a timestep that is a number.
+
+    What it makes of it would be a constant of the graph: every step would be captured anew.
+    """
+    if call.number is None or guards is None:
+        return
+    reads = [n for n in guards.gm.graph.nodes if n.target in READS]
+    for node, value in zip(reads, guards.expected, strict=True):
+        given = {n.name for n in ancestors([node]) if n.op == "placeholder"}
+        if program.timestep in given and not isinstance(value, (bool, torch.Size)):
+            argument = program.arguments[program.inputs.index(program.timestep)]
+            raise CaptureError(
+                f"the model's own code computes with the value of the timestep {argument!r} "
+                "outside of torch (float(), math.log(), a look-up): that is another graph for each "
+                "step. Pass it as a tensor, and let the model compute with torch (torch.log), or "
+                "do so in a block or a layer"
+            )
+
+
 def refuse_rewritten_arguments(recording: Recording) -> None:
     """Refuse a module that puts a value into a container among its arguments."""
     rewriting = next((call.name for call in recording.calls if call.rewrites), None)
@@ -39,15 +63,46 @@ def refuse_rewritten_arguments(recording: Recording) -> None:
         )
 
 
+def refuse_changed_arguments(
+    call: FlatCall, tensors: Sequence[torch.Tensor], arguments: dict[str, Any]
+) -> None:
+    """Refuse a model whose own code puts something else into an argument, such as a count.
+
+    New items of a dict that are no tensors are notes of the model to itself: they may be.
+    """
+    given = unflatten_call(call.skeleton, list(tensors))
+    for name, value in arguments.items():
+        (before, was), (after, form) = flatten(given[name]), flatten(value)
+        if not _noted(was, form) or any(a is not b for a, b in zip(after, before, strict=True)):
+            raise CaptureError(
+                f"the model's own code changes its argument {name!r} (an item or an attribute of "
+                f"it, by a method that counts, say): {_APART}"
+            )
+
+
+def _noted(before: Skeleton, after: Skeleton) -> bool:
+    """Whether nothing is changed but for new items of dicts that hold no tensor."""
+    if before == after:
+        return True
+    if not (isinstance(before, Container) and isinstance(after, Container)):
+        return False
+    if before.kind is not after.kind or not issubclass(before.kind, dict):
+        return False
+    given = dict(zip(before.keys, before.children, strict=True))
+    now = dict(zip(after.keys, after.children, strict=True))
+    kept = all(key in now and _noted(child, now[key]) for key, child in given.items())
+    return kept and not any(key_paths(now[key]) for key in now.keys() - given.keys())
+
+
 def refuse_written_memory(
     model: nn.Module, call: FlatCall, tensors: Sequence[torch.Tensor], recording: Recording
 ) -> None:
     """Refuse a module that keeps a value for later, in memory that outlives the call."""
     if not any(made.writes for made in recording.calls):
         return
-    lasting = {memory(t): f"the model's {name!r}" for name, t in owned_tensors(model)}
+    lasting = {storage_key(t): f"the model's {name!r}" for name, t in owned_tensors(model)}
     lasting.update(
-        (memory(t), f"the argument {name!r}")
+        (storage_key(t), f"the argument {name!r}")
         for t, name in zip(tensors, call.arguments_of(), strict=True)
     )
     for made in recording.calls:

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
-from dit_cache_fx._torch import CANNOT_COMPILE, not_a_compiled_frame, signatures_kept
+from dit_cache_fx._torch import (
+    CANNOT_COMPILE,
+    breaks_raise,
+    not_a_compiled_frame,
+    signatures_kept,
+)
 from dit_cache_fx.capture import FlatCall
 from dit_cache_fx.lowering import CompiledPart, Part, Preamble, Separate, Variants, separated
-from dit_cache_fx.runtime.drive import Compiler, Results, Serving, Stage, drive_here, lasting
+from dit_cache_fx.runtime.drive import (
+    NOTHING,
+    Compiler,
+    Results,
+    Serving,
+    Stage,
+    drive,
+    lasting,
+)
+from dit_cache_fx.runtime.first_runs import FirstRuns
 from dit_cache_fx.runtime.graphs import Entry
 from dit_cache_fx.runtime.step import Step
 
@@ -28,20 +44,23 @@ class StepCompiler:
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         torch.compile(_nothing, **options)
-        self._options = options
+        self.options = dict(options)
         self._made: WeakKeyDictionary[Variants, Separate] = WeakKeyDictionary()
+        self._lock = threading.Lock()
 
     def compiled(self, variants: Variants) -> Separate:
         """The same variants, compiled."""
-        made = self._made.get(variants)
-        if made is None:
-            apart = separated(variants)
-            mapped = apart.variants.mapped(self._part)
-            made = self._made[variants] = replace(apart, variants=mapped)
-        return made
+        with self._lock:
+            made = self._made.get(variants)
+            if made is None:
+                made = self._made[variants] = self._mapped(separated(variants))
+            return made
+
+    def _mapped(self, apart: Separate) -> Separate:
+        return replace(apart, variants=apart.variants.mapped(self._part))
 
     def _part(self, part: Part) -> Part:
-        return CompiledPart(part.gm, part.names, _Whole(part.run, self._options))
+        return CompiledPart(part.gm, part.names, _Whole(part.run, self.options))
 
 
 class _Whole:
@@ -50,35 +69,43 @@ class _Whole:
     def __init__(self, forward: Callable[..., Results], options: Mapping[str, Any]) -> None:
         self._forward = forward
         self._options = options
-        self._compiled = torch.compile(forward, **{**options, "fullgraph": True})
+        self._compiled = torch.compile(forward, **{**options, "fullgraph": False})
+        self._broken = False
+        self._first_runs = FirstRuns()
 
     def __call__(self, *operands: torch.Tensor) -> Sequence[torch.Tensor]:
+        with self._first_runs.alone():
+            return lasting(self._run(operands))
+
+    def _run(self, operands: Sequence[torch.Tensor]) -> Results:
         try:
-            results = self._compiled(*operands)
+            with nullcontext() if self._broken else breaks_raise():
+                return self._compiled(*operands)
         except CANNOT_COMPILE as error:
-            if self._options.get("fullgraph"):
+            if self._broken or self._options.get("fullgraph"):
                 raise
             log.info("no single graph for a kind of step, so its blocks one by one: %s", error)
             not_a_compiled_frame(self._forward)
-            self._compiled = torch.compile(self._forward, **self._options)
-            results = self._compiled(*operands)
-        return lasting(results)
+            self._broken = True
+            return self._compiled(*operands)
 
 
 def _nothing() -> None:
     return None
 
 
-def plain(entry: Entry, step: Step, call: FlatCall) -> Serving:
+def plain(entry: Entry, step: Step, call: FlatCall, compiler: Compiler = NOTHING) -> Serving:
     """Run the graph of the step's kind; the decision is the host's."""
     variants, given = entry.variants, entry.inputs(call)
     yield from _ruled(variants, step, given)
     part = variants.compute if step.computes else variants.reuse
     given.update(step.given(part.names))
-    return (yield Stage(part.run, part.operands(given)))
+    return (yield from _alone(entry, step, Stage(part.run, part.operands(given)), compiler))
 
 
-def separate(entry: Entry, step: Step, call: FlatCall, compiled: Separate) -> Serving:
+def separate(
+    entry: Entry, step: Step, call: FlatCall, compiled: Separate, compiler: Compiler = NOTHING
+) -> Serving:
     """The same, where each graph is compiled by itself."""
     variants, given = compiled.variants, entry.inputs(call)
     yield from _ruled(variants, step, given)
@@ -86,9 +113,18 @@ def separate(entry: Entry, step: Step, call: FlatCall, compiled: Separate) -> Se
         given.update(_prepared(compiled.preamble, step, given))
     part = variants.compute if step.computes else variants.reuse
     given.update(step.compiled_given(part.names))
-    results = yield Stage(part.run, part.operands(given))
+    stage = Stage(part.run, part.operands(given))
+    results = yield from _alone(entry, step, stage, compiler)
     outputs, kept = results[: variants.outputs], results[variants.outputs :]
     return [*outputs, *(t.contiguous() for t in kept)]  # the strides that it is compiled for
+
+
+def _alone(entry: Entry, step: Step, stage: Stage, compiler: Compiler) -> Serving:
+    """Run a stage; where a compiler looks on, the first one of each kind of step goes alone."""
+    if not compiler.looks_on:
+        return (yield stage)
+    with entry.first_runs.alone((compiler, step.computes)):
+        return (yield stage)
 
 
 def watched(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> Serving:
@@ -97,43 +133,58 @@ def watched(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> Ser
     There is none where the blocks break it, or where `cond` does not take what they are made of
     (weights that are tensor subclasses, or views of one another).
     """
-    whole = compiler is Compiler.FULLGRAPH
+    whole = compiler.fullgraph
     if not (entry.apart if whole else entry.breaks or entry.apart):
         try:
-            return (yield from _one_graph(entry, step, call))
+            return (yield from _one_graph(entry, step, call, compiler))
         except CANNOT_COMPILE as error:
             log.info("no single graph, so one for each kind of step: %s", error)
-    return (yield from (_whole_steps if whole or entry.apart else _steps)(entry, step, call))
+    steps = _whole_steps if whole or entry.apart else _steps
+    return (yield from steps(entry, step, call, compiler))
 
 
-def _whole_steps(entry: Entry, step: Step, call: FlatCall) -> Serving:
+def _whole_steps(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> Serving:
     """One graph for each kind of step, none of them broken."""
-    results = yield from separate(entry, step, call, entry.separate)
+    results = yield from separate(entry, step, call, entry.separate, compiler)
     entry.apart = True
     return results
 
 
-def _steps(entry: Entry, step: Step, call: FlatCall) -> Serving:
+def _steps(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> Serving:
     """The same where they may break."""
     if not entry.breaks:
         entry.broken()
-    return (yield from plain(entry, step, call))
+    return (yield from plain(entry, step, call, compiler))
 
 
-def _one_graph(entry: Entry, step: Step, call: FlatCall) -> Serving:
+def _one_graph(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> Serving:
     """Run the graph that has the decision in it."""
     one, given = entry.one_graph, entry.inputs(call)
     if one.preamble is not None:  # what the graph cannot hold is the host's, the rule first
-        drive_here(_ruled(entry.variants, step, given))
+        drive(_ruled(entry.variants, step, given))
         given.update(_prepared(one.preamble, step, given))
         given.update((name, _contiguous(given[name])) for name in entry.variants.carried)
     given.update(step.one_graph_given(one.part.names, one.memory))
-    with signatures_kept():
-        results = yield Stage(one.part.run, one.operands_apart(given))
+    with entry.first_runs.alone(compiler) as first:
+        results = yield from _compiled(Stage(one.part.run, one.operands_apart(given)), first)
     values = one.outputs + len(entry.variants.held)
-    if one.memory:
+    if one.memory is not None:
         step.decided(*results[values:])
     return results[:values]
+
+
+def _compiled(stage: Stage, first: bool) -> Serving:
+    """Run a stage with `torch.compile` looking on.
+
+    Dynamo is patched where that compiles: at the first run, and where a later one needs it.
+    """
+    if not first:
+        try:
+            return (yield stage)
+        except CANNOT_COMPILE as error:
+            log.info("compiling again: %s", error)
+    with signatures_kept():
+        return (yield stage)
 
 
 def _ruled(variants: Variants, step: Step, given: dict[str, torch.Tensor]) -> Serving:
