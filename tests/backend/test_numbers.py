@@ -58,6 +58,20 @@ def test_a_timestep_that_is_a_number(
     assert not [w for w in recwarn if issubclass(w.category, DitCacheWarning)]
 
 
+def test_sessions_in_turn_go_on_over_both_graphs() -> None:
+    cache = cache_of()
+    model = torch.compile(make(NumberedDiT, way="full"), backend=cache)
+    sessions = [cache.new_session() for _ in range(2)]
+    by_hand = [ByHand(make(NumberedDiT, way="full"), ["blocks"]) for _ in sessions]
+    calls = [generation(float, prompt) for prompt in range(2)]
+    for step in range(6):
+        for session, hand, mine in zip(sessions, by_hand, calls, strict=True):
+            with session:
+                got = model(**mine[step])
+            assert torch.equal(got, hand(step in STEPS, **mine[step])), step
+    assert actions(cache) == "CCrrCr"
+
+
 @pytest.mark.parametrize("number", [int, float])
 def test_disabled_a_number_is_one(number: type) -> None:
     inside, cache = make(NumberedDiT, way="times"), cache_of()
