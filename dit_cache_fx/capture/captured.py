@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from dit_cache_fx.capture.ambient import autocast, without_autocast
 from dit_cache_fx.capture.check import compare
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.leaves import BlockList, candidate_lists, named_list
 from dit_cache_fx.capture.normal_form import Guards
 from dit_cache_fx.capture.record import ModuleCall, Recording
+from dit_cache_fx.capture.settings import Setting, applied
 from dit_cache_fx.capture.signature import CallSignature, FlatCall, unflatten_call
 from dit_cache_fx.ir.graph_text import short
 from dit_cache_fx.ir.program import OUTPUT, BlockId, Program, block_values
@@ -58,7 +60,10 @@ class Subject:
 
     def run(self, call: FlatCall, tensors: Sequence[torch.Tensor]) -> Any:
         """The model's own answer to a flattened call with these tensors."""
-        arguments = unflatten_call(call.skeleton, list(tensors))
+        return self.answer(unflatten_call(call.skeleton, list(tensors)))
+
+    def answer(self, arguments: dict[str, Any]) -> Any:
+        """The model's own answer to named arguments."""
         return self.signature.call(self.model.forward, arguments)
 
 
@@ -79,6 +84,29 @@ class Captured:
     not_held: frozenset[str] = frozenset()  # block results that the recording did not hold
     shapes: tuple[torch.Size, ...] = ()  # guard shapes of the newest call
     seen: Seen | None = None  # the newest call's tensors that the guards depend on
+    unread: Sequence[str] = ()  # attributes that forward sets for others, in words
+
+    def around(self) -> AbstractContextManager[None]:
+        """Within it the graphs may run: without autocast, with what forward sets on its modules."""
+        settings = self.recording.settings
+        return _around(settings) if settings or autocast() else nullcontext()
+
+    def run(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """The graph's answer to tensors."""
+        with self.around():
+            return self.gm(*tensors)
+
+    def read(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """What the guards read out of tensors."""
+        assert self.guards is not None
+        with self.around(), torch.no_grad():
+            return self.guards.gm(*tensors)
+
+
+@contextmanager
+def _around(settings: Sequence[Setting]) -> Iterator[None]:
+    with without_autocast(), applied(settings):
+        yield
 
 
 def accepts(subject: Subject, captured: Captured, call: FlatCall) -> bool:
@@ -92,8 +120,7 @@ def accepts(subject: Subject, captured: Captured, call: FlatCall) -> bool:
     tensors = Seen([call.tensors[i] for i in guards.inputs], certain=True)
     if captured.seen is not None and tensors.shared_with(captured.seen) == len(guards.inputs):
         return True
-    with torch.no_grad():
-        read = guards.gm(*call.tensors)
+    read = captured.read(call.tensors)
     if guards.values(read) != guards.values(guards.expected):
         _log_failed(guards, read)
         return False
@@ -163,7 +190,7 @@ def _differs(
 ) -> str | None:
     return compare(
         lambda: subject.run(call, tensors),
-        lambda: captured.gm(*tensors),
+        lambda: captured.run(tensors),
         captured.blocks,
         captured.recording,
     )

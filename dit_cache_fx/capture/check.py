@@ -14,11 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from dit_cache_fx.capture.ambient import Ambient
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.record import ModuleCall, Recording
 from dit_cache_fx.errors import CaptureError, DitCacheError
+from dit_cache_fx.values.digest import Digests, bit_sums, digest, equal
 from dit_cache_fx.values.identity import alike
-from dit_cache_fx.values.pytree import constants, flatten, unflatten
+from dit_cache_fx.values.pytree import Skeleton, constants, flatten, unflatten
+from dit_cache_fx.values.random_state import fixed_random_state
 
 
 class _Print(NamedTuple):
@@ -41,8 +44,11 @@ class _Run:
     """The block calls of a run and prints of the tensors that it showed."""
 
     calls: list[str] = field(default_factory=list)
+    states: list[Ambient] = field(default_factory=list)  # of torch, at each call
     constants: list[list[Any]] = field(default_factory=list)  # of each call, what is no tensor
     prints: dict[_Place, _Print] = field(default_factory=dict)
+    sampling: bool = False
+    sampled: dict[str, Digests] = field(default_factory=dict)  # of each list's first block
     wanted: _Place | None = None
     tensor: torch.Tensor | None = None
 
@@ -53,22 +59,41 @@ class _Run:
             if place == self.wanted:
                 self.tensor = tensor
 
+    def sample(
+        self, name: str, block: Callable[[Sequence[torch.Tensor]], Any], inputs: Any
+    ) -> None:
+        """Run the first block of each list, on copies of its inputs."""
+        lists = {known.rpartition(".")[0] for known in self.sampled}
+        if self.sampling and name.rpartition(".")[0] not in lists:
+            with fixed_random_state(inputs):
+                outputs, _ = flatten(block([t.clone() for t in inputs]))
+            self.sampled[name] = [digest(t) for t in outputs]
+
 
 def compare(
     model: Callable[[], Any],
     graph: Callable[[], Any],
     blocks: Mapping[nn.Module, str],
     recording: Recording,
+    sampled: bool = False,
 ) -> str | None:
-    """What differs first between the model's run and the graph's; None when nothing does."""
-    want = _run(model, blocks, recording, _Run())
-    got = _run(graph, blocks, recording, _Run())
+    """What differs first between the model's run and the graph's; None when nothing does.
+
+    `sampled`: the first block of each list is run, too.
+    """
+    want = _run(model, blocks, recording, _Run(sampling=sampled))
+    got = _run(graph, blocks, recording, _Run(sampling=sampled))
     if want.calls != got.calls:
         return f"it calls blocks {got.calls}, the model calls {want.calls}"
     for name, *each in zip(want.calls, want.constants, got.constants, strict=True):
         unlike = _first_unlike(*each)
         if unlike is not None:
             return f"it calls block {name} with {unlike}"
+    for name, model_state, state in zip(want.calls, want.states, got.states, strict=True):
+        if state != model_state:
+            return f"it calls block {name} with torch in the state {state}, the model {model_state}"
+    if sampled:
+        _compare_samples(want, got, lambda: _run(graph, blocks, recording, _Run(sampling=True)))
     place = next((p for p in want.prints if want.prints[p] != got.prints.get(p)), None)
     if place is None:
         return None if len(want.prints) == len(got.prints) else "it passes more tensors"
@@ -76,6 +101,27 @@ def compare(
     b = _run(graph, blocks, recording, _Run(wanted=place)).tensor
     where = "output" if place.call is None else f"input of block {want.calls[place.call]}"
     return f"{where}, tensor {place.number}: {_difference(a, b)}"
+
+
+def _compare_samples(want: _Run, got: _Run, again: Callable[[], _Run]) -> None:
+    """Refuse blocks that give something else in the graph; those that always do are their own."""
+    unlike = [n for n in want.sampled if not equal(want.sampled[n], got.sampled.get(n, []))]
+    if unlike and _same_samples(again(), got):
+        raise other_block(unlike[0])
+
+
+def _same_samples(a: _Run, b: _Run) -> bool:
+    return all(equal(a.sampled[name], b.sampled[name]) for name in b.sampled)
+
+
+def other_block(name: str) -> CaptureError:
+    """The error for a block that acts otherwise in the graph."""
+    return CaptureError(
+        f"block {name} gives something else in the captured graph than in the model, for the same "
+        "arguments: it reads what the model's forward sets around it (a module-level variable, a "
+        "context, an attribute of an object). Let the block take it as an argument; or make such "
+        "calls between disable() and enable()"
+    )
 
 
 def refuse(difference: str) -> CaptureError:
@@ -139,8 +185,10 @@ def _run(
         module: nn.Module, name: str, call: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         inputs, skeleton = flatten((args, kwargs))
+        shown.states.append(Ambient.now())
         shown.constants.append(list(constants(skeleton)))
         shown.show(len(shown.calls), inputs)
+        shown.sample(name, lambda given: _called(call, module, skeleton, given), inputs)
         shown.calls.append(name)
         made = next(calls, None)
         if made is None or made.name != name:
@@ -151,6 +199,13 @@ def _run(
         output = run()
     shown.show(None, flatten(output)[0])
     return shown
+
+
+def _called(
+    call: Callable[..., Any], module: nn.Module, skeleton: Skeleton, inputs: Sequence[torch.Tensor]
+) -> Any:
+    args, kwargs = unflatten(skeleton, list(inputs))
+    return call(module, *args, **kwargs)
 
 
 def stand_in(made: ModuleCall, index: int, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -165,16 +220,9 @@ def stand_in(made: ModuleCall, index: int, inputs: Sequence[torch.Tensor]) -> li
     return outputs
 
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
 def _print(tensor: torch.Tensor) -> _Print:
-    """Two sums over the tensor's bits, one of them weighted by position."""
     kind = f"{tensor.dtype}{list(tensor.shape)} on {tensor.device}"
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    bits = real.contiguous().view(_BITS[real.element_size()]).flatten().to(torch.int64)
-    weights = torch.arange(bits.numel(), device=bits.device) % 8191 + 1
-    total, weighted = torch.stack([bits.sum(), (bits * weights).sum()]).tolist()
+    total, weighted = bit_sums(tensor).tolist()
     return _Print(kind, total, weighted)
 
 

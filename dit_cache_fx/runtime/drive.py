@@ -8,6 +8,7 @@ looks on, it sees the graphs alone: the bookkeeping is the host's, as a sampler'
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -34,10 +35,11 @@ def lasting(results: Results) -> list[torch.Tensor]:
 
 @dataclass(frozen=True)
 class Stage:
-    """A graph to run, and what with."""
+    """A graph to run, what with, and within which context."""
 
     graph: Callable[..., Results]
     operands: Sequence[torch.Tensor]
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 #: asks for graphs to be run, gets their results, and returns the call's output
@@ -51,6 +53,7 @@ class _Host:
         self.serving = serving
         self.stage: Stage | None = None
         self.output: Any = None
+        self._around = ExitStack()
 
     @torch.compiler.disable
     def start(self) -> None:
@@ -66,8 +69,10 @@ class _Host:
         self._resume(lambda: self.serving.throw(error))
 
     def _resume(self, resume: Callable[[], Stage]) -> None:
+        self._around.close()
         try:
             self.stage = resume()
+            self._around.enter_context(self.stage.around())
         except StopIteration as end:
             self.stage, self.output = None, end.value
 
@@ -94,7 +99,7 @@ def drive_here(serving: Serving) -> Any:
         stage = next(serving)
         while True:
             try:
-                with torch.no_grad():
+                with torch.no_grad(), stage.around():
                     results = stage.graph(*stage.operands)
             except BaseException as error:
                 stage = serving.throw(error)

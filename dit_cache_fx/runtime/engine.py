@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from dit_cache_fx.capture import FlatCall, Subject, can_replay, flatten_call, replayed
+from dit_cache_fx.capture.check import other_block
+from dit_cache_fx.capture.rerun import rerunning
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.runtime import execution
 from dit_cache_fx.runtime.branches import Branch
@@ -142,23 +144,47 @@ class Engine:
     def _first(self, entry: Entry, step: Step, call: FlatCall) -> Results:
         """Run a new graph for the call that it was captured from, and check what it gives.
 
-        Its blocks do not run again: they answer as they did in the recorded run.
+        With a check its blocks run again; without one they answer as they did in the recorded run.
         """
         captured = entry.captured
         recording = captured.recording
-        with torch.no_grad(), replayed(captured) if can_replay(captured) else nullcontext():
-            results: Results = drive_here(execution.plain(entry, step, call))
-        expected = flatten(recording.output)[0]
-        recording.output = None
-        for made in recording.calls:
-            made.values.clear()
-        if self.subject.check and not all(map(_same, expected, results)):
+        try:
+            if self.subject.check:
+                return self._compared(entry, step, call)
+            with replayed(captured) if can_replay(captured) else nullcontext():
+                return self._plain(entry, step, call)
+        except CaptureError:
             self.graphs.clear()
+            raise
+        finally:
+            recording.output, recording.before = None, {}
+            for made in recording.calls:
+                made.values.clear()
+                made.digests.clear()
+
+    def _compared(self, entry: Entry, step: Step, call: FlatCall) -> Results:
+        """The graph's answer, the same as the model's has been."""
+        model, captured = self.subject.model, entry.captured
+        with rerunning(model, captured) as rerun:
+            results = self._plain(entry, step, call)
+        block = rerun.differing()
+        if block is not None:
+            with rerunning(model, captured) as another:
+                self._plain(entry, step.anew(), call)
+            if another.repeats(rerun):
+                raise other_block(block)
+            log.info("block %s gives something else each time", block)
+        elif not all(map(_same, flatten(captured.recording.output)[0], results)):
             raise CaptureError(
                 "the captured graph does not give the model's output for the call that it was "
                 "captured from: a layer around the blocks is random or keeps a state. Pass "
                 "check=False if that is wanted"
             )
+        return results
+
+    def _plain(self, entry: Entry, step: Step, call: FlatCall) -> Results:
+        with torch.no_grad():
+            results: Results = drive_here(execution.plain(entry, step, call))
         return results
 
 

@@ -21,9 +21,10 @@ from dit_cache_fx.capture import (
     capture,
     named_timestep,
 )
+from dit_cache_fx.capture.ambient import Ambient
 from dit_cache_fx.capture.fingerprint import Fingerprint, fingerprint, volatile
 from dit_cache_fx.capture.record import Recording
-from dit_cache_fx.errors import CaptureError
+from dit_cache_fx.errors import CaptureError, warn
 from dit_cache_fx.ir.program import operations, tensor_spec
 from dit_cache_fx.lowering import OneGraph, lower_one_graph, lower_variants
 from dit_cache_fx.lowering.asserts import assertions
@@ -107,6 +108,7 @@ class Graphs:
         self.timestep = timestep  # the argument's name, once it is known
         self.entries: OrderedDict[Hashable, list[Entry]] = OrderedDict()
         self._serial = 0
+        self._told: set[str] = set()
 
     def clear(self) -> None:
         """Forget every graph."""
@@ -167,10 +169,21 @@ class Graphs:
             log.info("the model has changed since the capture: %s", _changes(changed, entry, now))
         return bool(changed)
 
+    def _tell_unread(self, unread: Sequence[str]) -> None:
+        """Warn of what forward notes for others, once each: a cached call does not."""
+        for attribute in unread:
+            if attribute not in self._told:
+                self._told.add(attribute)
+                warn(
+                    f"the model's forward sets {attribute} in each call and never reads it: cached "
+                    "calls leave it as it was when they were captured"
+                )
+
     def _capture(self, call: FlatCall) -> Entry:
         model, strategy = self.subject.model, self.subject.strategy
         before = fingerprint(model, ())
         captured = capture(self.subject, call, self.timestep)
+        self._tell_unread(captured.unread)
         after = fingerprint(model, ())
         program = captured.program
         self.timestep = program.arguments[program.inputs.index(str(program.timestep))]
@@ -195,10 +208,8 @@ class Graphs:
 
 
 def input_key(call: FlatCall) -> Hashable:
-    """What two calls must share to run the same graph, autocast included."""
-    device = call.tensors[0].device.type if call.tensors else "cpu"
-    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    return call.key, autocast
+    """What two calls must share to run the same graph, torch's own state included."""
+    return call.key, Ambient.now()
 
 
 class _Because:
@@ -223,7 +234,8 @@ class _Because:
             if now.get(name) != was.get(name)
         ]
         return "another signature: " + (
-            "; ".join(unlike) or "an argument that is no tensor has another value, or autocast"
+            "; ".join(unlike)
+            or "an argument that is no tensor has another value, or torch another state (autocast)"
         )
 
 
