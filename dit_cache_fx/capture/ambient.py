@@ -39,16 +39,16 @@ class Ambient(NamedTuple):
         return Within(self.autocast, self.cache, kernels)
 
 
-def _device_types() -> tuple[str, ...]:
-    accelerator = torch.accelerator.current_accelerator()
-    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
+_ACCELERATOR = torch.accelerator.current_accelerator()
+#: those that autocast can be on for
+_DEVICE_TYPES = ("cpu",) if _ACCELERATOR is None else ("cpu", _ACCELERATOR.type)
 
 
 def autocast() -> tuple[tuple[str, torch.dtype], ...]:
     """The device types for which autocast is on, and its dtypes."""
     return tuple(
         (kind, torch.get_autocast_dtype(kind))
-        for kind in _device_types()
+        for kind in _DEVICE_TYPES
         if torch.is_autocast_enabled(kind)
     )
 

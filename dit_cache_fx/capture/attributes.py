@@ -5,6 +5,7 @@ Two looks at it tell what has changed in between, and an earlier look can be put
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ TORCHS = frozenset(vars(nn.Module()))
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 #: how deep containers are looked into, and up to which length
 _DEPTH, _LONGEST = 3, 10_000
+
+
+#: a number that is multiplied for a call and divided after it comes back this near
+ROUNDING = 1e-12
 
 
 class _Missing:
@@ -161,6 +166,8 @@ def same(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, dict):
         return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, float) and math.isclose(a, b, rel_tol=ROUNDING):
+        return True
     return isinstance(a, (*_PLAIN, set, frozenset)) and bool(a == b or (a != a and b != b))
 
 

@@ -40,6 +40,7 @@ from dit_cache_fx.capture.signal import mark_signal, parts_of
 from dit_cache_fx.capture.signature import FlatCall, unflatten_call
 from dit_cache_fx.capture.timestep import guessed_timestep
 from dit_cache_fx.capture.trace import trace
+from dit_cache_fx.capture.world import World
 from dit_cache_fx.errors import CaptureError, DitCacheError
 from dit_cache_fx.values.pytree import constants
 
@@ -127,7 +128,9 @@ def _recorded(
     model = subject.model
     members = {m: kept[m] for blocks in lists for m in blocks.modules}
     before = attributes(model.named_modules())
-    arguments, watch = Arguments(unflatten_call(call.skeleton, list(tensors))), Watch(kept)
+    theirs = {m for module in kept for m in module.modules()}
+    watch = Watch(kept, World(model, theirs) if subject.check else None)
+    arguments = Arguments(unflatten_call(call.skeleton, list(tensors)))
     recording = record(
         lambda: subject.answer(arguments.given),
         kept,
@@ -147,9 +150,11 @@ def _recorded(
     refuse_written_memory(model, call, tensors, recording)
     arguments.refuse_changed(recording.calls)
     refuse_made_values(recording.settings, before)
+    recording.before = before
+    if not subject.check:
+        return recording, []
     left = left_behind(before, attributes(model.named_modules()), watch)
     again = partial(subject.run, call, tensors)
-    recording.before = before
     return recording, refuse_kept_state(model, again, kept, recording, left)
 
 
@@ -170,7 +175,7 @@ def _check(
                 partial(captured.run, inputs),
                 captured.blocks,
                 captured.recording,
-                sampled=True,
+                sampled=captured.recording.suspect,
             )
         except IllegalInputs as error:
             log.info("the model refuses inputs made up for a check: %r", error.__cause__)

@@ -59,6 +59,8 @@ def _parts(
 
 def _plain(value: object) -> Hashable:
     """A value that can be compared: a number, text, or a container of such; else `_OTHER`."""
+    if isinstance(value, float):
+        return float(f"{value:.12g}")  # see `attributes.ROUNDING`
     if isinstance(value, _PLAIN):
         return value
     if isinstance(value, (list, tuple)):

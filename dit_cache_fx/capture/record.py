@@ -72,6 +72,7 @@ class Recording:
     calls: list[ModuleCall]
     output: Any
     settings: tuple[Setting, ...] = ()  # what forward sets on its modules
+    suspect: bool = False  # whether blocks may depend on more than their arguments
     before: Attributes = field(default_factory=dict)  # the model's, before the recorded run
 
 
@@ -88,15 +89,18 @@ def record(
     A block's output is held only when something other than a cached block reads it: holding every
     block's output would be what the cache is here to avoid. `always_run` are the blocks that are
     never cached; what they read and give is held too. `opened`: blocks -> their parts, whose calls
-    are recorded as well. `watch` sees what the model sets on its modules; with it, digests of what
-    blocks give are noted.
+    are recorded as well. `watch` sees what the model sets around its modules; with it, digests of
+    what blocks give are noted.
     """
     recorder = _Recorder(blocks, {b for b in blocks if b not in always_run}, opened or {}, watch)
     with intercepted(kept, recorder.handle), recorder.reader:
         output = run()
         recorder.reader.reads(flatten(output)[0])
-    settings = () if watch is None else tuple(watch.settings.values())
-    return Recording(recorder.calls, output, settings)
+    if watch is None:
+        return Recording(recorder.calls, output)
+    watch.looks()
+    settings = tuple(watch.settings.values())
+    return Recording(recorder.calls, output, settings, watch.suspect)
 
 
 class _Recorder:

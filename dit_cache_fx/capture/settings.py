@@ -25,6 +25,7 @@ from dit_cache_fx.capture.attributes import (
     put,
     same,
 )
+from dit_cache_fx.capture.world import World
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.graph_text import short
 
@@ -43,10 +44,15 @@ class Setting:
 
 
 class Watch:
-    """Notes what the model's own code sets on kept modules; what they set themselves is theirs."""
+    """Notes what the model's own code sets on kept modules; what they set themselves is theirs.
 
-    def __init__(self, kept: Mapping[nn.Module, str]) -> None:
+    `suspect`: whether it has also changed something that they may read in another way.
+    """
+
+    def __init__(self, kept: Mapping[nn.Module, str], world: World | None) -> None:
         self._kept = kept
+        self._world = world
+        self.suspect = False
         self.known: Attributes = {}
         self.settings: dict[tuple[int, Any], Setting] = {}
         self._called: set[int] = set()
@@ -55,6 +61,7 @@ class Watch:
 
     def calls(self, module: nn.Module) -> None:
         """The module is about to be called."""
+        self.looks()
         now = self._attributes(module)
         for change in changes(self.known, now):
             setting = Setting(change, self._kept[module])
@@ -66,7 +73,14 @@ class Watch:
 
     def returned(self, module: nn.Module) -> None:
         """The module has been called."""
+        if self._world is not None and not self.suspect:
+            self._world.refresh()
         self.known.update(self._attributes(module))
+
+    def looks(self) -> None:
+        """Look whether something has changed."""
+        if self._world is not None and not self.suspect:
+            self.suspect = self._world.changed()
 
     def _attributes(self, module: nn.Module) -> Attributes:
         name = self._kept[module]

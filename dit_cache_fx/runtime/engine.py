@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dit_cache_fx.capture import FlatCall, Subject, can_replay, flatten_call, replayed
+from dit_cache_fx.capture.ambient import autocast
 from dit_cache_fx.capture.check import other_block
 from dit_cache_fx.capture.rerun import rerunning
 from dit_cache_fx.errors import CaptureError
@@ -102,7 +103,13 @@ class Engine:
         The state is carried in buffers; the step is told from the timestep in the graph.
         """
         call = self._flat(args, kwargs)
-        entry = self.graphs.known(input_key(call))
+        entry = self.graphs.known(call.key)
+        if entry is not None and (autocast() or entry.captured.recording.settings):
+            raise CaptureError(
+                "inside torch.export, or inside another compiled function, neither autocast nor "
+                "attributes that the model's forward sets on its blocks (a strength of LoRA, say) "
+                "can be part of a cached model. Use dit_cache_fx.export"
+            )
         if entry is None:
             raise CaptureError(
                 "inside torch.export, or inside another compiled function, tensors have no values, "
@@ -144,15 +151,23 @@ class Engine:
     def _first(self, entry: Entry, step: Step, call: FlatCall) -> Results:
         """Run a new graph for the call that it was captured from, and check what it gives.
 
-        With a check its blocks run again; without one they answer as they did in the recorded run.
+        Its blocks answer as they did in the recorded run. Where they may depend on more than their
+        arguments they run again.
         """
         captured = entry.captured
-        recording = captured.recording
+        recording, check = captured.recording, self.subject.check
         try:
-            if self.subject.check:
-                return self._compared(entry, step, call)
-            with replayed(captured) if can_replay(captured) else nullcontext():
-                return self._plain(entry, step, call)
+            if check and recording.suspect:
+                results = self._compared(entry, step, call)
+            else:
+                with replayed(captured) if can_replay(captured) else nullcontext():
+                    results = self._plain(entry, step, call)
+            if check and not all(map(_same, flatten(recording.output)[0], results)):
+                raise CaptureError(
+                    "the captured graph does not give the model's output for the call that it was "
+                    "captured from: a layer around the blocks is random or keeps a state. Pass "
+                    "check=False if that is wanted"
+                )
         except CaptureError:
             self.graphs.clear()
             raise
@@ -161,26 +176,22 @@ class Engine:
             for made in recording.calls:
                 made.values.clear()
                 made.digests.clear()
+        return results
 
     def _compared(self, entry: Entry, step: Step, call: FlatCall) -> Results:
-        """The graph's answer, the same as the model's has been."""
+        """The graph's answer, whose blocks give what they gave in the model."""
         model, captured = self.subject.model, entry.captured
         with rerunning(model, captured) as rerun:
             results = self._plain(entry, step, call)
         block = rerun.differing()
-        if block is not None:
-            with rerunning(model, captured) as another:
-                self._plain(entry, step.anew(), call)
-            if another.repeats(rerun):
-                raise other_block(block)
-            log.info("block %s gives something else each time", block)
-        elif not all(map(_same, flatten(captured.recording.output)[0], results)):
-            raise CaptureError(
-                "the captured graph does not give the model's output for the call that it was "
-                "captured from: a layer around the blocks is random or keeps a state. Pass "
-                "check=False if that is wanted"
-            )
-        return results
+        if block is None:
+            return results
+        with rerunning(model, captured) as another:
+            self._plain(entry, step.anew(), call)
+        if another.repeats(rerun):
+            raise other_block(block)
+        log.info("block %s gives something else each time", block)
+        return flatten(captured.recording.output)[0] + list(results[entry.variants.outputs :])
 
     def _plain(self, entry: Entry, step: Step, call: FlatCall) -> Results:
         with torch.no_grad():

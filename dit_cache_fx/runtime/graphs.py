@@ -42,6 +42,9 @@ MAX_VARIANTS = 8
 
 log = logging.getLogger(__name__)
 
+#: what two calls must share to run the same graph
+InputKey = tuple[Hashable, Ambient]
+
 
 @dataclass(eq=False)
 class Entry(Lowered):
@@ -106,7 +109,7 @@ class Graphs:
         self.subject = subject
         self.count = count
         self.timestep = timestep  # the argument's name, once it is known
-        self.entries: OrderedDict[Hashable, list[Entry]] = OrderedDict()
+        self.entries: OrderedDict[InputKey, list[Entry]] = OrderedDict()
         self._serial = 0
         self._told: set[str] = set()
 
@@ -119,7 +122,7 @@ class Graphs:
         if self.timestep is None:
             self.timestep = named_timestep(arguments, None)
 
-    def find(self, call: FlatCall, key: Hashable) -> tuple[Entry, bool]:
+    def find(self, call: FlatCall, key: InputKey) -> tuple[Entry, bool]:
         """The graph for a call, and whether it was captured just now."""
         entries = self.entries.setdefault(key, [])
         self.entries.move_to_end(key)
@@ -146,10 +149,10 @@ class Graphs:
         """Every graph, the newest last."""
         return [entry for variants in self.entries.values() for entry in variants]
 
-    def known(self, key: Hashable) -> Entry | None:
-        """The newest graph for calls of this key, whatever its guards say."""
-        entries = self.entries.get(key)
-        return entries[-1] if entries else None
+    def known(self, call_key: Hashable) -> Entry | None:
+        """The newest graph for calls of this key, whatever its guards and torch's state say."""
+        found = [v for (key, _), v in self.entries.items() if key == call_key and v]
+        return found[-1][-1] if found else None
 
     def carried(self, context: str | None) -> nn.ModuleDict:
         """Each graph with the state of a cache context in its buffers."""
@@ -207,7 +210,7 @@ class Graphs:
         return entry
 
 
-def input_key(call: FlatCall) -> Hashable:
+def input_key(call: FlatCall) -> InputKey:
     """What two calls must share to run the same graph, torch's own state included."""
     return call.key, Ambient.now()
 
