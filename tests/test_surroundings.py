@@ -9,6 +9,7 @@ import functools
 import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from itertools import product
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 import dit_cache_fx
 from dit_cache_fx.errors import CaptureError
-from tests.toys import DIM, Block, ToyDiT, make, new, toy_inputs
+from tests.toys import DIM, Block, ToyDiT, make, new, runs_of, toy_inputs
 
 STEPS = (900.0, 300.0)
 Call = Callable[..., Any]
@@ -125,7 +126,7 @@ class OwnProducts(ToyDiT):
 
 @pytest.mark.parametrize(
     ("kind", "way"),
-    [*product([AroundBlocks, Whole], WAYS), *product([AroundOneBlock, OnForTheTime], [eager])],
+    [*product([AroundBlocks], WAYS), *product([Whole, AroundOneBlock, OnForTheTime], [eager])],
 )
 def test_autocast_that_forward_enters(kind: type[nn.Module], way: Callable[..., Call]) -> None:
     model = make(kind)
@@ -147,10 +148,9 @@ def test_a_model_under_autocast(kind: type[nn.Module], way: Callable[..., Call])
     assert not same(results(model), want)
 
 
-@pytest.mark.parametrize("way", [eager, steps], ids=lambda way: way.__name__)
-def test_autocast_and_none_in_turn(way: Callable[..., Call]) -> None:
+def test_autocast_and_none_in_turn() -> None:
     model = make(OffForTheTime)
-    cached = way(model)
+    cached = eager(model)
     for outer in (autocast, nullcontext, autocast):
         assert same(results(cached, outer), results(model, outer))
 
@@ -167,6 +167,25 @@ def test_reused_steps_run_their_layers_under_autocast_too() -> None:
     assert not torch.is_autocast_enabled("cpu")
 
 
+def test_the_graph_says_what_its_blocks_run_in() -> None:
+    cached = dit_cache_fx.apply(make(AroundOneBlock), "deepcache", no_cache_steps=range(9))
+    results(cached)
+    text = cached.explain(full=True)
+    entered = "with torch.autocast('cpu', torch.bfloat16, cache_enabled=True): model_blocks_1 ="
+    assert entered in str(text)
+    assert "cache_enabled=True): model_blocks_0" not in str(text)
+
+
+def test_an_exported_program_has_what_forward_sets_and_enters() -> None:
+    inputs = toy_inputs(900.0)
+    for kind in (AroundBlocks, GainDiT):
+        model = make(kind)
+        cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps=range(9))
+        with torch.no_grad():
+            runner = dit_cache_fx.export(cached, (), inputs).runner()
+            assert torch.equal(runner(**inputs), model(**inputs))
+
+
 def in_float32(forward: Any) -> Any:
     @functools.wraps(forward)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -175,7 +194,7 @@ def in_float32(forward: Any) -> Any:
     return wrapped
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", [eager, backend], ids=lambda way: way.__name__)
 def test_a_forward_prepared_for_mixed_precision(way: Callable[..., Call]) -> None:
     """As accelerate does it: autocast around the class's forward, and a float32 result."""
     model = make(ToyDiT)
@@ -229,7 +248,7 @@ def test_attention_kernels_that_forward_chooses() -> None:
     assert torch.backends.cuda.flash_sdp_enabled()
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", [eager, one_graph, backend], ids=lambda way: way.__name__)
 def test_attention_kernels_that_forward_chooses_give_the_models_output(
     way: Callable[..., Call],
 ) -> None:
@@ -411,7 +430,7 @@ class LeavingGainDiT(GainDiT):
 
 
 @pytest.mark.parametrize(
-    ("kind", "way"), [*product([GainDiT], WAYS), *product([LeavingGainDiT], APPLIED)]
+    ("kind", "way"), [(GainDiT, eager), (GainDiT, steps), (LeavingGainDiT, eager)]
 )
 def test_a_number_that_forward_puts_on_its_blocks(
     kind: type[nn.Module], way: Callable[..., Call]
@@ -528,6 +547,91 @@ class SigmaDiT(ToyDiT):
             del CONTEXT["sigma"]
 
 
+class StrengthBlock(Block):
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        return super().forward(h, c) * CONTEXT.get("strength", 1.0)
+
+
+class StrengthDiT(ToyDiT):
+    """A number that stays there, the same for each call."""
+
+    def block(self) -> nn.Module:
+        return StrengthBlock()
+
+    def trunk(self, h: Tensor, c: Tensor) -> Tensor:
+        CONTEXT["strength"] = 0.5
+        return super().trunk(h, c)
+
+
+VARIABLE: ContextVar[Tensor] = ContextVar("condition")
+
+
+class VariableBlock(Block):
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        return super().forward(h, VARIABLE.get())
+
+
+class VariableDiT(ToyDiT):
+    """A context variable, which the context of the call ends."""
+
+    def block(self) -> nn.Module:
+        return VariableBlock()
+
+    def trunk(self, h: Tensor, c: Tensor) -> Tensor:
+        token = VARIABLE.set(c)
+        try:
+            return super().trunk(h, c)
+        finally:
+            VARIABLE.reset(token)
+
+
+class SharedBlock(Block):
+    def __init__(self, shared: types.SimpleNamespace) -> None:
+        super().__init__()
+        self.shared = shared
+
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        return super().forward(h, self.shared.condition)
+
+
+class SharedDiT(ToyDiT):
+    """An object that the model shares with its blocks."""
+
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__(depth)
+        shared = types.SimpleNamespace(condition=None)
+        self.blocks = nn.ModuleList([SharedBlock(shared) for _ in range(depth)])
+
+    def trunk(self, h: Tensor, c: Tensor) -> Tensor:
+        self.blocks[0].shared.condition = c
+        return super().trunk(h, c)
+
+
+class ParentBlock(Block):
+    def __init__(self, parent: list[nn.Module]) -> None:
+        super().__init__()
+        self.parent = parent
+
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        return super().forward(h, self.parent[0].now)
+
+
+class ParentDiT(ToyDiT):
+    """The blocks know the model, and what it sets on itself for them."""
+
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__(depth)
+        self.blocks = nn.ModuleList([ParentBlock([self]) for _ in range(depth)])
+        self.now: Tensor | None = None
+
+    def trunk(self, h: Tensor, c: Tensor) -> Tensor:
+        self.now = c
+        try:
+            return super().trunk(h, c)
+        finally:
+            self.now = None
+
+
 class SkippedBlock(Block):
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
         return h if CONTEXT.get("skipped") is self else super().forward(h, c)
@@ -548,13 +652,43 @@ class SkippingDiT(ToyDiT):
 
 
 @pytest.mark.parametrize(
-    ("kind", "block"), [(GlobalDiT, 0), (SigmaDiT, 0), (SkippingDiT, 1)], ids=str
+    ("kind", "block"),
+    [
+        (GlobalDiT, 0),
+        (SigmaDiT, 0),
+        (StrengthDiT, 0),
+        (VariableDiT, 0),
+        (SharedDiT, 0),
+        (ParentDiT, 0),
+        (SkippingDiT, 1),
+    ],
 )
 def test_blocks_that_read_a_variable_are_refused(kind: type[nn.Module], block: int) -> None:
+    CONTEXT.clear()
     model = make(kind)
     with pytest.raises(CaptureError, match=rf"block blocks\.{block} gives something else"):
         results(eager(model))
-    CONTEXT.clear()
+
+
+def test_blocks_run_once_where_nothing_around_them_changes() -> None:
+    model = make(ToyDiT)
+    with runs_of(model.blocks) as counts:
+        results(eager(model))
+    assert counts == [len(STEPS)] * 3
+
+
+def test_blocks_run_once_more_where_something_does() -> None:
+    """And the first of them twice more, on inputs that were made up."""
+
+    class Counted(ToyDiT):
+        def trunk(self, h: Tensor, c: Tensor) -> Tensor:
+            CONTEXT["calls"] = CONTEXT.get("calls", 0) + 1
+            return super().trunk(h, c)
+
+    model = make(Counted)
+    with runs_of(model.blocks) as counts:
+        results(eager(model))
+    assert counts == [len(STEPS) + more for more in (3, 1, 1)]
 
 
 class RandomBlock(Block):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -80,6 +80,10 @@ class Change:
         """Whether a tensor is the same one, with other values."""
         was, now = self.before, self.now
         return isinstance(was, _Tensor) and isinstance(now, _Tensor) and was.tensor is now.tensor
+
+    def slim(self) -> Change:
+        """The same, without what its owner holds besides."""
+        return replace(self, owner=replace(self.owner, values={}), before=MISSING)
 
     def __str__(self) -> str:
         inside = "" if self.owner.attribute is None else f"[{self.key!r}]"

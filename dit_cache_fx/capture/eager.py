@@ -148,14 +148,17 @@ def _recorded(
         return _recorded(subject, call, tensors, lists, kept)
     refuse_rewritten_arguments(recording)
     refuse_written_memory(model, call, tensors, recording)
-    arguments.refuse_changed(recording.calls)
+    arguments.refuse_changed(recording.calls, notes=True)
     refuse_made_values(recording.settings, before)
-    recording.before = before
+    recording.before = {place: o for place, o in before.items() if o.module in theirs}
     if not subject.check:
         return recording, []
     left = left_behind(before, attributes(model.named_modules()), watch)
-    again = partial(subject.run, call, tensors)
-    return recording, refuse_kept_state(model, again, kept, recording, left)
+    noted, after = arguments.noted(), Arguments(arguments.given)
+    again = partial(subject.answer, after.given)
+    unread = refuse_kept_state(model, again, kept, recording, left, noted)
+    after.refuse_changed([], notes=False)
+    return recording, unread
 
 
 def _check(

@@ -20,6 +20,7 @@ from dit_cache_fx.capture.ambient import Ambient, flags, refuse_flags
 from dit_cache_fx.capture.attributes import Attributes
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.settings import Setting, Watch
+from dit_cache_fx.capture.world import World
 from dit_cache_fx.ir.within import Within
 from dit_cache_fx.values.digest import digest
 from dit_cache_fx.values.identity import memory, version
@@ -73,7 +74,8 @@ class Recording:
     output: Any
     settings: tuple[Setting, ...] = ()  # what forward sets on its modules
     suspect: bool = False  # whether blocks may depend on more than their arguments
-    before: Attributes = field(default_factory=dict)  # the model's, before the recorded run
+    before: Attributes = field(default_factory=dict)  # of the modules, before the recorded run
+    world: World | None = None  # what blocks may read beside them, before the recorded run
 
 
 def record(
@@ -100,7 +102,7 @@ def record(
         return Recording(recorder.calls, output)
     watch.looks()
     settings = tuple(watch.settings.values())
-    return Recording(recorder.calls, output, settings, watch.suspect)
+    return Recording(recorder.calls, output, settings, watch.suspect, world=watch.world)
 
 
 class _Recorder:

@@ -1,8 +1,8 @@
 """The blocks of a new graph run once more, in the graph, for the call that it was captured from.
 
 What a module-level variable, or a context that nobody knows of, does to the blocks while the
-model's forward is in charge is seen in this way alone: by then forward has been left, and was run
-with other inputs (the check). So a block that depends on it gives something else.
+model's forward is in charge is seen in this way alone: by then forward has been left, and what it
+has changed is put back. So a block that depends on it gives something else, or fails.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from dit_cache_fx.capture.captured import Captured
+from dit_cache_fx.capture.check import other_block
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.record import ModuleCall
 from dit_cache_fx.capture.side_effects import unnoticed
+from dit_cache_fx.errors import DitCacheError
 from dit_cache_fx.values.digest import Digests, digest, equal
 from dit_cache_fx.values.pytree import flatten
 
@@ -26,6 +28,7 @@ class Rerun:
     """What the blocks have given in a graph, beside what they gave in the recorded run."""
 
     def __init__(self) -> None:
+        self.running = ""
         self.pairs: list[tuple[str, Digests, Digests]] = []
 
     def given(self, made: ModuleCall, outputs: list[torch.Tensor]) -> None:
@@ -58,10 +61,17 @@ def rerunning(model: nn.Module, captured: Captured) -> Iterator[Rerun]:
         module: nn.Module, name: str, call: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         made = next(calls[name])
+        rerun.running = name
         with nullcontext() if made.random is None else made.random.again():
             output = call(module, *args, **kwargs)
         rerun.given(made, flatten(output)[0])
         return output
 
-    with unnoticed(model, recording.before), intercepted(captured.blocks, handle):
-        yield rerun
+    world = nullcontext() if recording.world is None else recording.world.as_before()
+    with unnoticed(model, recording.before), world, intercepted(captured.blocks, handle):
+        try:
+            yield rerun
+        except (DitCacheError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise other_block(rerun.running) from error

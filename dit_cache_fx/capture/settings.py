@@ -51,7 +51,7 @@ class Watch:
 
     def __init__(self, kept: Mapping[nn.Module, str], world: World | None) -> None:
         self._kept = kept
-        self._world = world
+        self.world = world
         self.suspect = False
         self.known: Attributes = {}
         self.settings: dict[tuple[int, Any], Setting] = {}
@@ -64,7 +64,7 @@ class Watch:
         self.looks()
         now = self._attributes(module)
         for change in changes(self.known, now):
-            setting = Setting(change, self._kept[module])
+            setting = Setting(change.slim(), self._kept[module])
             known = self.settings.setdefault(change.place, setting)
             again = id(change.owner.holder) in self._called
             if (known is setting and again) or not same(known.change.now, change.now):
@@ -73,14 +73,14 @@ class Watch:
 
     def returned(self, module: nn.Module) -> None:
         """The module has been called."""
-        if self._world is not None and not self.suspect:
-            self._world.refresh()
+        if self.world is not None and not self.suspect:
+            self.world.refresh()
         self.known.update(self._attributes(module))
 
     def looks(self) -> None:
         """Look whether something has changed."""
-        if self._world is not None and not self.suspect:
-            self.suspect = self._world.changed()
+        if self.world is not None and not self.suspect:
+            self.suspect = self.world.changed()
 
     def _attributes(self, module: nn.Module) -> Attributes:
         name = self._kept[module]

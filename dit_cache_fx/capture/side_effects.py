@@ -19,7 +19,7 @@ from dit_cache_fx.capture.record import ModuleCall, Recording
 from dit_cache_fx.capture.settings import Watch, refuse_other_values
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.values.identity import memory, version
-from dit_cache_fx.values.pytree import Skeleton, flatten, unflatten
+from dit_cache_fx.values.pytree import Constant, Container, Skeleton, flatten, unflatten
 
 _APART = (
     "a cached call could not do the same. Turn off what asks for it, or let the model return the "
@@ -52,14 +52,20 @@ class Arguments:
         self.given = given
         self._before = {name: _look(value) for name, value in given.items()}
 
-    def refuse_changed(self, made: Sequence[ModuleCall]) -> None:
-        """Refuse a forward that has changed them; what its modules (`made`) did is theirs."""
+    def noted(self) -> bool:
+        """Whether forward has put plain values into dicts among them, as notes to its blocks."""
+        return any(before[2] != _look(self.given[n])[2] for n, before in self._before.items())
+
+    def refuse_changed(self, made: Sequence[ModuleCall], notes: bool) -> None:
+        """Refuse a forward that has changed them; what its modules (`made`) did is theirs.
+
+        `notes`: plain values may have been put into dicts.
+        """
         theirs = {place for call in made for place in call.changed}
         for name, (tensors, versions, skeleton) in self._before.items():
             after, versions_after, skeleton_after = _look(self.given[name])
-            if skeleton != skeleton_after or any(
-                a is not b for a, b in zip(tensors, after, strict=True)
-            ):
+            same = skeleton == skeleton_after or (notes and _notes_only(skeleton, skeleton_after))
+            if not same or any(a is not b for a, b in zip(tensors, after, strict=True)):
                 raise CaptureError(
                     f"the model's forward puts a value into its argument {name!r} (a "
                     f"{type(self.given[name]).__name__}), or takes one out: {_APART}"
@@ -69,6 +75,20 @@ class Arguments:
                     raise CaptureError(
                         f"the model's forward changes its argument {name!r} in place: {_APART}"
                     )
+
+
+def _notes_only(before: Skeleton, after: Skeleton) -> bool:
+    """Whether the one is the other with plain entries of dicts set."""
+    if before == after:
+        return True
+    if not isinstance(before, Container) or not isinstance(after, Container):
+        return False
+    was, now = (dict(zip(c.keys, c.children, strict=True)) for c in (before, after))
+    if before.kind is not after.kind or not was.keys() <= now.keys():
+        return False
+    plain = {key for key, child in now.items() if isinstance(child, Constant)}
+    noted = plain if issubclass(before.kind, dict) else set()
+    return all(key in noted or (key in was and _notes_only(was[key], now[key])) for key in now)
 
 
 def _look(value: Any) -> tuple[list[torch.Tensor], list[int], Skeleton]:
@@ -85,16 +105,17 @@ def refuse_kept_state(
     kept: Mapping[nn.Module, str],
     recording: Recording,
     left: Sequence[Change],
+    noted: bool = False,
 ) -> list[str]:
     """Run the model's own code again, where it has left something, and refuse what it reads of it.
 
-    `left`: the attributes that the recorded run has left changed. Returns what is left by each run
-    and never read, in words.
+    `left`: the attributes that the recorded run has left changed; `noted`: so are arguments.
+    Returns what is left by each run and never read, in words.
     """
     for change in left:
         if change.in_place:
             raise CaptureError(f"the model's forward changes {change} in place: {_APART}")
-    if not left and not recording.settings:
+    if not left and not recording.settings and not noted:
         return []
     before = attributes(model.named_modules())
     read: set[tuple[nn.Module, str]] = set()

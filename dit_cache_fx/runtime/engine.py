@@ -172,7 +172,7 @@ class Engine:
             self.graphs.clear()
             raise
         finally:
-            recording.output, recording.before = None, {}
+            recording.output, recording.before, recording.world = None, {}, None
             for made in recording.calls:
                 made.values.clear()
                 made.digests.clear()
