@@ -8,7 +8,6 @@ and the outputs must be the same, bit by bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,11 +17,11 @@ from torch import nn
 from dit_cache_fx.capture.ambient import Ambient
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.record import ModuleCall, Recording
+from dit_cache_fx.capture.samples import Samples, other_block
 from dit_cache_fx.errors import CaptureError, DitCacheError
-from dit_cache_fx.values.digest import Digests, bit_sums, digest, equal
+from dit_cache_fx.values.digest import bit_sums
 from dit_cache_fx.values.identity import alike
 from dit_cache_fx.values.pytree import Skeleton, constants, flatten, unflatten
-from dit_cache_fx.values.random_state import fixed_random_state
 
 
 class _Print(NamedTuple):
@@ -48,8 +47,7 @@ class _Run:
     states: list[Ambient] = field(default_factory=list)  # of torch, at each call
     constants: list[list[Any]] = field(default_factory=list)  # of each call, what is no tensor
     prints: dict[_Place, _Print] = field(default_factory=dict)
-    sampling: bool = False
-    sampled: dict[str, Digests] = field(default_factory=dict)  # of each list's first block
+    samples: Samples = field(default_factory=Samples)
     wanted: _Place | None = None
     tensor: torch.Tensor | None = None
 
@@ -59,17 +57,6 @@ class _Run:
             self.prints[place] = _print(tensor)
             if place == self.wanted:
                 self.tensor = tensor
-
-    def sample(
-        self, name: str, block: Callable[[Sequence[torch.Tensor]], Any], inputs: Any
-    ) -> None:
-        """Run the first block of each list, on copies of its inputs."""
-        lists = {known.rpartition(".")[0] for known in self.sampled}
-        if self.sampling and name.rpartition(".")[0] not in lists:
-            self.sampled[name] = []  # where it fails
-            with fixed_random_state(inputs), suppress(Exception):
-                outputs, _ = flatten(block([t.clone() for t in inputs]))
-                self.sampled[name] = [digest(t) for t in outputs]
 
 
 def compare(
@@ -83,8 +70,8 @@ def compare(
 
     `sampled`: the first block of each list is run, too.
     """
-    want = _run(model, blocks, recording, _Run(sampling=sampled))
-    got = _run(graph, blocks, recording, _Run(sampling=sampled))
+    want = _run(model, blocks, recording, _Run(samples=Samples(sampled)))
+    got = _run(graph, blocks, recording, _Run(samples=Samples(sampled)))
     if want.calls != got.calls:
         return f"it calls blocks {got.calls}, the model calls {want.calls}"
     for name, *each in zip(want.calls, want.constants, got.constants, strict=True):
@@ -95,7 +82,9 @@ def compare(
         if state != model_state:
             return f"it calls block {name} with torch in the state {state}, the model {model_state}"
     if sampled:
-        _compare_samples(want, got, lambda: _run(graph, blocks, recording, _Run(sampling=True)))
+        _compare_samples(
+            want, got, lambda: _run(graph, blocks, recording, _Run(samples=Samples(True)))
+        )
     place = next((p for p in want.prints if want.prints[p] != got.prints.get(p)), None)
     if place is None:
         return None if len(want.prints) == len(got.prints) else "it passes more tensors"
@@ -107,23 +96,9 @@ def compare(
 
 def _compare_samples(want: _Run, got: _Run, again: Callable[[], _Run]) -> None:
     """Refuse blocks that give something else in the graph; those that always do are their own."""
-    unlike = [n for n in want.sampled if not equal(want.sampled[n], got.sampled.get(n, []))]
-    if unlike and _same_samples(again(), got):
-        raise other_block(unlike[0])
-
-
-def _same_samples(a: _Run, b: _Run) -> bool:
-    return all(equal(a.sampled[name], b.sampled[name]) for name in b.sampled)
-
-
-def other_block(name: str) -> CaptureError:
-    """The error for a block that acts otherwise in the graph."""
-    return CaptureError(
-        f"block {name} gives something else in the captured graph than in the model, for the same "
-        "arguments: it reads what the model's forward sets around it (a module-level variable, a "
-        "context, an attribute of an object). Let the block take it as an argument; or make such "
-        "calls between disable() and enable()"
-    )
+    name = want.samples.unlike(got.samples)
+    if name is not None and again().samples.unlike(got.samples) is None:
+        raise other_block(name)
 
 
 def refuse(difference: str) -> CaptureError:
@@ -190,7 +165,7 @@ def _run(
         shown.states.append(Ambient.now())
         shown.constants.append(list(constants(skeleton)))
         shown.show(len(shown.calls), inputs)
-        shown.sample(name, lambda given: _called(call, module, skeleton, given), inputs)
+        shown.samples.take(name, lambda given: _called(call, module, skeleton, given), inputs)
         shown.calls.append(name)
         made = next(calls, None)
         if made is None or made.name != name:

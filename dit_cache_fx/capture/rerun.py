@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from dit_cache_fx.capture.captured import Captured
-from dit_cache_fx.capture.check import other_block
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.record import ModuleCall
+from dit_cache_fx.capture.samples import other_block
 from dit_cache_fx.capture.side_effects import unnoticed
 from dit_cache_fx.errors import DitCacheError
 from dit_cache_fx.values.digest import Digests, digest, equal

@@ -11,8 +11,8 @@ from torch import nn
 
 from dit_cache_fx.capture import FlatCall, Subject, can_replay, flatten_call, replayed
 from dit_cache_fx.capture.ambient import autocast
-from dit_cache_fx.capture.check import other_block
 from dit_cache_fx.capture.rerun import rerunning
+from dit_cache_fx.capture.samples import other_block
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.runtime import execution
 from dit_cache_fx.runtime.branches import Branch
