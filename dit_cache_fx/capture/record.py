@@ -1,7 +1,8 @@
 """Phase one of a capture: run the model once as it is, and note what each kept module returned.
 
 The blocks run exactly once, outside of any tracer. Tracing (phase two) and the first computed step
-then replay what was recorded, so a capture costs no second forward pass.
+then replay what was recorded, so a capture costs no second forward pass. Where forward has changed
+something around its blocks that they may read, they run once more, in the graph (`rerun`).
 """
 
 from __future__ import annotations
