@@ -16,8 +16,25 @@ from dit_cache_fx.export import Exported, Runner, export, load
 from dit_cache_fx.report.cache_report import CacheReport, CaptureReport
 from dit_cache_fx.report.explain import Explanation
 from dit_cache_fx.runtime.call_log import StepRecord
-from dit_cache_fx.strategies import Clock, DeepCache, Strategy, TaylorCache, TeaCache
-from dit_cache_fx.strategies.schedule import EvenAndLast, EvenSteps, Schedule, interval_schedule
+from dit_cache_fx.runtime.session import Session
+from dit_cache_fx.strategies import (
+    Clock,
+    DeepCache,
+    Exponential,
+    FoCa,
+    HiCache,
+    NewtonCache,
+    Strategy,
+    TaylorCache,
+    TeaCache,
+)
+from dit_cache_fx.strategies.schedule import (
+    EvenAndLast,
+    EvenSteps,
+    EvenTimesteps,
+    Schedule,
+    interval_schedule,
+)
 from dit_cache_fx.strategies.teacache_coefficients import TEACACHE_COEFFICIENTS, Coefficients
 
 __version__ = "0.1.0"
@@ -37,12 +54,18 @@ __all__ = [
     "DitCacheWarning",
     "EvenAndLast",
     "EvenSteps",
+    "EvenTimesteps",
     "Explanation",
+    "Exponential",
     "Exported",
+    "FoCa",
+    "HiCache",
     "MissingPackageError",
+    "NewtonCache",
     "OptionError",
     "Runner",
     "Schedule",
+    "Session",
     "StepRecord",
     "Strategy",
     "TaylorCache",

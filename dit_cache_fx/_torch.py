@@ -7,7 +7,9 @@ the graph, whatever runs behind it. The means are those of torch's own higher-or
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from types import MappingProxyType
@@ -15,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import _inductor as inductor
-from torch import fx
+from torch import fx, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo import exc as dynamo_errors
 from torch._dynamo.eval_frame import skip_code
@@ -23,24 +25,44 @@ from torch._dynamo.variables import functions as dynamo_functions
 from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    is_fake,
+)
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.export import _trace as export_trace
 from torch.fx.experimental.proxy_tensor import (
     ProxyTorchDispatchMode,
+    PythonKeyTracer,
+    disable_autocast_cache,
     disable_proxy_modes_tracing,
     get_proxy_mode,
-    make_fx,
     track_tensor,
+    track_tensor_tree,
 )
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.attention import SDPBackend, _sdpa_kernel
-from torch.overrides import _get_current_function_mode_stack
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode,
+    _get_current_function_mode_stack,
+    _pop_mode_temporarily,
+)
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import (
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
 #: node.meta key: where "val" is on the meta device, the real one
 DEVICE = "dit_cache_device"
+
+_PROXY, _FAKE = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
+#: kinds of tensors that are not fake
+_REAL = (torch.Tensor, nn.Parameter)
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -121,7 +143,7 @@ def emit_node(target: Callable[..., Any], args: Any, kwargs: Any, name: str) -> 
 
     Returns False where no tensor is a value of the graph (constants): nothing is added then.
     """
-    mode = get_proxy_mode()
+    mode = _proxy_mode()
     if mode is None:
         return False
     tracer: Any = mode.tracer
@@ -132,14 +154,21 @@ def emit_node(target: Callable[..., Any], args: Any, kwargs: Any, name: str) -> 
     return True
 
 
+#: what code raises that needs a tensor's values where there are none (`trace_shapes`)
+READS_DATA = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    GuardOnDataDependentSymNode,
+)
+
+
 def trace_shapes(
     function: Callable[..., Sequence[torch.Tensor]], specs: Sequence[TensorSpec]
 ) -> fx.GraphModule:
     """The graph of a pure function for tensors of these specs, without data."""
-    with FakeTensorMode():
+    with without_dispatch_modes(), FakeTensorMode():
         inputs = [torch.empty(shape, dtype=dtype, device=d) for shape, dtype, d in specs]
-        gm: fx.GraphModule = make_fx(function)(*inputs)
-    return gm
+        return _traced(function, inputs)
 
 
 @contextmanager
@@ -244,9 +273,22 @@ CANNOT_COMPILE = (
 dynamo_callback = get_eval_frame_callback
 
 
+def breaks_raise() -> Any:
+    """A context in which `torch.compile` raises where it would break a graph.
+
+    `fullgraph=True` does that too, and counts the frames of all threads in one place: calls from
+    several threads at a time can fail then ("found no compiled frames").
+    """
+    return torch._dynamo.error_on_graph_break(True)
+
+
 def wants_one_graph(callback: object) -> bool:
     """Whether it is that of `torch.compile(fullgraph=True)`."""
     return getattr(callback, "_one_graph", False) is True
+
+
+#: held while a patch of torch is put in or taken out
+_PATCHING = threading.Lock()
 
 
 @contextmanager
@@ -256,23 +298,39 @@ def signatures_kept() -> Iterator[None]:
     Up to torch 2.13 it remembers what `inspect.signature` gave in one branch, where what it knows
     of the object's attributes is dropped with the branch: the other branch then fails with
     "'Signature' object has no attribute '_parameters'".
+
+    This is a patch of a class of Dynamo, for all threads: stay in it only to compile. Threads that
+    are in it at a time share one patch; the last one to leave takes it out.
     """
     variable = getattr(dynamo_functions, "InspectSignatureVariable", None)
     if variable is None or "call_function" not in vars(variable):
         yield
         return
-    remembered = variable.call_function
+    with _PATCHING:
+        patch = variable.call_function
+        if not hasattr(patch, "users"):
+            patch = variable.call_function = _signatures_apart(patch)
+        patch.users += 1
+    try:
+        yield
+    finally:
+        with _PATCHING:
+            patch.users -= 1
+            if not patch.users:
+                variable.call_function = patch.before
+
+
+def _signatures_apart(remembered: Callable[..., Any]) -> Any:
+    """Dynamo's `inspect.signature`, which remembers nothing in a branch."""
 
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         within = tx.output.current_tracer.parent is not None
         plain = dynamo_functions.UserFunctionVariable.call_function
         return (plain if within else remembered)(self, tx, args, kwargs)
 
-    variable.call_function = call_function
-    try:
-        yield
-    finally:
-        variable.call_function = remembered
+    patch: Any = call_function
+    patch.users, patch.before = 0, remembered
+    return patch
 
 
 def trace_text(name: str, text: Callable[[], str]) -> None:
@@ -288,11 +346,42 @@ def trace_text(name: str, text: Callable[[], str]) -> None:
     )
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def exporting() -> bool:
-    """Whether `torch.export` is at work; its public flag is not set yet when it lists buffers."""
-    return torch.compiler.is_exporting() or (
-        getattr(export_trace, "_EXPORT_MODULE_HIERARCHY", None) is not None
-    )
+    """Whether `torch.export` is at work in this thread.
+
+    `torch.compiler.is_exporting()` is a flag of the process: an export in another thread sets it,
+    and may clear it too early. It is not set yet either when `torch.export` lists buffers.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_globals is vars(export_trace):
+            return True
+    return False
+
+
+@not_a_compiled_frame
+def traced_here(values: Iterable[object]) -> bool:
+    """Whether this thread runs for a trace (`make_fx`, `torch.export`), or `values` are fake.
+
+    `torch.compiler.is_compiling()` is a flag of the process: other threads set it while they
+    compile. In what Dynamo traces, `torch.compiler.is_dynamo_compiling()` is to be asked before.
+    """
+    if _proxy_mode() is not None or torch._C._get_dispatch_mode(_FAKE) is not None:
+        return True
+    for value in values:
+        if isinstance(value, torch.Tensor) and type(value) not in _REAL and is_fake(value):
+            return True
+    return False
+
+
+@not_a_compiled_frame
+def _proxy_mode() -> ProxyTorchDispatchMode | None:
+    """What traces this thread; torch keeps the mode of `pre_dispatch` tracing for all threads."""
+    here = torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+    mode = get_proxy_mode() if here else torch._C._get_dispatch_mode(_PROXY)
+    return mode if isinstance(mode, ProxyTorchDispatchMode) else None
 
 
 _ATTENTION: Mapping[str, Callable[[], bool]] = MappingProxyType(
@@ -339,12 +428,46 @@ def untraced() -> Any:
     return disable_proxy_modes_tracing()
 
 
+#: within it what looks on at operators (a count of FLOPs, a debugger) does not see them
+without_dispatch_modes = _disable_current_modes
+
+
+@contextmanager
+def without_mode(kind: type[TorchFunctionMode]) -> Iterator[None]:
+    """Within it the innermost `TorchFunctionMode` is off, where it is of this kind."""
+    if isinstance(_get_current_function_mode(), kind):
+        with _pop_mode_temporarily():
+            yield
+    else:
+        yield
+
+
 def trace_functional(
     function: Callable[..., list[torch.Tensor]], tensors: Sequence[torch.Tensor]
 ) -> fx.GraphModule:
     """The graph of `function(*tensors)` on ATen level, without in-place operations."""
-    gm: fx.GraphModule = make_fx(torch.func.functionalize(function))(*tensors)
-    return gm
+    return _traced(torch.func.functionalize(function), tensors)
+
+
+def _traced(
+    function: Callable[..., Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor]
+) -> fx.GraphModule:
+    """The graph of `function(*inputs)` on ATen level, as `make_fx` traces it.
+
+    `make_fx` also replaces `nn.Module.__call__` for all threads, and sets a flag at which every
+    compiled function of the process raises. Here only this thread's mode stack changes.
+    """
+    tracer: Any = PythonKeyTracer()
+    tracer.root, tracer.tensor_attrs = nn.Module(), {}
+    tracer.graph = fx.Graph(tracer_cls=PythonKeyTracer)
+    with ProxyTorchDispatchMode(tracer, "real"), disable_autocast_cache():
+        names = [f"input_{number}" for number in range(len(inputs))]
+        proxies = [tracer.create_proxy("placeholder", name, (), {}) for name in names]
+        with disable_proxy_modes_tracing():
+            track_tensor_tree([*inputs], proxies, constant=None, tracer=tracer)
+        results = [tracer.unwrap_proxy(t) for t in function(*inputs)]
+        tracer.create_node("output", "output", (tracer.create_arg(results),), {})
+    return fx.GraphModule(tracer.root, tracer.graph)
 
 
 def aoti_package(

@@ -17,6 +17,7 @@ from dit_cache_fx.capture import (
     named_list,
     named_timestep,
 )
+from dit_cache_fx.capture.callable import positional_names
 from dit_cache_fx.capture.leaves import LISTS, Blocks, listed
 from dit_cache_fx.errors import DiscoveryError, OptionError
 from dit_cache_fx.forward_patch import installed_on
@@ -56,6 +57,14 @@ def apply(
         raise OptionError("model", model, "an nn.Module")
     if is_compiled(model):
         raise OptionError("model", type(model).__name__, "apply first, then torch.compile")
+    for given in (model, original(model)):
+        if vars(given).get("_compiled_call_impl") is not None:
+            raise OptionError(
+                "model",
+                type(model).__name__,
+                "model.compile() was called on it, which a cached model would not go through: "
+                "apply to a model that is not compiled, then call cached.compile()",
+            )
     model = original(model)
     if installed_on(model) is not None:
         raise OptionError("model", type(model).__name__, "a helper is enabled on it: disable() it")
@@ -69,8 +78,8 @@ def apply(
             "it has weights on the meta device: not loaded, or offloaded layer by layer (then "
             "apply first, and enable the offloading afterwards)",
         )
-    signature = CallSignature(model.forward)
-    step = named_timestep(signature.parameters, timestep, more=signature.open)
+    signature = _signature(model, timestep)
+    named_timestep(signature.parameters, timestep, more=signature.open)
     lists = candidate_lists(model) if blocks is None else _named_lists(model, blocks)
     if not lists:
         raise DiscoveryError(
@@ -79,9 +88,27 @@ def apply(
         )
     names = None if blocks is None else tuple(b.name for b in lists)
     _check_ids_early(chosen, lists, known=blocks is not None)
-    subject = Subject(model, signature, names, chosen, check)
-    again = partial(apply, strategy=chosen, blocks=names, timestep=timestep, check=check)
-    return CachedModel(model, Engine(subject, step), again)
+    return _cached(model, chosen, names, timestep, check)
+
+
+def _cached(
+    model: nn.Module,
+    strategy: Strategy,
+    blocks: tuple[str, ...] | None,
+    timestep: str | None,
+    check: bool,
+) -> CachedModel:
+    """A model whose arguments were looked at: a copy of a cached one is made in the same way."""
+    signature = _signature(model, timestep)
+    step = named_timestep(signature.parameters, timestep, more=signature.open)
+    engine = Engine(Subject(model, signature, blocks, strategy, check), step)
+    again = partial(_cached, strategy=strategy, blocks=blocks, timestep=timestep, check=check)
+    return CachedModel(model, engine, again)
+
+
+def _signature(model: nn.Module, timestep: str | None) -> CallSignature:
+    names = positional_names(model)
+    return CallSignature(model.forward, names if timestep in (None, *names) else ())
 
 
 def _named_lists(model: nn.Module, blocks: Blocks) -> list[BlockList]:

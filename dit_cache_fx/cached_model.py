@@ -5,17 +5,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from dit_cache_fx._torch import dynamo_callback, exporting, not_a_compiled_frame, wants_one_graph
+from dit_cache_fx._torch import (
+    dynamo_callback,
+    exporting,
+    not_a_compiled_frame,
+    traced_here,
+)
 from dit_cache_fx.capture import CallSignature, FlatCall
 from dit_cache_fx.life_cycle import LifeCycle
 from dit_cache_fx.lowering.lowered_program import Lowered
-from dit_cache_fx.runtime.call_log import WANTS_GRADIENTS, Host
-from dit_cache_fx.runtime.drive import Compiler, Serving, drive, drive_here
+from dit_cache_fx.runtime.call_log import WANTS_GRADIENTS, CallLog
+from dit_cache_fx.runtime.drive import NOTHING, Compiler, Serving, drive
 from dit_cache_fx.runtime.engine import Engine, requires_grad
 from dit_cache_fx.runtime.execution import StepCompiler
 from dit_cache_fx.runtime.graphs import Entry
@@ -26,16 +31,34 @@ _OWN = frozenset({"_model", "_engine", "_rebuild", "_enabled", "_compiled_call_i
 _HOOK = frozenset({"forward", "_old_forward", "_hf_hook"})
 
 #: what can be set on the cached model itself
-_SETTABLE = frozenset({"cur_timestep", "num_steps"})
+_SETTABLE = frozenset({"cur_timestep", "num_steps", "timesteps"})
 
 
-class CachedModel(LifeCycle, nn.Module):
+class _Alike(type):
+    """The type of a class that is equal to another: pipelines compare the types of components."""
+
+    like: type | None = None
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or (cls.like is not None and other is cls.like)
+
+    def __hash__(cls) -> int:
+        return type.__hash__(cls) if cls.like is None else hash(cls.like)
+
+
+class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
     """A view of `model` whose forward skips what its cache holds.
 
     It owns nothing: parameters, submodules and hooks are the model's own dictionaries, so that
     `.to()`, `load_state_dict`, LoRA and replaced layers act on both, and every attribute that is
     not the cache's is read from and written to the model.
     """
+
+    def __new__(cls, model: nn.Module, *_: Any) -> CachedModel:
+        """An instance of a class of its own, which is equal to the model's."""
+        kind: Any = _Alike(cls.__name__, (cls,), {"like": type(model)})
+        made: CachedModel = object.__new__(kind)
+        return made
 
     def __init__(
         self, model: nn.Module, engine: Engine, rebuild: Callable[[nn.Module], CachedModel]
@@ -56,20 +79,16 @@ class CachedModel(LifeCycle, nn.Module):
     @not_a_compiled_frame
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, called as before."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling() or traced_here((*args, *kwargs.values())):
             return self._traced(self._model.forward, args, kwargs)
         callback = dynamo_callback()
-        if callback is None:
-            serving = self._serving(args, kwargs, None)
-            run = drive_here
-        else:
-            serving = self._serving_unseen(args, kwargs, callback)
-            run = drive
-        return self._model.forward(*args, **kwargs) if serving is None else run(serving)
+        begin = self._serving if callback is None else self._serving_unseen
+        serving = begin(args, kwargs, callback)
+        return self._model.forward(*args, **kwargs) if serving is None else drive(serving)
 
     def _traced(self, uncached: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The answer as part of another graph that is being made: no host runs beside it."""
-        wanted = not torch.compiler.is_exporting() and self._uncached_because(args, kwargs)
+        wanted = not exporting() and self._uncached_because(args, kwargs)
         if wanted or not self._enabled:
             return uncached(*args, **kwargs)
         return self._engine.carried(args, kwargs)
@@ -81,8 +100,11 @@ class CachedModel(LifeCycle, nn.Module):
         reason = self._uncached_because(args, kwargs)
         if reason is not None:
             self._engine.host.warn_once(reason)
+            self._engine.passed(args, kwargs)
             return None
-        return self._engine.serve(args, kwargs, _compiler(callback))
+        return self._engine.serve(
+            args, kwargs, Compiler(callback) if callback is not None else NOTHING
+        )
 
     _serving_unseen = torch.compiler.disable(_serving)
 
@@ -118,7 +140,7 @@ class CachedModel(LifeCycle, nn.Module):
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        """The model's class: `isinstance` answers as for the model (`type` does not)."""
+        """The model's class: `isinstance` answers as for the model."""
         return type(self._model)
 
     @property
@@ -154,13 +176,18 @@ class CachedModel(LifeCycle, nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CachedModel:
         """A copy of the model, cached in the same way; it holds nothing yet."""
-        return self._rebuild(copy.deepcopy(self._model, memo))
+        return _rebuilt(self._rebuild, copy.deepcopy(self._model, memo), self._settings())
 
     def __copy__(self) -> CachedModel:
-        return self._rebuild(self._model)
+        return _rebuilt(self._rebuild, self._model, self._settings())
 
     def __reduce__(self) -> Any:
-        return self._rebuild, (self._model,)
+        return _rebuilt, (self._rebuild, self._model, self._settings())
+
+    def _settings(self) -> _Settings:
+        compiler = self._engine.step_compiler
+        options = None if compiler is None else compiler.options
+        return _Settings(self._enabled, self._host.count.given, options)
 
     def _captured(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -186,7 +213,7 @@ class CachedModel(LifeCycle, nn.Module):
     # --- life cycle ----------------------------------------------------------------------------
 
     @property
-    def _host(self) -> Host:
+    def _host(self) -> CallLog:
         return self._engine.host
 
     def _lowered(self) -> Sequence[Lowered]:
@@ -205,10 +232,23 @@ class CachedModel(LifeCycle, nn.Module):
         return own and own(name, **more)  # type: ignore[no-any-return]
 
 
-def _compiler(callback: object) -> Compiler:
-    if callback is None:
-        return Compiler.NONE
-    return Compiler.FULLGRAPH if wants_one_graph(callback) else Compiler.ANY
+class _Settings(NamedTuple):
+    """What a user has set on a cached model, which its copies keep."""
+
+    enabled: bool
+    num_steps: int | None
+    step_options: dict[str, Any] | None
+
+
+def _rebuilt(
+    rebuild: Callable[[nn.Module], CachedModel], model: nn.Module, settings: _Settings
+) -> CachedModel:
+    cached = rebuild(model)
+    cached._enabled = settings.enabled
+    cached.num_steps = settings.num_steps
+    if settings.step_options is not None:
+        cached.compile_steps(**settings.step_options)
+    return cached
 
 
 def original(model: nn.Module) -> nn.Module:

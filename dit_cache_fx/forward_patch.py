@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import nn
 
-from dit_cache_fx._torch import not_a_compiled_frame
+from dit_cache_fx._torch import not_a_compiled_frame, traced_here
 from dit_cache_fx.cached_model import CachedModel, original
 from dit_cache_fx.capture.intercept import capturing
 from dit_cache_fx.errors import CaptureError
@@ -35,23 +36,28 @@ class InstalledForward:
         self._before = vars(model).get("forward", _NOTHING)
         self._forward = model.forward
         self._cached: CachedModel | None = cached
-        self._inside = False
+        self._here = threading.local()  # `inside`: this thread's call comes from the cached model
         self._owner = ref(owner)
         model.forward = self
 
     @not_a_compiled_frame
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._inside or self._cached is None:
+        cached = self._cached
+        if cached is None:
             return self._forward(*args, **kwargs)
-        if torch.compiler.is_compiling():  # Dynamo would leave the flag set
-            return CachedModel._traced(self._cached, self._forward, args, kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            return CachedModel._traced(cached, self._forward, args, kwargs)
+        if getattr(self._here, "inside", False):
+            return self._forward(*args, **kwargs)
+        if traced_here((*args, *kwargs.values())):
+            return CachedModel._traced(cached, self._forward, args, kwargs)
         if capturing():
             raise CaptureError(_TWICE)
-        self._inside = True
+        self._here.inside = True
         try:
-            return self._cached.forward(*args, **kwargs)
+            return cached.forward(*args, **kwargs)
         finally:
-            self._inside = False
+            self._here.inside = False
 
     @property
     def owned(self) -> bool:

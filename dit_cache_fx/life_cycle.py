@@ -12,9 +12,11 @@ from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.report.cache_report import CacheReport, report
 from dit_cache_fx.report.explain import Explanation, explain
 from dit_cache_fx.report.plot import draw
-from dit_cache_fx.runtime.call_log import Host
-from dit_cache_fx.runtime.tracker import CacheContext
+from dit_cache_fx.runtime.call_log import CallLog
+from dit_cache_fx.runtime.scope import CacheContext
+from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.strategies.schedule import check_num_steps
+from dit_cache_fx.strategies.timesteps import Timesteps, checked_timesteps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,7 +28,7 @@ class LifeCycle:
     _enabled: bool
 
     @property
-    def _host(self) -> Host:
+    def _host(self) -> CallLog:
         raise NotImplementedError
 
     def _lowered(self) -> Sequence[Lowered]:
@@ -44,14 +46,16 @@ class LifeCycle:
     @property
     def cur_timestep(self) -> int:
         """The step index: as set, else that of the newest call."""
-        tracker = self._host.tracker
-        return tracker.current_step if tracker.explicit is None else tracker.explicit
+        session = self._host.tracker.session
+        if session.explicit is not None:
+            return session.explicit
+        return 0 if session.newest is None else session.newest.position.index
 
     @cur_timestep.setter
     def cur_timestep(self, step: int | None) -> None:
         if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
             raise OptionError("cur_timestep", step, "a step index: an integer from 0, or None")
-        self._host.tracker.explicit = step
+        self._host.tracker.session.explicit = step
 
     @property
     def num_steps(self) -> int | None:
@@ -60,13 +64,32 @@ class LifeCycle:
         Set it before a generation begins. It goes before the option of this name.
         """
         given = self._host.count.given
-        return self._host.tracker.num_steps if given is None else given
+        return self._host.num_steps if given is None else given
 
     @num_steps.setter
     def num_steps(self, number: int | None) -> None:
         if number is not None:
             check_num_steps(number)
         self._host.count.given = number
+
+    @property
+    def timesteps(self) -> tuple[float, ...] | None:
+        """The timesteps of a generation's calls; None where not known.
+
+        Set them before a generation begins: a sequence, tensor or array, or a function that is
+        asked at a generation's first call. They go before the option of this name.
+        """
+        given = self._host.count.given_timesteps
+        if isinstance(given, tuple):
+            return given
+        course = self._host.course
+        return None if course is None else course.timesteps
+
+    @timesteps.setter
+    def timesteps(self, timesteps: Timesteps | None) -> None:
+        if timesteps is not None and not callable(timesteps):
+            timesteps = checked_timesteps(timesteps)
+        self._host.count.given_timesteps = timesteps
 
     def enable(self) -> None:
         """Cache from the next call on."""
@@ -77,15 +100,31 @@ class LifeCycle:
         self._enabled = False
         self.clear_states()
 
+    def new_session(self) -> Session:
+        """A session for the calls of one request.
+
+            session = cached.new_session()
+            with session:  # again for each of the request's calls
+                noise = cached(sample, timestep, prompt)
+            session.close()
+
+        It holds a generation and branches of its own, and is freed when it is closed or dropped.
+        There may be any number. Without a session each thread has one.
+        """
+        return self._host.tracker.new_session()
+
     def cache_context(self, name: str, **more: Any) -> AbstractContextManager[None]:
         """Calls within belong to the CFG branch `name`, which has a state of its own.
+
+        Contexts nest: a name inside of another is a branch of that one. They are context-local, as
+        sessions are.
 
         `more`: what a pipeline tells beside the name; passed on to the model's own method, where
         there is one.
         """
         if not isinstance(name, str):
             raise OptionError("name", name, "the name of a branch, such as 'cond'")
-        return CacheContext(self._host.tracker, name, self._own_context(name, more))
+        return CacheContext(self._host.tracker.scope, name, self._own_context(name, more))
 
     def _own_context(self, name: str, more: dict[str, Any]) -> AbstractContextManager[Any] | None:
         return None

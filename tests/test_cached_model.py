@@ -18,7 +18,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 import dit_cache_fx
-from dit_cache_fx import CachedModel, DitCacheWarning
+from dit_cache_fx import CachedModel, DitCacheWarning, OptionError
 from tests.toys import (
     DEPTH,
     DIM,
@@ -628,6 +628,65 @@ def test_a_shallow_copy_shares_the_weights_and_holds_a_state_of_its_own() -> Non
     follows(other, ByHand(model, ["blocks"]), generation(TOY, STEPS, prompt=1))
     cached.reset_states()
     assert other.cache_report().calls_computed == 3
+
+
+@pytest.mark.parametrize("how", COPIES.values(), ids=COPIES)
+def test_a_copy_keeps_what_was_set(how: Callable[[CachedModel], CachedModel]) -> None:
+    model = make(ToyDiT)
+    cached = dit_cache_fx.apply(model, "deepcache", schedule="fast", num_steps=20)
+    cached.num_steps = 30
+    cached.disable()
+    cached.compile_steps(backend="eager", fullgraph=True)
+    other = how(cached)
+    assert not other.cache_report().enabled
+    assert other.num_steps == 30
+    compiler = other._engine.step_compiler
+    assert compiler is not None
+    assert compiler.options == {"backend": "eager", "fullgraph": True}
+    assert torch.equal(other(**toy_inputs(900.0)), model(**toy_inputs(900.0)))
+    cached.enable()
+    cached.num_steps = None
+    again = how(cached)
+    assert again.cache_report().enabled
+    assert again.num_steps is None
+
+
+@pytest.mark.parametrize("how", COPIES.values(), ids=COPIES)
+def test_a_copy_in_training_mode(how: Callable[[CachedModel], CachedModel]) -> None:
+    model = make(ToyDiT)
+    cached = cache_of(model)
+    cached.train()
+    other = how(cached)
+    assert other.training
+    with pytest.warns(DitCacheWarning, match="training mode"):
+        other(**toy_inputs(900.0))
+    other.eval()
+    follows(other, ByHand(model, ["blocks"]), generation(TOY, STEPS))
+
+
+def test_a_model_that_was_compiled_before_is_refused() -> None:
+    model = make(ToyDiT)
+    model.compile(backend="eager")
+    with pytest.raises(OptionError, match=r"apply to a model that is not compiled.*cached.compile"):
+        cache_of(model)
+
+
+def test_a_cached_model_can_be_compiled_in_place() -> None:
+    model = make(ToyDiT)
+    cached = cache_of(model)
+    graphs: list[Any] = []
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    cached.compile(backend=backend, fullgraph=True)
+    follows(cached, ByHand(model, ["blocks"]), generation(TOY, STEPS))
+    assert len(graphs) == 1
+    assert actions(cached) == "CrCCrr"
+    with pytest.raises(OptionError, match="is not compiled"):
+        cache_of(cached)
+    torch._dynamo.reset()
 
 
 def test_a_copy_of_a_diffusers_model_with_explicit_blocks() -> None:

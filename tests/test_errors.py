@@ -64,7 +64,7 @@ def refused(
 @pytest.mark.parametrize("strategy", ["deep_cache", "", None, 3, DeepCache, ["deepcache"]])
 def test_unknown_strategy(strategy: Any) -> None:
     refused(
-        r"strategy=.*: one of \['deepcache', 'taylorcache', 'teacache'\], or a Strategy object",
+        r"strategy=.*: one of \['deepcache', .*'taylorcache', 'teacache'\], or a Strategy object",
         make(ToyDiT),
         strategy,
         no_cache_steps={0},
@@ -327,14 +327,6 @@ def test_a_compiled_model() -> None:
     )
 
 
-def test_a_model_that_was_compiled_in_place_is_cached_as_it_is() -> None:
-    model = make(ToyDiT)
-    model.compile(backend="eager")
-    cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps=STEPS_OF_SIX)
-    for computes, inputs in generation(TOY, STEPS_OF_SIX):
-        assert torch.equal(cached(**inputs), make(ToyDiT)(**inputs)) == computes
-
-
 @pytest.mark.parametrize("model", [nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.Tanh())])
 def test_a_model_without_any_block_list(model: nn.Module) -> None:
     refused(
@@ -466,5 +458,5 @@ def test_a_strategy_of_ones_own_that_gives_a_wrong_number_of_tensors() -> None:
             return 2
 
     cached = dit_cache_fx.apply(make(ToyDiT), Two(no_cache_steps={0}))
-    with pytest.raises(VerifyError, match=r"strategy Two gave 1 tensors for .*, 2 expected"):
+    with pytest.raises(VerifyError, match=r"strategy Two: store gave 1 tensors, 2 expected"):
         cached(**toy_inputs(1.0))

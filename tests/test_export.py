@@ -295,3 +295,32 @@ def test_another_package_is_refused(tmp_path: Path) -> None:
     torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     with pytest.raises(OptionError, match=r"a file that Exported.package has written"):
         load(path)
+
+
+# --- conditioning --------------------------------------------------------------------------------
+
+
+class LabelDiT(ToyDiT):
+    """Its conditioning is a vector: in another order it is another one."""
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Any:
+        return self.head(self.trunk(self.embed(x), self.time(timestep) + text))
+
+
+@pytest.mark.parametrize("how", ["runner", "buffers"])
+def test_conditioning_in_another_order_is_another_one(how: str) -> None:
+    model = make(LabelDiT)
+    label = torch.arange(8.0)[None]
+    given = toy_inputs(1000.0) | {"text": label}
+    cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps={0})
+    cached(**given)
+    if how == "runner":
+        run: Callable[..., Any] = export(cached, (), given).runner()
+    else:
+        run = torch.export.export(cached, (), given, strict=False).module()
+    run(**given)
+    later = toy_inputs(900.0, seed=1) | {"text": label}
+    assert not torch.equal(run(**later), model(**later))
+    for step, other in enumerate((label.flip(1), label.roll(1, 1), label[:, [1, 0, *range(2, 8)]])):
+        inputs = toy_inputs(800.0 - step, seed=step) | {"text": other.contiguous()}
+        assert torch.equal(run(**inputs), model(**inputs))

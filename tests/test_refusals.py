@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -101,21 +102,12 @@ def test_a_block_that_returns_what_it_changed_is_not_refused() -> None:
 # --- whose an error is ---------------------------------------------------------------------------
 
 
-class Unplannable(torch.autograd.Function):
-    """An operation that no functional graph can be made of."""
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-
 class UntraceableDiT(ToyDiT):
+    """Writes a tensor to a file: there is none while a graph is made."""
+
     def trunk(self, h: Tensor, c: Tensor) -> Tensor:
-        return super().trunk(Unplannable.apply(h), c)
+        torch.save(h, io.BytesIO())
+        return super().trunk(h, c)
 
 
 def test_what_cannot_be_traced_is_a_capture_error_with_its_cause() -> None:

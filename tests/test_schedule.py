@@ -262,7 +262,7 @@ def test_two_schedules_at_once(options: dict[str, Any]) -> None:
     first, second = options
     refused(
         rf"{second}=.*: {first} is given too: give one of \['no_cache_steps', 'compute_ratio', "
-        r"'schedule'\]",
+        r"'schedule', 'computed_steps'\]",
         make(ToyDiT),
         **options,
     )

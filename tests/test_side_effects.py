@@ -233,7 +233,7 @@ class InPlaceViewDiT(ToyDiT):
 @pytest.mark.parametrize("into", [[], {}], ids=["list", "dict"])
 def test_values_put_into_an_argument_are_refused_by_name(into: Any) -> None:
     text = refused(CollectingDiT, into=into)
-    assert f"puts a value into its argument 'into' (a {type(into).__name__})" in text
+    assert f"changes its argument 'into' (a {type(into).__name__})" in text
 
 
 def test_a_counter_in_an_argument_is_refused() -> None:

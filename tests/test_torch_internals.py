@@ -17,21 +17,25 @@ from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd import frontend_utils
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_cache_fx
 from dit_cache_fx._torch import (
     CANNOT_COMPILE,
+    READS_DATA,
     Emitter,
     Piece,
     aoti_load,
     aoti_package,
     attention_backends,
+    breaks_raise,
     dynamo_callback,
     emit_autocast,
     emit_end_of_autocast,
     emit_node,
     exporting,
+    fakes,
     inductor_compiler,
     like_dynamos,
     modes,
@@ -42,9 +46,11 @@ from dit_cache_fx._torch import (
     trace_functional,
     trace_shapes,
     trace_text,
+    traced_here,
     untraced,
     use_attention_backends,
     wants_one_graph,
+    without_mode,
 )
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.values.tensor_spec import TensorSpec
@@ -123,6 +129,37 @@ def test_emit_node_adds_a_reader_of_traced_values_only() -> None:
     assert not emit_node(read, (torch.ones(2),), {}, "read")
 
 
+class Naming(TorchFunctionMode):
+    """Notes the functions that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_function_mode_can_be_left_for_a_while() -> None:
+    with Naming() as mode:
+        torch.zeros(1)
+        with without_mode(Naming):
+            torch.ones(1)
+        with without_mode(TorchDispatchMode):  # another kind
+            torch.full((1,), 2.0)
+    assert mode.seen == ["zeros", "full"]
+
+
+def test_values_that_are_not_there_have_errors_of_their_own() -> None:
+    spec = TensorSpec(torch.Size([2]), torch.float32, torch.device("cpu"))
+    for read in (lambda x: [x * float(x[0])], lambda x: [x if x.sum() > 0 else -x]):
+        with pytest.raises(READS_DATA):
+            trace_shapes(read, [spec])
+    with pytest.raises(READS_DATA):
+        trace_shapes(lambda x: [x.nonzero()], [spec])
+
+
 def test_trace_shapes_needs_no_data() -> None:
     spec = TensorSpec(torch.Size([10**6, 10**6]), torch.float32, torch.device("cpu"))
     graph = trace_shapes(lambda x: [x * 2], [spec]).graph
@@ -152,6 +189,48 @@ def test_untraced_operations_are_not_in_the_graph() -> None:
     gm = trace_functional(function, [torch.ones(2)])
     targets = [n.target for n in gm.graph.nodes if n.op == "call_function"]
     assert targets == [torch.ops.aten.add.Tensor]
+
+
+def test_a_trace_replaces_nothing_for_other_threads() -> None:
+    call, seen = nn.Module.__call__, []
+
+    def function(x: torch.Tensor) -> list[torch.Tensor]:
+        flag = torch.fx._symbolic_trace._is_fx_tracing_flag
+        seen.append(nn.Module.__call__ is call and not flag)
+        return [x + 1]
+
+    trace_functional(function, [torch.ones(2)])
+    trace_shapes(function, [TensorSpec.of(torch.ones(2))])
+    assert seen == [True, True]
+
+
+def test_a_trace_has_constants_of_its_own() -> None:
+    """A parameter, a tensor and a result that is an input."""
+    weight, shift = nn.Parameter(torch.ones(2)), torch.full((2,), 3.0)
+    with torch.no_grad():
+        gm = trace_functional(lambda x, y: [x * weight + shift, y], [torch.ones(2), torch.ones(1)])
+        got = gm(torch.full((2,), 2.0), torch.zeros(1))
+    assert torch.equal(got[0], torch.full((2,), 5.0))
+    assert torch.equal(got[1], torch.zeros(1))
+    constants = [getattr(gm, str(n.target)) for n in gm.graph.nodes if n.op == "get_attr"]
+    assert any(value is weight for value in constants)
+
+
+def test_a_call_is_known_to_be_traced_by_its_thread_and_its_values() -> None:
+    seen: list[bool] = []
+
+    def function(x: torch.Tensor) -> list[torch.Tensor]:
+        seen.append(traced_here(()))
+        return [x + 1]
+
+    x = torch.ones(2)
+    assert not traced_here((x, None))
+    trace_functional(function, [x])
+    with fakes([x]) as (fake,):
+        function(fake)
+    assert seen == [True, True]
+    assert traced_here((None, fake))
+    assert not traced_here((x,))
 
 
 # --- Dynamo --------------------------------------------------------------------------------------
@@ -265,6 +344,15 @@ def _refuses(gm: fx.GraphModule, inputs: Any) -> Any:
 def test_what_cannot_be_compiled_raises_one_of_these(function: Any, backend: Any) -> None:
     with pytest.raises(CANNOT_COMPILE):
         torch.compile(function, backend=backend, fullgraph=True)(torch.ones(2, 3))
+
+
+@new_compiler
+def test_a_break_raises_without_fullgraph() -> None:
+    compiled = torch.compile(_breaks, backend="eager")
+    with pytest.raises(CANNOT_COMPILE), breaks_raise():
+        compiled(torch.ones(2))
+    torch._dynamo.reset()
+    assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 2.0))
 
 
 class _Inspects(nn.Module):

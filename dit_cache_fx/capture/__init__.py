@@ -1,18 +1,24 @@
 """From a model's forward to a checked program (`eager`), and what says how a model is called."""
 
-from dit_cache_fx.capture.captured import Captured, Subject, accepts, can_replay, replayed
+from dit_cache_fx.capture.captured import (
+    Captured,
+    Shapes,
+    Subject,
+    accepts,
+    can_replay,
+    replayed,
+)
 from dit_cache_fx.capture.eager import capture
-from dit_cache_fx.capture.intercept import CAPTURING
 from dit_cache_fx.capture.leaves import BlockList, candidate_lists, named_list
 from dit_cache_fx.capture.signature import CallSignature, FlatCall, flatten_call
 from dit_cache_fx.capture.timestep import guessed_timestep, named_timestep
 
 __all__ = [
-    "CAPTURING",
     "BlockList",
     "CallSignature",
     "Captured",
     "FlatCall",
+    "Shapes",
     "Subject",
     "accepts",
     "can_replay",

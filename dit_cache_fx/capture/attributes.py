@@ -16,8 +16,8 @@ from torch import nn
 
 from dit_cache_fx.values.identity import version
 
-#: parameters, hooks, training: not the model's own notes
-TORCHS = frozenset(vars(nn.Module()))
+#: parameters, hooks, training, how it is called: not the model's own notes
+TORCHS = frozenset({*vars(nn.Module()), "_call_impl", "_compiled_call_impl"})
 
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 #: how deep containers are looked into, and up to which length
@@ -126,7 +126,7 @@ def _values(holder: Any) -> dict[Any, Any]:
 
 def _items(holder: Any) -> Iterator[tuple[Any, Any]]:
     if isinstance(holder, nn.Module):
-        yield from ((k, v) for k, v in vars(holder).items() if k not in TORCHS)
+        yield from ((k, v) for k, v in list(vars(holder).items()) if k not in TORCHS)
         yield from holder._buffers.items()
     elif isinstance(holder, dict):
         yield from holder.items()

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from dit_cache_fx.capture.ambient import autocast, without_autocast
+from dit_cache_fx.capture.ambient import without_autocast
 from dit_cache_fx.capture.check import compare
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.leaves import BlockList, candidate_lists, named_list
 from dit_cache_fx.capture.normal_form import Guards
 from dit_cache_fx.capture.record import ModuleCall, Recording
-from dit_cache_fx.capture.settings import Setting, applied
+from dit_cache_fx.capture.scalar_timestep import NumberFactories
+from dit_cache_fx.capture.settings import applied
+from dit_cache_fx.capture.side_effects import unnoticed
 from dit_cache_fx.capture.signature import CallSignature, FlatCall, unflatten_call
+from dit_cache_fx.capture.turns import Turns
 from dit_cache_fx.ir.graph_text import short
 from dit_cache_fx.ir.program import OUTPUT, BlockId, Program, block_values
 from dit_cache_fx.strategies import Strategy, never_cached
-from dit_cache_fx.values.identity import Seen
+from dit_cache_fx.values.identity import TensorIdentity
 from dit_cache_fx.values.pytree import unflatten
 
 
@@ -35,6 +38,7 @@ class Subject:
     blocks: tuple[str, ...] | None  # the block lists' names where the user gave them
     strategy: Strategy
     check: bool = True
+    turns: Turns = field(default_factory=Turns)  # of threads, at its modules
 
     def lists(self) -> list[BlockList]:
         """The lists that may hold the trunk, as they are now."""
@@ -60,14 +64,18 @@ class Subject:
 
     def run(self, call: FlatCall, tensors: Sequence[torch.Tensor]) -> Any:
         """The model's own answer to a flattened call with these tensors."""
-        return self.answer(unflatten_call(call.skeleton, list(tensors)))
+        return self.answer(call, unflatten_call(call.skeleton, list(tensors)))
 
-    def answer(self, arguments: dict[str, Any]) -> Any:
-        """The model's own answer to named arguments."""
-        return self.signature.call(self.model.forward, arguments)
+    def answer(self, call: FlatCall, arguments: dict[str, Any]) -> Any:
+        """The same, for arguments by name."""
+        with nullcontext() if call.number is None else NumberFactories(call.number):
+            return self.signature.call(self.model.forward, arguments)
 
 
 log = logging.getLogger(__name__)
+
+#: the sizes of masked selections, which may differ from call to call
+Shapes = tuple[torch.Size, ...]
 
 
 @dataclass
@@ -80,16 +88,23 @@ class Captured:
     recording: Recording  # of the call that it was captured from, until that call is answered
     blocks: dict[nn.Module, str]
     whole: set[nn.Module]  # every module that the graph calls as a node
-    accepted: set[tuple[torch.Size, ...]]  # guard shapes that the graph was checked with
+    accepted: set[Shapes]  # guard shapes that the graph was checked with
+    turns: Turns  # of the model's graphs
     not_held: frozenset[str] = frozenset()  # block results that the recording did not hold
-    shapes: tuple[torch.Size, ...] = ()  # guard shapes of the newest call
-    seen: Seen | None = None  # the newest call's tensors that the guards depend on
+    #: the tensors of the newest call that the guards depend on, and its guard shapes
+    newest: tuple[TensorIdentity, Shapes] | None = None
     unread: Sequence[str] = ()  # attributes that forward sets for others, in words
 
-    def around(self) -> AbstractContextManager[None]:
-        """Within it the graphs may run: without autocast, with what forward sets on its modules."""
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """Within it the graphs may run: without autocast, with what forward sets on its modules.
+
+        Threads share the modules: where something is set there, no other graph runs meanwhile.
+        """
         settings = self.recording.settings
-        return _around(settings) if settings or autocast() else nullcontext()
+        turn = self.turns.alone() if settings else self.turns.beside()
+        with turn, without_autocast(), applied(settings):
+            yield
 
     def run(self, tensors: Sequence[torch.Tensor]) -> Any:
         """The graph's answer to tensors."""
@@ -103,36 +118,31 @@ class Captured:
             return self.guards.gm(*tensors)
 
 
-@contextmanager
-def _around(settings: Sequence[Setting]) -> Iterator[None]:
-    with without_autocast(), applied(settings):
-        yield
+def accepts(subject: Subject, captured: Captured, call: FlatCall) -> Shapes | None:
+    """The guard shapes of a call (whose signature is the capture's) that the graph is right for.
 
-
-def accepts(subject: Subject, captured: Captured, call: FlatCall) -> bool:
-    """Whether the captured graph is right for this call (whose signature is the capture's).
-
-    Where a masked selection has another size than any seen, the graph is checked with it first.
+    None where it is not. Where a masked selection has another size than any seen, the graph is
+    checked with it first.
     """
-    guards = captured.guards
+    guards, newest = captured.guards, captured.newest
     if guards is None:
-        return True
-    tensors = Seen([call.tensors[i] for i in guards.inputs], certain=True)
-    if captured.seen is not None and tensors.shared_with(captured.seen) == len(guards.inputs):
-        return True
+        return ()
+    tensors = TensorIdentity([call.tensors[i] for i in guards.inputs])
+    if newest is not None and not tensors.other_objects(newest[0]):
+        return newest[1]
     read = captured.read(call.tensors)
     if guards.values(read) != guards.values(guards.expected):
         _log_failed(guards, read)
-        return False
+        return None
     shapes = guards.shapes(read)
     if shapes not in captured.accepted:
         difference = _differs(subject, captured, call, call.tensors)
         if difference is not None:
             log.info("a graph is not for this call: with %s %s", shapes, difference)
-            return False
+            return None
         captured.accepted.add(shapes)
-    captured.shapes, captured.seen = shapes, tensors
-    return True
+    captured.newest = tensors, shapes
+    return shapes
 
 
 def _log_failed(guards: Guards, read: Sequence[Any]) -> None:
@@ -188,9 +198,10 @@ def not_held(program: Program, recording: Recording) -> frozenset[str]:
 def _differs(
     subject: Subject, captured: Captured, call: FlatCall, tensors: Sequence[torch.Tensor]
 ) -> str | None:
-    return compare(
-        lambda: subject.run(call, tensors),
-        lambda: captured.run(tensors),
-        captured.blocks,
-        captured.recording,
-    )
+    with subject.turns.of_model(), unnoticed(subject.model):
+        return compare(
+            lambda: subject.run(call, tensors),
+            lambda: captured.run(tensors),
+            captured.blocks,
+            captured.recording,
+        )

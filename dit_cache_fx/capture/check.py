@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from dit_cache_fx._torch import without_mode
 from dit_cache_fx.capture.ambient import Ambient
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.record import ModuleCall, Recording
 from dit_cache_fx.capture.samples import Samples, other_block
+from dit_cache_fx.capture.scalar_timestep import NumberFactories
 from dit_cache_fx.errors import CaptureError, DitCacheError
-from dit_cache_fx.values.digest import bit_sums
+from dit_cache_fx.values.checksum import checksum
 from dit_cache_fx.values.identity import alike
 from dit_cache_fx.values.pytree import Skeleton, constants, flatten, unflatten
 
@@ -28,8 +30,8 @@ class _Print(NamedTuple):
     """What tells two tensors apart, without keeping them."""
 
     kind: str
-    total: int
-    weighted: int
+    first: int
+    second: int
 
 
 class _Place(NamedTuple):
@@ -137,12 +139,12 @@ def second_inputs(
     Integers and booleans (ids, labels, masks) stay as they are, the timestep excepted: another
     value might not be a legal one.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     for only in (range(len(tensors)), sample):
         changed = [t.clone() for t in tensors]
         for i in only:
             if tensors[i].is_floating_point():
-                noise = torch.randn(tensors[i].shape, generator=generator)
+                noise = torch.randn(tensors[i].shape, generator=generator, device="cpu")
                 changed[i] = noise.to(tensors[i])
         changed[timestep] = _another_timestep(tensors[timestep])
         yield changed
@@ -182,7 +184,8 @@ def _called(
     call: Callable[..., Any], module: nn.Module, skeleton: Skeleton, inputs: Sequence[torch.Tensor]
 ) -> Any:
     args, kwargs = unflatten(skeleton, list(inputs))
-    return call(module, *args, **kwargs)
+    with without_mode(NumberFactories):
+        return call(module, *args, **kwargs)
 
 
 def stand_in(made: ModuleCall, index: int, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -198,9 +201,12 @@ def stand_in(made: ModuleCall, index: int, inputs: Sequence[torch.Tensor]) -> li
 
 
 def _print(tensor: torch.Tensor) -> _Print:
-    kind = f"{tensor.dtype}{list(tensor.shape)} on {tensor.device}"
-    total, weighted = bit_sums(tensor).tolist()
-    return _Print(kind, total, weighted)
+    first, second = checksum(tensor).tolist()
+    return _Print(_kind(tensor), first, second)
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype}{list(tensor.shape)} on {tensor.device}"
 
 
 def _first_unlike(want: Sequence[Any], got: Sequence[Any]) -> str | None:
@@ -221,9 +227,9 @@ def _difference(want: torch.Tensor | None, got: torch.Tensor | None) -> str:
     if want is None or got is None:
         return "missing" if got is None else "too many"
     if want.shape != got.shape or want.dtype != got.dtype or want.device != got.device:
-        return f"{_print(got).kind} instead of {_print(want).kind}"
+        return f"{_kind(got)} instead of {_kind(want)}"
     differs = ~((want == got) | ((want != want) & (got != got)))
     if not bool(differs.any()):
         return "equal values of other bits (-0.0 or NaN)"
     at = tuple(differs.nonzero()[0].tolist())
-    return f"{got[at].item()} instead of {want[at].item()} at {at} of {_print(want).kind}"
+    return f"{got[at].item()} instead of {want[at].item()} at {at} of {_kind(want)}"

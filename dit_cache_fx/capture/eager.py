@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dit_cache_fx._torch import without_dispatch_modes
 from dit_cache_fx.capture.attributes import attributes, restore
 from dit_cache_fx.capture.blocks import mark_blocks
 from dit_cache_fx.capture.captured import Captured, Subject, not_held
@@ -25,6 +26,7 @@ from dit_cache_fx.capture.normal_form import normal_form
 from dit_cache_fx.capture.record import Recording, record
 from dit_cache_fx.capture.refusals import (
     refuse_late_guards,
+    refuse_read_number,
     refuse_rewritten_arguments,
     refuse_written_memory,
     require_timestep,
@@ -58,7 +60,7 @@ def capture(subject: Subject, call: FlatCall, timestep: str | None) -> Captured:
         lists = subject.lists()
         kept = kept_modules(subject.model, lists)
         recording, unread = _recorded(subject, call, tensors, lists, kept)
-        with unnoticed(subject.model):
+        with unnoticed(subject.model), without_dispatch_modes():
             captured = _traced(subject, call, tensors, lists, kept, recording, timestep)
             captured.unread = unread
             if subject.check:
@@ -83,6 +85,7 @@ def _traced(
     step = timestep if timestep is not None else guessed_timestep(call)
     require_timestep(call, step)
     program, guards = normal_form(subject.model, traced, call, step)
+    refuse_read_number(call, program, guards)
     mark_blocks(program, lists, chosen=subject.blocks is not None)
     mark_signal(program, subject.strategy, recording)
     trunk = {str(node.target) for node in program.block_calls()}
@@ -90,12 +93,11 @@ def _traced(
     # what forward sets on a module, the graph depends on: then nothing of the model is looked
     # up live without a check
     whole = set() if recording.settings else set(kept)
-    captured = Captured(program, program.gm, guards, recording, blocks, whole, set())
+    captured = Captured(program, program.gm, guards, recording, blocks, whole, set(), subject.turns)
     captured.not_held = not_held(program, recording)
     if guards is not None:
         refuse_late_guards(guards, trunk)
-        captured.shapes = guards.shapes(guards.expected)
-        captured.accepted.add(captured.shapes)
+        captured.accepted.add(guards.shapes(guards.expected))
     return captured
 
 
@@ -132,7 +134,7 @@ def _recorded(
     watch = Watch(kept, World(model, theirs) if subject.check else None)
     arguments = Arguments(unflatten_call(call.skeleton, list(tensors)))
     recording = record(
-        lambda: subject.answer(arguments.given),
+        lambda: subject.answer(call, arguments.given),
         kept,
         set(members),
         {m for m, name in members.items() if subject.always_runs(name)},
@@ -155,8 +157,9 @@ def _recorded(
         return recording, []
     left = left_behind(before, attributes(model.named_modules()), watch)
     noted, after = arguments.noted(), Arguments(arguments.given)
-    again = partial(subject.answer, after.given)
-    unread = refuse_kept_state(model, again, kept, recording, left, noted)
+    again = partial(subject.answer, call, after.given)
+    with without_dispatch_modes():
+        unread = refuse_kept_state(model, again, kept, recording, left, noted)
     after.refuse_changed([], notes=False)
     return recording, unread
 
@@ -200,7 +203,7 @@ def _check_number(
     numbered[step] = call.number
     arguments = unflatten_call(call.skeleton, numbered)
     difference = compare(
-        lambda: subject.answer(arguments),
+        lambda: subject.answer(call, arguments),
         lambda: captured.run(tensors),
         captured.blocks,
         captured.recording,

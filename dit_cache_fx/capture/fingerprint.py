@@ -41,7 +41,7 @@ def _parts(
     yield (path, "forward"), "forward" in vars(module)
     if path:  # the model's own hooks run around the graph
         yield (path, "hooks"), bool(module._forward_hooks or module._forward_pre_hooks)
-    for name, value in vars(module).items():
+    for name, value in list(vars(module).items()):  # other threads may capture the module
         if name not in TORCHS and (plain := _plain(value)) is not _OTHER:
             yield (path, name), plain
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):

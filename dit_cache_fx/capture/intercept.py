@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import nn
 
 from dit_cache_fx._torch import not_a_compiled_frame
@@ -14,9 +16,9 @@ from dit_cache_fx._torch import not_a_compiled_frame
 #: (module, its name, run it for real, args, kwargs) -> what the caller gets
 Handler = Callable[[nn.Module, str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
-#: torch.fx's own tracer replaces Module.__call__ in the same way; two captures in two threads
-#: must not restore each other's replacement: a capture holds this from its start to its end
-CAPTURING = threading.RLock()
+_CAPTURING = ContextVar("dit_cache_fx_capturing", default=False)
+#: held while seams are put in or taken out, never while a module runs
+_SEAMS = threading.Lock()
 
 
 @contextmanager
@@ -24,33 +26,112 @@ def intercepted(names: Mapping[nn.Module, str], handler: Handler) -> Iterator[No
     """Within the context, a call of a module in `names` goes to `handler`.
 
     Only calls of this thread, and only the outermost: what a handled module calls inside runs as
-    always, `Module.__call__` itself put back, since a block that is compiled there would be
-    compiled again once it is. That is the one place that hooks, compiled blocks
-    (`block.compile()`) and replaced forwards all pass through.
+    always. Hooks, compiled blocks (`block.compile()`) and replaced forwards are part of the call.
     """
-    owner = threading.get_ident()
-
-    with CAPTURING:
-        original = nn.Module.__call__
-
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if module not in names or threading.get_ident() != owner:
-                return original(module, *args, **kwargs)
-            nn.Module.__call__ = original  # type: ignore[method-assign]
-            try:
-                return handler(module, names[module], original, args, kwargs)
-            finally:
-                nn.Module.__call__ = call  # type: ignore[method-assign]
-
-        call.captures = owner  # type: ignore[attr-defined]
-        nn.Module.__call__ = call  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            nn.Module.__call__ = original  # type: ignore[method-assign]
+    interception = _Interception(names, handler)
+    token = _CAPTURING.set(True)
+    try:
+        interception.enter(names)
+        yield
+    finally:
+        interception.leave(names)
+        _CAPTURING.reset(token)
 
 
 @not_a_compiled_frame
 def capturing() -> bool:
     """Whether a capture is under way in this thread."""
-    return getattr(nn.Module.__call__, "captures", None) == threading.get_ident()
+    return _CAPTURING.get()
+
+
+class _Interception:
+    """What one capture does with the calls of its modules."""
+
+    def __init__(self, names: Mapping[nn.Module, str], handler: Handler) -> None:
+        self._names = names
+        self._handler = handler
+        self._thread = threading.get_ident()
+        self._seams: dict[nn.Module, _Seam] = {}
+        self.inside = False  # a module is being handled
+
+    def enter(self, modules: Iterable[nn.Module]) -> None:
+        """From now on this thread's calls of `modules` come here."""
+        with _SEAMS:
+            for module in modules:
+                self._seams[module] = _seam(module)
+                self._seams[module].add(self._thread, self)
+
+    def leave(self, modules: Iterable[nn.Module]) -> None:
+        """From now on they do not."""
+        with _SEAMS:
+            for module in [m for m in modules if m in self._seams]:
+                self._seams.pop(module).remove(self._thread, self)
+
+    def handle(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.inside = True
+        try:
+            return self._handler(module, self._names[module], self._run, args, kwargs)
+        finally:
+            self.inside = False
+
+    def _run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run it with all in it as it was: what is compiled there would be compiled again."""
+        inside = [m for m in module.modules() if m in self._seams]
+        self.leave(inside)
+        try:
+            return nn.Module.__call__(module, *args, **kwargs)
+        finally:
+            self.enter(inside)
+
+
+class _Seam:
+    """Stands in front of how a module is called: an attribute of the one module object.
+
+    `Module.__call__` runs the module's `_compiled_call_impl` where there is one, else its
+    `_call_impl`. Only a thread that captures is sent elsewhere; calls of all others pass. (Code
+    that Dynamo makes of such a call meanwhile passes too, and is made once more afterwards.)
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        compiled = module._compiled_call_impl is not None
+        self._attribute = "_compiled_call_impl" if compiled else "_call_impl"
+        self._own = self._attribute in vars(module)
+        self._before: Callable[..., Any] = getattr(module, self._attribute)
+        self._waiting: dict[int, list[_Interception]] = {}  # by thread
+        vars(module)[self._attribute] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return self._before(*args, **kwargs)
+        here = self._waiting.get(threading.get_ident())
+        if not here or here[-1].inside:
+            return self._before(*args, **kwargs)
+        return here[-1].handle(self.module, args, kwargs)
+
+    def add(self, thread: int, interception: _Interception) -> None:
+        """The newest of a thread's interceptions gets its calls."""
+        self._waiting.setdefault(thread, []).append(interception)
+
+    def remove(self, thread: int, interception: _Interception) -> None:
+        """The last one to leave puts the module's own attribute back."""
+        self._waiting[thread].remove(interception)
+        if not self._waiting[thread]:
+            del self._waiting[thread]
+        if self._waiting or vars(self.module).get(self._attribute) is not self:
+            return
+        if self._own:
+            vars(self.module)[self._attribute] = self._before
+        else:
+            del vars(self.module)[self._attribute]
+
+    def __reduce__(self) -> Any:
+        """A copy of the module has no seam."""
+        return getattr, (self.module, self._attribute)
+
+
+def _seam(module: nn.Module) -> _Seam:
+    """The seam of a module, made where there is none."""
+    own = vars(module)
+    known = [own.get(name) for name in ("_compiled_call_impl", "_call_impl")]
+    return next((s for s in known if isinstance(s, _Seam)), None) or _Seam(module)

@@ -13,6 +13,7 @@ from dit_cache_fx.capture.data_guards import READS, read_count, read_list, read_
 from dit_cache_fx.capture.signature import FlatCall
 from dit_cache_fx.capture.trace import Trace, call_kept
 from dit_cache_fx.ir.graph_text import short
+from dit_cache_fx.ir.names import unreserved
 from dit_cache_fx.ir.program import Program, ancestors, graph_module
 
 # without autograd and without in-place operations these return their argument
@@ -78,13 +79,20 @@ def _rewrite(
     graph = fx.Graph()
     nodes = traced.gm.graph.nodes
     places = [n for n in nodes if n.op == "placeholder"]
-    given = {n: graph.placeholder(name) for n, name in zip(places, names, strict=True)}
+    given = {n: _placeholder(graph, name) for n, name in zip(places, names, strict=True)}
     for node, placeholder in given.items():
         placeholder.meta.update(node.meta)
     new = translated(model, traced, graph, attributes, given, set(nodes))
     output = traced.gm.graph.output_node()
     graph.output(fx.map_arg(output.args[0], new.__getitem__))
     return graph
+
+
+def _placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    """An input whose name is an identifier, unlike all others and unlike the cache's operands."""
+    node = graph.placeholder(unreserved(name))
+    node.target = node.name
+    return node
 
 
 def translated(
@@ -113,9 +121,14 @@ def translated(
             new[node] = new[node.args[0]]
             continue
         else:
-            new[node] = graph.node_copy(node, new.__getitem__)
+            new[node] = _copied(graph, node, new)
         new[node].meta.update(node.meta)
     return new
+
+
+def _copied(graph: fx.Graph, node: fx.Node, new: dict[fx.Node, fx.Node]) -> fx.Node:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), new.__getitem__)
+    return graph.create_node(node.op, node.target, args, kwargs, unreserved(node.name), node.type)
 
 
 def _attribute(

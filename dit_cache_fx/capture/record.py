@@ -17,14 +17,16 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dit_cache_fx._torch import without_dispatch_modes, without_mode
 from dit_cache_fx.capture.ambient import Ambient, flags, refuse_flags
 from dit_cache_fx.capture.attributes import Attributes
 from dit_cache_fx.capture.intercept import intercepted
+from dit_cache_fx.capture.scalar_timestep import NumberFactories
 from dit_cache_fx.capture.settings import Setting, Watch
 from dit_cache_fx.capture.world import World
 from dit_cache_fx.ir.within import Within
-from dit_cache_fx.values.digest import digest
-from dit_cache_fx.values.identity import memory, version
+from dit_cache_fx.values.checksum import Checksums, checksum
+from dit_cache_fx.values.identity import storage_key, version
 from dit_cache_fx.values.pytree import Skeleton, flatten
 from dit_cache_fx.values.random_state import RandomState
 from dit_cache_fx.values.tensor_spec import TensorSpec
@@ -56,7 +58,7 @@ class ModuleCall:
     changed: frozenset[int] = frozenset()  # addresses of memory that it changed
     writes: frozenset[int] = frozenset()  # the same, where it did not return it
     within: Within = field(default_factory=Within)  # the contexts that it was called in
-    digests: list[torch.Tensor | None] = field(default_factory=list)  # of what it returned
+    digests: Checksums = field(default_factory=list)  # of what it returned
     random: RandomState | None = None  # what it drew its random numbers from
 
     def outputs(self) -> list[torch.Tensor]:
@@ -77,6 +79,13 @@ class Recording:
     suspect: bool = False  # whether blocks may depend on more than their arguments
     before: Attributes = field(default_factory=dict)  # of the modules, before the recorded run
     world: World | None = None  # what blocks may read beside them, before the recorded run
+
+    def forget(self) -> None:
+        """Let go of the values: only the first answer needs them."""
+        self.output, self.before, self.world = None, {}, None
+        for made in self.calls:
+            made.values.clear()
+            made.digests.clear()
 
 
 def record(
@@ -132,7 +141,7 @@ class _Recorder:
             self.reader.reads(inputs)
         versions = [version(t) for t in inputs]
         inside: Inside | None = None
-        with self.reader.paused():
+        with self.reader.paused(), without_mode(NumberFactories):
             within = self._within(name)
             drawn = self._before(module, inputs)
             if module in self._opened:
@@ -148,10 +157,17 @@ class _Recorder:
             self._after(module, made, outputs, drawn)
         made.mutated = tuple(i for i, t in enumerate(inputs) if version(t) != versions[i])
         _note_changes(made, inputs, outputs, given, (args, kwargs))
-        self.reader.changed(made.changed)
-        self.reader.produced(made, outputs, hold=module not in self._cached)
+        self._hold(module, made, outputs)
         self.calls.append(made)
         return output
+
+    def _hold(self, module: nn.Module, made: ModuleCall, outputs: list[torch.Tensor]) -> None:
+        self.reader.changed(made.changed)
+        self.reader.produced(made, outputs)
+        if module not in self._blocks:
+            self.reader.hold(made, outputs)
+        elif module not in self._cached:  # a copy: whoever gets it may change it in place
+            made.values.update((i, t.clone()) for i, t in enumerate(outputs))
 
     def _within(self, name: str) -> Within:
         refuse_flags(self._flags, flags(), name)
@@ -174,7 +190,8 @@ class _Recorder:
             self._watch.returned(module)
         if drawn is not None:
             made.random = drawn if drawn.used() else None
-            made.digests = [digest(t) for t in outputs]
+            with without_dispatch_modes():
+                made.digests = [checksum(t) for t in outputs]
 
 
 def _note_changes(
@@ -189,8 +206,8 @@ def _note_changes(
     made.rewrites = given != form or any(a is not b for a, b in zip(inputs, after, strict=True))
     shapes = [t.shape for t in inputs]
     made.like = tuple(shapes.index(t.shape) if t.shape in shapes else None for t in outputs)
-    made.changed = frozenset(memory(inputs[i]) for i in made.mutated)
-    made.writes = made.changed - {memory(t) for t in outputs} if made.changed else made.changed
+    made.changed = frozenset(storage_key(inputs[i]) for i in made.mutated)
+    made.writes = made.changed - {storage_key(t) for t in outputs} if made.changed else made.changed
 
 
 class _Reader(TorchDispatchMode):
@@ -200,32 +217,35 @@ class _Reader(TorchDispatchMode):
         super().__init__()
         #: by id of a tensor that a module gave: of which call, which of its tensors
         self._origin: dict[int, tuple[ref[torch.Tensor], ModuleCall, int]] = {}
-        self._held: list[tuple[torch.Tensor, ModuleCall, int]] = []
+        #: what is held itself, by the memory that it is in
+        self._held: dict[int, list[tuple[ModuleCall, int]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = flatten((args, kwargs or {}))[0]
-        if self._held and getattr(getattr(func, "_schema", None), "is_mutable", False):
-            self._keep_copies({memory(t) for t in tensors})
         self.reads(tensors)
+        if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
+            self._set_apart(tensors)
         return func(*args, **(kwargs or {}))
 
-    def produced(self, call: ModuleCall, outputs: list[torch.Tensor], hold: bool) -> None:
+    def produced(self, call: ModuleCall, outputs: list[torch.Tensor]) -> None:
         for index, tensor in enumerate(outputs):
             self._origin[id(tensor)] = (ref(tensor), call, index)
-            if hold:
-                call.values[index] = tensor
-                self._held.append((tensor, call, index))
 
-    def _keep_copies(self, changing: set[int]) -> None:
-        """Memory is about to be changed in place: of what is held there a copy is."""
-        for tensor, call, index in self._held:
-            if memory(tensor) in changing and call.values.get(index) is tensor:
-                call.values[index] = tensor.clone()
+    def hold(self, call: ModuleCall, outputs: list[torch.Tensor]) -> None:
+        """Hold outputs themselves, until the model's own code changes them in place."""
+        for index, tensor in enumerate(outputs):
+            call.values[index] = tensor
+            self._held.setdefault(storage_key(tensor), []).append((call, index))
+
+    def _set_apart(self, tensors: list[torch.Tensor]) -> None:
+        for tensor in tensors if self._held else ():
+            for call, index in self._held.pop(storage_key(tensor), ()):
+                call.values[index] = call.values[index].clone()
 
     def changed(self, places: Collection[int]) -> None:
         """A module has changed this memory: what was held there is not known any more."""
-        for tensor, call, index in self._held:
-            if memory(tensor) in places and call.values.get(index) is tensor:
+        for place in places:
+            for call, index in self._held.pop(place, ()):
                 del call.values[index]
 
     def reads(self, tensors: list[torch.Tensor]) -> None:

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from dit_cache_fx.capture.data_guards import READS
 from dit_cache_fx.capture.normal_form import Guards, owned_tensors
 from dit_cache_fx.capture.record import Recording
 from dit_cache_fx.capture.signature import FlatCall
 from dit_cache_fx.errors import CaptureError, DiscoveryError
-from dit_cache_fx.values.identity import memory
+from dit_cache_fx.ir.program import Program, ancestors
+from dit_cache_fx.values.identity import storage_key
 
 _APART = (
     "a cached step could not do the same. Make such calls between disable() and enable(), turn off "
@@ -27,6 +29,26 @@ def require_timestep(call: FlatCall, timestep: str) -> None:
             f"the timestep argument {timestep!r} must be one tensor or number; in this call it is "
             "not. Name another one: timestep='...'"
         )
+
+
+def refuse_read_number(call: FlatCall, program: Program, guards: Guards | None) -> None:
+    """Refuse a model whose own code computes with the value of a timestep that is a number.
+
+    What it makes of it would be a constant of the graph: every step would be captured anew.
+    """
+    if call.number is None or guards is None:
+        return
+    reads = [n for n in guards.gm.graph.nodes if n.target in READS]
+    for node, value in zip(reads, guards.expected, strict=True):
+        given = {n.name for n in ancestors([node]) if n.op == "placeholder"}
+        if program.timestep in given and not isinstance(value, (bool, torch.Size)):
+            argument = program.arguments[program.inputs.index(program.timestep)]
+            raise CaptureError(
+                f"the model's own code computes with the value of the timestep {argument!r} "
+                "outside of torch (float(), math.log(), a look-up): that is another graph for each "
+                "step. Pass it as a tensor, and let the model compute with torch (torch.log), or "
+                "do so in a block or a layer"
+            )
 
 
 def refuse_rewritten_arguments(recording: Recording) -> None:
@@ -45,9 +67,9 @@ def refuse_written_memory(
     """Refuse a module that keeps a value for later, in memory that outlives the call."""
     if not any(made.writes for made in recording.calls):
         return
-    lasting = {memory(t): f"the model's {name!r}" for name, t in owned_tensors(model)}
+    lasting = {storage_key(t): f"the model's {name!r}" for name, t in owned_tensors(model)}
     lasting.update(
-        (memory(t), f"the argument {name!r}")
+        (storage_key(t), f"the argument {name!r}")
         for t, name in zip(tensors, call.arguments_of(), strict=True)
     )
     for made in recording.calls:

@@ -20,7 +20,7 @@ from dit_cache_fx.capture.record import ModuleCall
 from dit_cache_fx.capture.samples import other_block
 from dit_cache_fx.capture.side_effects import unnoticed
 from dit_cache_fx.errors import DitCacheError
-from dit_cache_fx.values.digest import Digests, digest, equal
+from dit_cache_fx.values.checksum import Checksums, checksum, equal
 from dit_cache_fx.values.pytree import flatten
 
 
@@ -29,10 +29,10 @@ class Rerun:
 
     def __init__(self) -> None:
         self.running = ""
-        self.pairs: list[tuple[str, Digests, Digests]] = []
+        self.pairs: list[tuple[str, Checksums, Checksums]] = []
 
     def given(self, made: ModuleCall, outputs: list[torch.Tensor]) -> None:
-        self.pairs.append((made.name, made.digests, [digest(t) for t in outputs]))
+        self.pairs.append((made.name, made.digests, [checksum(t) for t in outputs]))
 
     def differing(self) -> str | None:
         """The first block that gave something else."""

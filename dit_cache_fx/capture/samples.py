@@ -9,17 +9,17 @@ from typing import Any
 import torch
 
 from dit_cache_fx.errors import CaptureError
-from dit_cache_fx.values.digest import Digests, digest, equal
+from dit_cache_fx.values.checksum import Checksums, checksum, equal
 from dit_cache_fx.values.pytree import flatten
 from dit_cache_fx.values.random_state import fixed_random_state
 
 
 class Samples:
-    """Digests of what the blocks gave, by name; none are taken where they are not `wanted`."""
+    """Checksums of what the blocks gave, by name; none are taken where they are not `wanted`."""
 
     def __init__(self, wanted: bool = False) -> None:
         self.wanted = wanted
-        self._taken: dict[str, Digests] = {}
+        self._taken: dict[str, Checksums] = {}
 
     def take(
         self,
@@ -33,7 +33,7 @@ class Samples:
             self._taken[name] = []  # where it fails
             with fixed_random_state(inputs), suppress(Exception):
                 outputs, _ = flatten(block([t.clone() for t in inputs]))
-                self._taken[name] = [digest(t) for t in outputs]
+                self._taken[name] = [checksum(t) for t in outputs]
 
     def unlike(self, other: Samples) -> str | None:
         """The first block that gave something else in the other run."""

@@ -18,8 +18,8 @@ from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.record import ModuleCall, Recording
 from dit_cache_fx.capture.settings import Watch, refuse_other_values
 from dit_cache_fx.errors import CaptureError
-from dit_cache_fx.values.identity import memory, version
-from dit_cache_fx.values.pytree import Constant, Container, Skeleton, flatten, unflatten
+from dit_cache_fx.values.identity import storage_key, version
+from dit_cache_fx.values.pytree import Container, Skeleton, flatten, key_paths, unflatten
 
 _APART = (
     "a cached call could not do the same. Turn off what asks for it, or let the model return the "
@@ -53,13 +53,13 @@ class Arguments:
         self._before = {name: _look(value) for name, value in given.items()}
 
     def noted(self) -> bool:
-        """Whether forward has put plain values into dicts among them, as notes to its blocks."""
+        """Whether forward has put items into dicts among them, as notes to its blocks."""
         return any(before[2] != _look(self.given[n])[2] for n, before in self._before.items())
 
     def refuse_changed(self, made: Sequence[ModuleCall], notes: bool) -> None:
         """Refuse a forward that has changed them; what its modules (`made`) did is theirs.
 
-        `notes`: plain values may have been put into dicts.
+        `notes`: dicts may have new items that hold no tensor.
         """
         theirs = {place for call in made for place in call.changed}
         for name, (tensors, versions, skeleton) in self._before.items():
@@ -67,28 +67,28 @@ class Arguments:
             same = skeleton == skeleton_after or (notes and _notes_only(skeleton, skeleton_after))
             if not same or any(a is not b for a, b in zip(tensors, after, strict=True)):
                 raise CaptureError(
-                    f"the model's forward puts a value into its argument {name!r} (a "
-                    f"{type(self.given[name]).__name__}), or takes one out: {_APART}"
+                    f"the model's forward changes its argument {name!r} (a "
+                    f"{type(self.given[name]).__name__}): it puts a value into it, takes one out, "
+                    f"or counts there; {_APART}"
                 )
             for tensor, was, now in zip(tensors, versions, versions_after, strict=True):
-                if was != now and memory(tensor) not in theirs:
+                if was != now and storage_key(tensor) not in theirs:
                     raise CaptureError(
                         f"the model's forward changes its argument {name!r} in place: {_APART}"
                     )
 
 
 def _notes_only(before: Skeleton, after: Skeleton) -> bool:
-    """Whether the one is the other with plain entries of dicts set."""
+    """Whether nothing is changed but for new items of dicts that hold no tensor."""
     if before == after:
         return True
     if not isinstance(before, Container) or not isinstance(after, Container):
         return False
-    was, now = (dict(zip(c.keys, c.children, strict=True)) for c in (before, after))
-    if before.kind is not after.kind or not was.keys() <= now.keys():
+    if before.kind is not after.kind or not issubclass(before.kind, dict):
         return False
-    plain = {key for key, child in now.items() if isinstance(child, Constant)}
-    noted = plain if issubclass(before.kind, dict) else set()
-    return all(key in noted or (key in was and _notes_only(was[key], now[key])) for key in now)
+    was, now = (dict(zip(c.keys, c.children, strict=True)) for c in (before, after))
+    kept = all(key in now and _notes_only(child, now[key]) for key, child in was.items())
+    return kept and not any(key_paths(now[key]) for key in now.keys() - was.keys())
 
 
 def _look(value: Any) -> tuple[list[torch.Tensor], list[int], Skeleton]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from dit_cache_fx.capture.callable import called_as, takes_anything
 from dit_cache_fx.values.pytree import Skeleton, flatten, key_paths, unflatten
 
 
@@ -18,7 +19,7 @@ class FlatCall:
 
     tensors: list[torch.Tensor]
     skeleton: Skeleton
-    number: int | float | None = None  # the timestep, where it was given as a number
+    number: Any = None  # the timestep as it was given, where it was a number or an array
 
     @property
     def key(self) -> Hashable:
@@ -37,22 +38,37 @@ class FlatCall:
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
-class CallSignature:
-    """Binds calls of one forward function to its parameter names."""
+_VARIABLE = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        self._signature = inspect.signature(forward)
+#: beside the arguments of a call: how many of them were given by position
+_BY_POSITION = "*"
+
+
+class CallSignature:
+    """Binds calls of one forward function to its parameter names.
+
+    `hint`: names for arguments by position that the function itself has no names for.
+    """
+
+    def __init__(self, forward: Callable[..., Any], hint: Sequence[str] = ()) -> None:
+        self._signature = called_as(forward)
         kinds = {name: p.kind for name, p in self._signature.parameters.items()}
         self.parameters = tuple(kinds)
-        self.open = inspect.Parameter.VAR_KEYWORD in kinds.values()
+        #: whether a call may have arguments that are no parameter
+        self.open = bool(_VARIABLE.intersection(kinds.values()))
+        self._hint = tuple(hint)
         self._var_keyword = _first(kinds, inspect.Parameter.VAR_KEYWORD)
         self._var_positional = _first(kinds, inspect.Parameter.VAR_POSITIONAL)
+        self._keeps_places = takes_anything(forward)
         self._named = all(kind in _BY_NAME for kind in kinds.values())
         self._defaults = {n: p.default for n, p in self._signature.parameters.items()}
         self._required = {n for n, d in self._defaults.items() if d is inspect.Parameter.empty}
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments by name, defaults included, `**kwargs` flattened into the names."""
+        """The arguments by name, defaults included, `*args` and `**kwargs` as names, too.
+
+        A function that takes `*args` gets by position what was given so.
+        """
         if not args and self._named and self._required <= kwargs.keys() <= self._defaults.keys():
             return {name: kwargs.get(name, default) for name, default in self._defaults.items()}
         bound = self._signature.bind(*args, **kwargs)
@@ -60,44 +76,67 @@ class CallSignature:
         arguments = dict(bound.arguments)
         if self._var_keyword is not None:
             arguments.update(arguments.pop(self._var_keyword))
+        if self._keeps_places and args:
+            arguments = self._in_places(args, arguments) | {_BY_POSITION: len(args)}
+        elif self._var_positional is not None:
+            del arguments[self._var_positional]
         return arguments
+
+    def _in_places(self, args: tuple[Any, ...], arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments by position by their names, in order, then the others."""
+        if self._var_positional is None:
+            return arguments
+        rest = arguments.pop(self._var_positional)
+        named = list(arguments)[: len(args) - len(rest)]
+        names = [n for n in self._hint[len(named) :] if n not in arguments][: len(rest)]
+        left, name = range(len(names), len(rest)), self._var_positional
+        names += [name] if len(left) == 1 else [f"{name}_{i}" for i in left]
+        ahead = {name: arguments.pop(name) for name in named}
+        return ahead | dict(zip(names, rest, strict=True)) | arguments
 
     def call(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Call `forward` with arguments that `bind` returned."""
-        positional: list[Any] = []
         keyword = dict(arguments)
+        count = keyword.pop(_BY_POSITION, 0)
+        by_place = [*keyword][:count]
         for name, parameter in self._signature.parameters.items():
-            if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-                positional.extend(keyword.pop(name))
-            elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                break
-            elif self._positional(parameter):
-                positional.append(keyword.pop(name))
+            only = parameter.kind is inspect.Parameter.POSITIONAL_ONLY
+            if only and name in keyword and name not in by_place:
+                by_place.append(name)
+        positional = [keyword.pop(name) for name in by_place]
         return forward(*positional, **keyword)
-
-    def _positional(self, parameter: inspect.Parameter) -> bool:
-        """Whether it must go by position: it cannot go by name, or `*args` follows it."""
-        only = parameter.kind is inspect.Parameter.POSITIONAL_ONLY
-        ahead = parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-        return only or (ahead and self._var_positional is not None)
 
 
 def flatten_call(arguments: dict[str, Any], timestep: str | None) -> FlatCall:
-    """Flatten named arguments; a timestep given as a number becomes a tensor of no dimensions.
+    """Flatten named arguments; a timestep given as a number or an array becomes a tensor.
 
-    A number would be a constant of the graph and every step another signature. An int becomes
-    int64 and a float float64: a tensor of no dimensions does not take part in type promotion,
-    so it acts as the number does.
+    It would be a constant of the graph and every step another signature. An int becomes int64 and a
+    float float64: a tensor of no dimensions does not take part in type promotion, so it acts as the
+    number does. What comes from numpy has a dtype.
     """
     value = arguments.get(timestep) if timestep is not None else None
-    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    number = value if _is_number(value) else None
     if timestep is not None and number is not None:
-        dtype = torch.int64 if isinstance(number, int) else torch.float64
         tensors, _ = flatten(arguments)
         device = tensors[0].device if tensors else None
-        arguments = {**arguments, timestep: torch.tensor(number, dtype=dtype, device=device)}
+        arguments = {**arguments, timestep: _as_tensor(number, device)}
     tensors, skeleton = flatten(arguments)
     return FlatCall(tensors, skeleton, number)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number of Python's or numpy's, or an array of numbers."""
+    if isinstance(value, (bool, torch.Tensor)):
+        return False
+    kind = getattr(getattr(value, "dtype", None), "kind", "")
+    return kind in ("i", "u", "f") if kind else isinstance(value, (int, float))
+
+
+def _as_tensor(number: Any, device: torch.device | None) -> torch.Tensor:
+    if hasattr(number, "dtype"):
+        return torch.as_tensor(number).to(device, copy=True)
+    dtype = torch.int64 if isinstance(number, int) else torch.float64
+    return torch.tensor(number, dtype=dtype, device=device)
 
 
 def unflatten_call(skeleton: Skeleton, tensors: list[Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from dit_cache_fx._torch import Emitter, opaque, trace_functional
+from dit_cache_fx.capture.autograd_functions import forward_only
 from dit_cache_fx.capture.data_guards import DataReads, PythonReads, read_count, read_shape
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.record import ModuleCall, Recording
@@ -82,9 +83,9 @@ def _trace(
     output: list[Skeleton] = []
 
     def body(*inputs: torch.Tensor) -> list[torch.Tensor]:
-        # make_fx replaces Module.__call__ itself: ours must come after
         with (
             intercepted(kept, player.handle),
+            forward_only(),
             PythonReads(read),
             NumberFactories(),
             DataReads(read),

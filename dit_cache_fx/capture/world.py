@@ -157,7 +157,7 @@ def _fill(names: dict[Any, Any], values: dict[Any, Any]) -> None:
 def _held(value: Any) -> list[Any]:
     """What it holds, in order."""
     if isinstance(value, nn.Module):
-        return [v for k, v in vars(value).items() if k not in TORCHS]
+        return [v for k, v in list(vars(value).items()) if k not in TORCHS]
     if isinstance(value, dict):
         return [v for k, v in list(value.items()) if k not in _BOOKKEEPING]
     if isinstance(value, _CONTAINERS):

@@ -20,7 +20,7 @@ from dit_cache_fx.dynamo.sources import argument_of, is_owned, path_of
 from dit_cache_fx.errors import DiscoveryError, OptionError
 from dit_cache_fx.life_cycle import LifeCycle
 from dit_cache_fx.lowering.lowered_program import Lowered
-from dit_cache_fx.runtime.call_log import WANTS_GRADIENTS, Host
+from dit_cache_fx.runtime.call_log import WANTS_GRADIENTS, CallLog
 from dit_cache_fx.strategies import Strategy
 
 
@@ -40,7 +40,7 @@ class Backend(LifeCycle):
         self._compile = inner_compiler(inner, mode, options)
         self._blocks = blocks
         self._timestep = timestep
-        self._shared = Shared(Host(strategy))
+        self._shared = Shared(CallLog(strategy))
         self._graphs: WeakSet[CachedGraph] = WeakSet()
 
     def __call__(
@@ -80,7 +80,7 @@ class Backend(LifeCycle):
     # --- life cycle --------------------------------------------------------------------------
 
     @property
-    def _host(self) -> Host:
+    def _host(self) -> CallLog:
         return self._shared.host
 
     @property
@@ -92,13 +92,15 @@ class Backend(LifeCycle):
         self._shared.enabled = value
 
     def _lowered(self) -> list[Lowered]:
-        found = [lowered for graph in self._graphs for lowered in graph.lowered()]
-        return sorted(found, key=lambda lowered: lowered.serial)
+        found = [lowered for graph in [*self._graphs] for lowered in graph.lowered()]
+        once = {lowered.serial: lowered for lowered in found}
+        return [once[serial] for serial in sorted(once)]
 
     def reset_states(self) -> None:
         """Forget everything: graphs and counts too."""
         self.clear_states()
         self._host.forget_calls()
+        self._host.count.forget()
         for graph in self._graphs:
             graph.forget()
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any
 
 import torch
@@ -17,17 +17,20 @@ from dit_cache_fx.dynamo.inner import Compile
 from dit_cache_fx.dynamo.parts import compiled_part, flat
 from dit_cache_fx.errors import CaptureError, DiscoveryError
 from dit_cache_fx.ir.program import operations
-from dit_cache_fx.lowering import Part, lower_variants
+from dit_cache_fx.lowering import Part, Variants, lower_variants
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.passes import run_passes
-from dit_cache_fx.runtime.call_log import Host
+from dit_cache_fx.runtime.call_log import CallLog
 from dit_cache_fx.runtime.drive import lasting
-from dit_cache_fx.runtime.generation import timestep_value
+from dit_cache_fx.runtime.generation import TimestepValue, timestep_value
 from dit_cache_fx.runtime.graphs import block_bytes
+from dit_cache_fx.runtime.placement import CallEvidence
+from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.runtime.step import Step
+from dit_cache_fx.runtime.trajectory import SampleProbe
 from dit_cache_fx.strategies import check_block_ids
-from dit_cache_fx.values.identity import Seen
-from dit_cache_fx.values.pytree import unflatten
+from dit_cache_fx.values.identity import TensorIdentity
+from dit_cache_fx.values.pytree import Identity, unflatten
 
 #: most shapes of one graph with dynamic shapes whose variants are kept
 MAX_SHAPES = 32
@@ -59,15 +62,22 @@ class Shared:
     `split`: there was a piece that is not the whole of its function. `caches`: a graph is cached.
     """
 
-    host: Host
+    host: CallLog
     enabled: bool = True
-    serials: Iterator[int] = field(default_factory=lambda: count(1))
-    timesteps: dict[Hashable, float] = field(default_factory=dict)
+    serials: dict[Hashable, int] = field(default_factory=dict)  # of programs
+    timesteps: dict[Hashable, TimestepValue] = field(default_factory=dict)
     split: bool = False
     caches: bool = False
     warned: bool = False
 
-    def tell(self, piece: Piece, value: float) -> None:
+    def serial(self, program: Hashable) -> int:
+        """The number of a program: what is held with one graph of it is right for another one.
+
+        Threads that wait for one compilation of Dynamo get a graph each.
+        """
+        return self.serials.setdefault(program, len(self.serials) + 1)
+
+    def tell(self, piece: Piece, value: TimestepValue) -> None:
         """Note the timestep of a piece for those behind it."""
         if not piece.whole:
             self.timesteps[piece.function] = value
@@ -95,6 +105,7 @@ class CachedGraph:
         self._piece = piece
         self._entries: OrderedDict[Hashable, Lowered | None] = OrderedDict()
         self._plain: OrderedDict[Hashable, Compiled] = OrderedDict()
+        self._making = threading.RLock()  # of entries and plain graphs, each is made once
         self._reason = ""  # why it is not cached
         self._called = False
 
@@ -112,7 +123,7 @@ class CachedGraph:
 
     def lowered(self) -> list[Lowered]:
         """The graphs that there are."""
-        return [entry for entry in self._entries.values() if entry is not None]
+        return [entry for entry in [*self._entries.values()] if entry is not None]
 
     def forget(self) -> None:
         """Forget them."""
@@ -130,13 +141,15 @@ class CachedGraph:
             for v in given
         )
 
-    def _value(self, inputs: Sequence[Input]) -> float | None:
+    def _value(self, inputs: Sequence[Input]) -> TimestepValue | None:
         """The step's timestep: set by the user, among the inputs, or told by an earlier piece."""
-        host, place, value = self._shared.host, self._outlined.timestep_place, None
+        place = self._outlined.timestep_place
+        value: TimestepValue | None = None
+        explicit = self._shared.host.tracker.session.explicit
         if not self._piece.first:
             value = self._shared.timesteps.get(self._piece.function)
-        if host.tracker.explicit is not None:
-            value = float(host.tracker.explicit)
+        if explicit is not None:
+            value = float(explicit)
         elif value is None and place is not None:
             value = timestep_value(inputs[place])  # type: ignore[arg-type]
         if value is None:
@@ -146,46 +159,76 @@ class CachedGraph:
         return value
 
     def _serve(
-        self, lowered: Lowered, value: float, tensors: Sequence[torch.Tensor]
+        self, lowered: Lowered, value: TimestepValue, tensors: Sequence[torch.Tensor]
     ) -> Sequence[Any]:
         host, variants = self._shared.host, lowered.variants
-        session = host.tracker.session(lowered.signature, lowered.serial)
+        session = host.tracker.session
         given = [tensors[i] for i in lowered.given]
-        with session.restored_on_error(), torch.no_grad():
-            conditioning = Seen([tensors[i] for i in lowered.conditioning])
-            place = host.begin(session, value, conditioning, variants.held)
-            results = _run(lowered, place.step, tensors)
+        with session.lock, torch.no_grad():
+            evidence = self._evidence(lowered, value, tensors, session)
+            start = host.begin(session, evidence, variants.held)
+            results = _run(lowered, start.step, tensors)
             outputs = lasting(results[: variants.outputs])
             kept = lasting([t.contiguous() for t in results[variants.outputs :]])
-            owned = place.step.commit(given, outputs, kept)
-        host.done(place, value)
+            owned = start.step.commit(given, outputs, kept)
+            arguments = lowered.program.arguments
+            host.done(start, lambda: [arguments[i] for i in lowered.conditioning])
         output: Sequence[Any] = unflatten(lowered.program.output, owned)
         return output
 
+    def _evidence(
+        self,
+        lowered: Lowered,
+        value: TimestepValue,
+        tensors: Sequence[torch.Tensor],
+        session: Session,
+    ) -> CallEvidence:
+        return CallEvidence(
+            key=(lowered.signature, *lowered.conditioning),
+            serial=lowered.serial,
+            context=self._shared.host.tracker.context,
+            value=value,
+            explicit=session.explicit is not None,
+            conditioning=TensorIdentity([tensors[i] for i in lowered.conditioning]),
+            sample=None if lowered.sample is None else SampleProbe(tensors[lowered.sample]),
+            derived=not self._piece.first,
+        )
+
     def _uncached(self, key: Hashable, inputs: Sequence[Input]) -> Sequence[Any]:
-        if key not in self._plain:
-            outlined = self._outlined
-            gm = flat(outlined.gm) if outlined.numbers else outlined.dynamos
-            self._plain[key] = self._compile(gm, inputs)
-            _drop_oldest(self._plain)
-        return self._plain[key](*inputs)
+        compiled = self._plain.get(key)
+        if compiled is None:
+            compiled = self._compiled_plain(key, inputs)
+        return compiled(*inputs)
+
+    def _compiled_plain(self, key: Hashable, inputs: Sequence[Input]) -> Compiled:
+        with self._making:
+            if key not in self._plain:
+                outlined = self._outlined
+                gm = flat(outlined.gm) if outlined.numbers else outlined.dynamos
+                self._plain[key] = self._compile(gm, inputs)
+                _drop_oldest(self._plain)
+            return self._plain[key]
 
     # --- a capture ---------------------------------------------------------------------------
 
     def _lowered(self, key: Hashable, inputs: Sequence[Input]) -> Lowered | None:
         """The graphs for inputs like these; None where they cannot be made."""
-        if key not in self._entries:
-            try:
-                self._entries[key] = self._lower(inputs)
-                self._shared.caches = True
-            except (CaptureError, DiscoveryError) as error:
-                self._entries[key] = None
-                self._reason = str(error)
-            _drop_oldest(self._entries)
-        entry = self._entries[key]
+        entry = self._entries.get(key) or self._made(key, inputs)
         if entry is None:
             self._missed(self._reason)
         return entry
+
+    def _made(self, key: Hashable, inputs: Sequence[Input]) -> Lowered | None:
+        with self._making:
+            if key not in self._entries:
+                try:
+                    self._entries[key] = self._lower(inputs)
+                    self._shared.caches = True
+                except (CaptureError, DiscoveryError) as error:
+                    self._entries[key] = None
+                    self._reason = str(error)
+                _drop_oldest(self._entries)
+            return self._entries[key]
 
     def _missed(self, reason: str) -> None:
         self._shared.uncached(reason, self._called)
@@ -204,12 +247,13 @@ class CachedGraph:
         def compiled(part: Part) -> Part:
             return compiled_part(part, self._compile, variants.held, outlined.dynamos, origins)
 
+        ready = variants.mapped(compiled)
         entry = Lowered(
             program,
-            variants.mapped(compiled),
+            ready,
             nodes,
             block_bytes(traced.recording, traced.blocks),
-            next(self._shared.serials),
+            self._shared.serial(_identity(ready)),
         )
         log.info("captured %s", entry)
         return entry
@@ -227,7 +271,7 @@ class NotingGraph:
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         if self._shared.enabled:
-            if self._shared.host.tracker.explicit is None:
+            if self._shared.host.tracker.session.explicit is None:
                 self._shared.tell(self._piece, timestep_value(inputs[self._place]))
             self._shared.uncached(NO_BLOCKS, self._called)
             self._called = True
@@ -254,6 +298,18 @@ def _call(
 ) -> Sequence[torch.Tensor]:
     places = lowered.places
     return part.run(*(tensors[places[n]] if n in places else made[n] for n in part.names))
+
+
+def _identity(variants: Variants) -> Hashable:
+    """What tells programs apart: the code of their graphs, the constants in it, what is held."""
+    parts = [p for p in (variants.prefix, variants.compute, variants.reuse) if p is not None]
+    code = tuple(part.gm.code for part in parts)
+    constants = tuple(
+        Identity(getattr(part.gm, str(node.target)))
+        for part in parts
+        for node in part.gm.graph.find_nodes(op="get_attr")
+    )
+    return code, constants, tuple(variants.held.items())
 
 
 def _drop_oldest(kept: OrderedDict[Hashable, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -35,17 +36,20 @@ class _AtFirstCall:
         self._part = part
         self._own = own
         self._compiled: Callable[..., Sequence[torch.Tensor]] | None = None
+        self._compiling = threading.Lock()
 
     def __call__(self, *operands: torch.Tensor) -> Sequence[torch.Tensor]:
+        compiled = self._compiled or self._made(operands)
         with without_autocast():
-            return self._called(operands)
+            return compiled(*operands)
 
-    def _called(self, operands: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        if self._compiled is None:
-            given = zip(self._part.names, operands, strict=True)
-            examples = [self._own[n].zeros() if n in self._own else t for n, t in given]
-            self._compiled = self._compile(self._part.gm, examples)
-        return self._compiled(*operands)
+    def _made(self, operands: Sequence[torch.Tensor]) -> Callable[..., Sequence[torch.Tensor]]:
+        with self._compiling, without_autocast():
+            if self._compiled is None:
+                given = zip(self._part.names, operands, strict=True)
+                examples = [self._own[n].zeros() if n in self._own else t for n, t in given]
+                self._compiled = self._compile(self._part.gm, examples)
+            return self._compiled
 
 
 def compiled_part(

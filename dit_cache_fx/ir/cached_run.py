@@ -19,8 +19,8 @@ def cache_or_compute(
 ) -> tuple[torch.Tensor, ...]:
     """The values of cached run `run`, computed or reused; a lowering says how it is decided.
 
-    `compute(*held, distance, computed, *starts, *operands)` gives the values, then what to hold.
-    `reuse(*held, distance, computed, *starts)` gives the values.
+    `compute(*held, *clock, *starts, *operands)` gives the values, then what to hold.
+    `reuse(*held, *clock, *starts)` gives the values.
     """
     raise AssertionError("a program has to be lowered before it runs")
 

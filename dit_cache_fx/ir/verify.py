@@ -2,37 +2,60 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
 from torch import fx
 
 from dit_cache_fx.errors import VerifyError
-from dit_cache_fx.ir.program import BLOCK, Program
+from dit_cache_fx.ir.cached_run import CachedRun, cached_runs, is_cached_run
+from dit_cache_fx.ir.names import CLOCK_NAMES, is_reserved
+from dit_cache_fx.ir.program import BLOCK, Program, Region
 
 
 def verify(program: Program) -> None:
     """Raise `VerifyError` where an invariant is broken.
 
     The graph is well formed; its placeholders are the call's tensors in order; every module and
-    attribute that it names is there; nothing changes a tensor in place; a block is in at most one
-    run, and every value of a run is a node of the graph.
+    attribute that it names is there; nothing changes a tensor in place; no node is named as an
+    operand of the cache's own; a block is in at most one run, and every value of a run is a node
+    of the graph. The two sides of a run are graphs of the same kind, that take and give what the
+    run says.
     """
     graph = program.graph
-    try:
-        graph.lint()
-    except Exception as error:
-        raise VerifyError(f"the graph is malformed: {error}") from error
+    _verify_graph(program.gm, "")
     inputs = tuple(n.name for n in graph.nodes if n.op == "placeholder")
     if inputs != program.inputs:
         raise VerifyError(f"the graph takes {inputs}, the call gives {program.inputs}")
-    for node in graph.nodes:
-        _verify_node(node)
+    reserved = [n.name for n in graph.nodes if is_reserved(n.name)]
+    if reserved:
+        raise VerifyError(f"{reserved} are names of the cache's own operands")
     _verify_regions(program)
+    for run in cached_runs(graph):
+        _verify_run(program, run)
 
 
-def _verify_node(node: fx.Node) -> None:
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
-        raise VerifyError(f"{node.name} changes a tensor in place: {target}")
+def _verify_graph(gm: fx.GraphModule, where: str) -> None:
+    try:
+        gm.graph.lint()
+    except Exception as error:
+        raise VerifyError(f"{where}the graph is malformed: {error}") from error
+    for node in gm.graph.nodes:
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+            raise VerifyError(f"{where}{node.name} changes a tensor in place: {target}")
+        if node.op in ("get_attr", "call_module") and not _is_there(gm, str(target)):
+            raise VerifyError(f"{where}{node.name} reads {target}, which is not there")
+
+
+def _is_there(gm: fx.GraphModule, target: str) -> bool:
+    value: Any = gm
+    for name in target.split("."):
+        if not hasattr(value, name):
+            return False
+        value = getattr(value, name)
+    return True
 
 
 def _verify_regions(program: Program) -> None:
@@ -50,3 +73,54 @@ def _verify_regions(program: Program) -> None:
     listed = {c.meta[BLOCK].list_name for c in program.block_calls()}
     if not listed <= set(program.block_lists):
         raise VerifyError(f"blocks of unknown lists: {sorted(listed)}")
+
+
+# --- a run and its two sides ---------------------------------------------------------------------
+
+
+def _verify_run(program: Program, run: CachedRun) -> None:
+    where = f"run {run.index}: "
+    region = next((r for r in program.regions if r.index == run.index), None)
+    if region is None:
+        raise VerifyError(f"{where}there is no such region")
+    _verify_results(run, region, where)
+    compute, reuse = (_side(program, name, where) for name in (run.compute, run.reuse))
+    taken = [sum(n.op == "placeholder" for n in side.graph.nodes) for side in (compute, reuse)]
+    held = taken[1] - len(CLOCK_NAMES) - len(run.starts)
+    if held < 0 or held % max(len(region.values), 1):
+        raise VerifyError(
+            f"{where}its reuse side takes {taken[1]} operands: no number of held tensors for "
+            f"{len(region.values)} values, the clock and {len(run.starts)} starts"
+        )
+    if taken[0] != taken[1] + len(run.operands):
+        raise VerifyError(
+            f"{where}its compute side takes {taken[0]} operands, {taken[1] + len(run.operands)} "
+            "are given"
+        )
+    _verify_gives(compute, len(region.values) + held, f"{where}its compute side")
+    _verify_gives(reuse, len(region.values), f"{where}its reuse side")
+
+
+def _verify_results(run: CachedRun, region: Region, where: str) -> None:
+    """What is taken from a run's node are the region's values, by their names and places."""
+    for user in run.node.users:
+        place = user.args[1] if user.target is operator.getitem else None
+        named = isinstance(place, int) and 0 <= place < len(region.values)
+        if not named or region.values[place] != user.name:  # type: ignore[index]
+            raise VerifyError(f"{where}{user.name} is none of its values {list(region.values)}")
+
+
+def _side(program: Program, name: str, where: str) -> fx.GraphModule:
+    side = getattr(program.gm, name, None)
+    if not isinstance(side, fx.GraphModule):
+        raise VerifyError(f"{where}{name} is no graph")
+    if any(map(is_cached_run, side.graph.nodes)):
+        raise VerifyError(f"{where}{name} has a run inside")
+    _verify_graph(side, f"{where}{name}: ")
+    return side
+
+
+def _verify_gives(side: fx.GraphModule, expected: int, what: str) -> None:
+    results: Any = side.graph.output_node().args[0]
+    if len(results) != expected or not all(isinstance(n, fx.Node) for n in results):
+        raise VerifyError(f"{what} gives {len(results)} results, {expected} expected")

@@ -16,7 +16,7 @@ class ClockState(NamedTuple):
 
     `started`: whether there was a call. `value`: the newest timestep. `direction`: +1 or -1 once it
     has moved, else 0. `step`: the step, counted from the generation's first. `computed`: computed
-    steps so far. `last`: the newest computed step.
+    steps so far. `last`: the newest computed step. `reach`: the distance to it from the one before.
     """
 
     started: torch.Tensor
@@ -25,14 +25,15 @@ class ClockState(NamedTuple):
     step: torch.Tensor
     computed: torch.Tensor
     last: torch.Tensor
+    reach: torch.Tensor
 
     @staticmethod
     def unpack(packed: torch.Tensor) -> ClockState:
-        """From one tensor, of shape [6]."""
+        """From one tensor, of shape [7]."""
         return ClockState(*packed.unbind())
 
     def pack(self) -> torch.Tensor:
-        """As one tensor, of shape [6]."""
+        """As one tensor, of shape [7]."""
         return torch.stack(list(self))
 
     def advanced(self, value: torch.Tensor, known: torch.Tensor) -> ClockState:
@@ -50,15 +51,21 @@ class ClockState(NamedTuple):
         direction = torch.where(same, self.direction, torch.where(on, moved, 0.0))
         computed = torch.where((same | on) & known, self.computed, 0.0)
         started = torch.ones_like(self.started)
-        return ClockState(started, value, direction, step, computed, self.last)
+        return ClockState(started, value, direction, step, computed, self.last, self.reach)
 
     @property
     def distance(self) -> torch.Tensor:
         """Steps since the last computed one; 0 before the first."""
         return torch.where(self.computed > 0, self.step - self.last, 0.0)
 
-    def after(self, computes: torch.Tensor) -> ClockState:
-        """After the call's step. A second evaluation of a step counts once."""
-        again = (self.computed > 0) & (self.last == self.step)
-        computed = torch.where(computes & ~again, self.computed + 1, self.computed)
-        return self._replace(computed=computed, last=torch.where(computes, self.step, self.last))
+    def after(self, computes: torch.Tensor, distance: torch.Tensor) -> ClockState:
+        """After the call's step, so far from the last computed one.
+
+        A second evaluation of a step counts once.
+        """
+        counts = computes & ~((self.computed > 0) & (self.last == self.step))
+        return self._replace(
+            computed=torch.where(counts, self.computed + 1, self.computed),
+            last=torch.where(computes, self.step, self.last),
+            reach=torch.where(counts, distance, self.reach),
+        )

@@ -81,6 +81,17 @@ class Lowered:
         return frozenset((name, tensor_spec(self.program.node(name))) for name in names)
 
     @cached_property
+    def sample(self) -> int | None:
+        """Which of the call's tensors is the noisy sample: the largest of its argument."""
+        program = self.program
+        found = [
+            (tensor_spec(program.node(program.inputs[i])).nbytes, i)
+            for i in self.given
+            if program.sample is not None and program.arguments[i] == program.sample
+        ]
+        return max(found)[1] if found else None
+
+    @cached_property
     def conditioning(self) -> list[int]:
         """Which of the call's tensors are neither the timestep's, the sample's nor the model's."""
         program = self.program

@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from dit_cache_fx._torch import trace_shapes
 from dit_cache_fx.ir.graph_text import trace_graph
+from dit_cache_fx.ir.names import memory_name
 from dit_cache_fx.ir.program import Program, graph_module, inline, tensor_spec
 from dit_cache_fx.lowering.part import Part
 from dit_cache_fx.lowering.preamble import Preamble, pinned, split_preamble
 from dit_cache_fx.lowering.variants import Variants
-from dit_cache_fx.strategies import Clock, Strategy
+from dit_cache_fx.strategies import CLOCK, Strategy
+from dit_cache_fx.strategies.rule import begun, decided
+from dit_cache_fx.strategies.traced import traced
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
 _FLAG = TensorSpec(torch.Size([]), torch.bool, torch.device("cpu"))
-_SCALAR = TensorSpec(torch.Size([]), torch.float64, torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class OneGraph:
     `part` gives `outputs` values of the model, then the tensors to hold. Beside what the variants
     read it reads `forced`: whether the step computes. Where it asks the strategy's own rule, it
     also reads `fresh` (the memory means nothing yet; both are booleans on the CPU) and the memory
-    (name -> spec), and its results end with the decision and the new memory. What has no dimensions
-    is given as one of a single element, by `operands`.
+    (name -> spec; None where there is no rule to ask), and its results end with the decision,
+    whether the memory is `lost` (the next step has to be told `fresh`), and the new memory. What
+    has no dimensions is given as one of a single element, by `operands`.
 
     With a `preamble` the host runs that first (and the rule before it): then the graph asks no
     rule, and reads what the prefix carries and what the preamble gives.
@@ -39,7 +41,7 @@ class OneGraph:
 
     part: Part
     outputs: int
-    memory: dict[str, TensorSpec]
+    memory: dict[str, TensorSpec] | None
     preamble: Preamble | None
 
     def operands(self, given: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -81,21 +83,21 @@ class _Writer:
         self.graph = fx.Graph()
         self.attributes: dict[str, Any] = {}
         self.preamble = None if carry else split_preamble(variants.compute)
-        self.memory = {} if self.preamble else _memory_specs(program, strategy)
+        self.memory = None if self.preamble else _memory_specs(program, strategy)
 
     def write(self) -> OneGraph:
         given = self._placeholders()
-        predicate, decided = given.pop("forced"), list[fx.Node]()
-        if self.memory:
+        predicate, results = given.pop("forced"), list[fx.Node]()
+        if self.memory is not None:
             assert self.variants.prefix is not None
             state = [given.pop(name) for name in ("fresh", *self.memory)]
             called = self.variants.prefix.operands(given)
             seen, *carried = inline(self.graph, self.attributes, self.variants.prefix.gm, called)
             carried = [self._flat(self._apart(n, {*carried, *called})) for n in carried]
             given.update(zip(self.variants.carried, carried, strict=True))
-            decided = self._decide([seen, predicate, *state])
-            predicate = decided[0]
-        self.graph.output((*self._cond(predicate, given), *decided))
+            results = self._decide([seen, predicate, *state])
+            predicate = results[0]
+        self.graph.output((*self._cond(predicate, given), *results))
         part = Part.of(self.program.model, self.attributes, self.graph, "OneGraph")
         trace_graph("one_graph", part.gm)
         return OneGraph(part, self.variants.outputs, self.memory, self.preamble)
@@ -103,9 +105,8 @@ class _Writer:
     def _placeholders(self) -> dict[str, fx.Node]:
         """All that the graph is given, by name; what has no dimensions is made so."""
         inputs = {name: tensor_spec(self.program.node(name)) for name in self.program.inputs}
-        clock = dict.fromkeys(Clock._fields, _SCALAR)
-        rule = {"fresh": _FLAG, **self.memory} if self.memory else {}
-        specs = {"forced": _FLAG, **rule, **clock, **self.variants.held, **inputs}
+        rule = {} if self.memory is None else {"fresh": _FLAG, **self.memory}
+        specs = {"forced": _FLAG, **rule, **CLOCK, **self.variants.held, **inputs}
         if self.preamble is not None:
             carried = {n: tensor_spec(self.program.node(n)) for n in self.variants.carried}
             specs |= carried | self.preamble.given
@@ -126,14 +127,16 @@ class _Writer:
         def decide(
             seen: torch.Tensor, forced: torch.Tensor, fresh: torch.Tensor, *memory: torch.Tensor
         ) -> list[torch.Tensor]:
-            anew = fresh.to(seen.device)
-            compute, after = self.strategy.decide(seen, memory, forced.to(seen.device))
-            first = self.strategy.begin(seen)
-            new = [torch.where(anew, a, b) for a, b in zip(first, after, strict=True)]
-            return [(compute | anew).to("cpu"), *new]
+            anew, first = fresh.to(seen.device), begun(self.strategy, seen)
+            answer = decided(self.strategy, seen, memory, forced.to(seen.device))
+            begins = anew | answer.doubted
+            new = [torch.where(begins, a, b) for a, b in zip(first, answer.memory, strict=True)]
+            return [*torch.stack([answer.computes | anew, answer.lost]).to("cpu"), *new]
 
-        specs = [tensor_spec(signal), _FLAG, _FLAG, *self.memory.values()]
-        return inline(self.graph, self.attributes, trace_shapes(decide, specs), operands)
+        assert self.memory is not None
+        given = {"signal": tensor_spec(signal), "forced": _FLAG, "fresh": _FLAG, **self.memory}
+        gm = traced(self.strategy, "decide", decide, given)
+        return inline(self.graph, self.attributes, gm, operands)
 
     def _apart(self, node: fx.Node, others: set[fx.Node]) -> fx.Node:
         """A module's result may be its input itself, and `cond` takes each memory once."""
@@ -164,7 +167,7 @@ class _Writer:
         """A variant of these operands, with results in memory of their own."""
         graph, attributes = fx.Graph(), dict[str, Any]()
         given = {name: graph.placeholder(name) for name in names}
-        for name in self.variants.carried if self.memory else ():
+        for name in () if self.memory is None else self.variants.carried:
             if name in given:
                 shape = list(tensor_spec(self.program.node(name)).shape)
                 given[name] = graph.call_function(
@@ -180,13 +183,14 @@ class _Writer:
         return graph_module(self.program.model, attributes, graph, part.gm._get_name())
 
 
-def _memory_specs(program: Program, strategy: Strategy) -> dict[str, TensorSpec]:
-    """What the strategy's rule remembers; nothing where it has none."""
+def _memory_specs(program: Program, strategy: Strategy) -> dict[str, TensorSpec] | None:
+    """What the strategy's rule remembers; None where it has none."""
     if program.signal is None:
-        return {}
-    first = trace_shapes(lambda s: list(strategy.begin(s)), [tensor_spec(program.signal)])
+        return None
+    given = {"signal": tensor_spec(program.signal)}
+    first = traced(strategy, "begin", lambda s: begun(strategy, s), given)
     results: Any = first.graph.output_node().args[0]
-    return {f"memory_{i}": tensor_spec(node) for i, node in enumerate(results)}
+    return {memory_name(i): tensor_spec(node) for i, node in enumerate(results)}
 
 
 def _own(graph: fx.Graph, node: fx.Node) -> fx.Node:

@@ -13,11 +13,16 @@ from dit_cache_fx.errors import OptionError
 from dit_cache_fx.ir.program import Program
 from dit_cache_fx.lowering.clock import ClockState
 from dit_cache_fx.lowering.one_graph import lower_one_graph
+from dit_cache_fx.lowering.path import Path
 from dit_cache_fx.lowering.variants import Variants
-from dit_cache_fx.strategies import Strategy
+from dit_cache_fx.strategies import Course, Strategy
 from dit_cache_fx.strategies.schedule import ListedSteps
+from dit_cache_fx.values.tensor_spec import TensorSpec
 
 State = dict[str, torch.Tensor]
+#: whose multiples have fractions that are spread evenly
+_IRRATIONAL = (math.sqrt(5), math.sqrt(2))
+_FLAG = TensorSpec(torch.Size([]), torch.bool, torch.device("cpu"))
 #: steps up to which a schedule is written out; more than that are all computed
 MOST_STEPS = 1000
 
@@ -29,8 +34,10 @@ class FixedSteps(NamedTuple):
     until: float
 
 
-def fixed_steps(strategy: Strategy, num_steps: int | None) -> FixedSteps:
-    """The schedule of a program that nobody tells a number of steps later.
+def fixed_steps(
+    strategy: Strategy, num_steps: int | None, timesteps: tuple[float, ...] | None = None
+) -> FixedSteps:
+    """The schedule of a program that nobody tells a number of steps or timesteps later.
 
     Raises `OptionError` where the schedule needs the number and it is None.
     """
@@ -41,22 +48,22 @@ def fixed_steps(strategy: Strategy, num_steps: int | None) -> FixedSteps:
         raise OptionError(
             "num_steps",
             None,
-            f"{plan} places its steps by their number, which has to be known here: give num_steps, "
-            "or set it on the cached model (cached.num_steps = 50)",
+            f"{plan} places its steps by their number, which has to be known here: give num_steps "
+            "(or timesteps), or set it on the cached model (cached.num_steps = 50)",
         )
-    most = max(MOST_STEPS, num_steps or 0)
-    return FixedSteps([s for s in range(most) if strategy.scheduled(s, num_steps)], most)
+    most, course = max(MOST_STEPS, num_steps or 0), strategy.course(num_steps, timesteps)
+    return FixedSteps([s for s in range(most) if course.computes(s)], most)
 
 
 class Stateful(nn.Module):
     """Answers a call from its tensors and the state that the call before has left.
 
     `forward(state, inputs)` returns the model's tensors and the new state. `state`: "clock"
-    (float64 [6], on the CPU), what is held, and what the strategy's rule remembers. It is the state
-    of one branch of a generation: CFG as two calls a step takes two. So that a state never answers
-    for another branch, it has a "print" of the conditioning (float64 [2 n], on the CPU, for the n
-    inputs in `conditioning`): a call with another one computes. `assertions` of the call's tensors
-    stand for the guards of the capture.
+    (float64 [7], on the CPU), what is held, what the strategy's rule remembers, and whether that is
+    "lost". It is the state of one branch of a generation: CFG as two calls a step takes two. So
+    that a state never answers for another branch, it has a "print" of the conditioning (float64
+    [2 n], on the CPU, for the n inputs in `conditioning`): a call with another one computes.
+    `assertions` of the call's tensors stand for the guards of the capture.
     """
 
     def __init__(
@@ -67,6 +74,7 @@ class Stateful(nn.Module):
         assertions: nn.Module | None,
         conditioning: Sequence[str],
         steps: FixedSteps,
+        course: Course | None = None,
     ) -> None:
         super().__init__()
         self.steps: torch.Tensor
@@ -78,17 +86,26 @@ class Stateful(nn.Module):
         self.inputs = program.inputs
         self.timestep = str(program.timestep)
         self.guards = assertions
-        computed = torch.tensor(steps.computed, dtype=torch.float64)
+        computed = torch.tensor(steps.computed, dtype=torch.float64, device="cpu")
         self.register_buffer("steps", computed, persistent=False)
         self.until = steps.until
+        course = course or strategy.course()
+        needs_path = course.by_timestep or "gap" in one.part.names
+        self.path = Path(course, max(MOST_STEPS, course.num_steps or 0)) if needs_path else None
 
     def initial(self) -> State:
         """The state before the first call."""
-        specs = {**self.held, **self._one.memory}
+        specs = {**self.held, **self._remembered}
         zeros = {name: spec.zeros() for name, spec in specs.items()}
-        clock = torch.zeros(len(ClockState._fields), dtype=torch.float64)
-        prints = torch.zeros(2 * len(self.conditioning), dtype=torch.float64)
+        clock = torch.zeros(len(ClockState._fields), dtype=torch.float64, device="cpu")
+        prints = torch.zeros(2 * len(self.conditioning), dtype=torch.float64, device="cpu")
         return {"clock": clock, "print": prints, **zeros}
+
+    @property
+    def _remembered(self) -> dict[str, TensorSpec]:
+        """What the strategy's rule keeps, where it has one."""
+        memory = self._one.memory
+        return {} if memory is None else {"lost": _FLAG, **memory}
 
     def forward(
         self, state: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]
@@ -102,26 +119,43 @@ class Stateful(nn.Module):
         )
         scheduled = torch.eq(self.steps, clock.step).any() | (clock.step >= self.until)
         forced = (clock.computed == 0) | (clock.step == 0) | scheduled
-        flags = {"forced": forced, "fresh": clock.computed == 0}
-        times = {"distance": clock.distance, "computed": clock.computed}
+        fresh = clock.computed == 0
+        flags = {"forced": forced, "fresh": fresh | state["lost"] if "lost" in state else fresh}
+        times = self._times(clock)
         operands = self._one.operands({**inputs, **state, **flags, **times})
         results = list(self.program(*operands))
         outputs, rest = results[: self._one.outputs], results[self._one.outputs :]
         held, decided = rest[: len(self.held)], rest[len(self.held) :]
         computes = decided[0] if decided else forced
-        new = {"clock": clock.after(computes).pack(), "print": seen}
+        new = {"clock": clock.after(computes, times["distance"]).pack(), "print": seen}
         new.update(zip(self.held, held, strict=True))
-        new.update(zip(self._one.memory, decided[1:], strict=True))
+        new.update(zip(self._remembered, decided[1:], strict=True))
         return outputs, new
+
+    def _times(self, clock: ClockState) -> State:
+        """The tensors of the clock that the graph reads."""
+        reach = torch.where(clock.computed > 1, clock.reach, 0.0)
+        times = {"computed": clock.computed, "distance": clock.distance, "reach": reach}
+        if self.path is None:
+            return times
+        return times | {"distance": self.path.distance(clock), "gap": self.path.gap(clock)}
 
 
 def _print(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Two sums over each tensor, on the CPU: other values give others."""
-    sums = [torch.zeros(0, dtype=torch.float64)]
+    """Two weighted sums over each tensor, on the CPU: other values or places give others."""
+    sums = [torch.zeros(0, dtype=torch.float64, device="cpu")]
     for tensor in tensors:
-        values = tensor.to(torch.float64)
-        sums.append(torch.stack([values.sum(), values.square().sum()]).to("cpu"))
+        values = tensor.to(torch.float64).flatten()
+        places = torch.arange(1, values.numel() + 1, dtype=torch.float64, device=values.device)
+        weighted = [(values * _weights(places, factor)).sum() for factor in _IRRATIONAL]
+        sums.append(torch.stack(weighted).to("cpu"))
     return torch.cat(sums)
+
+
+def _weights(places: torch.Tensor, factor: float) -> torch.Tensor:
+    """Numbers from 1 to 2, no two of them the same."""
+    scaled = places * factor
+    return 1 + scaled - scaled.floor()
 
 
 class Carried(nn.Module):

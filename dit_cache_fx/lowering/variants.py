@@ -23,7 +23,7 @@ from dit_cache_fx.ir.program import (
     tensor_spec,
 )
 from dit_cache_fx.lowering.part import Part
-from dit_cache_fx.strategies import Clock
+from dit_cache_fx.strategies import CLOCK
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
 
@@ -32,9 +32,10 @@ class Variants:
     """A program as graphs without a decision in them.
 
     `compute` gives `outputs` values of the model, then the tensors to hold; `reuse` the values of
-    the model alone. Their operands are among the call's inputs, the clock (`distance`, `computed`),
-    what is `held` (name -> spec, run after run) and what is `carried`. `prefix`, where the strategy
-    has a rule of its own, gives what the rule looks at, then the carried tensors; None otherwise.
+    the model alone. Their operands are among the call's inputs, the clock (`distance`,
+    `computed`, `gap`, `reach`), what is `held` (name -> spec, run after run) and what is `carried`.
+    `prefix`, where the strategy has a rule of its own, gives what the rule looks at, then the
+    carried tensors; None otherwise.
     """
 
     compute: Part
@@ -84,7 +85,7 @@ def _held(program: Program) -> dict[str, TensorSpec]:
             side: fx.GraphModule = getattr(program.gm, CachedRun.of(node).reuse)
             places = [n for n in side.graph.nodes if n.op == "placeholder"]
             names = [n.name for n in places]
-            for place in places[: names.index(Clock._fields[0])]:
+            for place in places[: names.index(next(iter(CLOCK)))]:
                 held[place.name] = tensor_spec(place)
     return held
 
@@ -133,7 +134,7 @@ class _Side:
         self.new: dict[fx.Node, Any] = {}
         self.sunk: dict[str, fx.Node] = {}  # a node that was copied into several runs runs once
         self.kept: list[fx.Node] = []
-        self.clock = [self.graph.placeholder(name) for name in Clock._fields]
+        self.clock = [self.graph.placeholder(name) for name in CLOCK]
         self.held = iter([self.graph.placeholder(name) for name in _held(program)])
         inputs = [n for n in program.graph.nodes if n.op == "placeholder"]
         for node in (*map(program.node, carried), *inputs):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from dit_cache_fx._torch import DEVICE, trace_shapes
-from dit_cache_fx.errors import VerifyError
+from dit_cache_fx._torch import DEVICE
+from dit_cache_fx.ir.names import held_name
 from dit_cache_fx.ir.program import (
     Program,
     Region,
@@ -20,17 +20,15 @@ from dit_cache_fx.ir.program import (
     spec_of,
     tensor_spec,
 )
-from dit_cache_fx.strategies import Clock, Strategy
-from dit_cache_fx.values.tensor_spec import TensorSpec
-
-_SCALAR = TensorSpec(torch.Size([]), torch.float64, torch.device("cpu"))
+from dit_cache_fx.strategies import CLOCK, Clock, Strategy
+from dit_cache_fx.strategies.traced import agree, traced
 
 
 class Subgraphs:
     """Builds the sides of one run.
 
-    Both take, for each value, the tensors that are held for it, then `distance` and `computed`
-    (float64, no dimensions), then what the run starts from; the compute side also its operands.
+    Both take, for each value, the tensors that are held for it, then those of a `Clock`, then what
+    the run starts from; the compute side also its operands.
     """
 
     def __init__(
@@ -79,14 +77,14 @@ class Subgraphs:
         graph = fx.Graph()
         slots = range(self.strategy.slots())
         held = [
-            [graph.placeholder(f"held_{name}_{slot}") for slot in slots]
+            [graph.placeholder(held_name(name, slot)) for slot in slots]
             for name in self.region.values
         ]
         for name, places in zip(self.region.values, held, strict=True):
             value = self.program.node(name)
             for place in places:
                 place.meta.update({"val": spec_of(value), DEVICE: device_of(value)})
-        clock = [graph.placeholder(name) for name in Clock._fields]
+        clock = [graph.placeholder(name) for name in CLOCK]
         new = {node: graph.placeholder(node.name) for node in inputs}
         for node, placeholder in new.items():
             placeholder.meta.update(node.meta)
@@ -106,28 +104,28 @@ class Subgraphs:
         clock: list[fx.Node],
     ) -> list[Any]:
         """Trace a strategy's function for value `index` and copy its graph behind `graph`."""
-        node = self.program.node(self.region.values[index])
-        given = [n for n in (value, start) if n is not None]
+        spec = tensor_spec(self.program.node(self.region.values[index]))
+        rest = {"value": value, "start": start}
+        given = {name: node for name, node in rest.items() if node is not None}
 
         def flat(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
-            rest = iter(tensors[len(held) + 2 :])
-            arguments = [next(rest) if n is not None else None for n in (value, start)]
-            at = Clock(*tensors[len(held) : len(held) + 2])
-            return list(function(tensors[: len(held)], *arguments, at))
+            named = dict(zip(given, tensors[len(held) + len(CLOCK) :], strict=True))
+            at = Clock(*tensors[len(held) : len(held) + len(CLOCK)])
+            results = function(tensors[: len(held)], *map(named.get, rest), at)
+            agree(self.strategy, name, results, right, why)
+            return list(results)
 
-        spec = tensor_spec(node)
-        specs = [spec] * len(held) + [_SCALAR] * 2 + [spec] * len(given)
-        traced = trace_shapes(flat, specs)
-        results = inline(graph, self.attributes, traced, [*held, *clock, *given])
-        return self._checked(results, len(held) if value is not None else 1, node)
+        name, right, why = "reuse", [spec], "it stands for the value"
+        if value is not None:
+            name, right = "store", [spec] * self.strategy.slots()
+            why = "as many as slots(), of the value's shape, dtype and device"
 
-    def _checked(self, results: list[Any], expected: int, node: fx.Node) -> list[Any]:
-        if len(results) != expected or not all(isinstance(r, fx.Node) for r in results):
-            raise VerifyError(
-                f"strategy {type(self.strategy).__name__} gave {len(results)} tensors for "
-                f"{node.name}, {expected} expected (slots() for store)"
-            )
-        return results
+        specs = {f"held[{i}]": spec for i in range(len(held))}
+        specs |= {f"clock.{name}": spec for name, spec in CLOCK.items()} | dict.fromkeys(
+            given, spec
+        )
+        gm = traced(self.strategy, name, flat, specs)
+        return inline(graph, self.attributes, gm, [*held, *clock, *given.values()])
 
     def _module(self, graph: fx.Graph, side: str) -> fx.GraphModule:
         read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}

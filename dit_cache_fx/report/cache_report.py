@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.runtime.branches import Branch
-from dit_cache_fx.runtime.call_log import Host, StepRecord
+from dit_cache_fx.runtime.call_log import CallLog, StepRecord
 from dit_cache_fx.strategies import Strategy
 
 
@@ -90,11 +90,12 @@ def size(nbytes: int) -> str:
     return f"{amount:.4g} GiB"
 
 
-def report(host: Host, entries: Sequence[Lowered], enabled: bool) -> CacheReport:
+def report(host: CallLog, entries: Sequence[Lowered], enabled: bool) -> CacheReport:
     """The state right now. `entries`: the host's graphs."""
     blocks = entries[-1].program.block_lists if entries else {}
     branches = list(_branches(host, entries))
-    computed, reused = _steps(host)
+    records = host.records()
+    computed, reused = _steps(records)
     return CacheReport(
         strategy=host.strategy.name or type(host.strategy).__name__,
         enabled=enabled,
@@ -111,9 +112,9 @@ def report(host: Host, entries: Sequence[Lowered], enabled: bool) -> CacheReport
         calls_computed=host.calls["computed"],
         calls_reused=host.calls["reused"],
         threshold=host.strategy.threshold,
-        timeline=tuple(host.records()),
+        timeline=tuple(records),
         schedule=schedule_of(host.strategy),
-        num_steps=host.tracker.num_steps,
+        num_steps=host.num_steps,
     )
 
 
@@ -121,15 +122,17 @@ def schedule_of(strategy: Strategy) -> str:
     """The option that says which steps compute, where it is no list of them."""
     if strategy.compute_ratio is not None:
         return f"compute_ratio {strategy.compute_ratio:.3g}"
+    if strategy.computed_steps is not None:
+        return f"computed_steps {strategy.computed_steps}"
     return "" if strategy.schedule is None else str(strategy.schedule)
 
 
-def _branches(host: Host, entries: Sequence[Lowered]) -> Iterator[tuple[Lowered, Branch]]:
+def _branches(host: CallLog, entries: Sequence[Lowered]) -> Iterator[tuple[Lowered, Branch]]:
     known = {e.serial: e for e in entries}
-    for key, session in host.tracker.sessions.items():
+    for session in host.tracker.sessions():
         for branch in session.branches:
-            if key.serial in known:
-                yield known[key.serial], branch
+            if branch.serial in known:
+                yield known[branch.serial], branch
 
 
 def _held(branch: Branch) -> int:
@@ -146,10 +149,10 @@ def _per_block(entry: Lowered) -> int:
     return sum(entry.block_bytes[name] for name in cached)
 
 
-def _steps(host: Host) -> tuple[int, int]:
+def _steps(records: Sequence[StepRecord]) -> tuple[int, int]:
     """Steps of the last generation that a branch computed, and that none did."""
-    computed = {r.step for r in host.timeline if r.action == "computed"}
-    return len(computed), len({r.step for r in host.timeline} - computed)
+    computed = {r.step for r in records if r.action == "computed"}
+    return len(computed), len({r.step for r in records} - computed)
 
 
 def _cached(entry: Lowered) -> dict[str, tuple[int, ...]]:

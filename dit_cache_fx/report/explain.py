@@ -14,8 +14,8 @@ from dit_cache_fx.ir.graph_text import lines, ranges
 from dit_cache_fx.ir.program import BLOCK
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.report.cache_report import schedule_of, size
-from dit_cache_fx.runtime.call_log import Host
-from dit_cache_fx.strategies import Strategy
+from dit_cache_fx.runtime.call_log import CallLog
+from dit_cache_fx.strategies import Course, Strategy
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
 NOTHING_YET = "nothing is captured yet: call the model once (under torch.no_grad()), then ask again"
@@ -102,14 +102,14 @@ class Explanation:
 
 
 def explain(
-    host: Host, entries: Sequence[Lowered], enabled: bool, full: bool = False
+    host: CallLog, entries: Sequence[Lowered], enabled: bool, full: bool = False
 ) -> Explanation:
     """What a host and its graphs do. `full`: with the text of every graph."""
     strategy = host.strategy
     return Explanation(
         strategy.name or type(strategy).__name__,
         enabled,
-        _decides(strategy, host.tracker.num_steps),
+        _decides(strategy, host.course),
         tuple(_explained(entry, strategy, full) for entry in entries),
     )
 
@@ -177,9 +177,9 @@ def _graphs(entry: Lowered) -> Iterator[str]:
     yield from lines(entry.variants.compute.gm, "computed_step", shapes=True)
 
 
-def _decides(strategy: Strategy, num_steps: int | None) -> str:
+def _decides(strategy: Strategy, course: Course | None) -> str:
     """In words, when the blocks are computed."""
-    when = [f"on a generation's first step{_scheduled(strategy, num_steps)}"]
+    when = [f"on a generation's first step{_scheduled(strategy, course or strategy.course())}"]
     if strategy.has_rule:
         limit = strategy.threshold
         reaches = "" if limit is None else f" (measured against {limit:g})"
@@ -189,12 +189,13 @@ def _decides(strategy: Strategy, num_steps: int | None) -> str:
     return f"computes {', '.join(when)}; all other steps are {strategy.action}"
 
 
-def _scheduled(strategy: Strategy, num_steps: int | None) -> str:
+def _scheduled(strategy: Strategy, course: Course) -> str:
     steps, named = sorted(strategy.no_cache_steps or ()), schedule_of(strategy)
+    num_steps = course.num_steps
     if named and num_steps is None:
         return f", on those of {named} once the number of steps is known"
     if named and num_steps is not None:
-        steps = [step for step in range(num_steps) if strategy.scheduled(step, num_steps)]
+        steps = [step for step in range(num_steps) if course.computes(step)]
     of = f"those of {named}: " if named else "steps "
     return f", on {of}{ranges(steps)} ({len(steps)} in all)" if steps else ""
 

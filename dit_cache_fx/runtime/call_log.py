@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from dit_cache_fx.errors import warn
-from dit_cache_fx.runtime.branches import MAX_BRANCHES, Branch, Session
-from dit_cache_fx.runtime.generation import StepCount
-from dit_cache_fx.runtime.step import Step
+from dit_cache_fx.runtime.branches import Branch
+from dit_cache_fx.runtime.generation import as_number
+from dit_cache_fx.runtime.placement import CallEvidence, Placement, place
+from dit_cache_fx.runtime.session import MAX_BRANCHES, Session
+from dit_cache_fx.runtime.step import MISSING, Step
+from dit_cache_fx.runtime.step_count import StepCount
 from dit_cache_fx.runtime.tracker import Tracker
-from dit_cache_fx.strategies import Strategy
-from dit_cache_fx.values.identity import Seen
+from dit_cache_fx.strategies import Course, Strategy
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
 _CROWDED = (
-    f"more than {MAX_BRANCHES} calls with one timestep are not told apart: every step is computed. "
-    "Name each branch (cache_context), or put them into one batch"
+    f"more than {MAX_BRANCHES} branches are called in a step, and no more are held in one session: "
+    "the others compute on every step. Put them into one batch, or give each a session of its own "
+    "(cached.new_session())"
 )
+
+#: so many calls on end without state are no beginning any more
+_STARVED = 8
 
 #: why a call runs uncached while autograd is on
 WANTS_GRADIENTS = (
     "gradients are enabled and wanted (call the model under torch.no_grad() or "
     "torch.inference_mode())"
 )
-
-#: most calls of a generation that are noted
-MAX_RECORDS = 4096
 
 Measured = torch.Tensor | float | None
 
@@ -42,9 +44,9 @@ log = logging.getLogger(__name__)
 class StepRecord:
     """One call in the last generation. `action`: "computed", "reused" or "predicted".
 
-    `why`: why it computed. `graph`: the number of the captured graph. `context`: the cache context.
-    A branch is one of a graph and context. `measured`: what the strategy's own rule had measured
-    when it decided.
+    `why`: why it computed. `graph`: the number of the captured graph. `context`: the cache context,
+    nested ones joined by "/". A branch is one of a graph and context. `measured`: what the
+    strategy's own rule had measured when it decided.
     """
 
     step: int
@@ -64,32 +66,40 @@ class StepRecord:
         return f"{text} ({', '.join(notes)})" if notes else text
 
 
-class Place(NamedTuple):
-    """Where a call stands: its step, the step's branch and session, and its conditioning."""
+class CallStart(NamedTuple):
+    """A call that is under way: its session, its place there and its step."""
 
-    step: Step
-    branch: Branch
     session: Session
-    conditioning: Seen
+    placement: Placement
+    step: Step
 
 
-class Host:
+class CallLog:
     """What one cached model knows of its calls, whatever graphs answer them."""
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
-        self.count = StepCount(strategy.num_steps)
+        self.count = StepCount(strategy)
         self.tracker = Tracker(self.count)
-        self.timeline: deque[StepRecord] = deque(maxlen=MAX_RECORDS)
-        #: beside it: what the strategy's rule measured, not yet read from a device
-        self.measured: deque[Measured] = deque(maxlen=MAX_RECORDS)
         self.calls = {"computed": 0, "reused": 0}
-        self._noted: object = None  # the generation whose steps are in the timeline
         self._warned: set[str] = set()
+
+    @property
+    def course(self) -> Course | None:
+        """What is known of the newest generation's steps; None before the first call."""
+        newest = self.tracker.session.newest
+        return None if newest is None else newest.course
+
+    @property
+    def num_steps(self) -> int | None:
+        """How many steps the newest generation is expected to have; None where not known."""
+        course = self.course
+        return None if course is None else course.num_steps
 
     def forget_calls(self) -> None:
         """Forget what the calls were."""
-        self._clear_timeline()
+        for session in self.tracker.sessions():
+            session.records.clear()
         self.calls = {"computed": 0, "reused": 0}
 
     def warn_once(self, reason: str) -> None:
@@ -103,61 +113,95 @@ class Host:
     def begin(
         self,
         session: Session,
-        value: float,
-        conditioning: Seen,
+        call: CallEvidence,
         held: Mapping[str, TensorSpec],
         shapes: object = (),
-    ) -> Place:
-        """Move to a call with this timestep and conditioning.
+    ) -> CallStart:
+        """Find the place and the step of a call; nothing is noted before `done`.
 
         `held`: what its graph holds from step to step. `shapes`: of the masked selections that
-        this comes from; what is held of others is forgotten. To be called within
-        `session.restored_on_error()`, with `done` behind it.
+        this comes from; what is held of others is not used.
         """
-        if self.tracker.enter(session, value, conditioning):
-            self.warn_once(_CROWDED)
-        branch = session.branch_of(conditioning)
-        if branch.shapes != shapes:
-            branch.forget()
-            branch.shapes = shapes
-        assert session.moment is not None
-        assert session.generation is not None
-        index, num_steps = session.moment.index, session.generation.num_steps
-        step = Step(self.strategy, branch, index, held, num_steps)
-        return Place(step, branch, session, conditioning)
-
-    def done(self, place: Place, value: float) -> None:
-        """The call has succeeded."""
-        step, branch, session, conditioning = place
-        self.tracker.done(session, conditioning)
-        action = "computed" if step.computes else self.strategy.action
-        if session.generation is not self._noted:
-            self._clear_timeline()
-            self._noted = session.generation
-        number = next(i for i, b in enumerate(session.branches) if b is branch)
-        record = StepRecord(
-            step.index, value, number, action, step.why, session.serial, session.context
+        placed = place(session, call, self.count)
+        if placed.branch.shapes != shapes:
+            emptied = replace(placed.branch.emptied(), shapes=shapes)
+            placed = replace(placed, branch=emptied, replaced=placed.replaced or placed.branch)
+        generation = placed.generation
+        course = self.count.on_way(
+            generation.course, generation.values, placed.index, as_number(call.value)
         )
-        self.timeline.append(record)
-        self.measured.append(self._measured(branch))
+        step = Step(self.strategy, placed.branch, placed.index, held, course, placed.missed)
+        return CallStart(session, replace(placed, course=course), step)
+
+    def done(self, start: CallStart, arguments: Callable[[], Sequence[str]]) -> None:
+        """The call has succeeded. `arguments`: the names of those that are its conditioning."""
+        session, placed, step = start
+        if placed.begins:
+            session.end(self.count)
+        fits = placed.settle(session, answered=True)
+        self._warn_starved(start, fits, arguments)
+        if placed.generation is not session.noted:
+            session.records.clear()
+            session.noted = placed.generation
+        record = self._record(start)
+        session.records.append((record, self._metric(placed.branch)))
         self.calls["computed" if step.computes else "reused"] += 1
+        self.tracker.called(session)
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s", _read(record, self.measured[-1]))
+            log.debug("%s", _read(*session.records[-1]))
+
+    def passed(self, session: Session, call: CallEvidence) -> None:
+        """The model itself has answered a call: it counts as a step that the cache did not see."""
+        placed = place(session, call, self.count)
+        if placed.begins:
+            session.end(self.count)
+        placed.settle(session, answered=False)
 
     def records(self) -> list[StepRecord]:
         """The last generation's calls. Reads what the rule measured from its device."""
-        return list(map(_read, self.timeline, self.measured))
+        return [_read(*noted) for noted in self.tracker.reported.records]
 
-    def _measured(self, branch: Branch) -> Measured:
+    def _record(self, start: CallStart) -> StepRecord:
+        session, placed, step = start
+        call = placed.call
+        return StepRecord(
+            step.index,
+            as_number(call.value),
+            session.number_of(placed.branch),
+            "computed" if step.computes else self.strategy.action,
+            step.why,
+            call.serial,
+            "/".join(call.context) or None,
+        )
+
+    def _metric(self, branch: Branch) -> Measured:
         """As a number where that waits for no device; else a copy, since state may be cleared."""
         tensor = None if branch.memory is None else self.strategy.measured(branch.memory)
         if tensor is None:
             return None
         return float(tensor) if tensor.device.type == "cpu" else tensor.clone()
 
-    def _clear_timeline(self) -> None:
-        self.timeline.clear()
-        self.measured.clear()
+    def _warn_starved(
+        self, start: CallStart, fits: bool, arguments: Callable[[], Sequence[str]]
+    ) -> None:
+        """Warn where calls compute, and go on doing so, for want of state."""
+        session, placed, step = start
+        session.starved = session.starved + 1 if step.why == MISSING else 0
+        if not fits and step.why == MISSING:
+            self.warn_once(_CROWDED)
+        elif session.starved >= _STARVED and not placed.begins:
+            self.warn_once(_starved(placed.call, arguments()))
+
+
+def _starved(call: CallEvidence, arguments: Sequence[str]) -> str:
+    named = ", ".join(dict.fromkeys(arguments)) or "none"
+    return (
+        f"the last {_STARVED} calls found nothing that is known to be theirs: what conditions the "
+        f"blocks ({named}) has other values in each call, or samples of several requests come in "
+        "turn with one conditioning. Call each request in a session (with cached.new_session():) "
+        "and each of its branches in a cache_context(name), or pass what does not change as the "
+        "same tensors"
+    )
 
 
 def _read(record: StepRecord, measured: Measured) -> StepRecord:

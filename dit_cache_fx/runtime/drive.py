@@ -1,31 +1,47 @@
 """The frame between the host's bookkeeping and the graphs that run.
 
 An engine's call is a generator: it asks for a graph to be run, gets the results, and in the end
-returns the call's output. `drive` runs those graphs, and nothing else. So where `torch.compile`
-looks on, it sees the graphs alone: the bookkeeping is the host's, as a sampler's loop is.
+returns the call's output. `drive` runs those graphs, and nothing else.
+
+Where `torch.compile` looks on, it must see the graphs alone. They are functions of tensors, the
+same on every step, and are compiled once. The bookkeeping between them is Python that is another
+one on every step: the step's number, the branches, what is held, locks. Dynamo would break the
+graph there, or take such values for constants and compile again for each step. So the host's part
+is hidden from it, and so is the loop of `drive`, as a sampler's loop is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from dit_cache_fx._torch import not_a_compiled_frame
+from dit_cache_fx._torch import dynamo_callback, not_a_compiled_frame, wants_one_graph
 
 Results = Sequence[torch.Tensor]
 
 
-class Compiler(Enum):
-    """What looks on where graphs run: nothing, `torch.compile`, or that with `fullgraph=True`."""
+@dataclass(frozen=True)
+class Compiler:
+    """What looks on where graphs run: `torch.compile`, by its callback, or nothing (None)."""
 
-    NONE = 0
-    ANY = 1
-    FULLGRAPH = 2
+    callback: Hashable = None
+
+    @property
+    def looks_on(self) -> bool:
+        return self.callback is not None
+
+    @property
+    def fullgraph(self) -> bool:
+        """Whether it is `torch.compile(fullgraph=True)`."""
+        return wants_one_graph(self.callback)
+
+
+#: no compiler looks on
+NOTHING = Compiler()
 
 
 def lasting(results: Results) -> list[torch.Tensor]:
@@ -46,64 +62,39 @@ class Stage:
 Serving = Generator[Stage, Results, Any]
 
 
-class _Host:
-    """Runs an engine's generator, out of sight of `torch.compile`."""
+class Turn(NamedTuple):
+    """Where an engine's call stands: the graph that it asks for; None with the call's output."""
 
-    def __init__(self, serving: Serving) -> None:
-        self.serving = serving
-        self.stage: Stage | None = None
-        self.output: Any = None
-        self._around = ExitStack()
-
-    @torch.compiler.disable
-    def start(self) -> None:
-        self._resume(lambda: next(self.serving))
-
-    @torch.compiler.disable
-    def take(self, results: Results) -> None:
-        self._resume(lambda: self.serving.send(results))
-
-    @torch.compiler.disable
-    def fail(self, error: BaseException) -> None:
-        """The stage raised: the engine may ask for another one, or the error goes on."""
-        self._resume(lambda: self.serving.throw(error))
-
-    def _resume(self, resume: Callable[[], Stage]) -> None:
-        self._around.close()
-        try:
-            self.stage = resume()
-            self._around.enter_context(self.stage.around())
-        except StopIteration as end:
-            self.stage, self.output = None, end.value
+    stage: Stage | None
+    output: Any = None
 
 
 @not_a_compiled_frame
 def drive(serving: Serving) -> Any:
     """The output of an engine's call, its graphs run by whatever compiler looks on."""
-    host = _Host(serving)
-    host.start()
-    while host.stage is not None:
+    resumed = _resumed_unseen if dynamo_callback() else _resumed
+    around = ExitStack()
+    turn = resumed(serving.send, None, around)
+    while turn.stage is not None:
         try:
             with torch.no_grad():
-                results = host.stage.graph(*host.stage.operands)
-        except BaseException as error:
-            host.fail(error)
+                results = turn.stage.graph(*turn.stage.operands)
+        except BaseException as error:  # the engine may ask for another graph, or let it go on
+            turn = resumed(serving.throw, error, around)
         else:
-            host.take(results)
-    return host.output
+            turn = resumed(serving.send, results, around)
+    return turn.output
 
 
-def drive_here(serving: Serving) -> Any:
-    """The same on the host, where no compiler is to look on."""
+def _resumed(resume: Callable[[Any], Stage], value: Any, around: ExitStack) -> Turn:
+    """The host's part of a call: out of one graph's context, up to and into the next one's."""
+    around.close()
     try:
-        stage = next(serving)
-        while True:
-            try:
-                with torch.no_grad(), stage.around():
-                    results = stage.graph(*stage.operands)
-            except BaseException as error:
-                stage = serving.throw(error)
-            else:
-                stage = serving.send(results)
+        stage = resume(value)
     except StopIteration as end:
-        return end.value
+        return Turn(None, end.value)
+    around.enter_context(stage.around())
+    return Turn(stage)
+
+
+_resumed_unseen = torch.compiler.disable(_resumed)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,16 +17,26 @@ from dit_cache_fx.capture.samples import other_block
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.runtime import execution
 from dit_cache_fx.runtime.branches import Branch
-from dit_cache_fx.runtime.call_log import Host
-from dit_cache_fx.runtime.drive import Compiler, Results, Serving, drive_here
+from dit_cache_fx.runtime.call_log import CallLog, CallStart
+from dit_cache_fx.runtime.drive import Compiler, Results, Serving, drive
 from dit_cache_fx.runtime.execution import StepCompiler
-from dit_cache_fx.runtime.generation import timestep_value
+from dit_cache_fx.runtime.generation import as_number, timestep_value
 from dit_cache_fx.runtime.graphs import Entry, Graphs, input_key
+from dit_cache_fx.runtime.placement import CallEvidence
+from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.runtime.step import Step
-from dit_cache_fx.values.identity import Seen
+from dit_cache_fx.runtime.trajectory import SampleProbe
+from dit_cache_fx.values.identity import TensorIdentity
 from dit_cache_fx.values.pytree import flatten, unflatten
 
 log = logging.getLogger(__name__)
+
+
+class First(NamedTuple):
+    """The answer of a new graph to the call that it was captured from."""
+
+    step: Step
+    results: Results
 
 
 class Engine:
@@ -33,7 +44,7 @@ class Engine:
 
     def __init__(self, subject: Subject, timestep: str | None) -> None:
         self.subject = subject
-        self.host = Host(subject.strategy)
+        self.host = CallLog(subject.strategy)
         self.graphs = Graphs(subject, timestep, self.host.count)
         #: compiles the graphs where nothing else does; None: they run as they are
         self.step_compiler: StepCompiler | None = None
@@ -48,7 +59,7 @@ class Engine:
     def reset_states(self) -> None:
         """Forget everything, graphs and counts included."""
         self.clear_states()
-        self.host.count.counted = None
+        self.host.count.forget()
         self.graphs.clear()
         self.host.forget_calls()
 
@@ -60,42 +71,65 @@ class Engine:
         Nothing of the call is noted when it raises.
         """
         call = self._flat(args, kwargs)
-        key = input_key(call)
-        entry, first = self.graphs.find(call, key)
-        value = self._value(call, entry)
-        session = self.host.tracker.session(key, entry.serial)
-        with session.restored_on_error():
-            conditioning = Seen([call.tensors[i] for i in entry.conditioning])
-            held, shapes = entry.variants.held, entry.captured.shapes
-            place = self.host.begin(session, value, conditioning, held, shapes)
-            step = place.step
-            stale = self._stale(entry, step, first)
+        found = self.graphs.find(call, input_key(call), partial(self._first, call))
+        entry, first = found.entry, found.first
+        session = self.host.tracker.session
+        with session.lock:
+            evidence = self._evidence(call, entry, session)
+            start = self.host.begin(session, evidence, entry.variants.held, found.shapes)
+            step = start.step
+            stale = first is None and self._stale(entry, step)
             if not stale:
                 by_schedule = step.computes
                 output = yield from self._run(entry, step, call, first, compiler)
                 # where the strategy's rule decides, it is known now that the step has computed
-                stale = not by_schedule and self._stale(entry, step, first)
-        if stale:
+                stale = not by_schedule and first is None and self._stale(entry, step)
+            if not stale:
+                self._done(start, entry)
+                return output
+        if self.graphs.outdated(entry):  # else another thread has seen it
             log.info("capturing again")
-            self.graphs.clear()
             self.host.tracker.forget()
-            return (yield from self.serve(args, kwargs, compiler))
-        if len(entry.served) < 2:
-            entry.served.add(value)
-        self.host.done(place, value)
-        return output
+        return (yield from self.serve(args, kwargs, compiler))
 
-    def _stale(self, entry: Entry, step: Step, first: bool) -> bool:
+    def passed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note a call that the model itself answers: it is a step of its generation."""
+        call = self._flat(args, kwargs)
+        entry = self.graphs.known(call.key)
+        if entry is not None:
+            session = self.host.tracker.session
+            with session.lock:
+                self.host.passed(session, self._evidence(call, entry, session))
+
+    def _evidence(self, call: FlatCall, entry: Entry, session: Session) -> CallEvidence:
+        """What tells where a call belongs. Waits for the device where the timestep is on one."""
+        explicit, tensors = session.explicit, call.tensors
+        assert entry.timestep is not None
+        read = timestep_value(tensors[entry.timestep]) if explicit is None else float(explicit)
+        return CallEvidence(
+            key=(input_key(call), *entry.conditioning),
+            serial=entry.serial,
+            context=self.host.tracker.context,
+            value=read,
+            explicit=explicit is not None,
+            conditioning=TensorIdentity([tensors[i] for i in entry.conditioning]),
+            sample=None if entry.sample is None else SampleProbe(tensors[entry.sample]),
+        )
+
+    def _done(self, start: CallStart, entry: Entry) -> None:
+        if len(entry.served) < 2:
+            entry.served.add(as_number(start.placement.call.value))
+        arguments = entry.program.arguments
+        self.host.done(start, lambda: [arguments[i] for i in entry.conditioning])
+
+    def _stale(self, entry: Entry, step: Step) -> bool:
         """Whether a computed step's graph is of a model that has changed since."""
-        return step.computes and not first and self.graphs.stale(entry)
+        return step.computes and self.graphs.stale(entry)
 
     def captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Entry, FlatCall]:
         """The graph for a call like this, captured and checked where there is none."""
         call = self._flat(args, kwargs)
-        entry, first = self.graphs.find(call, input_key(call))
-        if first:
-            self._first(entry, Step(self.host.strategy, Branch(), 0, entry.variants.held), call)
-        return entry, call
+        return self.graphs.find(call, input_key(call), partial(self._first, call)).entry, call
 
     def carried(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a call from inside another graph that is being made, where there is no host.
@@ -124,79 +158,72 @@ class Engine:
         self.graphs.learn_timestep(tuple(arguments))
         return flatten_call(arguments, self.graphs.timestep)
 
-    def _value(self, call: FlatCall, entry: Entry) -> float:
-        if self.host.tracker.explicit is not None:
-            return float(self.host.tracker.explicit)
-        assert entry.timestep is not None
-        return timestep_value(call.tensors[entry.timestep])
-
     def _run(
-        self, entry: Entry, step: Step, call: FlatCall, first: bool, compiler: Compiler
+        self, entry: Entry, step: Step, call: FlatCall, first: First | None, compiler: Compiler
     ) -> Serving:
-        watched, separate = compiler is not Compiler.NONE, self.step_compiler
-        if first:
-            compiled = watched or separate is not None
-            results = self._first(entry, step.anew() if compiled else step, call)
-        if watched:
+        separate = self.step_compiler
+        if compiler.looks_on:
             results = yield from execution.watched(entry, step, call, compiler)
         elif separate is not None:
             compiled_variants = separate.compiled(entry.variants)
             results = yield from execution.separate(entry, step, call, compiled_variants)
-        elif not first:
+        elif first is not None:
+            step.follow(first.step)
+            results = first.results
+        else:
             results = yield from execution.plain(entry, step, call)
         outputs, kept = results[: entry.variants.outputs], results[entry.variants.outputs :]
         owned = step.commit(call.tensors, outputs, kept)
         return unflatten(entry.program.output, owned)
 
-    def _first(self, entry: Entry, step: Step, call: FlatCall) -> Results:
+    def _first(self, call: FlatCall, entry: Entry) -> First:
         """Run a new graph for the call that it was captured from, and check what it gives.
 
         Its blocks answer as they did in the recorded run. Where they may depend on more than their
         arguments they run again.
         """
-        captured = entry.captured
+        captured, step = entry.captured, self._new_step(entry)
         recording, check = captured.recording, self.subject.check
         try:
             if check and recording.suspect:
                 results = self._compared(entry, step, call)
             else:
                 with replayed(captured) if can_replay(captured) else nullcontext():
-                    results = self._plain(entry, step, call)
+                    results = _plain(entry, step, call)
             if check and not all(map(_same, flatten(recording.output)[0], results)):
                 raise CaptureError(
                     "the captured graph does not give the model's output for the call that it was "
                     "captured from: a layer around the blocks is random or keeps a state. Pass "
                     "check=False if that is wanted"
                 )
-        except CaptureError:
-            self.graphs.clear()
-            raise
         finally:
-            recording.output, recording.before, recording.world = None, {}, None
-            for made in recording.calls:
-                made.values.clear()
-                made.digests.clear()
-        return results
+            recording.forget()
+        return First(step, results)
 
     def _compared(self, entry: Entry, step: Step, call: FlatCall) -> Results:
         """The graph's answer, whose blocks give what they gave in the model."""
         model, captured = self.subject.model, entry.captured
         with rerunning(model, captured) as rerun:
-            results = self._plain(entry, step, call)
+            results = _plain(entry, step, call)
         block = rerun.differing()
         if block is None:
             return results
         with rerunning(model, captured) as another:
-            self._plain(entry, step.anew(), call)
+            _plain(entry, self._new_step(entry), call)
         if another.repeats(rerun):
             raise other_block(block)
         log.info("block %s gives something else each time", block)
         return flatten(captured.recording.output)[0] + list(results[entry.variants.outputs :])
 
-    def _plain(self, entry: Entry, step: Step, call: FlatCall) -> Results:
-        with torch.no_grad():
-            results: Results = drive_here(execution.plain(entry, step, call))
-        return results
+    def _new_step(self, entry: Entry) -> Step:
+        """The first step of a branch that holds nothing."""
+        return Step(self.host.strategy, Branch(), 0, entry.variants.held)
+
+
+def _plain(entry: Entry, step: Step, call: FlatCall) -> Results:
+    with torch.no_grad():
+        results: Results = drive(execution.plain(entry, step, call))
+    return results
 
 
 def _same(want: torch.Tensor, got: torch.Tensor) -> bool:

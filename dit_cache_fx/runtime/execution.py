@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
-from dit_cache_fx._torch import CANNOT_COMPILE, not_a_compiled_frame, signatures_kept
+from dit_cache_fx._torch import (
+    CANNOT_COMPILE,
+    breaks_raise,
+    not_a_compiled_frame,
+    signatures_kept,
+)
 from dit_cache_fx.capture import FlatCall
 from dit_cache_fx.lowering import CompiledPart, Part, Preamble, Variants, split_preamble
-from dit_cache_fx.runtime.drive import Compiler, Results, Serving, Stage, drive_here, lasting
+from dit_cache_fx.runtime.drive import (
+    NOTHING,
+    Compiler,
+    Results,
+    Serving,
+    Stage,
+    drive,
+    lasting,
+)
+from dit_cache_fx.runtime.first_runs import FirstRuns
 from dit_cache_fx.runtime.graphs import Entry
 from dit_cache_fx.runtime.step import Step
 
@@ -36,20 +52,25 @@ class StepCompiler:
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         torch.compile(_nothing, **options)
-        self._options = options
+        self.options = dict(options)
         self._made: WeakKeyDictionary[Variants, Separate] = WeakKeyDictionary()
+        self._lock = threading.Lock()
 
     def compiled(self, variants: Variants) -> Separate:
         """The same variants, compiled."""
-        made = self._made.get(variants)
-        if made is None:
-            preamble = split_preamble(variants.compute)
-            whole = variants if preamble is None else replace(variants, compute=preamble.compute)
-            made = self._made[variants] = Separate(whole.mapped(self._part), preamble)
-        return made
+        with self._lock:
+            made = self._made.get(variants)
+            if made is None:
+                made = self._made[variants] = self._separate(variants)
+            return made
+
+    def _separate(self, variants: Variants) -> Separate:
+        preamble = split_preamble(variants.compute)
+        whole = variants if preamble is None else replace(variants, compute=preamble.compute)
+        return Separate(whole.mapped(self._part), preamble)
 
     def _part(self, part: Part) -> Part:
-        return CompiledPart(part.gm, part.names, _Whole(part.run, self._options))
+        return CompiledPart(part.gm, part.names, _Whole(part.run, self.options))
 
 
 class _Whole:
@@ -58,32 +79,42 @@ class _Whole:
     def __init__(self, forward: Callable[..., Results], options: Mapping[str, Any]) -> None:
         self._forward = forward
         self._options = options
-        self._compiled = torch.compile(forward, **{**options, "fullgraph": True})
+        self._compiled = torch.compile(forward, **{**options, "fullgraph": False})
+        self._broken = False
+        self._first_runs = FirstRuns()
 
     def __call__(self, *operands: torch.Tensor) -> Sequence[torch.Tensor]:
+        with self._first_runs.alone():
+            return lasting(self._run(operands))
+
+    def _run(self, operands: Sequence[torch.Tensor]) -> Results:
         try:
-            results = self._compiled(*operands)
+            with nullcontext() if self._broken else breaks_raise():
+                return self._compiled(*operands)
         except CANNOT_COMPILE as error:
-            if self._options.get("fullgraph"):
+            if self._broken or self._options.get("fullgraph"):
                 raise
             log.info("no single graph for a kind of step, so its blocks one by one: %s", error)
             not_a_compiled_frame(self._forward)
-            self._compiled = torch.compile(self._forward, **self._options)
-            results = self._compiled(*operands)
-        return lasting(results)
+            self._broken = True
+            return self._compiled(*operands)
 
 
 def _nothing() -> None:
     return None
 
 
-def plain(entry: Entry, step: Step, call: FlatCall) -> Serving:
+def plain(entry: Entry, step: Step, call: FlatCall, compiler: Compiler = NOTHING) -> Serving:
     """Run the graph of the step's kind; the decision is the host's."""
     variants, given = entry.variants, entry.inputs(call)
     yield from _ruled(entry, variants, step, given)
     part = variants.compute if step.computes else variants.reuse
     given.update(step.given(part.names))
-    return (yield Stage(part.run, part.operands(given), entry.captured.around))
+    stage = Stage(part.run, part.operands(given), entry.captured.around)
+    if not compiler.looks_on:
+        return (yield stage)
+    with entry.first_runs.alone((compiler, step.computes)):
+        return (yield stage)
 
 
 def separate(entry: Entry, step: Step, call: FlatCall, compiled: Separate) -> Serving:
@@ -101,31 +132,46 @@ def separate(entry: Entry, step: Step, call: FlatCall, compiled: Separate) -> Se
 
 def watched(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> Serving:
     """Run one graph; where its blocks break it, and may, one for each kind of step."""
-    if not entry.breaks or compiler is Compiler.FULLGRAPH:
+    if not entry.breaks or compiler.fullgraph:
         try:
-            return (yield from _one_graph(entry, step, call))
+            return (yield from _one_graph(entry, step, call, compiler))
         except CANNOT_COMPILE as error:
-            if compiler is Compiler.FULLGRAPH:
+            if compiler.fullgraph:
                 raise
             log.info("no single graph, so one for each kind of step: %s", error)
         entry.broken()
-    return (yield from plain(entry, step, call))
+    return (yield from plain(entry, step, call, compiler))
 
 
-def _one_graph(entry: Entry, step: Step, call: FlatCall) -> Serving:
+def _one_graph(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> Serving:
     """Run the graph that has the decision in it."""
     one, given = entry.one_graph, entry.inputs(call)
     if one.preamble is not None:  # what the graph cannot hold is the host's, the rule first
-        drive_here(_ruled(entry, entry.variants, step, given))
+        drive(_ruled(entry, entry.variants, step, given))
         given.update(_prepared(entry, one.preamble, step, given))
         given.update((name, _contiguous(given[name])) for name in entry.variants.carried)
     given.update(step.one_graph_given(one.part.names, one.memory))
-    with signatures_kept():
-        results = yield Stage(one.part.run, one.operands(given), entry.captured.around)
+    stage = Stage(one.part.run, one.operands(given), entry.captured.around)
+    with entry.first_runs.alone(compiler) as first:
+        results = yield from _compiled(stage, first)
     values = one.outputs + len(entry.variants.held)
-    if one.memory:
+    if one.memory is not None:
         step.decided(*results[values:])
     return results[:values]
+
+
+def _compiled(stage: Stage, first: bool) -> Serving:
+    """Run a stage with `torch.compile` looking on.
+
+    Dynamo is patched where that compiles: at the first run, and where a later one needs it.
+    """
+    if not first:
+        try:
+            return (yield stage)
+        except CANNOT_COMPILE as error:
+            log.info("compiling again: %s", error)
+    with signatures_kept():
+        return (yield stage)
 
 
 def _ruled(entry: Entry, variants: Variants, step: Step, given: dict[str, torch.Tensor]) -> Serving:

@@ -1,4 +1,4 @@
-"""Which step of which generation a call belongs to, and how many steps a generation has."""
+"""Which step of which generation a call belongs to."""
 
 from __future__ import annotations
 
@@ -6,13 +6,48 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dit_cache_fx.strategies import NumSteps
-from dit_cache_fx.strategies.schedule import check_num_steps
-from dit_cache_fx.values.identity import Seen
+from dit_cache_fx.runtime.step_count import StepCount
+from dit_cache_fx.strategies import Course
+
+#: a timestep as a number; where its elements differ, all of them: float64 [n] on the CPU
+TimestepValue = float | torch.Tensor
+
+
+def timestep_value(timestep: torch.Tensor) -> TimestepValue:
+    """The values of a timestep tensor. Waits for the device when the tensor is on one."""
+    if timestep.numel() == 1:
+        return float(timestep.item())
+    values = timestep.detach().to("cpu", torch.float64).flatten()
+    return float(values[0]) if bool((values == values[0]).all()) else values
+
+
+def as_number(value: TimestepValue) -> float:
+    """One number for reports: the mean."""
+    return value if isinstance(value, float) else float(value.mean())
+
+
+def movement(before: TimestepValue, now: TimestepValue) -> tuple[float, float]:
+    """How far the elements of a timestep moved at least and at most, with signs.
+
+    Timesteps of different lengths move as their means do.
+    """
+    if isinstance(before, float) and isinstance(now, float):
+        return now - before, now - before
+    a, b = (
+        torch.as_tensor(v, dtype=torch.float64, device="cpu").reshape(-1) for v in (before, now)
+    )
+    if 1 not in (a.numel(), b.numel()) and a.numel() != b.numel():
+        return movement(as_number(before), as_number(now))
+    low, high = torch.aminmax(b - a)
+    return float(low), float(high)
+
+
+#: most timesteps of a generation that are noted
+MAX_VALUES = 4096
 
 
 @dataclass(frozen=True)
-class Moment:
+class StepPosition:
     """A place in a generation.
 
     `value`: the timestep (or the explicit step index). `direction`: +1 or -1 once the value has
@@ -20,87 +55,96 @@ class Moment:
     was given by `cur_timestep`.
     """
 
-    value: float
+    value: TimestepValue
     direction: int = 0
     index: int = 0
     explicit: bool = False
 
-    def advanced(self, value: float, explicit: bool) -> Moment | None:
-        """The moment of a call with this value; None where it starts another generation.
+    def moved(self, value: TimestepValue, explicit: bool) -> int | None:
+        """0 for the same value, +1 or -1 for one that moves on; None where it does not.
 
-        The same value is the same step (another CFG branch). A value that moves on is the next
-        step; one that moves back against the direction so far is a new generation. An explicit
-        index moves upwards and may leave steps out.
+        A timestep moves on where no element moves against the direction so far. An explicit index
+        moves upwards.
         """
         if explicit != self.explicit:
             return None
-        if value == self.value:
-            return self
-        direction = 1 if value > self.value else -1
-        if explicit:
-            steps = int(value - self.value)
-            return Moment(value, 1, self.index + steps, True) if direction > 0 else None
-        if self.direction not in (0, direction):
-            return None
-        return Moment(value, direction, self.index + 1)
+        low, high = movement(self.value, value)
+        if low == high == 0:
+            return 0
+        way = 1 if low >= 0 else -1 if high <= 0 else 0
+        allowed = (1,) if explicit else (self.direction,) if self.direction else (1, -1)
+        return way if way in allowed else None
+
+    def next(self, value: TimestepValue, way: int) -> StepPosition:
+        """The step behind this one. Explicit indexes may leave steps out."""
+        steps = 1
+        if self.explicit:
+            steps = round(as_number(value) - as_number(self.value))
+        return StepPosition(value, way or self.direction, self.index + steps, self.explicit)
 
 
-@dataclass
+@dataclass(eq=False)
 class Generation:
-    """A denoising loop under way; its branches and signatures share it.
+    """A denoising loop under way; the branches and signatures of a request share it.
 
-    `num_steps`: how many it is expected to have; None where that is not known. `conditioning`: of
-    its newest call.
+    `called`: the branches that were called in its newest step, by their identity. `course`: its
+    steps, as far as they are known beforehand. `values`: the timesteps of its steps so far; it ends
+    where one was left out. `entered`: its steps that had a call. `told`: the number of steps as the
+    user says it, else None. `crowded`: it has more branches than are known. `origin`: the
+    generation that it has parted from.
     """
 
-    moment: Moment
-    num_steps: int | None = None
-    conditioning: Seen = field(default_factory=lambda: Seen([]))
+    position: StepPosition = field(default_factory=lambda: StepPosition(0.0))
+    course: Course = field(default_factory=Course)
+    told: int | None = None
+    called: set[object] = field(default_factory=set)
+    values: list[float] = field(default_factory=list)
+    entered: set[int] = field(default_factory=set)
+    crowded: bool = False
+    origin: Generation | None = None
 
-    def takes(self, value: float, explicit: bool, conditioning: Seen) -> bool:
-        """Whether a first call with this value and conditioning surely belongs to this generation.
+    @staticmethod
+    def begun(position: StepPosition, count: StepCount) -> Generation:
+        """One that begins with a call at this position."""
+        course = count.course(None if position.explicit else as_number(position.value))
+        return Generation(position, course, course.num_steps if count.is_told else None)
 
-        Before the value has moved any other one may be the next step's or a new generation's: it is
-        the next step's where the call has conditioning tensors of the newest one.
+    def apart(self, position: StepPosition, branch: object) -> Generation:
+        """One for a branch that others have left behind at this position."""
+        own = self.values[: position.index + 1]
+        return Generation(
+            position, self.course, self.told, {branch}, own, set(self.entered), origin=self
+        )
+
+    def reached(self, value: TimestepValue, explicit: bool, branch: object) -> StepPosition | None:
+        """Where a call of `branch` with this timestep stands; None where it is not of this one.
+
+        The same value from another branch is the same step, from the same branch the next one
+        (timesteps that round to one value, samplers that evaluate one twice).
         """
-        unmoved = self.moment.direction == 0 and value != self.moment.value
-        if unmoved and not self.conditioning.shared_with(conditioning):
-            return False
-        return self.moment.advanced(value, explicit) is not None
+        way = self.position.moved(value, explicit)
+        if way is None:
+            return None
+        if way == 0 and (explicit or branch not in self.called):
+            return self.position
+        return self.position.next(value, way)
 
+    def over(self, position: StepPosition) -> bool:
+        """Whether it has no such step: the user said how many there are."""
+        return self.told is not None and position.index >= self.told and not position.explicit
 
-def timestep_value(timestep: torch.Tensor) -> float:
-    """One number for a timestep tensor: its mean (in float64).
+    def expects(self, value: TimestepValue) -> bool:
+        """Whether its next step is known to have this timestep."""
+        timesteps, following = self.course.timesteps, self.position.index + 1
+        known = timesteps is not None and following < len(timesteps)
+        return known and isinstance(value, float) and timesteps[following] == value  # type: ignore[index]
 
-    A tensor with a value for each token moves as its mean does, whichever tokens move. Reading it
-    waits for the device when the tensor is on one.
-    """
-    if timestep.numel() == 1:
-        return float(timestep.item())
-    return float(timestep.double().mean().item())
-
-
-class StepCount:
-    """The number of steps: as set on the cached model, else as the option says, else as counted.
-
-    `given`: what is set on the cached model. `counted`: the steps of the newest generation that has
-    ended (one that was broken off counts as it ended).
-    """
-
-    def __init__(self, option: NumSteps | None) -> None:
-        self.option = option
-        self.given: int | None = None
-        self.counted: int | None = None
-
-    def told(self) -> int | None:
-        """As the user says it. Raises `OptionError` where the option's function gives no number."""
-        if self.given is not None or not callable(self.option):
-            return self.option if self.given is None else self.given  # type: ignore[return-value]
-        number = self.option()
-        check_num_steps(number, "num_steps()")
-        return number
-
-    def expected(self) -> int | None:
-        """For a generation that begins now; None where nothing is known."""
-        told = self.told()
-        return self.counted if told is None else told
+    def enter(self, position: StepPosition, branch: object) -> None:
+        """Move to a call of `branch`; its timestep is learnt where it is the next step's."""
+        if position is not self.position:
+            self.position, self.called = position, set()
+        self.called.add(branch)
+        self.entered.add(position.index)
+        following = position.index == len(self.values) and not position.explicit
+        if following and len(self.values) < MAX_VALUES:
+            self.values.append(as_number(position.value))

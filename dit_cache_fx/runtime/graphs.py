@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from typing import Generic, TypeVar
 
 import torch
 from torch import fx, nn
 
 from dit_cache_fx._torch import not_a_compiled_frame
 from dit_cache_fx.capture import (
-    CAPTURING,
     Captured,
     FlatCall,
+    Shapes,
     Subject,
     accepts,
     capture,
@@ -31,7 +32,8 @@ from dit_cache_fx.lowering.asserts import assertions
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.lowering.stateful import Carried, Stateful, fixed_steps
 from dit_cache_fx.passes import run_passes
-from dit_cache_fx.runtime.generation import StepCount
+from dit_cache_fx.runtime.first_runs import FirstRuns
+from dit_cache_fx.runtime.step_count import StepCount
 from dit_cache_fx.strategies import Strategy, check_block_ids
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
@@ -45,6 +47,8 @@ log = logging.getLogger(__name__)
 #: what two calls must share to run the same graph
 InputKey = tuple[Hashable, Ambient]
 
+_T = TypeVar("_T")
+
 
 @dataclass(eq=False)
 class Entry(Lowered):
@@ -56,8 +60,11 @@ class Entry(Lowered):
     volatile: frozenset[tuple[str, str]]  # what of it the forward changes by itself
     count: StepCount
     breaks: bool = False  # it cannot be compiled as one graph
-    carried: dict[str | None, Carried] = field(default_factory=dict)  # by cache context
+    carried: dict[tuple[str, ...], Carried] = field(default_factory=dict)  # by cache context
     served: set[float] = field(default_factory=set)  # a few of the timesteps that it answered
+    first_runs: FirstRuns = field(default_factory=FirstRuns)  # with each compiler that looks on
+    _lowering: threading.RLock = field(default_factory=threading.RLock)
+    _one_graph: OneGraph | None = None
 
     def guards(self) -> list[str]:
         guards = self.captured.guards
@@ -66,10 +73,13 @@ class Entry(Lowered):
     def captured_graph(self) -> fx.GraphModule:
         return self.captured.gm
 
-    @cached_property
+    @property
     def one_graph(self) -> OneGraph:
         """The graph that decides by itself."""
-        return lower_one_graph(self.program, self.variants, self.strategy)
+        with self._lowering:
+            if self._one_graph is None:
+                self._one_graph = lower_one_graph(self.program, self.variants, self.strategy)
+            return self._one_graph
 
     def broken(self) -> None:
         """Its blocks cannot be in one graph: let the compiler look at each of them by itself."""
@@ -83,78 +93,130 @@ class Entry(Lowered):
     def stateful(self, check_conditioning: bool = True) -> Stateful:
         """The program with its clock, its state given and returned."""
         names = [self.program.inputs[i] for i in self.conditioning] if check_conditioning else []
-        guards, accepted = self.captured.guards, self.captured.accepted
+        guards, accepted = self.captured.guards, self.captured.accepted.copy()
         asserted = None if guards is None else assertions(guards, accepted)
-        steps = fixed_steps(self.strategy, self.count.told())
-        return Stateful(self.program, self.variants, self.strategy, asserted, names, steps)
+        course = self.count.told_course()
+        steps = fixed_steps(self.strategy, course.num_steps, course.timesteps)
+        return Stateful(self.program, self.variants, self.strategy, asserted, names, steps, course)
 
-    def carried_in(self, context: str | None) -> Carried:
+    def carried_in(self, context: tuple[str, ...]) -> Carried:
         """The program with the state of a cache context in its buffers."""
         return getattr(self, self._carry(context))  # type: ignore[no-any-return]
 
     @torch.compiler.assume_constant_result
-    def _carry(self, context: str | None) -> str:
+    def _carry(self, context: tuple[str, ...]) -> str:
         """The name of the attribute that holds it: made while a graph is traced, where need be."""
-        if context not in self.carried:
-            self.carried[context] = Carried(self.stateful())
-        name = f"_carried_{[*self.carried].index(context)}"
-        setattr(self, name, self.carried[context])
-        return name
+        with self._lowering:
+            if context not in self.carried:
+                self.carried[context] = Carried(self.stateful())
+            name = f"_carried_{[*self.carried].index(context)}"
+            setattr(self, name, self.carried[context])
+            return name
+
+
+@dataclass(eq=False)
+class Found(Generic[_T]):
+    """The graph for a call. `first`: where it was captured just now, its answer to that call."""
+
+    entry: Entry
+    shapes: Shapes  # of the call's masked selections
+    first: _T | None
 
 
 class Graphs:
-    """Every captured graph of one model, by input signature."""
+    """Every captured graph of one model, by input signature.
+
+    Threads capture one at a time, so that each graph is made once. Calls of known graphs do not
+    wait for that.
+    """
 
     def __init__(self, subject: Subject, timestep: str | None, count: StepCount) -> None:
         self.subject = subject
         self.count = count
         self.timestep = timestep  # the argument's name, once it is known
-        self.entries: OrderedDict[InputKey, list[Entry]] = OrderedDict()
+        self.entries: OrderedDict[InputKey, tuple[Entry, ...]] = OrderedDict()
         self._serial = 0
         self._told: set[str] = set()
+        self._capturing = threading.RLock()
+        self._lock = threading.RLock()  # of `entries`, held for a moment
 
     def clear(self) -> None:
         """Forget every graph."""
-        self.entries.clear()
+        with self._lock:
+            self.entries.clear()
+
+    def outdated(self, entry: Entry) -> bool:
+        """Forget every graph, unless this one was forgotten; returns whether it was there."""
+        with self._lock:
+            known = any(entry is e for e in self.all())
+            if known:
+                self.entries.clear()
+            return known
 
     def learn_timestep(self, arguments: Sequence[str]) -> None:
         """Look for the timestep among a call's arguments: it may have come in by `**kwargs`."""
         if self.timestep is None:
             self.timestep = named_timestep(arguments, None)
 
-    def find(self, call: FlatCall, key: InputKey) -> tuple[Entry, bool]:
-        """The graph for a call, and whether it was captured just now."""
-        entries = self.entries.setdefault(key, [])
-        self.entries.move_to_end(key)
-        for entry in reversed(entries):
-            if accepts(self.subject, entry.captured, call):
-                entries.remove(entry)
-                entries.append(entry)  # the newest is the last
-                return entry, False
+    def find(self, call: FlatCall, key: InputKey, check: Callable[[Entry], _T]) -> Found[_T]:
+        """The graph for a call, captured where there is none.
+
+        A new graph is given to `check`, which gives its answer to the call or raises; before that
+        no other call sees it.
+        """
+        found: Found[_T] | None = self._accepting(call, key)
+        if found is not None:
+            return found
+        with self._capturing:
+            found = self._accepting(call, key)  # captured by another thread meanwhile
+            return self._captured(call, key, check) if found is None else found
+
+    def _accepting(self, call: FlatCall, key: InputKey) -> Found[_T] | None:
+        for entry in reversed(self.entries.get(key, ())):
+            shapes = accepts(self.subject, entry.captured, call)
+            if shapes is not None:
+                self._used(key, entry)
+                return Found(entry, shapes, None)
+        return None
+
+    def _used(self, key: InputKey, entry: Entry) -> None:
+        """The newest is the last."""
+        with self._lock:
+            entries = self.entries.get(key, ())
+            if entry in entries:
+                self.entries.move_to_end(key)
+            if entry in entries[:-1]:
+                self.entries[key] = (*(e for e in entries if e is not entry), entry)
+
+    def _captured(self, call: FlatCall, key: InputKey, check: Callable[[Entry], _T]) -> Found[_T]:
+        entries = self.entries.get(key, ())
         if len(entries) >= MAX_VARIANTS:
             _refuse_one_for_each_step(entries)
-            entries.pop(0)
         log.info("capturing: %s", _Because(self.all(), entries, call))
-        try:
-            with CAPTURING:
-                entries.append(self._capture(call))
-        finally:
-            if not entries:
-                self.entries.pop(key, None)
-        while len(self.entries) > MAX_CAPTURES:
-            self.entries.popitem(last=False)
-        return entries[-1], True
+        with self.subject.turns.of_model():
+            entry = self._capture(call)
+        with self.subject.turns.of_model():  # it is known now whether forward sets attributes
+            first = check(entry)
+        with self._lock:
+            self.entries[key] = (*self.entries.get(key, ())[1 - MAX_VARIANTS :], entry)
+            self.entries.move_to_end(key)
+            while len(self.entries) > MAX_CAPTURES:
+                self.entries.popitem(last=False)
+        guards = entry.captured.guards
+        return Found(entry, () if guards is None else guards.shapes(guards.expected), first)
 
     def all(self) -> list[Entry]:
         """Every graph, the newest last."""
-        return [entry for variants in self.entries.values() for entry in variants]
+        with self._lock:
+            return [entry for variants in self.entries.values() for entry in variants]
 
     def known(self, call_key: Hashable) -> Entry | None:
         """The newest graph for calls of this key, whatever its guards and torch's state say."""
-        found = [v for (key, _), v in self.entries.items() if key == call_key and v]
+        entries = list(self.entries.items())  # without the lock: Dynamo traces this
+        found = [v for (key, _), v in entries if key == call_key]
         return found[-1][-1] if found else None
 
-    def carried(self, context: str | None) -> nn.ModuleDict:
+    def carried(self, context: tuple[str, ...]) -> nn.ModuleDict:
         """Each graph with the state of a cache context in its buffers."""
         return nn.ModuleDict({str(e.serial): e.carried_in(context) for e in self.all()})
 
@@ -186,6 +248,7 @@ class Graphs:
         model, strategy = self.subject.model, self.subject.strategy
         before = fingerprint(model, ())
         captured = capture(self.subject, call, self.timestep)
+        self.subject.turns.needed |= bool(captured.recording.settings)
         self._tell_unread(captured.unread)
         after = fingerprint(model, ())
         program = captured.program

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 
 from dit_cache_fx.runtime.branches import Branch, Held
 from dit_cache_fx.runtime.drive import Results
-from dit_cache_fx.strategies import Clock, Memory, Strategy
-from dit_cache_fx.values.identity import memory
+from dit_cache_fx.strategies import CLOCK, Course, Memory, Strategy
+from dit_cache_fx.strategies.rule import begun, decided, lost_with
+from dit_cache_fx.values.identity import storage_key
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
 #: why a step computes
@@ -17,7 +18,10 @@ FIRST, SCHEDULED, MISSING, RULE = "the first step", "scheduled", "nothing is hel
 
 
 class Step:
-    """A step of one branch. `specs`: what is held of it, by name. `num_steps`: where it is known.
+    """A step of one branch. `specs`: what is held of it, by name. `course`: of its generation.
+
+    `missed`: steps since the branch was called last. What is held is older than meant where one of
+    them was to be computed, or a rule did not see it.
 
     Nothing is written to the branch before `commit`: a call that raises leaves no trace.
     """
@@ -28,23 +32,28 @@ class Step:
         branch: Branch,
         index: int,
         specs: Mapping[str, TensorSpec],
-        num_steps: int | None = None,
+        course: Course | None = None,
+        missed: Iterable[int] = (),
     ) -> None:
         self.index = index
-        self._num_steps = num_steps
+        self._course = course or strategy.course()
         self._strategy = strategy
         self._branch = branch
         self._specs = specs
         self._memory: Memory | None = branch.memory
         missing = len(branch.held) != len(specs) or not all(h.untouched() for h in branch.held)
-        scheduled = strategy.scheduled(index, num_steps)
+        seen = not any(strategy.has_rule or self._course.computes(i) for i in missed)
+        missing = missing or not seen
+        scheduled = self._course.computes(index)
+        self._missing = missing
         self._forced = scheduled or missing
         self.computes = self._forced
         self._why = FIRST if index == 0 else SCHEDULED if scheduled else MISSING
 
-    def anew(self) -> Step:
-        """The same step of a branch that holds nothing."""
-        return Step(self._strategy, Branch(), self.index, self._specs, self._num_steps)
+    def follow(self, first: Step) -> None:
+        """Take the decision of `first`, the same step of a branch that holds nothing."""
+        if first._memory is not None:
+            self.computes, self._memory = first.computes, first._memory
 
     @property
     def why(self) -> str:
@@ -57,8 +66,7 @@ class Step:
 
     def given(self, names: Collection[str]) -> dict[str, torch.Tensor]:
         """For a variant that reads `names`: the clock, and what is held (else placeholders)."""
-        held = [h.tensor for h in self._branch.held]
-        held = held or [spec.placeholder() for spec in self._specs.values()]
+        held = self._held() or [spec.placeholder() for spec in self._specs.values()]
         return {**self._clock(names), **dict(zip(self._specs, held, strict=True))}
 
     def compiled_given(self, names: Collection[str]) -> dict[str, torch.Tensor]:
@@ -69,34 +77,55 @@ class Step:
         given: dict[str, torch.Tensor] = {}
         for place, (name, spec) in enumerate(self._specs.items()):
             if name in names:
-                own = self._branch.held
-                given[name] = own[place].tensor if own else spec.zeros()
+                own = self._held()
+                given[name] = own[place] if own else spec.zeros()
         for name, value in self._clock(names).items():
             given[name] = value.to(next(iter(self._specs.values())).device)
         return given
 
     def one_graph_given(
-        self, names: Collection[str], memory: Mapping[str, TensorSpec]
+        self, names: Collection[str], memory: Mapping[str, TensorSpec] | None
     ) -> dict[str, torch.Tensor]:
         """For the graph that decides by itself: flags, the rule's memory, the clock, what is held.
 
         Every step gives tensors of the same strides: for others it would be compiled again.
         """
-        held = [h.tensor.contiguous() for h in self._branch.held]
+        held = [t.contiguous() for t in self._held()]
         held = held or [spec.zeros() for spec in self._specs.values()]
         given = {"forced": _flag(self.computes), **self._clock(names)}
         given.update(zip(self._specs, held, strict=True))
-        if memory:
+        if memory is not None:
             remembered = self._memory or [spec.zeros() for spec in memory.values()]
             given["fresh"] = _flag(self._memory is None)
             given.update(zip(memory, (t.contiguous() for t in remembered), strict=True))
         return given
 
     def _clock(self, names: Collection[str]) -> dict[str, torch.Tensor]:
-        branch = self._branch
-        distance = self.index - branch.last_computed if branch.computed else 0
-        clock = zip(Clock._fields, (distance, branch.computed), strict=True)
-        return {name: _scalar(value) for name, value in clock if name in names}
+        made: dict[str, Callable[[], float | list[float]]] = {
+            "distance": lambda: self._course.distance(self._last, self.index),
+            "computed": lambda: self._computed,
+            "gap": lambda: self._course.gap(self._last, self.index),
+            "reach": lambda: self._branch.reach if self._computed > 1 else 0.0,
+        }
+        return {
+            n: torch.tensor(made[n](), dtype=torch.float64, device="cpu")
+            for n in CLOCK
+            if n in names
+        }
+
+    def _held(self) -> list[torch.Tensor]:
+        """What the branch holds, if anything that can be used."""
+        return [] if self._missing else [h.tensor for h in self._branch.held]
+
+    @property
+    def _computed(self) -> int:
+        """Computed steps that what is held comes from."""
+        return 0 if self._missing else self._branch.computed
+
+    @property
+    def _last(self) -> int:
+        """The newest of them; this step where there is none."""
+        return self._branch.last_computed if self._computed else self.index
 
     def prepared(self, first: Mapping[str, TensorSpec], make: Callable[[], Results]) -> Results:
         """What the host makes for a computed step's graph; on others nothing reads it.
@@ -112,18 +141,22 @@ class Step:
     # --- the strategy's own rule -----------------------------------------------------------------
 
     def decide(self, signal: torch.Tensor) -> None:
-        """Ask the strategy's own rule. Reads one boolean from the device."""
+        """Ask the strategy's own rule. Waits for the device once."""
         if self._memory is None:
-            self.computes = True
-            self._memory = self._strategy.begin(signal)
-            return
-        forced = torch.tensor(self._forced, device=signal.device)
-        computes, self._memory = self._strategy.decide(signal, self._memory, forced)
-        self.computes = bool(computes)
+            self.computes, self._memory = True, begun(self._strategy, signal)
+            lost = bool(lost_with(signal))
+        else:
+            forced = torch.tensor(self._forced, device=signal.device)
+            answer = decided(self._strategy, signal, self._memory, forced)
+            flags = torch.stack([answer.computes, answer.doubted, answer.lost])
+            self.computes, doubted, lost = flags.tolist()
+            self._memory = begun(self._strategy, signal) if doubted else answer.memory
+        if lost:
+            self._memory = None
 
-    def decided(self, computes: torch.Tensor, *memory: torch.Tensor) -> None:
+    def decided(self, computes: torch.Tensor, lost: torch.Tensor, *memory: torch.Tensor) -> None:
         """The graph has asked the rule: its decision, on the CPU, and its new memory."""
-        self.computes, self._memory = bool(computes), memory
+        self.computes, self._memory = bool(computes), None if bool(lost) else memory
 
     # --- afterwards ------------------------------------------------------------------------------
 
@@ -137,30 +170,28 @@ class Step:
 
         The caller may change its inputs and its outputs in place: no memory of theirs is held.
         """
-        foreign = {memory(t) for t in inputs}
+        foreign = {storage_key(t) for t in inputs}
         if self._memory is not None:
             self._memory = tuple(_own(Held.of(t), foreign).tensor for t in self._memory)
         self._branch.memory = self._memory
         if self.computes:
             self._hold([_own(Held.of(t), foreign) for t in kept])
-        own = {memory(h.tensor) for h in self._branch.held}
-        return [t.clone() if memory(t) in own else t for t in outputs]
+        own = {storage_key(h.tensor) for h in self._branch.held}
+        return [t.clone() if storage_key(t) in own else t for t in outputs]
 
     def _hold(self, held: list[Held]) -> None:
         branch = self._branch
-        again = branch.computed > 0 and branch.last_computed == self.index
+        again = self._computed > 0 and branch.last_computed == self.index
+        if not again:
+            branch.reach = self._course.distance(self._last, self.index)
         branch.held = held
-        branch.computed += 0 if again else 1
+        branch.computed = self._computed + (0 if again else 1)
         branch.last_computed = self.index
 
 
-def _scalar(value: int) -> torch.Tensor:
-    return torch.tensor(float(value), dtype=torch.float64)
-
-
 def _flag(value: bool) -> torch.Tensor:
-    return torch.tensor(value)
+    return torch.tensor(value, device="cpu")
 
 
 def _own(held: Held, foreign: set[int]) -> Held:
-    return held.copy() if memory(held.tensor) in foreign else held
+    return held.copy() if storage_key(held.tensor) in foreign else held

@@ -9,36 +9,30 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from dit_cache_fx.errors import OptionError
+from dit_cache_fx.strategies.clock import Clock
+from dit_cache_fx.strategies.course import Course
 from dit_cache_fx.strategies.schedule import (
     EvenSteps,
+    EvenTimesteps,
     ListedSteps,
     Schedule,
     check_num_steps,
     check_ratio,
     named_schedule,
 )
+from dit_cache_fx.strategies.timesteps import Timesteps, checked_timesteps
 
 #: how many steps a generation has, or what tells it
 NumSteps = int | Callable[[], int]
 #: how `decide` keeps its memory from step to step
 Memory = tuple[Tensor, ...]
-
-
-class Clock(NamedTuple):
-    """Where a step stands in its generation; tensors of no dimensions, float64.
-
-    `distance`: steps since the last computed step. `computed`: computed steps before this one.
-    """
-
-    distance: Tensor
-    computed: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +41,13 @@ class Strategy:
 
     Which steps are computed in full (a generation's first always is), one of: `no_cache_steps`, the
     steps, counted from the generation's first; `compute_ratio`, a share of them, evenly spaced;
-    `schedule`, "quality", "balanced" or "fast", or a `Schedule` object. `num_steps`: how many a
-    generation has, or a function that tells at its first call; without it, as many as the one
-    before had.
+    `computed_steps`, their number, evenly spaced in timestep (`EvenTimesteps`); `schedule`,
+    "quality", "balanced" or "fast", or a `Schedule` object.
+
+    `num_steps`: how many steps a generation has, or a function that tells at its first call;
+    without it, as many as the one before had. `timesteps`: the timesteps of its calls (a sequence,
+    tensor or array), or a function that is asked at its first call, such as
+    `lambda: pipe.scheduler.timesteps`; without it, those that the generation before had.
 
     `no_cache_block_id`: block list -> ids that are never cached; a list is named as the model names
     it, or "double_blocks" / "single_blocks" for the first / second.
@@ -58,7 +56,9 @@ class Strategy:
     no_cache_steps: frozenset[int] | None = None
     compute_ratio: float | None = None
     schedule: str | Schedule | None = None
+    computed_steps: int | None = None
     num_steps: NumSteps | None = None
+    timesteps: Timesteps | None = None
     no_cache_block_id: Mapping[str, Iterable[int]] | None = None
 
     #: its name for `apply(model, strategy=...)`
@@ -73,6 +73,7 @@ class Strategy:
         object.__setattr__(self, "no_cache_steps", steps)
         object.__setattr__(self, "no_cache_block_id", ids)
         self._check_schedule()
+        self._check_length()
 
     @cached_property
     def plan(self) -> Schedule | None:
@@ -81,13 +82,30 @@ class Strategy:
             return ListedSteps(self.no_cache_steps)
         if self.compute_ratio is not None:
             return EvenSteps(self.compute_ratio)
+        if self.computed_steps is not None:
+            return EvenTimesteps(self.computed_steps)
         return None if self.schedule is None else named_schedule(self.schedule)
+
+    def course(
+        self, num_steps: int | None = None, timesteps: tuple[float, ...] | None = None
+    ) -> Course:
+        """A generation's steps by what is known of it."""
+        course = Course(self.plan, num_steps, timesteps)
+        return replace(course, ruled=self.has_rule, by_timestep=self.by_timestep)
 
     def scheduled(self, step: int, num_steps: int | None = None) -> bool:
         """Whether a step is computed in any case; the number of steps may turn out too small."""
-        known = num_steps is not None and step < num_steps
-        planned = self.plan is not None and self.plan.computes(step, num_steps if known else None)
-        return step == 0 or planned
+        return self.course(num_steps).computes(step)
+
+    @property
+    def by_timestep(self) -> bool:
+        """Whether distances are differences of timesteps, not numbers of steps."""
+        return False
+
+    @property
+    def needs_timesteps(self) -> bool:
+        """Whether it does better where a generation's timesteps are known beforehand."""
+        return self.by_timestep or (self.plan is not None and self.plan.needs_timesteps)
 
     # --- what to keep and what to give back ------------------------------------------------
 
@@ -98,7 +116,10 @@ class Strategy:
     def store(
         self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
     ) -> Sequence[Tensor]:
-        """On a computed step: the `slots()` tensors to hold for `value`.
+        """On a computed step: the `slots()` tensors to hold, of the shape and dtype of `value`.
+
+        This and `reuse` are traced once: no in-place change of what they are given, no Python
+        branch on a tensor's value. What breaks this raises `VerifyError` at the first call.
 
         `held`: what is held so far, zeros in a generation's first computed step. `start`: the
         same stream before the run (None where the run has none of `value`'s shape).
@@ -106,7 +127,7 @@ class Strategy:
         raise NotImplementedError
 
     def reuse(self, held: Sequence[Tensor], start: Tensor | None, clock: Clock) -> Tensor:
-        """On any other step: the value in the place of the computed one, of the same shape."""
+        """On any other step: the value in the place of the computed one, of its shape and dtype."""
         raise NotImplementedError
 
     def stream_name(self) -> str:
@@ -131,7 +152,10 @@ class Strategy:
     def decide(self, signal: Tensor, memory: Memory, forced: Tensor) -> tuple[Tensor, Memory]:
         """Whether this step computes (a boolean of no dimensions), and the new memory.
 
-        `signal`: the first block's modulated input. `forced`: the step computes in any case.
+        `signal`: the first block's modulated input. `forced`: the step computes in any case. The
+        memory keeps its number of tensors, their shapes and dtypes; nothing is changed in place.
+        Where the signal or what was `measured` is no finite number, the step computes, and the
+        memory begins anew.
         """
         raise NotImplementedError
 
@@ -150,7 +174,7 @@ class Strategy:
     # --- options that cannot work ----------------------------------------------------------
 
     def _check_schedule(self) -> None:
-        ways = ("no_cache_steps", "compute_ratio", "schedule")
+        ways = ("no_cache_steps", "compute_ratio", "schedule", "computed_steps")
         given = [name for name in ways if getattr(self, name) is not None]
         if not given and not self.has_rule:
             raise OptionError(
@@ -167,8 +191,23 @@ class Strategy:
             check_ratio("compute_ratio", self.compute_ratio)
         if self.schedule is not None:
             named_schedule(self.schedule)
+        if self.computed_steps is not None:
+            EvenTimesteps(self.computed_steps)
+
+    def _check_length(self) -> None:
+        """`num_steps` and `timesteps`, as far as they are given as numbers."""
+        if self.timesteps is not None and not callable(self.timesteps):
+            object.__setattr__(self, "timesteps", checked_timesteps(self.timesteps))
         if self.num_steps is not None and not callable(self.num_steps):
             check_num_steps(self.num_steps)
+        number = None if callable(self.num_steps) else self.num_steps
+        if isinstance(self.timesteps, tuple):
+            if number not in (None, len(self.timesteps)):
+                expected = f"there are {len(self.timesteps)} timesteps: one of both is enough"
+                raise OptionError("num_steps", number, expected)
+            number = len(self.timesteps)
+        if self.plan is not None and number is not None:
+            self.plan.check(number)
 
 
 def options_of(strategy: type[Strategy]) -> list[str]:

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from dit_cache_fx.strategies.base import Clock, Strategy
+from dit_cache_fx.strategies.base import Strategy
+from dit_cache_fx.strategies.clock import Clock
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,16 @@ from typing import Any
 from dit_cache_fx.errors import OptionError
 from dit_cache_fx.strategies.base import Strategy, options_of
 from dit_cache_fx.strategies.deepcache import DeepCache
+from dit_cache_fx.strategies.exponential import Exponential
+from dit_cache_fx.strategies.foca import FoCa
+from dit_cache_fx.strategies.hicache import HiCache
+from dit_cache_fx.strategies.newton import NewtonCache
 from dit_cache_fx.strategies.taylorcache import TaylorCache
 from dit_cache_fx.strategies.teacache import TeaCache
 
-BY_NAME: dict[str, type[Strategy]] = {s.name: s for s in (DeepCache, TeaCache, TaylorCache)}
+BY_NAME: dict[str, type[Strategy]] = {
+    s.name: s for s in (DeepCache, TeaCache, TaylorCache, NewtonCache, HiCache, FoCa, Exponential)
+}
 
 
 def make_strategy(strategy: str | Strategy, options: dict[str, Any]) -> Strategy:

@@ -1,12 +1,13 @@
 """Which steps of a generation are computed in full.
 
-A schedule is a pure function of the step and of the number of steps, as far as that is known.
+A schedule is a pure function of the step and of what is known of the generation: its number of
+steps, and its timesteps.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from types import MappingProxyType
@@ -16,6 +17,10 @@ from dit_cache_fx.errors import OptionError
 
 #: a ratio is taken as a fraction with at most this denominator, so that 0.29 is 29 of 100
 _DENOMINATOR = 1000
+#: how many steps a generation is taken to have as long as nothing is known of it
+USUAL_STEPS = 50
+#: how far to look for the next computed step where the number of steps is not known
+_FAR = 1000
 
 
 class Schedule:
@@ -23,6 +28,8 @@ class Schedule:
 
     #: whether it places its steps by their number; if not, `num_steps` changes nothing
     needs_num_steps: ClassVar[bool] = True
+    #: whether it is meant for generations whose timesteps are known
+    needs_timesteps: ClassVar[bool] = False
 
     def computes(self, step: int, num_steps: int | None) -> bool:
         """Whether a step, counted from 0, is computed in full. Step 0 always is.
@@ -30,6 +37,18 @@ class Schedule:
         `num_steps`: of the running generation, above `step`; None where it is not known.
         """
         raise NotImplementedError
+
+    def placed(self, timesteps: Sequence[float]) -> Schedule:
+        """The schedule for a generation of these timesteps, one for each call of the model."""
+        return self
+
+    def next_computed(self, step: int, num_steps: int | None) -> int | None:
+        """The next computed step after `step`; None where there is none, as far as is known."""
+        end = step + _FAR if num_steps is None else num_steps
+        return next((s for s in range(step + 1, end) if self.computes(s, num_steps)), None)
+
+    def check(self, num_steps: int) -> None:
+        """Raise `OptionError` where it cannot be followed in a generation of so many steps."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +61,10 @@ class ListedSteps(Schedule):
 
     def computes(self, step: int, num_steps: int | None) -> bool:
         return step in self.steps
+
+    def next_computed(self, step: int, num_steps: int | None) -> int | None:
+        end = math.inf if num_steps is None else num_steps
+        return min((s for s in self.steps if step < s < end), default=None)
 
 
 @dataclass(frozen=True)
@@ -80,13 +103,75 @@ class EvenAndLast(Schedule):
 
     def computes(self, step: int, num_steps: int | None) -> bool:
         if num_steps is None:
-            return _passes(step, self._even(50))
+            return _passes(step, self._even(USUAL_STEPS))
         return step == num_steps - 1 or _passes(step, self._even(num_steps))
 
     def _even(self, num_steps: int) -> Fraction:
         """The share of the evenly spaced steps: the last one comes on top."""
         count = math.ceil(num_steps * _fraction(self.ratio)) + self.more
         return Fraction(min(max(count - 1, 1), num_steps), num_steps)
+
+
+@dataclass(frozen=True)
+class EvenTimesteps(Schedule):
+    """`computed_steps` steps, evenly spaced in timestep: step 0 and the last are among them.
+
+    Computed step i of K is the one whose timestep is nearest to
+    `first + (last - first) * i / (K - 1)`, of those that are not taken yet. As long as the
+    timesteps are not known, the steps are evenly spaced by index.
+    """
+
+    computed_steps: int
+
+    needs_timesteps: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_computed_steps(self.computed_steps)
+
+    def computes(self, step: int, num_steps: int | None) -> bool:
+        if num_steps is None:
+            return _passes(step, Fraction(min(self.computed_steps, USUAL_STEPS), USUAL_STEPS))
+        parts, way = self.computed_steps - 1, num_steps - 1
+        if step == 0 or parts >= way:
+            return True
+        nearest = (2 * step + 1) * parts // (2 * way)  # the last i with its place up to here
+        return 2 * nearest * way > (2 * step - 1) * parts
+
+    def placed(self, timesteps: Sequence[float]) -> Schedule:
+        return ListedSteps(evenly_spaced(timesteps, self.computed_steps))
+
+    def check(self, num_steps: int) -> None:
+        check_computed_steps(self.computed_steps, num_steps)
+
+
+@dataclass(frozen=True)
+class EvenNoise(EvenAndLast):
+    """As many computed steps as `EvenAndLast` has, evenly spaced in timestep.
+
+    As long as the timesteps are not known, they are the steps of `EvenAndLast`.
+    """
+
+    def placed(self, timesteps: Sequence[float]) -> Schedule:
+        steps = len(timesteps)
+        count = sum(self.computes(step, steps) for step in range(1, steps))
+        return ListedSteps(evenly_spaced(timesteps, count + 1))
+
+
+def evenly_spaced(places: Sequence[float], count: int) -> frozenset[int]:
+    """The indexes of `count` places, evenly spaced from the first place to the last.
+
+    Where there are not as many, the indexes of all. Of two places that are equally near the first
+    is taken.
+    """
+    if count >= len(places):
+        return frozenset(range(len(places)))
+    first, last = places[0], places[-1]
+    ends = {0, len(places) - 1} if count > 1 else {0}
+    free = {i: place for i, place in enumerate(places) if i not in ends}
+    for i in range(1, count - 1):
+        target = first + (last - first) * i / (count - 1)
+        free.pop(min(free, key=lambda k: abs(free[k] - target)))
+    return frozenset(range(len(places))) - frozenset(free)
 
 
 def interval_schedule(num_steps: int, start: int, end: int, interval: int) -> set[int]:
@@ -116,6 +201,16 @@ def check_num_steps(value: Any, source: str = "num_steps") -> None:
         raise OptionError(source, value, "the steps of a generation: an integer from 1")
 
 
+def check_computed_steps(value: Any, num_steps: int | None = None) -> None:
+    """Raise `OptionError` where no generation, or none of `num_steps`, has so many steps."""
+    expected = "how many steps of a generation are computed in full: an integer from 1"
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise OptionError("computed_steps", value, expected)
+    if num_steps is not None and value > num_steps:
+        most = f"{expected} to {num_steps}, the number of its steps"
+        raise OptionError("computed_steps", value, most)
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -129,8 +224,8 @@ def _fraction(ratio: float) -> Fraction:
 
 
 #: what `schedule="..."` stands for; docs/schedules.md has the measurements
-PRESETS: Mapping[str, EvenAndLast] = MappingProxyType(
-    {"quality": EvenAndLast(0.4), "balanced": EvenAndLast(0.2), "fast": EvenAndLast(0.1)}
+PRESETS: Mapping[str, EvenNoise] = MappingProxyType(
+    {"quality": EvenNoise(0.4), "balanced": EvenNoise(0.2), "fast": EvenNoise(0.1)}
 )
 
 

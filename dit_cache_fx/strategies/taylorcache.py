@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.strategies.base import Clock, Strategy
+from dit_cache_fx.strategies.base import Strategy
+from dit_cache_fx.strategies.clock import MOMENTS, Clock
 
 #: share of the highest frequency up to which a frequency is in the low band
 CUTOFF = 0.1
+AXES = ("step", "timestep")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +29,27 @@ class TaylorCache(Strategy):
     it the prediction is `sum D[i] d^i / i!`. Tokens (dimension 1) are split by frequency into a
     low and a high band with orders of their own, at most `max_order`; with equal orders the split
     changes nothing and is left out.
+
+    `axis`: whether distances count steps ("step") or are differences of the timesteps, in steps of
+    the average length ("timestep"; in steps where the timesteps are not known).
+
+    `corrector`: the share of a past interval's error that is put right in the coming one, from 0 to
+    2. On a computed step c after the computed step p, the values between are known better than when
+    they were predicted: `I(k)` on the line from `x_p` to `x_c` (in the unit of `axis`), against
+    the sum `P(k)` above. The sampler has added up their difference, weighted by how far the
+    timestep moved (`dt_k`; 1 where timesteps are not known): `E = sum of (I(k) - P(k)) dt_k over
+    p < k < c`. Each prediction up to the next computed step n gets
+    `corrector * E / (sum of dt_k over c < k < n)` added. `P(k)` is without such an addition, so
+    what was put right once is not taken for an error. Where n is not known, since a rule decides,
+    the last interval stands for it. One more tensor is held for each value, and nothing is stored
+    on reused steps: `E` follows from the derivatives held at p, and numbers.
     """
 
     max_order: int = 2
     low_freqs_order: int = 2
     high_freqs_order: int = 2
+    corrector: float = 0.0
+    axis: str = "step"
 
     name: ClassVar[str] = "taylorcache"
     action: ClassVar[str] = "predicted"
@@ -41,6 +60,9 @@ class TaylorCache(Strategy):
             value = getattr(self, option)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise OptionError(option, value, "an integer from 0")
+        self._check_corrector()
+        if self.axis not in AXES:
+            raise OptionError("axis", self.axis, f"one of {list(AXES)}")
 
     @property
     def orders(self) -> tuple[int, ...]:
@@ -51,7 +73,11 @@ class TaylorCache(Strategy):
         return (low,) if low == high else (low, high)
 
     def slots(self) -> int:
-        return sum(order + 1 for order in self.orders)
+        return sum(order + 1 for order in self.orders) + bool(self.corrector)
+
+    @property
+    def by_timestep(self) -> bool:
+        return self.axis == "timestep"
 
     def store(
         self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
@@ -59,18 +85,59 @@ class TaylorCache(Strategy):
         bands = [value] if len(self.orders) == 1 else split_bands(value)
         new: list[Tensor] = []
         for order, band in zip(self.orders, bands, strict=True):
-            new += derivatives(band, held[len(new) : len(new) + order + 1], clock)
+            new += self.differences(band, held[len(new) : len(new) + order + 1], clock)
+        if self.corrector:
+            new.append(self._correction(value, held, clock))
         return new
 
     def reuse(self, held: Sequence[Tensor], start: Tensor | None, clock: Clock) -> Tensor:
-        total: Tensor | None = None
-        first = 0
-        for order in self.orders:
-            band = taylor_sum(held[first : first + order + 1], clock.distance)
-            total = band if total is None else total + band
-            first += order + 1
-        assert total is not None
+        first, *others = [self._predicted(band, clock.distance) for band in self._bands(held)]
+        total = sum(others, start=first)
+        return total + held[-1] if self.corrector else total
+
+    def differences(self, value: Tensor, held: Sequence[Tensor], clock: Clock) -> list[Tensor]:
+        """The new derivatives of a band, as many as `held`."""
+        return derivatives(value, held, clock)
+
+    def weight(self, order: int, power: Callable[[int], Tensor]) -> Tensor:
+        """The weight of a derivative in a prediction. `power`: of the distance."""
+        return power(order) / math.factorial(order)
+
+    def _predicted(self, band: Sequence[Tensor], distance: Tensor) -> Tensor:
+        total = band[0]
+        for i, derivative in enumerate(band[1:], start=1):
+            total = total + derivative * self.weight(i, lambda n: distance**n)
         return total
+
+    def _bands(self, held: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """The derivatives of each band."""
+        ends = list(accumulate(order + 1 for order in self.orders))
+        return [held[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+
+    def _correction(self, value: Tensor, held: Sequence[Tensor], clock: Clock) -> Tensor:
+        """What to add to the predictions up to the next computed step; 0 before there was another.
+
+        A second evaluation at the same step (distance 0) keeps that of the first.
+        """
+        bands = self._bands(held)
+        last = sum([band[0] for band in bands[1:]], start=bands[0][0])
+        missed = slope(value, last, clock) * (clock.gap[1] / 1)
+        for band in bands:
+            for i, derivative in enumerate(band[1:], start=1):
+                missed = missed - derivative * self.weight(i, lambda n: clock.gap[n])
+        known = (clock.computed > 0) & (clock.distance > 0)
+        again = (clock.computed > 0) & (clock.distance == 0)
+        corrected = torch.where(known, self.corrector * missed, 0.0)
+        return torch.where(again, held[-1], corrected)
+
+    def _check_corrector(self) -> None:
+        value = self.corrector
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 <= value <= 2:
+            raise OptionError("corrector", value, "a share from 0 (off) to 2, for instance 0.5")
+        if value and max(self.orders) >= MOMENTS:
+            most = f"at most {MOMENTS - 1} with a corrector"
+            raise OptionError("max_order", self.max_order, most)
 
 
 def derivatives(value: Tensor, held: Sequence[Tensor], clock: Clock) -> list[Tensor]:
@@ -87,12 +154,10 @@ def derivatives(value: Tensor, held: Sequence[Tensor], clock: Clock) -> list[Ten
     return new
 
 
-def taylor_sum(held: Sequence[Tensor], distance: Tensor) -> Tensor:
-    """`sum D[i] distance^i / i!`."""
-    total = held[0]
-    for i, d in enumerate(held[1:], start=1):
-        total = total + d * (distance**i / math.factorial(i))
-    return total
+def slope(value: Tensor, last: Tensor, clock: Clock) -> Tensor:
+    """The change since the last computed step by its distance; 0 where there is none."""
+    known = (clock.computed > 0) & (clock.distance > 0)
+    return (value - last) / torch.where(known, clock.distance, math.inf)
 
 
 def split_bands(value: Tensor) -> list[Tensor]:

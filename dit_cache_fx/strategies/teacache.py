@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.strategies.base import Clock, Memory, Strategy
+from dit_cache_fx.strategies.base import Memory, Strategy
+from dit_cache_fx.strategies.clock import Clock
 from dit_cache_fx.strategies.teacache_coefficients import TEACACHE_COEFFICIENTS, Coefficients
 
 SIGNALS = ("modulated", "input", "conditioning", "embedding")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 from weakref import ref
 
 import torch
 
+from dit_cache_fx.values.checksum import checksum
 from dit_cache_fx.values.pytree import attributes
 
 
@@ -18,7 +19,7 @@ def version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def memory(tensor: torch.Tensor) -> int:
+def storage_key(tensor: torch.Tensor) -> int:
     """What tells a tensor's memory from others: the same for its views."""
     storage = tensor.untyped_storage()
     if storage.device.type == "meta":  # without data there is no address
@@ -26,29 +27,78 @@ def memory(tensor: torch.Tensor) -> int:
     return storage.data_ptr()
 
 
-class Seen:
-    """Tensors of a call. One is the same again when it is the same object, unchanged.
+class TensorIdentity:
+    """Tensors of a call, to be known again in a later one.
 
-    Inference tensors cannot tell whether they were changed. `certain` leaves them out; else the
-    object alone counts.
+    One is the same where it is the same object, unchanged, or has the same values. Values are told
+    by a checksum that is made while the tensors are there and stays on their devices: only where
+    the objects differ it is compared, and the host waits. Two identities that are compared have
+    the same number of tensors. An inference tensor does not tell whether it was changed in place,
+    so its values count.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], certain: bool = False) -> None:
-        self._refs = [(ref(t), version(t)) for t in tensors if not (certain and t.is_inference())]
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._refs = [(ref(t), version(t)) for t in tensors]
+        self._checksums: list[torch.Tensor | None] = [None] * len(self._refs)
 
     def __len__(self) -> int:
         return len(self._refs)
 
-    def shared_with(self, other: Seen) -> int:
-        """How many tensors both have."""
-        return len(self._alive() & other._alive())
+    def remember(self) -> None:
+        """Make the checksums, so that equal values are known after the tensors are gone."""
+        for place in range(len(self._refs)):
+            self._checksum(place)
+
+    def keep(self, other: TensorIdentity) -> None:
+        """Take over the checksums of `other`, whose tensors have the same values."""
+        self._checksums = [
+            mine if mine is not None else theirs
+            for mine, theirs in zip(self._checksums, other._checksums, strict=True)
+        ]
+
+    def other_objects(self, other: TensorIdentity) -> frozenset[int]:
+        """The places whose tensors are not the same unchanged objects."""
+        pairs = zip(self._refs, other._refs, strict=True)
+        return frozenset(i for i, (a, b) in enumerate(pairs) if not _is_same(a, b))
+
+    def other_values(self, other: TensorIdentity, places: Collection[int]) -> frozenset[int]:
+        """Those of `places` whose values differ, or cannot be compared. May wait for a device."""
+        return frozenset(i for i in places if not self._equal(other, i))
+
+    def shares(self, other: TensorIdentity) -> bool:
+        """Whether any tensor of `other`, wherever it stands there, is one of these."""
+        return bool(self._alive() & other._alive())
+
+    def gone(self) -> bool:
+        """Whether none of the tensors is there any more as it was."""
+        return not self._alive()
 
     def _alive(self) -> set[tuple[int, int]]:
         return {(id(t), v) for r, v in self._refs if (t := r()) is not None and version(t) == v}
 
-    def gone(self) -> bool:
-        """Whether none of them is there any more as it was."""
-        return not self._alive()
+    def _equal(self, other: TensorIdentity, place: int) -> bool:
+        mine, theirs = self._checksum(place), other._checksums[place]
+        if mine is None or theirs is None or mine.device != theirs.device:
+            return False
+        return bool(torch.equal(mine, theirs))
+
+    def _checksum(self, place: int) -> torch.Tensor | None:
+        if self._checksums[place] is None:
+            reference, then = self._refs[place]
+            tensor = reference()
+            if tensor is not None and version(tensor) == then:
+                self._checksums[place] = checksum(tensor)
+        return self._checksums[place]
+
+
+_Reference = tuple["ref[torch.Tensor]", int]
+
+
+def _is_same(a: _Reference, b: _Reference) -> bool:
+    tensor = a[0]()
+    if tensor is None or tensor is not b[0]() or tensor.is_inference():
+        return False
+    return a[1] == b[1] == version(tensor)
 
 
 def alike(a: Any, b: Any) -> bool:

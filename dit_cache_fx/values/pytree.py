@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+_BUILT_IN = (dict, list, tuple, OrderedDict)
+_MAPPINGS = (dict, types.MappingProxyType)
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 
 
@@ -30,19 +33,30 @@ class Constant(NamedTuple):
 
 
 class Identity:
-    """A value compared by identity (arrays, functions, objects); kept alive by the skeleton."""
+    """A value compared by identity (arrays, functions, objects); kept alive by the skeleton.
+
+    A function that closes over nothing is the same wherever its code is (a lambda made anew).
+    """
 
     def __init__(self, value: object) -> None:
         self.value = value
+        self._same = value
+        if isinstance(value, types.FunctionType) and not _closes_over(value):
+            self._same = value.__code__
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Identity) and other.value is self.value
+        return isinstance(other, Identity) and other._same is self._same
 
     def __hash__(self) -> int:
-        return id(self.value)
+        return id(self._same)
 
     def __repr__(self) -> str:
         return f"Identity({type(self.value).__name__})"
+
+
+def _closes_over(function: types.FunctionType) -> bool:
+    own = (function.__closure__, function.__defaults__, function.__kwdefaults__, vars(function))
+    return any(own)
 
 
 class Container(NamedTuple):
@@ -51,6 +65,15 @@ class Container(NamedTuple):
     kind: type
     keys: tuple[Any, ...]
     children: tuple[Any, ...]
+
+
+class Attribute(NamedTuple):
+    """The key of what a container has as an attribute, beside its items."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
 
 
 Skeleton = Leaf | Constant | Identity | Container
@@ -81,11 +104,22 @@ def _items(value: Any) -> list[tuple[Any, Any]] | None:
     """The children of a container with their keys; None for what is not one."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [(f.name, getattr(value, f.name, None)) for f in dataclasses.fields(value)]
-    if isinstance(value, dict):
-        return list(value.items())
+    if isinstance(value, _MAPPINGS):
+        return [*value.items(), *_beside(value)]
     if isinstance(value, (list, tuple)):
-        return list(zip(getattr(value, "_fields", range(len(value))), value, strict=True))
+        names = getattr(value, "_fields", range(len(value)))
+        return [*zip(names, value, strict=True), *_beside(value)]
     return attributes(value) if holds_tensors(value) or _is_record(value) else None
+
+
+def _beside(container: Any) -> list[tuple[Any, Any]]:
+    """What a container of the user's own type has beside its items."""
+    if type(container) in _BUILT_IN or hasattr(container, "_fields"):
+        return []
+    found = attributes(container)
+    if isinstance(container, defaultdict):
+        found.append(("default_factory", container.default_factory))
+    return [(Attribute(name), value) for name, value in found]
 
 
 def attributes(value: object) -> list[tuple[str, Any]]:
@@ -124,7 +158,7 @@ def holds_tensors(value: Any, within: tuple[object, ...] = ()) -> bool:
         return True
     if isinstance(value, (*_PLAIN, *_WHOLE)) or any(value is v for v in within):
         return False
-    if isinstance(value, dict):
+    if isinstance(value, _MAPPINGS):
         children = list(value.values())
     elif isinstance(value, (list, tuple)):
         children = list(value)
@@ -164,13 +198,31 @@ def build(kind: Any, keys: tuple[Any, ...], children: list[Any]) -> Any:
     """A container of this type."""
     if is_constructible(kind):
         return kind(**dict(zip(keys, children, strict=True)))
-    if issubclass(kind, dict):
-        return kind(zip(keys, children, strict=True))
-    if issubclass(kind, (list, tuple)):
-        return kind(children)
+    items = [i for i in zip(keys, children, strict=True) if not isinstance(i[0], Attribute)]
+    if kind in _BUILT_IN:
+        return kind(items) if issubclass(kind, dict) else kind(children)
+    if kind is types.MappingProxyType:
+        return kind(dict(items))
+    value = _filled(kind, items)
+    for key, child in list(zip(keys, children, strict=True))[len(items) :]:
+        object.__setattr__(value, key.name, child)
+    return value
+
+
+def _filled(kind: Any, items: list[tuple[Any, Any]]) -> Any:
+    """A container or object with these items; its own `__init__` does not run."""
+    if issubclass(kind, tuple):
+        return kind(child for _, child in items)
     value = _blank(kind)
-    for key, child in zip(keys, children, strict=True):
-        object.__setattr__(value, key, child)
+    if issubclass(kind, OrderedDict):
+        OrderedDict.update(value, items)
+    elif issubclass(kind, dict):
+        dict.update(value, items)
+    elif issubclass(kind, list):
+        list.extend(value, (child for _, child in items))
+    else:
+        for key, child in items:
+            object.__setattr__(value, key, child)
     return value
 
 
@@ -217,7 +269,9 @@ def key_paths(skeleton: Skeleton) -> list[tuple[tuple[type, Any], ...]]:
 
 def accessor(kind: Any, key: Any) -> Callable[[Any], Any]:
     """How to reach the child `key` of a container of type `kind`."""
-    by_item = issubclass(kind, (dict, list, tuple)) and not hasattr(kind, "_fields")
+    if isinstance(key, Attribute):
+        return lambda value: getattr(value, key.name)
+    by_item = issubclass(kind, (*_MAPPINGS, list, tuple)) and not hasattr(kind, "_fields")
     if by_item and not dataclasses.is_dataclass(kind):
         return lambda value: value[key]
     return lambda value: getattr(value, key)

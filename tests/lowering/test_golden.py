@@ -289,7 +289,9 @@ def forward(self, forced, fresh, memory_0, memory_1, held_getitem_4_0, x, timest
     model_x_embedder = self.model.x_embedder(x)
     model_positions = self.model.positions
     add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
-    reshape_default_6 = torch.ops.aten.reshape.default(add, [-1])
+    reshape_default_7 = torch.ops.aten.reshape.default(add, [-1])
+    zeros = torch.ops.aten.zeros.default([], dtype = torch.float64, device = device(type='cpu'), pin_memory = False)
+    clone = torch.ops.aten.clone.default(zeros)
     sub = torch.ops.aten.sub.Tensor(add, memory_0)
     abs_1 = torch.ops.aten.abs.default(sub)
     mean = torch.ops.aten.mean.default(abs_1)
@@ -307,18 +309,41 @@ def forward(self, forced, fresh, memory_0, memory_1, held_getitem_4_0, x, timest
     bitwise_or = torch.ops.aten.bitwise_or.Tensor(reshape_default, ge)
     scalar_tensor = torch.ops.aten.scalar_tensor.default(0.0, dtype = torch.float64, layout = torch.strided, device = device(type='cpu'))
     where = torch.ops.aten.where.self(bitwise_or, scalar_tensor, add_3)
-    zeros = torch.ops.aten.zeros.default([], dtype = torch.float64, device = device(type='cpu'), pin_memory = False)
-    clone = torch.ops.aten.clone.default(zeros)
-    where_1 = torch.ops.aten.where.self(reshape_default_1, add, add)
-    where_2 = torch.ops.aten.where.self(reshape_default_1, zeros, where)
-    where_3 = torch.ops.aten.where.self(reshape_default_1, clone, add_3)
-    bitwise_or_1 = torch.ops.aten.bitwise_or.Tensor(bitwise_or, reshape_default_1)
+    view = torch.ops.aten.view.default(bitwise_or, [])
+    sum_1 = torch.ops.aten.sum.default(add)
+    abs_3 = torch.ops.aten.abs.default(sum_1)
+    ne = torch.ops.aten.ne.Scalar(abs_3, inf)
+    eq = torch.ops.aten.eq.Tensor(sum_1, sum_1)
+    mul_2 = torch.ops.aten.mul.Tensor(eq, ne)
+    bitwise_not = torch.ops.aten.bitwise_not.default(mul_2)
+    zeros_1 = torch.ops.aten.zeros.default([], dtype = torch.bool, device = device(type='cpu'), pin_memory = False)
+    sum_2 = torch.ops.aten.sum.default(add_3)
+    abs_4 = torch.ops.aten.abs.default(sum_2)
+    ne_1 = torch.ops.aten.ne.Scalar(abs_4, inf)
+    eq_1 = torch.ops.aten.eq.Tensor(sum_2, sum_2)
+    mul_3 = torch.ops.aten.mul.Tensor(eq_1, ne_1)
+    bitwise_not_1 = torch.ops.aten.bitwise_not.default(mul_3)
+    bitwise_or_1 = torch.ops.aten.bitwise_or.Tensor(zeros_1, bitwise_not_1)
+    sum_3 = torch.ops.aten.sum.default(where)
+    isnan = torch.ops.aten.isnan.default(sum_3)
+    bitwise_or_2 = torch.ops.aten.bitwise_or.Tensor(bitwise_or_1, isnan)
+    bitwise_or_3 = torch.ops.aten.bitwise_or.Tensor(bitwise_not, bitwise_or_2)
+    bitwise_or_4 = torch.ops.aten.bitwise_or.Tensor(view, bitwise_or_3)
+    bitwise_or_5 = torch.ops.aten.bitwise_or.Tensor(reshape_default_1, bitwise_or_3)
+    where_1 = torch.ops.aten.where.self(bitwise_or_5, add, add)
+    where_2 = torch.ops.aten.where.self(bitwise_or_5, zeros, where)
+    where_3 = torch.ops.aten.where.self(bitwise_or_5, clone, add_3)
+    bitwise_or_6 = torch.ops.aten.bitwise_or.Tensor(bitwise_or_4, reshape_default_1)
+    stack = torch.ops.aten.stack.default([bitwise_or_6, bitwise_not])
+    unbind = torch.ops.aten.unbind.int(stack)
+    getitem = unbind[0]
+    getitem_1 = unbind[1]
     compute = self.compute
     reuse = self.reuse
-    cond = torch.cond(bitwise_or_1, compute, reuse, (held_getitem_4_0, timestep, text, reshape_default_6))
-    getitem = cond[0]
-    getitem_1 = cond[1]
-    return (getitem, getitem_1, bitwise_or_1, where_1, where_2, where_3)
+    cond = torch.cond(getitem, compute, reuse, (held_getitem_4_0, timestep, text, reshape_default_7))
+    getitem_2 = cond[0]
+    getitem_3 = cond[1]
+    return (getitem_2, getitem_3, getitem, getitem_1, where_1, where_2, where_3)
 """,
         )
         self.assertExpectedInline(
@@ -380,7 +405,7 @@ def forward(self, distance, computed, held_getitem_4_0, held_getitem_4_1, x, tim
 
 def test_a_schedule_asks_no_rule() -> None:
     one = one_graph_of(TAYLOR)
-    assert one.memory == {}
+    assert one.memory is None
     assert "forced" in one.part.names
     assert "fresh" not in one.part.names
 
@@ -475,7 +500,7 @@ def forward(self, x, timestep, text):
     def test_one_graph_reads_what_the_preamble_gives(self) -> None:
         one = one_graph_of(RULE, Masked())
         assert one.preamble is not None
-        assert one.memory == {}
+        assert one.memory is None
         self.assertExpectedInline(
             code(one.part.gm),
             """\

@@ -98,4 +98,4 @@ def test_a_saved_pipeline_has_the_original_transformer(tmp_path: Path) -> None:
     again.check("loaded")
     again.pipe.transformer = again.cached
     assert isinstance(again.pipe.components["transformer"], FluxTransformer2DModel)
-    assert type(again.pipe.components["transformer"]) is CachedModel
+    assert isinstance(again.pipe.components["transformer"], CachedModel)

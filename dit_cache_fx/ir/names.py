@@ -1,0 +1,34 @@
+"""Names of the operands that a lowered graph has beside the call's own tensors.
+
+Graphs are given their operands by name. No node of a program may be called as one of these is,
+whatever the model's arguments and operators are called: `unreserved` sees to that.
+"""
+
+from __future__ import annotations
+
+#: what both sides of a run read of the step (`strategies.Clock`)
+CLOCK_NAMES = ("distance", "computed", "gap", "reach")
+
+#: the clock, the flags of a decision, and what a state holds beside the tensors
+_WORDS = frozenset({*CLOCK_NAMES, "forced", "fresh", "clock", "print", "lost"})
+_HELD, _MEMORY = "held_", "memory_"
+
+
+def held_name(value: str, slot: int) -> str:
+    """What is held in a slot for a value of a cached run."""
+    return f"{_HELD}{value}_{slot}"
+
+
+def memory_name(index: int) -> str:
+    """A tensor that the strategy's rule remembers."""
+    return f"{_MEMORY}{index}"
+
+
+def is_reserved(name: str) -> bool:
+    """Whether a node of that name could be taken for an operand of a lowered graph."""
+    return name in _WORDS or name.startswith((_HELD, _MEMORY))
+
+
+def unreserved(name: str) -> str:
+    """A name for a node of a program: another one where this one is reserved."""
+    return f"model_{name}" if is_reserved(name) else name

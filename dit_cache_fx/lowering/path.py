@@ -1,0 +1,58 @@
+"""Where a generation's steps stand, told inside a graph."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from dit_cache_fx.lowering.clock import ClockState
+from dit_cache_fx.strategies import Course
+from dit_cache_fx.strategies.clock import MOMENTS
+
+
+class Path(nn.Module):
+    """A `Course` as numbers for a graph: the tensors of a `Clock` for a step.
+
+    `steps`: up to how many are written out; what is behind them is taken for the last of them.
+    """
+
+    def __init__(self, course: Course, steps: int) -> None:
+        super().__init__()
+        self.positions: torch.Tensor
+        self.ahead: torch.Tensor
+        self.powers: torch.Tensor
+        self.by_timestep = course.by_timestep
+        known = [course.ahead(step) for step in range(steps)]
+        self._keep("positions", [course.position(step) for step in range(steps + 1)])
+        self._keep("ahead", [math.nan if a is None else a for a in known])
+        self._keep("powers", [*range(MOMENTS)])
+
+    def _keep(self, name: str, numbers: list[float]) -> None:
+        self.register_buffer(name, torch.tensor(numbers, dtype=torch.float64), persistent=False)
+
+    def distance(self, clock: ClockState) -> torch.Tensor:
+        """`Clock.distance`; 0 before the first computed step."""
+        if not self.by_timestep:
+            return clock.distance
+        moved = _at(self.positions, clock.step) - _at(self.positions, clock.last)
+        return torch.where(clock.computed > 0, moved, 0.0)
+
+    def gap(self, clock: ClockState) -> torch.Tensor:
+        """`Clock.gap`."""
+        steps = torch.arange(len(self.ahead), dtype=torch.float64)
+        past = (steps > clock.last) & (steps < clock.step) & (clock.computed > 0)
+        last = _at(self.positions, clock.last) if self.by_timestep else clock.last
+        distances = (self.positions[:-1] if self.by_timestep else steps) - last
+        weighted = torch.where(past, self.positions.diff(), 0.0)
+        sums = (weighted * distances ** self.powers[:, None]).sum(dim=1)
+        known = _at(self.ahead, clock.step)
+        ahead = torch.where(known.isnan(), sums[0], known)
+        return torch.where(ahead == 0, 0.0, sums / torch.where(ahead == 0, 1.0, ahead))
+
+
+def _at(numbers: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """The number of a step."""
+    index = step.clamp(max=len(numbers) - 1).to(torch.int64).reshape(1)
+    return numbers.index_select(0, index).reshape(())

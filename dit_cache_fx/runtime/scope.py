@@ -1,0 +1,73 @@
+"""Which session and cache contexts the running code is in.
+
+They are context-local (`contextvars`): threads and asyncio tasks do not see each other's. Dynamo
+traces no context variable: where it traces the cached model as a part of a user's own function,
+there is no host and no session, and the names come from a list, which it guards.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+
+class Scope:
+    """What of one cached model is entered right now: its frames, the innermost last.
+
+    A frame is a session, or the name of a branch.
+    """
+
+    def __init__(self) -> None:
+        self._frames: ContextVar[tuple[Any, ...]] = ContextVar("dit_cache_fx", default=())
+        self._traced: list[str] = []
+
+    def enter(self, frame: object) -> None:
+        """Enter a session or a named branch."""
+        if isinstance(frame, str):
+            self._traced.append(frame)
+        if not torch.compiler.is_dynamo_compiling():
+            self._frames.set((*self._frames.get(), frame))
+
+    def leave(self, frame: object) -> None:
+        """Leave what was entered last of this frame."""
+        if isinstance(frame, str) and frame in self._traced:
+            self._traced.remove(frame)
+        if torch.compiler.is_dynamo_compiling():
+            return
+        frames = self._frames.get()
+        place = max((i for i, f in enumerate(frames) if f is frame), default=None)
+        if place is not None:
+            self._frames.set((*frames[:place], *frames[place + 1 :]))
+
+    @property
+    def session(self) -> Any:
+        """The innermost session; None outside of any."""
+        return next((f for f in reversed(self._frames.get()) if not isinstance(f, str)), None)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the branch, the outermost first."""
+        if torch.compiler.is_dynamo_compiling():
+            return tuple(self._traced)
+        return tuple(f for f in self._frames.get() if isinstance(f, str))
+
+
+class CacheContext(AbstractContextManager[None]):
+    """Within it calls belong to the branch `name`; `inner` is entered beside it."""
+
+    def __init__(self, scope: Scope, name: str, inner: AbstractContextManager[Any] | None) -> None:
+        self._scope = scope
+        self._name = name
+        self._inner = inner
+
+    def __enter__(self) -> None:
+        if self._inner is not None:
+            self._inner.__enter__()
+        self._scope.enter(self._name)
+
+    def __exit__(self, *error: Any) -> bool | None:
+        self._scope.leave(self._name)
+        return None if self._inner is None else self._inner.__exit__(*error)

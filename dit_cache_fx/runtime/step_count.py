@@ -1,0 +1,140 @@
+"""What is known of a generation before it begins: how many steps it has, and their timesteps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from dit_cache_fx.errors import warn
+from dit_cache_fx.strategies import Course, Strategy
+from dit_cache_fx.strategies.schedule import check_num_steps
+from dit_cache_fx.strategies.timesteps import (
+    Timesteps,
+    checked_timesteps,
+    contradicted,
+    from_call,
+    told_timesteps,
+)
+
+_HINT = "give timesteps=, such as timesteps=lambda: pipe.scheduler.timesteps"
+_UNKNOWN = (
+    "the timesteps are not known at a generation's first call, so what goes by them goes by the "
+    f"step's index there: {_HINT}"
+)
+_SHORT = f"a generation has more calls than timesteps: those go by the step's index; {_HINT}"
+_OTHER = (
+    "the timesteps that were told are not those of the calls, so what goes by them goes by the "
+    f"step's index: {_HINT}, asked once the sampler has them"
+)
+
+
+class StepCount:
+    """Steps and timesteps: as set on the cached model, else as the options say, else as learnt.
+
+    `given`, `given_timesteps`: what is set on the cached model. `counted`, `learnt`: the steps and
+    the timesteps of the newest generation that has ended (one that was broken off counts as it
+    ended).
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        self.strategy = strategy
+        self.given: int | None = None
+        self.given_timesteps: Timesteps | None = None
+        self.counted: int | None = None
+        self.learnt: tuple[float, ...] | None = None
+        self._warned: set[str] = set()
+
+    def ended(self, steps: int, values: Sequence[float]) -> None:
+        """A generation has ended. `values`: the timesteps of its calls, as far as each was seen."""
+        self.counted = steps
+        self.learnt = tuple(values) if len(values) == steps else None
+
+    def forget(self) -> None:
+        """Forget what was learnt."""
+        self.counted, self.learnt = None, None
+
+    # --- as the user says ------------------------------------------------------------------------
+
+    def told(self) -> int | None:
+        """The number. Raises `OptionError` where the option's function gives none."""
+        option = self.strategy.num_steps
+        if self.given is not None or not callable(option):
+            return option if self.given is None else self.given  # type: ignore[return-value]
+        number = option()
+        check_num_steps(number, "num_steps()")
+        return number
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the user says how many steps there are, by a number or by timesteps."""
+        own = self.strategy.num_steps, self.strategy.timesteps
+        return any(v is not None for v in (self.given, self.given_timesteps, *own))
+
+    def told_timesteps(self) -> tuple[float, ...] | None:
+        """The timesteps. Raises `OptionError` where the option's function gives something else."""
+        option = self.strategy.timesteps if self.given_timesteps is None else self.given_timesteps
+        if callable(option):
+            return told_timesteps(option)
+        return None if option is None else checked_timesteps(option)
+
+    def told_course(self) -> Course:
+        """A generation's steps by what the user says alone."""
+        number, timesteps = self.told(), self.told_timesteps()
+        if number is None and timesteps is not None:
+            number = len(timesteps)
+        if number is not None and self.strategy.plan is not None:
+            self.strategy.plan.check(number)
+        return self.strategy.course(number, timesteps)
+
+    # --- for a generation ------------------------------------------------------------------------
+
+    def course(self, value: float | None) -> Course:
+        """The steps of a generation that begins with this timestep (None: it cannot be told)."""
+        told = self.told_course()
+        if told.timesteps is None:
+            return self._learnt_course(told.num_steps, value)
+        if value is None:
+            return told
+        left = from_call(told.timesteps, value)
+        number = len(left) if told.num_steps == len(told.timesteps) else told.num_steps
+        return self.strategy.course(number, left)
+
+    def _learnt_course(self, number: int | None, value: float | None) -> Course:
+        learnt = self.learnt
+        known = learnt is not None and learnt[0] == value and number in (None, len(learnt))
+        if not known:
+            self._warn_where_needed(_UNKNOWN)
+        course = self.strategy.course(number or self.counted, learnt if known else None)
+        return replace(course, learnt=known)
+
+    def on_way(self, course: Course, values: Sequence[float], step: int, value: float) -> Course:
+        """The course at a call; one that turns out to be another's knows no timesteps.
+
+        `values`: the timesteps so far, one for each step; `value`: this call's.
+        """
+        if course.timesteps is None:
+            return course
+        if not course.covers(step):
+            self._warn_where_needed(_SHORT)
+        elif step == 1 and len(values) == 1 and self._is_anothers(course, (values[0], value)):
+            return replace(course, timesteps=None)
+        return course
+
+    def _is_anothers(self, course: Course, values: tuple[float, float]) -> bool:
+        assert course.timesteps is not None
+        if course.learnt and course.timesteps[:2] != values:
+            self._warn_where_needed(_UNKNOWN)
+            return True
+        if not course.learnt and contradicted(course.timesteps, *values):
+            self._warn_once(_OTHER)
+            return True
+        return False
+
+    def _warn_where_needed(self, message: str) -> None:
+        if self.strategy.needs_timesteps:
+            self._warn_once(message)
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warn(message)

@@ -1,0 +1,175 @@
+"""Whether a call goes on from the calls before it: what its sample and its timestep tell.
+
+A sampler moves its sample by little from one step to the next, and about as far for the same move
+of the timestep. A sample that comes from elsewhere (another request with the same prompt, another
+window of one picture, a run that was broken off) is much farther away. Only a few hundred of its
+elements are looked at.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+
+from dit_cache_fx.runtime.generation import TimestepValue, as_number, movement
+
+#: how many elements of a sample are looked at
+PROBED = 512
+#: a timestep that moves this many times as far as ever before in a generation is in doubt ...
+DOUBTFUL_MOVE = 1.75
+#: ... and from here on it is of another generation
+OTHER_MOVE = 4.0
+#: a sample that moves this many times as fast as ever before is another one
+OTHER_SPEED = 3.0
+#: beside it, and where the timestep stands still: how many times as far as ever before
+OTHER_CHANGE = 2.0
+#: where nothing is known of a sampler: samples at one timestep are one where this similar (cosine)
+SIMILAR = 0.5
+
+
+class Verdict(Enum):
+    """Whether a call goes on from the one before: yes, perhaps, no."""
+
+    CONTINUES = 0
+    DOUBTFUL = 1
+    OTHER = 2
+
+
+class SampleProbe:
+    """Some elements of a noisy sample, float32 on its device."""
+
+    def __init__(self, sample: torch.Tensor) -> None:
+        sample = sample.detach()
+        real = torch.view_as_real(sample) if sample.is_complex() else sample
+        flat = real.reshape(-1)
+        stride = max(1, flat.numel() // PROBED) | 1  # odd: not one column of a picture
+        self.values = flat[::stride].to(torch.float32, copy=True)
+
+    def comparable(self, other: SampleProbe) -> bool:
+        """Whether both are of samples of one size and device."""
+        a, b = self.values, other.values
+        return a.shape == b.shape and a.device == b.device
+
+    def distance(self, other: SampleProbe) -> float:
+        """The root of the summed squares of the difference. Waits for the device."""
+        difference = self.values - other.values
+        return math.sqrt(float(torch.dot(difference, difference)))
+
+    def similar(self, other: SampleProbe) -> bool:
+        """Whether both point the same way, more than by chance. Waits for the device."""
+        a, b = self.values, other.values
+        least = min(SIMILAR + 2 / math.sqrt(max(a.numel(), 1)), 0.98)
+        dot, aa, bb = torch.stack([torch.dot(a, b), torch.dot(a, a), torch.dot(b, b)]).tolist()
+        return bool(dot >= least * math.sqrt(aa * bb))
+
+
+class Judgement(NamedTuple):
+    """A verdict, and how far the sample had moved where that was compared."""
+
+    verdict: Verdict
+    change: float | None = None
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The calls of one branch so far: its newest timestep and sample, and how far both moved.
+
+    `move`, `change`, `speed`: the largest move of the timestep, change of the sample and quotient
+    of both, from step to step.
+    """
+
+    value: TimestepValue | None = None
+    explicit: bool = False
+    sample: SampleProbe | None = None
+    move: float = 0.0
+    change: float = 0.0
+    speed: float = 0.0
+
+    def after(
+        self,
+        value: TimestepValue,
+        explicit: bool,
+        sample: SampleProbe | None,
+        change: float | None,
+    ) -> Trajectory:
+        """With one more call that goes on from it; the sample has moved by `change`."""
+        if self.value is None or explicit != self.explicit:
+            return Trajectory(value, explicit, sample)
+        move = self._move(value)
+        new = replace(self, value=value, sample=sample, move=max(self.move, move))
+        if change is None:
+            return new
+        speed = change / move if move else 0.0
+        return replace(new, change=max(self.change, change), speed=max(self.speed, speed))
+
+    def judge(
+        self,
+        value: TimestepValue,
+        explicit: bool,
+        sample: SampleProbe | None,
+        wait: bool,
+        expected: bool = False,
+    ) -> Judgement:
+        """Whether a call whose timestep does not move back goes on from the newest one.
+
+        `wait`: the samples are compared even if the host has to wait for the device. `expected`:
+        the timestep is known to be the next one.
+        """
+        if self.value is None or explicit != self.explicit:
+            return Judgement(Verdict.OTHER)
+        move = self._move(value)
+        doubtful = not (explicit or expected) and self._far(value, move, DOUBTFUL_MOVE)
+        change = self._distance(sample, wait or doubtful or move == 0)
+        if change is not None and self._elsewhere(move, change, sample):
+            return Judgement(Verdict.OTHER, change)
+        if doubtful:
+            other = self._far(value, move, OTHER_MOVE)
+            return Judgement(Verdict.OTHER if other else Verdict.DOUBTFUL, change)
+        return Judgement(Verdict.CONTINUES, change)
+
+    def stands_at(self, value: TimestepValue) -> bool:
+        """Whether the newest timestep is this one."""
+        return self.value is not None and self._move(value) == 0
+
+    def similar(self, sample: SampleProbe | None) -> bool:
+        """Whether a sample is known to resemble the newest one. May wait for the device."""
+        both = sample is not None and self.sample is not None and sample.comparable(self.sample)
+        return both and sample.similar(self.sample)  # type: ignore[union-attr, arg-type]
+
+    def _distance(self, sample: SampleProbe | None, wait: bool) -> float | None:
+        """How far a sample is from the newest one; None where that is not known."""
+        if sample is None or self.sample is None or not sample.comparable(self.sample):
+            return None
+        if sample.values.device.type != "cpu" and not wait:
+            return None
+        return sample.distance(self.sample)
+
+    def _elsewhere(self, move: float, change: float, sample: SampleProbe | None) -> bool:
+        """Whether the sample has moved out of proportion. NaN has."""
+        if self.change == 0:  # nothing is known of the sampler
+            return move == 0 and change != 0 and not self.similar(sample)
+        usual = change <= OTHER_CHANGE * self.change
+        return not (usual or change <= OTHER_SPEED * self.speed * move)
+
+    def _far(self, value: TimestepValue, move: float, times: float) -> bool:
+        """Whether a timestep has moved out of proportion, rounding left out."""
+        if self.move == 0 or move <= times * self.move:
+            return False
+        return move > times * self.move + 2 * _rounding(as_number(value))
+
+    def _move(self, value: TimestepValue) -> float:
+        assert self.value is not None
+        return max(map(abs, movement(self.value, value)))
+
+
+def _rounding(value: float) -> float:
+    """How coarse timesteps of this size may be: those of a format that holds the value exactly."""
+    number = torch.tensor(value, dtype=torch.float64, device="cpu")
+    for dtype in (torch.bfloat16, torch.float16):
+        if float(number.to(dtype)) == value:
+            return torch.finfo(dtype).eps * abs(value)
+    return 0.0

@@ -1,0 +1,104 @@
+"""What is known of a generation before it begins: its steps, and where they stand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from dit_cache_fx.strategies.clock import MOMENTS
+from dit_cache_fx.strategies.schedule import Schedule
+
+
+@dataclass(frozen=True, eq=False)
+class Course:
+    """A generation's steps, as far as they are known beforehand.
+
+    `plan`: which are computed (None: a rule alone decides). `num_steps`: how many there are.
+    `timesteps`: those of its calls, one for each step; `learnt`: they are those of the generation
+    before. `ruled`: a rule decides beside the plan. `by_timestep`: distances are differences of
+    timesteps, in steps of the average length, not numbers of steps.
+    """
+
+    plan: Schedule | None = None
+    num_steps: int | None = None
+    timesteps: tuple[float, ...] | None = None
+    learnt: bool = False
+    ruled: bool = False
+    by_timestep: bool = False
+
+    def computes(self, step: int) -> bool:
+        """Whether the schedule computes a step. What was known may turn out too short."""
+        if step == 0:
+            return True
+        planned, number = self._at(step)
+        return planned is not None and planned.computes(step, number)
+
+    def next_computed(self, step: int) -> int | None:
+        """The next step that the schedule computes after `step`; None where it is not known."""
+        planned, number = self._at(step)
+        return None if planned is None else planned.next_computed(step, number)
+
+    def covers(self, step: int) -> bool:
+        """Whether there are timesteps, as many as it takes for this step."""
+        return self.timesteps is not None and step < len(self.timesteps)
+
+    # --- where the steps stand -------------------------------------------------------------------
+
+    def position(self, step: int) -> float:
+        """How far the timestep has moved up to a step, in steps of the average length.
+
+        The step's index where timesteps are not known. Behind them each moves as far as the last.
+        """
+        known = self._positions
+        if step < len(known):
+            return known[step]
+        if not known:
+            return float(step)
+        return known[-1] + (step + 1 - len(known)) * (known[-1] - known[-2])
+
+    def distance(self, last: int, step: int) -> float:
+        """From one step to another, on the axis of the strategy."""
+        return self.position(step) - self.position(last) if self.by_timestep else step - last
+
+    def gap(self, last: int, step: int) -> list[float]:
+        """What `Clock.gap` is on a computed step. `last`: the computed step before it."""
+        past = [(self._length(k), self.distance(last, k)) for k in range(last + 1, step)]
+        sums = [sum(dt * distance**i for dt, distance in past) for i in range(MOMENTS)]
+        known = self.ahead(step)
+        ahead = sums[0] if known is None else known
+        return [total / ahead if ahead else 0.0 for total in sums]
+
+    def ahead(self, step: int) -> float | None:
+        """The sum of `dt` over the steps between a computed step and the next computed one.
+
+        None where it is not known which that is. A generation's end is like a computed step.
+        """
+        following = None if self.ruled else self.next_computed(step)
+        end = self._at(step)[1] if following is None and not self.ruled else following
+        return None if end is None else sum(self._length(k) for k in range(step + 1, end))
+
+    def _length(self, step: int) -> float:
+        return self.position(step + 1) - self.position(step)
+
+    @cached_property
+    def _positions(self) -> tuple[float, ...]:
+        """Those of the timesteps; none where they are not known or do not move."""
+        timesteps = self.timesteps or (0.0,)
+        first, way = timesteps[0], timesteps[-1] - timesteps[0]
+        if way == 0:
+            return ()
+        return tuple((t - first) / way * (len(timesteps) - 1) for t in timesteps)
+
+    # --- by what is known of a step --------------------------------------------------------------
+
+    def _at(self, step: int) -> tuple[Schedule | None, int | None]:
+        """The schedule and the number of steps by which a step is placed."""
+        if self.timesteps is not None and step < len(self.timesteps):
+            return self._placed, len(self.timesteps)
+        known = self.num_steps is not None and step < self.num_steps
+        return self.plan, self.num_steps if known else None
+
+    @cached_property
+    def _placed(self) -> Schedule | None:
+        assert self.timesteps is not None
+        return self.plan and self.plan.placed(self.timesteps)

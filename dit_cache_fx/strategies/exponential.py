@@ -1,0 +1,57 @@
+"""Exponential extrapolation: what dynamic mode decomposition does, with a single mode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dit_cache_fx.strategies.base import Strategy
+from dit_cache_fx.strategies.clock import Clock
+from dit_cache_fx.strategies.taylorcache import derivatives
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exponential(Strategy):
+    """Values that go like `a + b exp(rate d)`: one `rate` for each item of the batch.
+
+    Dynamic mode decomposition (Schmid: Dynamic mode decomposition of numerical and experimental
+    data, J. Fluid Mech. 656, 2010), the DMD calibrator of cache-dit, fits several such modes to a
+    window of up to 6 equally spaced values. This takes the first two derivatives of TaylorCache
+    and one mode: `x + D[1] (exp(rate d) - 1) / rate`, where `rate` is the best for
+    `D[2] = rate D[1]` over all elements, and at most 0: a prediction never runs away.
+    """
+
+    name: ClassVar[str] = "exponential"
+    action: ClassVar[str] = "predicted"
+
+    def slots(self) -> int:
+        return 3
+
+    def store(
+        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+    ) -> Sequence[Tensor]:
+        return derivatives(value, held, clock)
+
+    def reuse(self, held: Sequence[Tensor], start: Tensor | None, clock: Clock) -> Tensor:
+        value, slope, curvature = held
+        way = growth(rate_of(slope, curvature), clock.distance)
+        return value + slope * way.to(value.dtype)
+
+
+def rate_of(slope: Tensor, curvature: Tensor) -> Tensor:
+    """For each item of the batch, the rate at which the slope fades."""
+    first, second = slope.float(), curvature.float()
+    dims = [*range(1, first.ndim)] or [0]
+    squares = (first * first).sum(dims, keepdim=True)
+    products = (first * second).sum(dims, keepdim=True)
+    return torch.where(squares > 0, products / squares, 0.0).clamp(max=0.0)
+
+
+def growth(rate: Tensor, distance: Tensor) -> Tensor:
+    """`(exp(rate d) - 1) / rate`; the distance itself where the rate is 0."""
+    fades = rate < 0
+    return torch.where(fades, torch.expm1(rate * distance) / torch.where(fades, rate, -1), distance)

@@ -1,0 +1,95 @@
+"""A checksum of a tensor's bits that tells permutations apart and takes little memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+#: bytes of a tensor that are looked at in one go: each temporary takes as many
+_CHUNK = 2**20
+
+_WORD = 8  # bytes
+
+# odd, and without a pattern in their bits
+_PLACE = -7046029254386353131
+_FIRST = -4658895280553007687
+_SECOND = -7723592293110705685
+
+#: of several tensors
+Checksums = list[torch.Tensor]
+
+
+def checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """Two int64 numbers on the tensor's device that go by each bit and its place.
+
+    Tensors of one shape and dtype with equal bits have equal checksums, whatever their strides;
+    others differ, but for chance (about 1 in 2^64). Nothing waits for the device.
+    """
+    sums = torch.zeros(2, dtype=torch.int64, device=tensor.device)
+    start = 0
+    with torch.no_grad():
+        for words in _words(tensor.detach()):
+            sums = sums + _mixed(words, start)
+            start += words.numel()
+    return sums
+
+
+def equal(a: Checksums, b: Checksums) -> bool:
+    """Whether they are of equal tensors."""
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+def _mixed(words: torch.Tensor, start: int) -> torch.Tensor:
+    """Two sums over words, each mixed with its place; integers wrap around."""
+    end = start + words.numel()
+    places = torch.arange(start, end, dtype=torch.int64, device=words.device) * _PLACE
+    mixed = (words ^ places).mul_(_FIRST)
+    mixed = mixed.bitwise_xor_(mixed >> 32).mul_(_SECOND)
+    mixed = mixed.bitwise_xor_(mixed >> 29)
+    first = mixed.sum()
+    return torch.stack([first, mixed.mul_(places.bitwise_or_(1)).sum()])
+
+
+def _words(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensor's bits in the order of its elements, as int64, some at a time."""
+    for plain in _plain(tensor):
+        yield from map(_as_words, _pieces(plain))
+
+
+def _plain(tensor: Any) -> Iterator[torch.Tensor]:
+    """The tensors with data of their own that it is made of: itself, if it is no wrapper."""
+    if hasattr(tensor, "trigger_wait"):  # the result of a collective that may be under way
+        tensor = tensor.trigger_wait()
+    if is_traceable_wrapper_subclass(tensor):
+        inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        for part in inner:
+            if isinstance(part, torch.Tensor):  # a mesh is none
+                yield from _plain(part)
+    elif tensor.is_quantized:
+        yield tensor.int_repr()
+    else:
+        yield tensor if tensor.layout is torch.strided else tensor.to_dense()
+
+
+def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Parts of at most `_CHUNK` bytes, in order. They depend on nothing but the shape."""
+    if tensor.numel() * tensor.element_size() <= _CHUNK:
+        yield tensor
+        return
+    dim = next(d for d, size in enumerate(tensor.shape) if size > 1)
+    for half in tensor.tensor_split(2, dim):
+        yield from _pieces(half)
+
+
+def _as_words(piece: torch.Tensor) -> torch.Tensor:
+    """The bits of a small tensor as int64, with zeros behind them."""
+    size = piece.element_size()
+    flat = piece.resolve_conj().resolve_neg().contiguous().flatten()
+    missing = -flat.numel() * size % _WORD
+    if not missing and flat.storage_offset() * size % _WORD == 0:
+        return flat.view(torch.int64)
+    return pad(flat.view(torch.uint8), (0, missing)).view(torch.int64)

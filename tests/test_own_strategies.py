@@ -1,0 +1,248 @@
+"""A user's strategy is checked when it is traced, its rule when it is asked: errors say what."""
+
+# ruff: noqa: ARG005
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dit_cache_fx
+from dit_cache_fx import Strategy, VerifyError
+from tests.compile.compiling import new_compiler
+from tests.toys import TOY, ByHand, ToyDiT, actions, follows, generation, make, toy_inputs
+
+__all__ = ["new_compiler"]
+
+STEPS = frozenset({0, 3})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own(Strategy):
+    """Holds the value; tests replace parts of it."""
+
+    def store(self, held: Any, value: Tensor, start: Any, clock: Any) -> Any:
+        return [value]
+
+    def reuse(self, held: Any, start: Any, clock: Any) -> Any:
+        return held[0]
+
+
+def own(name: str, function: Callable[..., Any], **more: Any) -> Strategy:
+    return type(name, (Own,), {"__annotations__": {}, **more, function.__name__: function})(
+        no_cache_steps=STEPS
+    )
+
+
+def refusal(strategy: Strategy, check: bool = True) -> str:
+    cached = dit_cache_fx.apply(make(ToyDiT), strategy, check=check)
+    with pytest.raises(VerifyError) as caught:
+        cached(**toy_inputs(900.0))
+    return str(caught.value)
+
+
+SPEC = "torch.float32[1, 6, 8] on cpu"
+
+
+def _store(result: Callable[..., Any]) -> Callable[..., Any]:
+    def store(self: Any, held: Any, value: Any, start: Any, clock: Any) -> Any:
+        return result(held, value, clock)
+
+    return store
+
+
+def _reuse(result: Callable[..., Any]) -> Callable[..., Any]:
+    def reuse(self: Any, held: Any, start: Any, clock: Any) -> Any:
+        return result(held, clock)
+
+    return reuse
+
+
+REFUSED = {
+    "dtype": (
+        _store(lambda held, value, clock: [value.double()]),
+        ["store gave torch.float64[1, 6, 8] on cpu", f"right is {SPEC}", "slots()"],
+    ),
+    "shape": (
+        _store(lambda held, value, clock: [value.mean(1, keepdim=True)]),
+        ["store gave torch.float32[1, 1, 8] on cpu", f"right is {SPEC}"],
+    ),
+    "one too many": (
+        _store(lambda held, value, clock: [value, value]),
+        ["store gave 2 tensors, 1 expected: as many as slots()"],
+    ),
+    "no list": (_store(lambda held, value, clock: value), ["store gave torch.float32[1, 6, 8]"]),
+    "nothing": (_store(lambda held, value, clock: None), ["store gave NoneType None"]),
+    "changes value": (
+        _store(lambda held, value, clock: [value.add_(1)]),
+        ["store changes value in place", "x.add_(1)"],
+    ),
+    "changes a view": (
+        _store(lambda held, value, clock: [value, value[:, 0].zero_()][:1]),
+        ["store changes value in place"],
+    ),
+    "changes held": (
+        _reuse(lambda held, clock: held[0].mul_(0.9)),
+        ["reuse changes held[0] in place"],
+    ),
+    "changes the clock": (
+        _reuse(lambda held, clock: held[0] + clock.distance.add_(1)),
+        ["reuse changes clock.distance in place"],
+    ),
+    "branches": (
+        _reuse(lambda held, clock: held[0] if clock.distance < 2 else held[0] * 0.5),
+        ["reuse reads a value out of a tensor", "clock", "torch.where"],
+    ),
+    "reads": (
+        _reuse(lambda held, clock: held[0] * float(clock.computed)),
+        ["reuse reads a value out of a tensor"],
+    ),
+    "reuse dtype": (
+        _reuse(lambda held, clock: held[0].half()),
+        ["reuse gave torch.float16[1, 6, 8] on cpu", f"right is {SPEC}", "the value"],
+    ),
+    "reuse list": (_reuse(lambda held, clock: [held[0]]), ["reuse gave list", f"right is {SPEC}"]),
+    "fails": (
+        _store(lambda held, value, clock: [value @ value]),
+        ["store raises RuntimeError", f"held[0]: {SPEC}"],
+    ),
+}
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_function_that_cannot_work_is_refused_by_name(case: str, check: bool) -> None:
+    function, texts = REFUSED[case]
+    told = refusal(own("Mine", function), check)
+    for text in ["in pass guard_runs: strategy Mine: ", *texts]:
+        assert text in told
+
+
+def test_in_place_operations_on_tensors_of_its_own_are_fine() -> None:
+    def reuse(self: Any, held: Any, start: Any, clock: Any) -> Any:
+        total = held[0].clone()
+        total[:, :1].add_(0.0)
+        total += held[0]
+        return total.mul_(0.5)
+
+    model = make(ToyDiT)
+    cached = dit_cache_fx.apply(model, own("Mine", reuse))
+    follows(cached, ByHand(model, ["blocks"]), generation(TOY, STEPS))
+    assert actions(cached) == "CrrCrr"
+
+
+def test_a_strategy_may_hold_nothing() -> None:
+    def store(self: Any, held: Any, value: Any, start: Any, clock: Any) -> Any:
+        return []
+
+    def reuse(self: Any, held: Any, start: Any, clock: Any) -> Any:
+        return start
+
+    told = own("Skips", store, slots=lambda self: 0, reuse=reuse, reads_start=True)
+    model = make(ToyDiT)
+    cached = dit_cache_fx.apply(model, told)
+    for computes, inputs in generation(TOY, STEPS):
+        c = model.condition(inputs["timestep"], inputs["text"])
+        h = model.embed(inputs["x"])
+        want = model.head(model.trunk(h, c) if computes else h)
+        assert torch.equal(cached(**inputs), want)
+
+
+# --- rules ------------------------------------------------------------------------------------
+
+
+class Ruled(Own):
+    """Computes where the signal's mean has changed by more than a half."""
+
+    has_rule = True  # type: ignore[assignment]
+
+    def looks_at(self) -> str:
+        return "input"
+
+    def begin(self, signal: Tensor) -> Any:
+        return (signal.mean(),)
+
+    def decide(self, signal: Tensor, memory: Any, forced: Tensor) -> Any:
+        mean = signal.mean()
+        return forced | ((mean - memory[0]).abs() > 0.5), (mean,)
+
+
+def ruled(name: str, function: Callable[..., Any]) -> Strategy:
+    return type(name, (Ruled,), {function.__name__: function})()
+
+
+def _decide(result: Callable[..., Any]) -> Callable[..., Any]:
+    def decide(self: Any, signal: Any, memory: Any, forced: Any) -> Any:
+        return result(signal, memory, forced)
+
+    return decide
+
+
+def _begin(result: Callable[..., Any]) -> Callable[..., Any]:
+    def begin(self: Any, signal: Any) -> Any:
+        return result(signal)
+
+    return begin
+
+
+REFUSED_RULES = {
+    "no memory": (_decide(lambda s, m, f: f), ["decide gave tensor(False)", "(computes, memory)"]),
+    "float": (
+        _decide(lambda s, m, f: (s.mean(), m)),
+        ["decide gave torch.float32[] on cpu as its decision", "boolean"],
+    ),
+    "for each row": (
+        _decide(lambda s, m, f: (s.mean((0, 2)) > 0, m)),
+        ["decide gave torch.bool[6] on cpu as its decision"],
+    ),
+    "other memory": (
+        _decide(lambda s, m, f: (f, (s.double().mean(),))),
+        ["decide gave torch.float64[] on cpu", "right is torch.float32[] on cpu"],
+    ),
+    "more memory": (_decide(lambda s, m, f: (f, (*m, f))), ["decide gave 2 tensors, 1 expected"]),
+    "changes the signal": (
+        _decide(lambda s, m, f: (s.add_(1).mean() > 0, m)),
+        ["decide changes signal in place"],
+    ),
+    "changes its memory": (
+        _decide(lambda s, m, f: (f, (m[0].add_(1),))),
+        ["decide changes memory[0] in place"],
+    ),
+    "begins with a number": (_begin(lambda s: 1.0), ["begin gave 1.0", "a tuple of tensors"]),
+    "begin changes": (_begin(lambda s: (s.zero_(),)), ["begin changes signal in place"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_RULES)
+def test_a_rule_that_cannot_work_is_refused_by_name(case: str) -> None:
+    function, texts = REFUSED_RULES[case]
+    for run in (lambda c: c, lambda c: torch.compile(c, backend="eager", fullgraph=True)):
+        cached = run(dit_cache_fx.apply(make(ToyDiT), ruled("Mine", function)))
+        with pytest.raises(VerifyError) as caught:
+            _two_steps(cached)
+        for text in ["strategy Mine: ", *(t.replace("tensor(False)", "") for t in texts)]:
+            assert text in str(caught.value)
+
+
+def _two_steps(cached: Callable[..., Any]) -> None:
+    for step in range(2):
+        cached(**toy_inputs(900.0 - step))
+
+
+def test_a_rule_that_branches_in_python_cannot_be_one_graph() -> None:
+    def decide(self: Any, signal: Tensor, memory: Any, forced: Tensor) -> Any:
+        return forced | bool(signal.mean() > memory[0]), memory
+
+    cached = dit_cache_fx.apply(make(ToyDiT), ruled("Mine", decide))
+    for step in range(2):  # here each step asks it
+        cached(**toy_inputs(900.0 - step))
+    assert len(actions(cached)) == 2
+    told = "strategy Mine: decide reads a value out of a tensor"
+    compiled = torch.compile(cached, backend="eager", fullgraph=True)
+    with pytest.raises(VerifyError, match=told):
+        compiled(**toy_inputs(800.0))
