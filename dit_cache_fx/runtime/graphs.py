@@ -35,6 +35,7 @@ from dit_cache_fx.passes import run_passes
 from dit_cache_fx.runtime.first_runs import FirstRuns
 from dit_cache_fx.runtime.step_count import StepCount
 from dit_cache_fx.strategies import Strategy, check_block_ids
+from dit_cache_fx.values.pytree import Skeleton, difference
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
 #: most input signatures whose graphs are kept at one time
@@ -59,6 +60,7 @@ class Entry(Lowered):
     fingerprint: Fingerprint
     volatile: frozenset[tuple[str, str]]  # what of it the forward changes by itself
     count: StepCount
+    skeleton: Skeleton  # of the call that it was captured from
     breaks: bool = False  # it cannot be compiled as one graph
     carried: dict[tuple[str, ...], Carried] = field(default_factory=dict)  # by cache context
     served: set[float] = field(default_factory=set)  # a few of the timesteps that it answered
@@ -121,6 +123,7 @@ class Found(Generic[_T]):
     entry: Entry
     shapes: Shapes  # of the call's masked selections
     first: _T | None
+    because: object = ""  # why it was captured, as text
 
 
 class Graphs:
@@ -192,7 +195,8 @@ class Graphs:
         entries = self.entries.get(key, ())
         if len(entries) >= MAX_VARIANTS:
             _refuse_one_for_each_step(entries)
-        log.info("capturing: %s", _Because(self.all(), entries, call))
+        because = _Because(self.all(), entries, call)
+        log.info("capturing: %s", because)
         with self.subject.turns.of_model():
             entry = self._capture(call)
         with self.subject.turns.of_model():  # it is known now whether forward sets attributes
@@ -203,7 +207,8 @@ class Graphs:
             while len(self.entries) > MAX_CAPTURES:
                 self.entries.popitem(last=False)
         guards = entry.captured.guards
-        return Found(entry, () if guards is None else guards.shapes(guards.expected), first)
+        shapes = () if guards is None else guards.shapes(guards.expected)
+        return Found(entry, shapes, first, because)
 
     def all(self) -> list[Entry]:
         """Every graph, the newest last."""
@@ -268,6 +273,7 @@ class Graphs:
             fingerprint(model, captured.whole),
             volatile(before, after),
             self.count,
+            call.skeleton,
         )
         log.info("captured %s", entry)
         return entry
@@ -299,10 +305,11 @@ class _Because:
             for name in dict.fromkeys((*now, *was))
             if now.get(name) != was.get(name)
         ]
-        return "another signature: " + (
-            "; ".join(unlike)
-            or "an argument that is no tensor has another value, or torch another state (autocast)"
-        )
+        return "another signature: " + ("; ".join(unlike) or self._other_value())
+
+    def _other_value(self) -> str:
+        told = difference(self._call.skeleton, self._known[-1].skeleton)
+        return told or "torch's state is another one (autocast, attention kernels, default dtype)"
 
 
 def _changes(changed: Iterable[tuple[str, str]], entry: Entry, now: Fingerprint) -> str:
