@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -32,6 +33,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     is_fake,
 )
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.export import _trace as export_trace
 from torch.fx.experimental.proxy_tensor import (
     ProxyTorchDispatchMode,
@@ -43,13 +45,18 @@ from torch.fx.experimental.proxy_tensor import (
     track_tensor_tree,
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.nn.attention import SDPBackend, _sdpa_kernel
 from torch.overrides import (
     TorchFunctionMode,
     _get_current_function_mode,
+    _get_current_function_mode_stack,
     _pop_mode_temporarily,
 )
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import (
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
@@ -437,6 +444,45 @@ def _proxy_mode() -> ProxyTorchDispatchMode | None:
     here = torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
     mode = get_proxy_mode() if here else torch._C._get_dispatch_mode(_PROXY)
     return mode if isinstance(mode, ProxyTorchDispatchMode) else None
+
+
+_ATTENTION: Mapping[str, Callable[[], bool]] = MappingProxyType(
+    {
+        "MATH": torch._C._get_math_sdp_enabled,
+        "FLASH_ATTENTION": torch._C._get_flash_sdp_enabled,
+        "EFFICIENT_ATTENTION": torch._C._get_mem_efficient_sdp_enabled,
+        "CUDNN_ATTENTION": torch._C._get_cudnn_sdp_enabled,
+        "OVERRIDEABLE": torch._C._get_overrideable_sdp_enabled,
+    }
+)
+_BY_NUMBER = {int(getattr(SDPBackend, name)): name for name in _ATTENTION}
+
+
+def attention_backends() -> tuple[str, ...]:
+    """Names of the `SDPBackend`s that attention may use, the preferred one first."""
+    ordered = (_BY_NUMBER[number] for number in torch._C._get_sdp_priority_order())
+    return tuple(name for name in ordered if _ATTENTION[name]())
+
+
+def use_attention_backends(names: Sequence[str]) -> None:
+    """Enable these `SDPBackend`s, the preferred one first, and no others."""
+    _sdpa_kernel([getattr(SDPBackend, name) for name in names], set_priority=True)
+
+
+def emit_autocast(graph: fx.Graph, device: str, dtype: torch.dtype, cache: bool) -> fx.Node:
+    """Add a node that enters autocast, as Dynamo writes it."""
+    return graph.call_function(_enter_autocast, (device, dtype, True, cache))
+
+
+def emit_end_of_autocast(graph: fx.Graph, entered: fx.Node) -> None:
+    """Add the node that leaves it."""
+    graph.call_function(_exit_autocast, (entered,))
+
+
+def modes() -> tuple[str, ...]:
+    """The classes of the modes that see each function or operator."""
+    function, dispatch = _get_current_function_mode_stack(), _get_current_dispatch_mode_stack()
+    return tuple(type(mode).__name__ for mode in (*function, *dispatch))
 
 
 def untraced() -> Any:

@@ -47,7 +47,8 @@ def apply(
         blocks: the block lists, as attribute paths or `nn.ModuleList`s; found from the graph when
             None.
         timestep: the name of forward's timestep argument; found when None.
-        check: check each captured graph against the model on a second input.
+        check: check each captured graph against the model on a second input. Where the model's
+            forward changes something around its blocks that they may read, they run once more.
 
     Raises:
         OptionError: an argument that cannot work, with what would.

@@ -59,7 +59,7 @@ def export(
     form = CallForm(signature, timestep, call.skeleton, specs, entry.program.output, state)
     inputs = dict(zip(specs, call.tensors, strict=True))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), entry.captured.around():
             program = torch.export.export(stateful, (stateful.initial(), inputs), strict=True)
     except Exception as error:
         raise CaptureError(

@@ -348,7 +348,7 @@ def test_randomness_inside_a_block_needs_no_leave() -> None:
 
 def test_hidden_state_of_the_model_is_refused() -> None:
     cached, _ = pair(CountingDiT)
-    with pytest.raises(CaptureError, match=r"disagrees with the model: input of block blocks\.0"):
+    with pytest.raises(CaptureError, match=r"sets attribute 'seen'\[0\] of the model and reads it"):
         cached(**toy_inputs(1.0))
 
 
@@ -368,7 +368,7 @@ def test_a_number_that_hides_in_a_counter_attribute_is_refused() -> None:
             return super().trunk(h, c)
 
     cached, _ = pair(Attribute)
-    with pytest.raises(CaptureError, match="disagrees with the model"):
+    with pytest.raises(CaptureError, match="sets attribute 'gain' of the model and reads it"):
         cached(**toy_inputs(1.0))
 
 

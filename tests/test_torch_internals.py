@@ -16,6 +16,7 @@ from functorch.compile import make_boxed_func
 from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd import frontend_utils
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,15 +29,19 @@ from dit_cache_fx._torch import (
     Piece,
     aoti_load,
     aoti_package,
+    attention_backends,
     breaks_raise,
     compiled_frame,
     dynamo_callback,
+    emit_autocast,
+    emit_end_of_autocast,
     emit_node,
     exporting,
     fakes,
     inductor_compiler,
     like_dynamos,
     look_again,
+    modes,
     not_a_compiled_frame,
     opaque,
     piece_of,
@@ -46,6 +51,7 @@ from dit_cache_fx._torch import (
     trace_text,
     traced_here,
     untraced,
+    use_attention_backends,
     wants_one_graph,
     without_mode,
 )
@@ -664,3 +670,44 @@ def test_aot_autograd_takes_tensors_that_a_graph_holds() -> None:
     run = aot_autograd(fw_compiler=lambda gm, _: make_boxed_func(gm.forward))(gm, [torch.ones(2)])
     with torch.no_grad():
         assert run(torch.ones(2))[0].tolist() == [3.0, 3.0]
+
+
+# --- torch's own state ---------------------------------------------------------------------------
+
+
+def test_attention_backends_are_read_and_set_in_their_order() -> None:
+    before = attention_backends()
+    with sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        assert attention_backends() == ("MATH", "FLASH_ATTENTION")
+        use_attention_backends(("MATH",))
+        assert attention_backends() == ("MATH",)
+        use_attention_backends(before)
+        assert attention_backends() == before
+    assert set(attention_backends()) == set(before)
+    use_attention_backends(before)
+
+
+def test_every_attention_backend_has_a_name() -> None:
+    every = [b.name for b in SDPBackend.__members__.values() if b is not SDPBackend.ERROR]
+    with sdpa_kernel([SDPBackend.__members__[name] for name in every]):
+        assert set(attention_backends()) == set(every)
+
+
+def test_modes_are_those_that_see_what_runs() -> None:
+    before = modes()
+    with TorchDispatchMode(), torch.device("cpu"):
+        assert sorted(modes()) == sorted([*before, "DeviceContext", "TorchDispatchMode"])
+    assert modes() == before
+
+
+def test_autocast_is_written_as_dynamo_writes_it() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    entered = emit_autocast(graph, "cpu", torch.bfloat16, True)
+    product = graph.call_function(torch.mm, (x, x))
+    emit_end_of_autocast(graph, entered)
+    graph.output((product, graph.call_function(torch.mm, (x, x))))
+    gm = fx.GraphModule(nn.Module(), graph)
+    for run in (gm, fx.Interpreter(gm).run):
+        inside, outside = run(torch.ones(2, 2))
+        assert (inside.dtype, outside.dtype) == (torch.bfloat16, torch.float32)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from dit_cache_fx.capture.ambient import without_autocast
 from dit_cache_fx.capture.check import compare
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.leaves import BlockList, candidate_lists, named_list
 from dit_cache_fx.capture.normal_form import Guards
 from dit_cache_fx.capture.record import ModuleCall, Recording
 from dit_cache_fx.capture.scalar_timestep import NumberFactories
+from dit_cache_fx.capture.settings import applied
+from dit_cache_fx.capture.side_effects import unnoticed
 from dit_cache_fx.capture.signature import CallSignature, FlatCall, unflatten_call
+from dit_cache_fx.capture.turns import Turns
 from dit_cache_fx.ir.graph_text import short
 from dit_cache_fx.ir.program import OUTPUT, BlockId, Program, block_values
 from dit_cache_fx.strategies import Strategy, never_cached
@@ -35,6 +39,7 @@ class Subject:
     blocks: tuple[str, ...] | None  # the block lists' names where the user gave them
     strategy: Strategy
     check: bool = True
+    turns: Turns = field(default_factory=Turns)  # of threads, at its modules
 
     def lists(self) -> list[BlockList]:
         """The lists that may hold the trunk, as they are now."""
@@ -89,10 +94,33 @@ class Captured:
     blocks: dict[nn.Module, str]
     whole: set[nn.Module]  # every module that the graph calls as a node
     accepted: set[Shapes]  # guard shapes that the graph was checked with
+    turns: Turns  # of the model's graphs
     not_held: frozenset[str] = frozenset()  # block results that the recording did not hold
-    shapes: Shapes = ()  # guard shapes of the capture
     #: the tensors of the newest call that the guards depend on, and its guard shapes
     newest: tuple[TensorIdentity, Shapes] | None = None
+    unread: Sequence[str] = ()  # attributes that forward sets for others, in words
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """Within it the graphs may run: without autocast, with what forward sets on its modules.
+
+        Threads share the modules: where something is set there, no other graph runs meanwhile.
+        """
+        settings = self.recording.settings
+        turn = self.turns.alone() if settings else self.turns.beside()
+        with turn, without_autocast(), applied(settings):
+            yield
+
+    def run(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """The graph's answer to tensors."""
+        with self.around():
+            return self.gm(*tensors)
+
+    def read(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """What the guards read out of tensors."""
+        assert self.guards is not None
+        with self.around(), torch.no_grad():
+            return self.guards.gm(*tensors)
 
 
 def accepts(subject: Subject, captured: Captured, call: FlatCall) -> Shapes | None:
@@ -107,8 +135,7 @@ def accepts(subject: Subject, captured: Captured, call: FlatCall) -> Shapes | No
     tensors = TensorIdentity([call.tensors[i] for i in guards.inputs])
     if newest is not None and not tensors.other_objects(newest[0]):
         return newest[1]
-    with torch.no_grad():
-        read = guards.gm(*call.tensors)
+    read = captured.read(call.tensors)
     if guards.values(read) != guards.values(guards.expected):
         _log_failed(guards, read)
         return None
@@ -176,9 +203,10 @@ def not_held(program: Program, recording: Recording) -> frozenset[str]:
 def _differs(
     subject: Subject, captured: Captured, call: FlatCall, tensors: Sequence[torch.Tensor]
 ) -> str | None:
-    return compare(
-        lambda: subject.run(call, tensors),
-        lambda: captured.gm(*tensors),
-        captured.blocks,
-        captured.recording,
-    )
+    with subject.turns.of_model(), unnoticed(subject.model):
+        return compare(
+            lambda: subject.run(call, tensors),
+            lambda: captured.run(tensors),
+            captured.blocks,
+            captured.recording,
+        )

@@ -14,12 +14,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from dit_cache_fx._torch import without_mode
+from dit_cache_fx.capture.ambient import Ambient
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.record import ModuleCall, Recording
+from dit_cache_fx.capture.samples import Samples, other_block
+from dit_cache_fx.capture.scalar_timestep import NumberFactories
 from dit_cache_fx.errors import CaptureError, DitCacheError
 from dit_cache_fx.values.checksum import checksum
 from dit_cache_fx.values.identity import alike
-from dit_cache_fx.values.pytree import constants, flatten, unflatten
+from dit_cache_fx.values.pytree import Skeleton, constants, flatten, unflatten
 
 
 class _Print(NamedTuple):
@@ -42,8 +46,10 @@ class _Run:
     """The block calls of a run and prints of the tensors that it showed."""
 
     calls: list[str] = field(default_factory=list)
+    states: list[Ambient] = field(default_factory=list)  # of torch, at each call
     constants: list[list[Any]] = field(default_factory=list)  # of each call, what is no tensor
     prints: dict[_Place, _Print] = field(default_factory=dict)
+    samples: Samples = field(default_factory=Samples)
     wanted: _Place | None = None
     tensor: torch.Tensor | None = None
 
@@ -60,16 +66,27 @@ def compare(
     graph: Callable[[], Any],
     blocks: Mapping[nn.Module, str],
     recording: Recording,
+    sampled: bool = False,
 ) -> str | None:
-    """What differs first between the model's run and the graph's; None when nothing does."""
-    want = _run(model, blocks, recording, _Run())
-    got = _run(graph, blocks, recording, _Run())
+    """What differs first between the model's run and the graph's; None when nothing does.
+
+    `sampled`: the first block of each list is run, too.
+    """
+    want = _run(model, blocks, recording, _Run(samples=Samples(sampled)))
+    got = _run(graph, blocks, recording, _Run(samples=Samples(sampled)))
     if want.calls != got.calls:
         return f"it calls blocks {got.calls}, the model calls {want.calls}"
     for name, *each in zip(want.calls, want.constants, got.constants, strict=True):
         unlike = _first_unlike(*each)
         if unlike is not None:
             return f"it calls block {name} with {unlike}"
+    for name, model_state, state in zip(want.calls, want.states, got.states, strict=True):
+        if state != model_state:
+            return f"it calls block {name} with torch in the state {state}, the model {model_state}"
+    if sampled:
+        _compare_samples(
+            want, got, lambda: _run(graph, blocks, recording, _Run(samples=Samples(True)))
+        )
     place = next((p for p in want.prints if want.prints[p] != got.prints.get(p)), None)
     if place is None:
         return None if len(want.prints) == len(got.prints) else "it passes more tensors"
@@ -77,6 +94,13 @@ def compare(
     b = _run(graph, blocks, recording, _Run(wanted=place)).tensor
     where = "output" if place.call is None else f"input of block {want.calls[place.call]}"
     return f"{where}, tensor {place.number}: {_difference(a, b)}"
+
+
+def _compare_samples(want: _Run, got: _Run, again: Callable[[], _Run]) -> None:
+    """Refuse blocks that give something else in the graph; those that always do are their own."""
+    name = want.samples.unlike(got.samples)
+    if name is not None and again().samples.unlike(got.samples) is None:
+        raise other_block(name)
 
 
 def refuse(difference: str) -> CaptureError:
@@ -140,8 +164,10 @@ def _run(
         module: nn.Module, name: str, call: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         inputs, skeleton = flatten((args, kwargs))
+        shown.states.append(Ambient.now())
         shown.constants.append(list(constants(skeleton)))
         shown.show(len(shown.calls), inputs)
+        shown.samples.take(name, lambda given: _called(call, module, skeleton, given), inputs)
         shown.calls.append(name)
         made = next(calls, None)
         if made is None or made.name != name:
@@ -152,6 +178,14 @@ def _run(
         output = run()
     shown.show(None, flatten(output)[0])
     return shown
+
+
+def _called(
+    call: Callable[..., Any], module: nn.Module, skeleton: Skeleton, inputs: Sequence[torch.Tensor]
+) -> Any:
+    args, kwargs = unflatten(skeleton, list(inputs))
+    with without_mode(NumberFactories):
+        return call(module, *args, **kwargs)
 
 
 def stand_in(made: ModuleCall, index: int, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -17,24 +17,32 @@ import torch
 from torch import nn
 
 from dit_cache_fx._torch import without_dispatch_modes
+from dit_cache_fx.capture.attributes import attributes, restore
 from dit_cache_fx.capture.blocks import mark_blocks
 from dit_cache_fx.capture.captured import Captured, Subject, not_held
 from dit_cache_fx.capture.check import IllegalInputs, compare, refusable, refuse, second_inputs
 from dit_cache_fx.capture.leaves import BlockList, kept_modules
-from dit_cache_fx.capture.normal_form import Guards, normal_form
+from dit_cache_fx.capture.normal_form import normal_form
 from dit_cache_fx.capture.record import Recording, record
 from dit_cache_fx.capture.refusals import (
-    refuse_changed_arguments,
     refuse_late_guards,
     refuse_read_number,
     refuse_rewritten_arguments,
     refuse_written_memory,
     require_timestep,
 )
+from dit_cache_fx.capture.settings import Watch, refuse_made_values
+from dit_cache_fx.capture.side_effects import (
+    Arguments,
+    left_behind,
+    refuse_kept_state,
+    unnoticed,
+)
 from dit_cache_fx.capture.signal import mark_signal, parts_of
 from dit_cache_fx.capture.signature import FlatCall, unflatten_call
 from dit_cache_fx.capture.timestep import guessed_timestep
 from dit_cache_fx.capture.trace import trace
+from dit_cache_fx.capture.world import World
 from dit_cache_fx.errors import CaptureError, DitCacheError
 from dit_cache_fx.values.pytree import constants
 
@@ -51,31 +59,45 @@ def capture(subject: Subject, call: FlatCall, timestep: str | None) -> Captured:
         tensors = [t.clone() if t.is_inference() else t for t in call.tensors]
         lists = subject.lists()
         kept = kept_modules(subject.model, lists)
-        members = {m: kept[m] for blocks in lists for m in blocks.modules}
-        recording = _recorded(subject, call, tensors, lists, kept)
-        refuse_rewritten_arguments(recording)
-        refuse_written_memory(subject.model, call, tensors, recording)
-        what = "the model's own code (outside its blocks and layers) cannot be traced"
-        with _explained(what), without_dispatch_modes():
-            traced = trace(lambda inputs: subject.run(call, inputs), tensors, kept, recording)
-        step = timestep if timestep is not None else guessed_timestep(call)
-        require_timestep(call, step)
-        program, guards = normal_form(subject.model, traced, call, step)
-        refuse_read_number(call, program, guards)
-        mark_blocks(program, lists, chosen=subject.blocks is not None)
-        with without_dispatch_modes():
-            mark_signal(program, subject.strategy, recording)
-        trunk = {str(node.target) for node in program.block_calls()}
-        blocks = {m: name for m, name in members.items() if f"model.{name}" in trunk}
-        captured = Captured(program, program.gm, guards, recording, blocks, set(kept), set())
-        captured.not_held = not_held(program, recording)
-        if guards is not None:
-            refuse_late_guards(guards, trunk)
-            captured.accepted.add(guards.shapes(guards.expected))
-        if subject.check:
-            what = "the captured graph fails where the model does not"
-            with _explained(what), without_dispatch_modes():
-                _check(subject, captured, call, tensors)
+        recording, unread = _recorded(subject, call, tensors, lists, kept)
+        with unnoticed(subject.model), without_dispatch_modes():
+            captured = _traced(subject, call, tensors, lists, kept, recording, timestep)
+            captured.unread = unread
+            if subject.check:
+                with _explained("the captured graph fails where the model does not"):
+                    _check(subject, captured, call, tensors)
+    return captured
+
+
+def _traced(
+    subject: Subject,
+    call: FlatCall,
+    tensors: Sequence[torch.Tensor],
+    lists: Sequence[BlockList],
+    kept: dict[nn.Module, str],
+    recording: Recording,
+    timestep: str | None,
+) -> Captured:
+    """The graph of a recorded call, its blocks marked."""
+    members = {m: kept[m] for blocks in lists for m in blocks.modules}
+    with _explained("the model's own code (outside its blocks and layers) cannot be traced"):
+        traced = trace(lambda inputs: subject.run(call, inputs), tensors, kept, recording)
+    step = timestep if timestep is not None else guessed_timestep(call)
+    require_timestep(call, step)
+    program, guards = normal_form(subject.model, traced, call, step)
+    refuse_read_number(call, program, guards)
+    mark_blocks(program, lists, chosen=subject.blocks is not None)
+    mark_signal(program, subject.strategy, recording)
+    trunk = {str(node.target) for node in program.block_calls()}
+    blocks = {m: name for m, name in members.items() if f"model.{name}" in trunk}
+    # what forward sets on a module, the graph depends on: then nothing of the model is looked
+    # up live without a check
+    whole = set() if recording.settings else set(kept)
+    captured = Captured(program, program.gm, guards, recording, blocks, whole, set(), subject.turns)
+    captured.not_held = not_held(program, recording)
+    if guards is not None:
+        refuse_late_guards(guards, trunk)
+        captured.accepted.add(guards.shapes(guards.expected))
     return captured
 
 
@@ -100,25 +122,46 @@ def _recorded(
     tensors: Sequence[torch.Tensor],
     lists: Sequence[BlockList],
     kept: dict[nn.Module, str],
-) -> Recording:
-    """Record the model; a layer that answers with numbers is looked into, so leaves `kept`."""
+) -> tuple[Recording, list[str]]:
+    """Record the model; a layer that answers with numbers is looked into, so leaves `kept`.
+
+    Also returns the attributes that it sets and never reads, in words.
+    """
+    model = subject.model
     members = {m: kept[m] for blocks in lists for m in blocks.modules}
-    arguments = unflatten_call(call.skeleton, list(tensors))
+    before = attributes(model.named_modules())
+    theirs = {m for module in kept for m in module.modules()}
+    watch = Watch(kept, World(model, theirs) if subject.check else None)
+    arguments = Arguments(unflatten_call(call.skeleton, list(tensors)))
     recording = record(
-        lambda: subject.answer(call, arguments),
+        lambda: subject.answer(call, arguments.given),
         kept,
         set(members),
         {m for m, name in members.items() if subject.always_runs(name)},
         {m: parts_of(m, kept[m]) for m in subject.opened(lists)},
+        watch,
     )
-    refuse_changed_arguments(call, tensors, arguments)
     numbers = {c.name for c in recording.calls if any(v is not None for v in constants(c.skeleton))}
     open_layers = [m for m, name in kept.items() if name in numbers and m not in members]
-    if not open_layers:
-        return recording
-    for module in open_layers:
-        del kept[module]
-    return _recorded(subject, call, tensors, lists, kept)
+    if open_layers:
+        for module in open_layers:
+            del kept[module]
+        restore(model.named_modules(), before)
+        return _recorded(subject, call, tensors, lists, kept)
+    refuse_rewritten_arguments(recording)
+    refuse_written_memory(model, call, tensors, recording)
+    arguments.refuse_changed(recording.calls, notes=True)
+    refuse_made_values(recording.settings, before)
+    recording.before = {place: o for place, o in before.items() if o.module in theirs}
+    if not subject.check:
+        return recording, []
+    left = left_behind(before, attributes(model.named_modules()), watch)
+    noted, after = arguments.noted(), Arguments(arguments.given)
+    again = partial(subject.answer, call, after.given)
+    with without_dispatch_modes():
+        unread = refuse_kept_state(model, again, kept, recording, left, noted)
+    after.refuse_changed([], notes=False)
+    return recording, unread
 
 
 def _check(
@@ -130,14 +173,15 @@ def _check(
         _check_number(subject, captured, call, tensors, step)
     sample = [i for i, a in enumerate(program.arguments) if a == program.sample]
     for inputs in second_inputs(tensors, step, sample):
-        if not _guards_hold(captured.guards, inputs):
+        if not _guards_hold(captured, inputs):
             continue
         try:
             difference = compare(
                 refusable(partial(subject.run, call, inputs)),
-                partial(captured.gm, *inputs),
+                partial(captured.run, inputs),
                 captured.blocks,
                 captured.recording,
+                sampled=captured.recording.suspect,
             )
         except IllegalInputs as error:
             log.info("the model refuses inputs made up for a check: %r", error.__cause__)
@@ -159,8 +203,8 @@ def _check_number(
     numbered[step] = call.number
     arguments = unflatten_call(call.skeleton, numbered)
     difference = compare(
-        lambda: subject.signature.call(subject.model.forward, arguments),
-        lambda: captured.gm(*tensors),
+        lambda: subject.answer(call, arguments),
+        lambda: captured.run(tensors),
         captured.blocks,
         captured.recording,
     )
@@ -171,5 +215,6 @@ def _check_number(
         )
 
 
-def _guards_hold(guards: Guards | None, inputs: Sequence[torch.Tensor]) -> bool:
-    return guards is None or list(guards.gm(*inputs)) == list(guards.expected)
+def _guards_hold(captured: Captured, inputs: Sequence[torch.Tensor]) -> bool:
+    guards = captured.guards
+    return guards is None or list(captured.read(inputs)) == list(guards.expected)

@@ -12,12 +12,13 @@ from collections.abc import Collection, Hashable, Iterator, Mapping
 import torch
 from torch import nn
 
+from dit_cache_fx.capture.attributes import TORCHS
+
 #: (module's path, what of it) -> its value
 Fingerprint = dict[tuple[str, str], Hashable]
 
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
 _OTHER = object()
-_TORCHS = frozenset(vars(nn.Module()))  # parameters, hooks, training: not the model's options
 
 
 def fingerprint(model: nn.Module, whole: Collection[nn.Module]) -> Fingerprint:
@@ -41,7 +42,7 @@ def _parts(
     if path:  # the model's own hooks run around the graph
         yield (path, "hooks"), bool(module._forward_hooks or module._forward_pre_hooks)
     for name, value in list(vars(module).items()):  # other threads may capture the module
-        if name not in _TORCHS and (plain := _plain(value)) is not _OTHER:
+        if name not in TORCHS and (plain := _plain(value)) is not _OTHER:
             yield (path, name), plain
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         yield (path, name), None if tensor is None else (tensor.dtype, tensor.device)
@@ -58,6 +59,8 @@ def _parts(
 
 def _plain(value: object) -> Hashable:
     """A value that can be compared: a number, text, or a container of such; else `_OTHER`."""
+    if isinstance(value, float):
+        return float(f"{value:.12g}")  # see `attributes.ROUNDING`
     if isinstance(value, _PLAIN):
         return value
     if isinstance(value, (list, tuple)):

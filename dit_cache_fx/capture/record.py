@@ -1,7 +1,8 @@
 """Phase one of a capture: run the model once as it is, and note what each kept module returned.
 
 The blocks run exactly once, outside of any tracer. Tracing (phase two) and the first computed step
-then replay what was recorded, so a capture costs no second forward pass.
+then replay what was recorded, so a capture costs no second forward pass. Where forward has changed
+something around its blocks that they may read, they run once more, in the graph (`rerun`).
 """
 
 from __future__ import annotations
@@ -16,11 +17,18 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_cache_fx._torch import without_mode
+from dit_cache_fx._torch import without_dispatch_modes, without_mode
+from dit_cache_fx.capture.ambient import Ambient, flags, refuse_flags
+from dit_cache_fx.capture.attributes import Attributes
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.scalar_timestep import NumberFactories
+from dit_cache_fx.capture.settings import Setting, Watch
+from dit_cache_fx.capture.world import World
+from dit_cache_fx.ir.within import Within
+from dit_cache_fx.values.checksum import Checksums, checksum
 from dit_cache_fx.values.identity import storage_key, version
 from dit_cache_fx.values.pytree import Skeleton, flatten
+from dit_cache_fx.values.random_state import RandomState
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
 
@@ -47,7 +55,11 @@ class ModuleCall:
     like: tuple[int | None, ...] = ()  # for each output a tensor argument of the same shape
     inside: Inside | None = None
     rewrites: bool = False  # whether it put something else into a container among its arguments
-    writes: frozenset[int] = frozenset()  # addresses of memory that it changed and did not return
+    changed: frozenset[int] = frozenset()  # addresses of memory that it changed
+    writes: frozenset[int] = frozenset()  # the same, where it did not return it
+    within: Within = field(default_factory=Within)  # the contexts that it was called in
+    digests: Checksums = field(default_factory=list)  # of what it returned
+    random: RandomState | None = None  # what it drew its random numbers from
 
     def outputs(self) -> list[torch.Tensor]:
         """What it returned, as new tensor objects; placeholders where no value was kept."""
@@ -63,12 +75,17 @@ class Recording:
 
     calls: list[ModuleCall]
     output: Any
+    settings: tuple[Setting, ...] = ()  # what forward sets on its modules
+    suspect: bool = False  # whether blocks may depend on more than their arguments
+    before: Attributes = field(default_factory=dict)  # of the modules, before the recorded run
+    world: World | None = None  # what blocks may read beside them, before the recorded run
 
     def forget(self) -> None:
         """Let go of the values: only the first answer needs them."""
-        self.output = None
+        self.output, self.before, self.world = None, {}, None
         for made in self.calls:
             made.values.clear()
+            made.digests.clear()
 
 
 def record(
@@ -77,56 +94,120 @@ def record(
     blocks: Collection[nn.Module],
     always_run: Collection[nn.Module] = (),
     opened: Mapping[nn.Module, Mapping[nn.Module, str]] | None = None,
+    watch: Watch | None = None,
 ) -> Recording:
     """Run the model and record its kept modules' calls.
 
     A block's output is held only when something other than a cached block reads it: holding every
     block's output would be what the cache is here to avoid. `always_run` are the blocks that are
     never cached; what they read and give is held too. `opened`: blocks -> their parts, whose calls
-    are recorded as well.
+    are recorded as well. `watch` sees what the model sets around its modules; with it, digests of
+    what blocks give are noted.
     """
-    calls: list[ModuleCall] = []
-    reader = _Reader()
-    parts = opened or {}
+    recorder = _Recorder(blocks, {b for b in blocks if b not in always_run}, opened or {}, watch)
+    with intercepted(kept, recorder.handle), recorder.reader:
+        output = run()
+        recorder.reader.reads(flatten(output)[0])
+    if watch is None:
+        return Recording(recorder.calls, output)
+    watch.looks()
+    settings = tuple(watch.settings.values())
+    return Recording(recorder.calls, output, settings, watch.suspect, world=watch.world)
+
+
+class _Recorder:
+    """Runs kept modules, and notes each call."""
+
+    def __init__(
+        self,
+        blocks: Collection[nn.Module],
+        cached: Collection[nn.Module],
+        opened: Mapping[nn.Module, Mapping[nn.Module, str]],
+        watch: Watch | None,
+    ) -> None:
+        self.calls: list[ModuleCall] = []
+        self.reader = _Reader()
+        self._blocks = blocks
+        self._cached = cached
+        self._opened = opened
+        self._watch = watch
+        self._entry, self._flags = Ambient.now(), flags()
 
     def handle(
-        module: nn.Module, name: str, call: Callable[..., Any], args: Any, kwargs: Any
+        self, module: nn.Module, name: str, call: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         inputs, given = flatten((args, kwargs))
-        if module not in blocks or module in always_run:
-            reader.reads(inputs)
+        if module not in self._cached:
+            self.reader.reads(inputs)
         versions = [version(t) for t in inputs]
         inside: Inside | None = None
-        with reader.paused(), without_mode(NumberFactories):
-            if module in parts:
-                within = record(lambda: call(module, *args, **kwargs), parts[module], ())
-                inside = Inside(module, parts[module], inputs, given, within)
-                output = within.output
+        with self.reader.paused(), without_mode(NumberFactories):
+            within = self._within(name)
+            drawn = self._before(module, inputs)
+            if module in self._opened:
+                parts = self._opened[module]
+                recorded = record(lambda: call(module, *args, **kwargs), parts, ())
+                inside = Inside(module, parts, inputs, given, recorded)
+                output = recorded.output
             else:
                 output = call(module, *args, **kwargs)
-        outputs, skeleton = flatten(output)
-        after, kept_form = flatten((args, kwargs))
-        rewrites = given != kept_form or any(a is not b for a, b in zip(inputs, after, strict=True))
-        mutated = tuple(i for i, t in enumerate(inputs) if version(t) != versions[i])
-        returned = {storage_key(t) for t in outputs} if mutated else set()
-        writes = {storage_key(inputs[i]) for i in mutated} - returned
-        shapes = [t.shape for t in inputs]
-        like = tuple(shapes.index(t.shape) if t.shape in shapes else None for t in outputs)
-        specs = [TensorSpec.of(t) for t in outputs]
-        made = ModuleCall(name, specs, skeleton, mutated=mutated, like=like, inside=inside)
-        made.rewrites, made.writes = rewrites, frozenset(writes)
-        reader.produced(made, outputs)
-        if module in always_run:  # a copy: whoever gets it may change it in place
-            made.values.update((i, t.clone()) for i, t in enumerate(outputs))
-        elif module not in blocks:
-            reader.hold(made, outputs)
-        calls.append(made)
+            outputs, skeleton = flatten(output)
+            made = ModuleCall(name, [TensorSpec.of(t) for t in outputs], skeleton)
+            made.inside, made.within = inside, within
+            self._after(module, made, outputs, drawn)
+        made.mutated = tuple(i for i, t in enumerate(inputs) if version(t) != versions[i])
+        _note_changes(made, inputs, outputs, given, (args, kwargs))
+        self._hold(module, made, outputs)
+        self.calls.append(made)
         return output
 
-    with intercepted(kept, handle), reader:
-        output = run()
-        reader.reads(flatten(output)[0])
-    return Recording(calls, output)
+    def _hold(self, module: nn.Module, made: ModuleCall, outputs: list[torch.Tensor]) -> None:
+        self.reader.changed(made.changed)
+        self.reader.produced(made, outputs)
+        if module not in self._blocks:
+            self.reader.hold(made, outputs)
+        elif module not in self._cached:  # a copy: whoever gets it may change it in place
+            made.values.update((i, t.clone()) for i, t in enumerate(outputs))
+
+    def _within(self, name: str) -> Within:
+        refuse_flags(self._flags, flags(), name)
+        return Ambient.now().within(self._entry)
+
+    def _before(self, module: nn.Module, inputs: list[torch.Tensor]) -> RandomState | None:
+        if self._watch is None:
+            return None
+        self._watch.calls(module)
+        return RandomState.now(inputs) if module in self._blocks else None
+
+    def _after(
+        self,
+        module: nn.Module,
+        made: ModuleCall,
+        outputs: list[torch.Tensor],
+        drawn: RandomState | None,
+    ) -> None:
+        if self._watch is not None:
+            self._watch.returned(module)
+        if drawn is not None:
+            made.random = drawn if drawn.used() else None
+            with without_dispatch_modes():
+                made.digests = [checksum(t) for t in outputs]
+
+
+def _note_changes(
+    made: ModuleCall,
+    inputs: list[torch.Tensor],
+    outputs: list[torch.Tensor],
+    given: Skeleton,
+    arguments: Any,
+) -> None:
+    """Note what the call has changed of its arguments."""
+    after, form = flatten(arguments)
+    made.rewrites = given != form or any(a is not b for a, b in zip(inputs, after, strict=True))
+    shapes = [t.shape for t in inputs]
+    made.like = tuple(shapes.index(t.shape) if t.shape in shapes else None for t in outputs)
+    made.changed = frozenset(storage_key(inputs[i]) for i in made.mutated)
+    made.writes = made.changed - {storage_key(t) for t in outputs} if made.changed else made.changed
 
 
 class _Reader(TorchDispatchMode):
@@ -134,8 +215,10 @@ class _Reader(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        #: by id of a tensor that a module gave: of which call, which of its tensors
         self._origin: dict[int, tuple[ref[torch.Tensor], ModuleCall, int]] = {}
-        self._held: dict[int, list[tuple[ModuleCall, int]]] = {}  # by the memory that it shares
+        #: what is held itself, by the memory that it is in
+        self._held: dict[int, list[tuple[ModuleCall, int]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = flatten((args, kwargs or {}))[0]
@@ -158,6 +241,12 @@ class _Reader(TorchDispatchMode):
         for tensor in tensors if self._held else ():
             for call, index in self._held.pop(storage_key(tensor), ()):
                 call.values[index] = call.values[index].clone()
+
+    def changed(self, places: Collection[int]) -> None:
+        """A module has changed this memory: what was held there is not known any more."""
+        for place in places:
+            for call, index in self._held.pop(place, ()):
+                del call.values[index]
 
     def reads(self, tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:

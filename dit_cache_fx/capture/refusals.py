@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -11,11 +10,10 @@ from torch import nn
 from dit_cache_fx.capture.data_guards import READS
 from dit_cache_fx.capture.normal_form import Guards, owned_tensors
 from dit_cache_fx.capture.record import Recording
-from dit_cache_fx.capture.signature import FlatCall, unflatten_call
+from dit_cache_fx.capture.signature import FlatCall
 from dit_cache_fx.errors import CaptureError, DiscoveryError
 from dit_cache_fx.ir.program import Program, ancestors
 from dit_cache_fx.values.identity import storage_key
-from dit_cache_fx.values.pytree import Container, Skeleton, flatten, key_paths
 
 _APART = (
     "a cached step could not do the same. Make such calls between disable() and enable(), turn off "
@@ -61,37 +59,6 @@ def refuse_rewritten_arguments(recording: Recording) -> None:
             f"module {rewriting!r} puts a value into a container (a dict, list or object) among "
             f"its arguments: {_APART}"
         )
-
-
-def refuse_changed_arguments(
-    call: FlatCall, tensors: Sequence[torch.Tensor], arguments: dict[str, Any]
-) -> None:
-    """Refuse a model whose own code puts something else into an argument, such as a count.
-
-    New items of a dict that are no tensors are notes of the model to itself: they may be.
-    """
-    given = unflatten_call(call.skeleton, list(tensors))
-    for name, value in arguments.items():
-        (before, was), (after, form) = flatten(given[name]), flatten(value)
-        if not _noted(was, form) or any(a is not b for a, b in zip(after, before, strict=True)):
-            raise CaptureError(
-                f"the model's own code changes its argument {name!r} (an item or an attribute of "
-                f"it, by a method that counts, say): {_APART}"
-            )
-
-
-def _noted(before: Skeleton, after: Skeleton) -> bool:
-    """Whether nothing is changed but for new items of dicts that hold no tensor."""
-    if before == after:
-        return True
-    if not (isinstance(before, Container) and isinstance(after, Container)):
-        return False
-    if before.kind is not after.kind or not issubclass(before.kind, dict):
-        return False
-    given = dict(zip(before.keys, before.children, strict=True))
-    now = dict(zip(after.keys, after.children, strict=True))
-    kept = all(key in now and _noted(child, now[key]) for key, child in given.items())
-    return kept and not any(key_paths(now[key]) for key in now.keys() - given.keys())
 
 
 def refuse_written_memory(

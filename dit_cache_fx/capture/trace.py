@@ -22,6 +22,7 @@ from dit_cache_fx.capture.record import ModuleCall, Recording
 from dit_cache_fx.capture.scalar_timestep import NumberFactories
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.program import KEYS, OUTPUT, PATH
+from dit_cache_fx.ir.within import WITHIN
 from dit_cache_fx.values.pytree import (
     Maker,
     Skeleton,
@@ -202,6 +203,7 @@ class _Replay:
         )
         name = self.made.name
         node = graph.call(call_kept, (self.index, name, args, kwargs), {}, _node_name(name))
+        node.node.meta[WITHIN] = self.made.within
         outputs = []
         for index, path in enumerate(key_paths(self.made.skeleton)):
             output = _follow(node, path)

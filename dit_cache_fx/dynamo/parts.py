@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from dit_cache_fx._torch import like_dynamos
+from dit_cache_fx._torch import (
+    emit_autocast,
+    emit_end_of_autocast,
+    like_dynamos,
+    use_attention_backends,
+)
+from dit_cache_fx.capture.ambient import without_autocast
 from dit_cache_fx.dynamo.inner import Compile
+from dit_cache_fx.ir.within import WITHIN, Within
 from dit_cache_fx.lowering import CompiledPart, Part
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
@@ -32,10 +40,11 @@ class _AtFirstCall:
 
     def __call__(self, *operands: torch.Tensor) -> Sequence[torch.Tensor]:
         compiled = self._compiled or self._made(operands)
-        return compiled(*operands)
+        with without_autocast():
+            return compiled(*operands)
 
     def _made(self, operands: Sequence[torch.Tensor]) -> Callable[..., Sequence[torch.Tensor]]:
-        with self._compiling:
+        with self._compiling, without_autocast():
             if self._compiled is None:
                 given = zip(self._part.names, operands, strict=True)
                 examples = [self._own[n].zeros() if n in self._own else t for n, t in given]
@@ -89,10 +98,31 @@ def _inlined(gm: fx.GraphModule, new: dict[fx.Node, Any], graph: fx.Graph, owner
         elif node.op == "get_attr":
             new[node] = graph.get_attr(_kept(owner, _value(gm, str(node.target))))
         elif node.op == "call_module":
-            new[node] = _called(gm, node, new, graph, owner)
+            with _entered(graph, node.meta.get(WITHIN) or Within()):
+                new[node] = _called(gm, node, new, graph, owner)
         else:
             new[node] = graph.node_copy(node, new.__getitem__)
     return fx.map_arg(gm.graph.output_node().args[0], new.__getitem__)
+
+
+@contextmanager
+def _entered(graph: fx.Graph, within: Within) -> Iterator[None]:
+    """The nodes that are added within it run in these contexts.
+
+    After:
+
+        %entered = _enter_autocast(cpu, torch.bfloat16, True, True)
+        %h = relu(%x)
+        _exit_autocast(%entered)
+    """
+    entered = [emit_autocast(graph, *kind, within.cache) for kind in within.autocast]
+    if within.attention is not None:
+        graph.call_function(use_attention_backends, (within.attention.inside,))
+    yield
+    if within.attention is not None:
+        graph.call_function(use_attention_backends, (within.attention.outside,))
+    for node in reversed(entered):
+        emit_end_of_autocast(graph, node)
 
 
 def _called(

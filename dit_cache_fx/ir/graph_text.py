@@ -10,6 +10,7 @@ from torch import fx
 
 from dit_cache_fx._torch import trace_text
 from dit_cache_fx.ir.program import spec_of
+from dit_cache_fx.ir.within import WITHIN
 
 #: an argument that is longer is cut
 _LONGEST = 100
@@ -54,7 +55,8 @@ def _line(node: fx.Node) -> str:
     if node.op == "get_attr":
         return f"{node} = {node.target}"
     named = [f"{key}={short(value)}" for key, value in node.kwargs.items()]
-    return f"{node} = {_target(node)}({', '.join([*map(short, node.args), *named])})"
+    line = f"{node} = {_target(node)}({', '.join([*map(short, node.args), *named])})"
+    return f"with {node.meta[WITHIN]}: {line}" if node.meta.get(WITHIN) else line
 
 
 def _target(node: fx.Node) -> Any:

@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from dit_cache_fx._torch import DEVICE
 from dit_cache_fx.errors import VerifyError
+from dit_cache_fx.ir.within import generate_contexts
 from dit_cache_fx.values.pytree import Skeleton
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
@@ -130,6 +131,7 @@ def graph_module(
             root.register_buffer(key, value, persistent=False)
         else:
             setattr(root, key, value)
+    generate_contexts(graph)
     gm = fx.GraphModule(root, graph, name)
     gm.__dict__.pop("model", None)
     gm._modules["model"] = model  # GraphModule has copied the attributes that the graph names

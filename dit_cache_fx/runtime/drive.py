@@ -13,6 +13,7 @@ is hidden from it, and so is the loop of `drive`, as a sampler's loop is.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -55,10 +56,11 @@ def lasting(results: Results) -> list[torch.Tensor]:
 
 @dataclass(frozen=True)
 class Stage:
-    """A graph to run, and what with."""
+    """A graph to run, what with, and within which context."""
 
     graph: Callable[..., Results]
     operands: Sequence[torch.Tensor]
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 #: asks for graphs to be run, gets their results, and returns the call's output
@@ -77,25 +79,29 @@ def drive(serving: Serving) -> Any:
     """The output of an engine's call, its graphs run by whatever compiler looks on."""
     callback = dynamo_callback()
     resumed = _resumed_unseen if callback else _resumed
-    turn = resumed(serving.send, None)
+    around = ExitStack()
+    turn = resumed(serving.send, None, around)
     while turn.stage is not None:
         try:
             with torch.no_grad():
                 results = turn.stage.graph(*turn.stage.operands)
         except BaseException as error:  # the engine may ask for another graph, or let it go on
             look_again(callback)
-            turn = resumed(serving.throw, error)
+            turn = resumed(serving.throw, error, around)
         else:
-            turn = resumed(serving.send, results)
+            turn = resumed(serving.send, results, around)
     return turn.output
 
 
-def _resumed(resume: Callable[[Any], Stage], value: Any) -> Turn:
-    """The host's part of a call, up to the next graph."""
+def _resumed(resume: Callable[[Any], Stage], value: Any, around: ExitStack) -> Turn:
+    """The host's part of a call: out of one graph's context, up to and into the next one's."""
+    around.close()
     try:
-        return Turn(resume(value))
+        stage = resume(value)
     except StopIteration as end:
         return Turn(None, end.value)
+    around.enter_context(stage.around())
+    return Turn(stage)
 
 
 _resumed_unseen = torch.compiler.disable(_resumed)

@@ -11,6 +11,9 @@ import torch
 from torch import nn
 
 from dit_cache_fx.capture import FlatCall, Subject, can_replay, flatten_call, replayed
+from dit_cache_fx.capture.ambient import autocast
+from dit_cache_fx.capture.rerun import rerunning
+from dit_cache_fx.capture.samples import other_block
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.runtime import execution
 from dit_cache_fx.runtime.branches import Branch
@@ -92,7 +95,7 @@ class Engine:
     def passed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note a call that the model itself answers: it is a step of its generation."""
         call = self._flat(args, kwargs)
-        entry = self.graphs.known(input_key(call))
+        entry = self.graphs.known(call.key)
         if entry is not None:
             session = self.host.tracker.session
             with session.lock:
@@ -136,7 +139,13 @@ class Engine:
         The state is carried in buffers; the step is told from the timestep in the graph.
         """
         call = self._flat(args, kwargs)
-        entry = self.graphs.known(input_key(call))
+        entry = self.graphs.known(call.key)
+        if entry is not None and (autocast() or entry.captured.recording.settings):
+            raise CaptureError(
+                "inside torch.export, or inside another compiled function, neither autocast nor "
+                "attributes that the model's forward sets on its blocks (a strength of LoRA, say) "
+                "can be part of a cached model. Use dit_cache_fx.export"
+            )
         if entry is None:
             raise CaptureError(
                 "inside torch.export, or inside another compiled function, tensors have no values, "
@@ -172,21 +181,51 @@ class Engine:
     def _first(self, call: FlatCall, entry: Entry) -> First:
         """Run a new graph for the call that it was captured from, and check what it gives.
 
-        Its blocks do not run again: they answer as they did in the recorded run.
+        Its blocks answer as they did in the recorded run. Where they may depend on more than their
+        arguments they run again.
         """
-        captured, step = entry.captured, Step(self.host.strategy, Branch(), 0, entry.variants.held)
-        recording = captured.recording
-        with torch.no_grad(), replayed(captured) if can_replay(captured) else nullcontext():
-            results: Results = drive(execution.plain(entry, step, call))
-        expected = flatten(recording.output)[0]
-        recording.forget()
-        if self.subject.check and not all(map(_same, expected, results)):
-            raise CaptureError(
-                "the captured graph does not give the model's output for the call that it was "
-                "captured from: a layer around the blocks is random or keeps a state. Pass "
-                "check=False if that is wanted"
-            )
+        captured, step = entry.captured, self._new_step(entry)
+        recording, check = captured.recording, self.subject.check
+        try:
+            if check and recording.suspect:
+                results = self._compared(entry, step, call)
+            else:
+                with replayed(captured) if can_replay(captured) else nullcontext():
+                    results = _plain(entry, step, call)
+            if check and not all(map(_same, flatten(recording.output)[0], results)):
+                raise CaptureError(
+                    "the captured graph does not give the model's output for the call that it was "
+                    "captured from: a layer around the blocks is random or keeps a state. Pass "
+                    "check=False if that is wanted"
+                )
+        finally:
+            recording.forget()
         return First(step, results)
+
+    def _compared(self, entry: Entry, step: Step, call: FlatCall) -> Results:
+        """The graph's answer, whose blocks give what they gave in the model."""
+        model, captured = self.subject.model, entry.captured
+        with rerunning(model, captured) as rerun:
+            results = _plain(entry, step, call)
+        block = rerun.differing()
+        if block is None:
+            return results
+        with rerunning(model, captured) as another:
+            _plain(entry, self._new_step(entry), call)
+        if another.repeats(rerun):
+            raise other_block(block)
+        log.info("block %s gives something else each time", block)
+        return flatten(captured.recording.output)[0] + list(results[entry.variants.outputs :])
+
+    def _new_step(self, entry: Entry) -> Step:
+        """The first step of a branch that holds nothing."""
+        return Step(self.host.strategy, Branch(), 0, entry.variants.held)
+
+
+def _plain(entry: Entry, step: Step, call: FlatCall) -> Results:
+    with torch.no_grad():
+        results: Results = drive(execution.plain(entry, step, call))
+    return results
 
 
 def _same(want: torch.Tensor, got: torch.Tensor) -> bool:

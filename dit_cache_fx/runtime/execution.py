@@ -97,10 +97,11 @@ def _nothing() -> None:
 def plain(entry: Entry, step: Step, call: FlatCall, compiler: Compiler = NOTHING) -> Serving:
     """Run the graph of the step's kind; the decision is the host's."""
     variants, given = entry.variants, entry.inputs(call)
-    yield from _ruled(variants, step, given)
+    yield from _ruled(entry, variants, step, given)
     part = variants.compute if step.computes else variants.reuse
     given.update(step.given(part.names))
-    return (yield from _alone(entry, step, Stage(part.run, part.operands(given)), compiler))
+    stage = Stage(part.run, part.operands(given), entry.captured.around)
+    return (yield from _alone(entry, step, stage, compiler))
 
 
 def separate(
@@ -108,12 +109,12 @@ def separate(
 ) -> Serving:
     """The same, where each graph is compiled by itself."""
     variants, given = compiled.variants, entry.inputs(call)
-    yield from _ruled(variants, step, given)
+    yield from _ruled(entry, variants, step, given)
     if step.computes and compiled.preamble is not None:
-        given.update(_prepared(compiled.preamble, step, given))
+        given.update(_prepared(entry, compiled.preamble, step, given))
     part = variants.compute if step.computes else variants.reuse
     given.update(step.compiled_given(part.names))
-    stage = Stage(part.run, part.operands(given))
+    stage = Stage(part.run, part.operands(given), entry.captured.around)
     results = yield from _alone(entry, step, stage, compiler)
     outputs, kept = results[: variants.outputs], results[variants.outputs :]
     return [*outputs, *(t.contiguous() for t in kept)]  # the strides that it is compiled for
@@ -161,13 +162,14 @@ def _one_graph(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> 
     """Run the graph that has the decision in it."""
     one, given = entry.one_graph, entry.inputs(call)
     if not one.asks:  # what the graph cannot hold is the host's, the rule first
-        drive(_ruled(entry.variants, step, given))
+        drive(_ruled(entry, entry.variants, step, given))
     if one.preamble is not None:
-        given.update(_prepared(one.preamble, step, given))
+        given.update(_prepared(entry, one.preamble, step, given))
         given.update((name, _contiguous(given[name])) for name in entry.variants.carried)
     given.update(step.one_graph_given(one.part.names, one.state, one.asks))
+    stage = Stage(one.part.run, one.operands_apart(given), entry.captured.around)
     with entry.first_runs.alone(compiler) as first:
-        results = yield from _compiled(Stage(one.part.run, one.operands_apart(given)), first)
+        results = yield from _compiled(stage, first)
     values = one.outputs + len(entry.variants.held)
     if one.asks:
         step.decided(*results[values:])
@@ -188,22 +190,23 @@ def _compiled(stage: Stage, first: bool) -> Serving:
         return (yield stage)
 
 
-def _ruled(variants: Variants, step: Step, given: dict[str, torch.Tensor]) -> Serving:
+def _ruled(entry: Entry, variants: Variants, step: Step, given: dict[str, torch.Tensor]) -> Serving:
     """Ask the strategy's own rule, where it has one; what its graph carries on is given then."""
     value: torch.Tensor | None = None
     if variants.prefix is not None:
-        value, *carried = yield Stage(variants.prefix.run, variants.prefix.operands(given))
+        prefix, around = variants.prefix, entry.captured.around
+        value, *carried = yield Stage(prefix.run, prefix.operands(given), around)
         given.update(zip(variants.carried, carried, strict=True))
     step.decide(value)
 
 
 def _prepared(
-    preamble: Preamble, step: Step, given: Mapping[str, torch.Tensor]
+    entry: Entry, preamble: Preamble, step: Step, given: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Run the preamble on the host."""
     part = preamble.part
     operands = part.operands({**given, **step.given(part.names)})
-    with torch.no_grad():
+    with torch.no_grad(), entry.captured.around():
         results = step.prepared(preamble.given, lambda: part.run(*operands))
     return {n: _contiguous(t) for n, t in zip(preamble.given, results, strict=True)}
 

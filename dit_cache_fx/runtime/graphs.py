@@ -22,9 +22,10 @@ from dit_cache_fx.capture import (
     capture,
     named_timestep,
 )
+from dit_cache_fx.capture.ambient import Ambient
 from dit_cache_fx.capture.fingerprint import Fingerprint, fingerprint, volatile
 from dit_cache_fx.capture.record import Recording
-from dit_cache_fx.errors import CaptureError
+from dit_cache_fx.errors import CaptureError, warn
 from dit_cache_fx.ir.program import operations, tensor_spec
 from dit_cache_fx.lowering import (
     OneGraph,
@@ -49,6 +50,9 @@ MAX_CAPTURES = 32
 MAX_VARIANTS = 8
 
 log = logging.getLogger(__name__)
+
+#: what two calls must share to run the same graph
+InputKey = tuple[Hashable, Ambient]
 
 _T = TypeVar("_T")
 
@@ -149,8 +153,9 @@ class Graphs:
         self.subject = subject
         self.count = count
         self.timestep = timestep  # the argument's name, once it is known
-        self.entries: OrderedDict[Hashable, tuple[Entry, ...]] = OrderedDict()
+        self.entries: OrderedDict[InputKey, tuple[Entry, ...]] = OrderedDict()
         self._serial = 0
+        self._told: set[str] = set()
         self._capturing = threading.RLock()
         self._lock = threading.RLock()  # of `entries`, held for a moment
 
@@ -172,7 +177,7 @@ class Graphs:
         if self.timestep is None:
             self.timestep = named_timestep(arguments, None)
 
-    def find(self, call: FlatCall, key: Hashable, check: Callable[[Entry], _T]) -> Found[_T]:
+    def find(self, call: FlatCall, key: InputKey, check: Callable[[Entry], _T]) -> Found[_T]:
         """The graph for a call, captured where there is none.
 
         A new graph is given to `check`, which gives its answer to the call or raises; before that
@@ -185,7 +190,7 @@ class Graphs:
             found = self._accepting(call, key)  # captured by another thread meanwhile
             return self._captured(call, key, check) if found is None else found
 
-    def _accepting(self, call: FlatCall, key: Hashable) -> Found[_T] | None:
+    def _accepting(self, call: FlatCall, key: InputKey) -> Found[_T] | None:
         for entry in reversed(self.entries.get(key, ())):
             shapes = accepts(self.subject, entry.captured, call)
             if shapes is not None:
@@ -193,7 +198,7 @@ class Graphs:
                 return Found(entry, shapes, None)
         return None
 
-    def _used(self, key: Hashable, entry: Entry) -> None:
+    def _used(self, key: InputKey, entry: Entry) -> None:
         """The newest is the last."""
         with self._lock:
             entries = self.entries.get(key, ())
@@ -202,14 +207,16 @@ class Graphs:
             if entry in entries[:-1]:
                 self.entries[key] = (*(e for e in entries if e is not entry), entry)
 
-    def _captured(self, call: FlatCall, key: Hashable, check: Callable[[Entry], _T]) -> Found[_T]:
+    def _captured(self, call: FlatCall, key: InputKey, check: Callable[[Entry], _T]) -> Found[_T]:
         entries = self.entries.get(key, ())
         if len(entries) >= MAX_VARIANTS:
             _refuse_one_for_each_step(entries)
         because = _Because(self.all(), entries, call)
         log.info("capturing: %s", because)
-        entry = self._capture(call)
-        first = check(entry)
+        with self.subject.turns.of_model():
+            entry = self._capture(call)
+        with self.subject.turns.of_model():  # it is known now whether forward sets attributes
+            first = check(entry)
         with self._lock:
             self.entries[key] = (*self.entries.get(key, ())[1 - MAX_VARIANTS :], entry)
             self.entries.move_to_end(key)
@@ -224,10 +231,11 @@ class Graphs:
         with self._lock:
             return [entry for variants in self.entries.values() for entry in variants]
 
-    def known(self, key: Hashable) -> Entry | None:
-        """The newest graph for calls of this key, whatever its guards say."""
-        entries = self.entries.get(key)
-        return entries[-1] if entries else None
+    def known(self, call_key: Hashable) -> Entry | None:
+        """The newest graph for calls of this key, whatever its guards and torch's state say."""
+        entries = list(self.entries.items())  # without the lock: Dynamo traces this
+        found = [v for (key, _), v in entries if key == call_key]
+        return found[-1][-1] if found else None
 
     def carried(self, context: tuple[str, ...]) -> nn.ModuleDict:
         """Each graph with the state of a cache context in its buffers."""
@@ -247,10 +255,22 @@ class Graphs:
             log.info("the model has changed since the capture: %s", _changes(changed, entry, now))
         return bool(changed)
 
+    def _tell_unread(self, unread: Sequence[str]) -> None:
+        """Warn of what forward notes for others, once each: a cached call does not."""
+        for attribute in unread:
+            if attribute not in self._told:
+                self._told.add(attribute)
+                warn(
+                    f"the model's forward sets {attribute} in each call and never reads it: cached "
+                    "calls leave it as it was when they were captured"
+                )
+
     def _capture(self, call: FlatCall) -> Entry:
         model, strategy = self.subject.model, self.subject.strategy
         before = fingerprint(model, ())
         captured = capture(self.subject, call, self.timestep)
+        self.subject.turns.needed |= bool(captured.recording.settings)
+        self._tell_unread(captured.unread)
         after = fingerprint(model, ())
         program = captured.program
         self.timestep = program.arguments[program.inputs.index(str(program.timestep))]
@@ -275,11 +295,9 @@ class Graphs:
         return entry
 
 
-def input_key(call: FlatCall) -> Hashable:
-    """What two calls must share to run the same graph, autocast included."""
-    device = call.tensors[0].device.type if call.tensors else "cpu"
-    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    return call.key, autocast
+def input_key(call: FlatCall) -> InputKey:
+    """What two calls must share to run the same graph, torch's own state included."""
+    return call.key, Ambient.now()
 
 
 class _Because:
@@ -307,7 +325,7 @@ class _Because:
 
     def _other_value(self) -> str:
         told = difference(self._call.skeleton, self._known[-1].skeleton)
-        return told or "autocast is another one"
+        return told or "torch's state is another one (autocast, attention kernels, default dtype)"
 
 
 def _changes(changed: Iterable[tuple[str, str]], entry: Entry, now: Fingerprint) -> str:

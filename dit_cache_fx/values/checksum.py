@@ -19,6 +19,9 @@ _PLACE = -7046029254386353131
 _FIRST = -4658895280553007687
 _SECOND = -7723592293110705685
 
+#: of several tensors
+Checksums = list[torch.Tensor]
+
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
     """Two int64 numbers on the tensor's device that go by each bit and its place.
@@ -33,6 +36,11 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
             sums = sums + _mixed(words, start)
             start += words.numel()
     return sums
+
+
+def equal(a: Checksums, b: Checksums) -> bool:
+    """Whether they are of equal tensors."""
+    return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
 def _mixed(words: torch.Tensor, start: int) -> torch.Tensor:

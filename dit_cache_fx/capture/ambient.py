@@ -1,0 +1,103 @@
+"""The state of torch that a call finds: autocast, attention kernels, default dtype, flags."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+
+from dit_cache_fx._torch import attention_backends, modes
+from dit_cache_fx.errors import CaptureError
+from dit_cache_fx.ir.within import AttentionKernels, Within
+
+
+class Ambient(NamedTuple):
+    """What of it a graph depends on: two calls with another one have other graphs."""
+
+    autocast: tuple[tuple[str, torch.dtype], ...]
+    cache: bool
+    attention: tuple[str, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def now() -> Ambient:
+        """The state in this thread."""
+        return Ambient(
+            autocast(),
+            torch.is_autocast_cache_enabled(),
+            attention_backends(),
+            torch.get_default_dtype(),
+        )
+
+    def within(self, entry: Ambient) -> Within:
+        """The contexts that give this state to a call in a graph whose caller has state `entry`."""
+        same = self.attention == entry.attention
+        kernels = None if same else AttentionKernels(self.attention, entry.attention)
+        return Within(self.autocast, self.cache, kernels)
+
+
+_ACCELERATOR = torch.accelerator.current_accelerator()
+#: those that autocast can be on for
+_DEVICE_TYPES = ("cpu",) if _ACCELERATOR is None else ("cpu", _ACCELERATOR.type)
+
+
+def autocast() -> tuple[tuple[str, torch.dtype], ...]:
+    """The device types for which autocast is on, and its dtypes."""
+    return tuple(
+        (kind, torch.get_autocast_dtype(kind))
+        for kind in _DEVICE_TYPES
+        if torch.is_autocast_enabled(kind)
+    )
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Within it no autocast is on: in a graph every cast is written out."""
+    with ExitStack() as stack:
+        for kind, dtype in autocast():
+            stack.enter_context(torch.autocast(kind, dtype, enabled=False))
+        yield
+
+
+_FLAGS: Mapping[str, Callable[[], Any]] = MappingProxyType(
+    {
+        "the default dtype": torch.get_default_dtype,
+        "the float32 matmul precision": torch.get_float32_matmul_precision,
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled,
+        "torch.backends.cuda.matmul.allow_tf32": lambda: torch.backends.cuda.matmul.allow_tf32,
+        "torch.backends.cudnn.allow_tf32": lambda: torch.backends.cudnn.allow_tf32,
+        "torch.backends.cudnn.enabled": lambda: torch.backends.cudnn.enabled,
+        "torch.backends.cudnn.benchmark": lambda: torch.backends.cudnn.benchmark,
+        "torch.backends.cudnn.deterministic": lambda: torch.backends.cudnn.deterministic,
+        "torch.backends.mkldnn.enabled": lambda: torch.backends.mkldnn.enabled,
+        "torch.backends.mha.set_fastpath_enabled": torch.backends.mha.get_fastpath_enabled,
+        "the modes on torch's stacks": modes,
+    }
+)
+
+
+def flags() -> dict[str, Any]:
+    """The rest of the state, which a graph cannot set, in words."""
+    return {what: _read(flag) for what, flag in _FLAGS.items()}
+
+
+def _read(flag: Callable[[], Any]) -> Any:
+    try:
+        return flag()
+    except RuntimeError:  # set by another interface (`fp32_precision`)
+        return None
+
+
+def refuse_flags(entry: dict[str, Any], now: dict[str, Any], name: str) -> None:
+    """Refuse a model that calls module `name` in a state that a graph cannot give to it."""
+    for what, value in now.items():
+        if value != entry[what]:
+            raise CaptureError(
+                f"the model's forward calls module {name!r} with {what} set to {value!r}, and was "
+                f"itself called with {entry[what]!r}: a graph cannot do that. Set it inside of the "
+                "module, or around the call of the model; or make such calls between disable() "
+                "and enable()"
+            )

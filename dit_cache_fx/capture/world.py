@@ -1,0 +1,192 @@
+"""State of Python code that blocks may read beside their arguments: variables of modules, contexts.
+
+It cannot all be seen, and what of it a block reads even less. But what has changed between the
+model's call and the call of a block can: then the blocks are suspects, and a check runs them.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from operator import is_
+from threading import local
+from typing import Any, NamedTuple
+from weakref import ref
+
+import torch
+from torch import nn
+
+from dit_cache_fx.capture.attributes import TORCHS, is_plain
+from dit_cache_fx.values.pytree import attributes
+
+#: how far is looked from a variable or an attribute, and at how many holders of values in all
+_DEPTH, _MOST = 4, 50_000
+#: how many imports away from the model's own code
+_IMPORTS = 2
+
+#: packages whose state is not the model's
+_FOREIGN = frozenset({*sys.stdlib_module_names, "torch", "numpy", "dit_cache_fx"})
+_CONTAINERS = (dict, list, tuple, set, deque)
+_LEAVES = (torch.Tensor, types.ModuleType, types.MethodType, str, bytes, int, float)
+
+
+_LOOKED_INTO = (*_CONTAINERS, nn.Module, ContextVar, local, ref, types.SimpleNamespace)
+
+
+class _Holder(NamedTuple):
+    """Something that holds values, and what it held; `names`: the same, to put it back."""
+
+    value: Any
+    held: list[Any]
+    names: dict[Any, Any] | None
+
+    @staticmethod
+    def of(value: Any) -> _Holder:
+        names = _names_of(value)
+        return _Holder(value, _held(value), None if names is None else dict(names))
+
+
+class World:
+    """What the code of a model's classes can reach, as it is now.
+
+    `theirs`: blocks and layers with all that is inside. Their attributes are no part of it, what
+    these lead to is.
+    """
+
+    def __init__(self, model: nn.Module, theirs: Collection[nn.Module]) -> None:
+        self._holders: list[_Holder] = []
+        self._seen: set[int] = set(map(id, theirs))
+        namespaces = _namespaces({type(m).__module__ for m in model.modules()})
+        self._names = frozenset(namespaces)
+        for name in namespaces:
+            self._look(vars(sys.modules[name]), _DEPTH)
+        for module in theirs:
+            for value in _held(module):
+                self._look(value, _DEPTH)
+        self._first = self._holders
+
+    def changed(self) -> bool:
+        """Whether any of it is not what it was."""
+        return any(not _same(holder.held, _held(holder.value)) for holder in self._holders)
+
+    def refresh(self) -> None:
+        """Take it as it is now."""
+        self._holders = [h._replace(held=_held(h.value)) for h in self._holders]
+
+    @contextmanager
+    def as_before(self) -> Iterator[None]:
+        """Within it variables and attributes are what they were when this was made."""
+        changed = [h for h in self._first if not _same(h.held, _held(h.value))]
+        kept = [
+            (names, was)
+            for h in changed
+            if (names := _names_of(h.value)) is not None
+            if (was := h.names) is not None
+        ]
+        now = [(names, dict(names)) for names, _ in kept]
+        for names, was in kept:
+            _fill(names, was)
+        try:
+            yield
+        finally:
+            for names, was in now:
+                _fill(names, was)
+
+    def _look(self, value: Any, depth: int) -> None:
+        known = id(value) in self._seen or len(self._holders) >= _MOST
+        if depth == 0 or known or not self._holds(value):
+            return
+        self._seen.add(id(value))
+        holder = _Holder.of(value)
+        self._holders.append(holder)
+        for child in holder.held:
+            self._look(child, depth - 1)
+
+    def _holds(self, value: Any) -> bool:
+        """Whether it is looked into."""
+        if value is None or isinstance(value, _LEAVES):
+            return False
+        if isinstance(value, type):
+            return value.__module__ in self._names
+        if isinstance(value, types.FunctionType):
+            return bool(value.__closure__)
+        if isinstance(value, _LOOKED_INTO):
+            return True
+        return type(value).__module__.partition(".")[0] not in _FOREIGN
+
+
+def _namespaces(names: Iterable[str]) -> list[str]:
+    """These Python modules, and those that they import from."""
+    found = dict.fromkeys(n for n in names if _is_own(n))
+    for _ in range(_IMPORTS):
+        for name in list(found):
+            found |= dict.fromkeys(n for n in _imported(vars(sys.modules[name])) if _is_own(n))
+    return list(found)
+
+
+def _imported(namespace: dict[str, Any]) -> Iterator[str]:
+    for value in list(namespace.values()):
+        if isinstance(value, types.ModuleType):
+            yield value.__name__
+        elif isinstance(value, (type, types.FunctionType)):
+            yield value.__module__
+
+
+def _is_own(name: str | None) -> bool:
+    known = name is not None and name in sys.modules
+    return known and str(name).partition(".")[0] not in _FOREIGN
+
+
+def _names_of(value: Any) -> dict[Any, Any] | None:
+    """Where it has its values by name, where they can be set."""
+    if isinstance(value, (nn.Module, type, types.FunctionType)):
+        return None
+    return value if isinstance(value, dict) else getattr(value, "__dict__", None)
+
+
+def _fill(names: dict[Any, Any], values: dict[Any, Any]) -> None:
+    for key in [key for key in names if key not in values]:
+        del names[key]
+    names.update(values)
+
+
+def _held(value: Any) -> list[Any]:
+    """What it holds, in order."""
+    if isinstance(value, nn.Module):
+        return [v for k, v in list(vars(value).items()) if k not in TORCHS]
+    if isinstance(value, dict):
+        return [v for k, v in list(value.items()) if k not in _BOOKKEEPING]
+    if isinstance(value, _CONTAINERS):
+        return list(value)
+    if isinstance(value, ContextVar):
+        return [value.get(None)]
+    if isinstance(value, ref):
+        return [value()]
+    if isinstance(value, types.FunctionType):
+        return [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+    if isinstance(value, type):
+        return [v for k, v in list(vars(value).items()) if not k.startswith("__")]
+    return [v for _, v in attributes(value)]
+
+
+#: names in a module's namespace that Python itself keeps
+_BOOKKEEPING = frozenset({"__warningregistry__", "__builtins__"})
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
+
+
+def _same(a: list[Any], b: list[Any]) -> bool:
+    if len(a) == len(b) and all(map(is_, a, b)):
+        return True
+    return len(a) == len(b) and all(
+        x is y or (is_plain(x) and x == y) for x, y in zip(a, b, strict=True)
+    )
