@@ -28,6 +28,8 @@ _CROWDED = (
 
 #: so many calls on end without state are no beginning any more
 _STARVED = 8
+#: so many calls on end that are captured are none either
+_CAPTURED = 10
 
 #: why a call runs uncached while autograd is on
 WANTS_GRADIENTS = (
@@ -133,13 +135,23 @@ class CallLog:
         step = Step(self.strategy, placed.branch, placed.index, held, course, placed.missed)
         return CallStart(session, replace(placed, course=course), step)
 
-    def done(self, start: CallStart, arguments: Callable[[], Sequence[str]]) -> None:
-        """The call has succeeded. `arguments`: the names of those that are its conditioning."""
+    def done(
+        self,
+        start: CallStart,
+        arguments: Callable[[], Sequence[str]],
+        captured: object = None,
+    ) -> None:
+        """The call has succeeded.
+
+        `arguments`: the names of those that are its conditioning. `captured`: why a graph was
+        captured for it, if one was.
+        """
         session, placed, step = start
         if placed.begins:
             session.end(self.count)
         fits = placed.settle(session, answered=True)
         self._warn_starved(start, fits, arguments)
+        self._warn_captured(start, captured)
         if placed.generation is not session.noted:
             session.records.clear()
             session.noted = placed.generation
@@ -186,11 +198,24 @@ class CallLog:
     ) -> None:
         """Warn where calls compute, and go on doing so, for want of state."""
         session, placed, step = start
-        session.starved = session.starved + 1 if step.why == MISSING else 0
+        known = any(b.key == placed.call.key and b is not placed.branch for b in session.branches)
+        session.starved = session.starved + 1 if known and step.why == MISSING else 0
         if not fits and step.why == MISSING:
             self.warn_once(_CROWDED)
         elif session.starved >= _STARVED and not placed.begins:
             self.warn_once(_starved(placed.call, arguments()))
+
+    def _warn_captured(self, start: CallStart, captured: object) -> None:
+        """Warn where call after call of a generation is captured: none can reuse anything."""
+        session = start.session
+        again = captured is not None and start.placement.index > 0
+        session.captured = session.captured + 1 if again else 0
+        if session.captured == _CAPTURED:
+            self.warn_once(
+                f"each of the last {_CAPTURED} calls was captured anew, since shapes or arguments "
+                f"that are no tensors change ({captured}). Pass what changes from step to step as "
+                "a tensor"
+            )
 
 
 def _starved(call: CallEvidence, arguments: Sequence[str]) -> str:

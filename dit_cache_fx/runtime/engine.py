@@ -18,7 +18,7 @@ from dit_cache_fx.runtime.call_log import CallLog, CallStart
 from dit_cache_fx.runtime.drive import Compiler, Results, Serving, drive
 from dit_cache_fx.runtime.execution import StepCompiler
 from dit_cache_fx.runtime.generation import as_number, timestep_value
-from dit_cache_fx.runtime.graphs import Entry, Graphs, input_key
+from dit_cache_fx.runtime.graphs import Entry, Found, Graphs, input_key
 from dit_cache_fx.runtime.placement import CallEvidence
 from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.runtime.step import Step
@@ -82,7 +82,7 @@ class Engine:
                 # where the strategy's rule decides, it is known now that the step has computed
                 stale = not by_schedule and first is None and self._stale(entry, step)
             if not stale:
-                self._done(start, entry)
+                self._done(start, found)
                 return output
         if self.graphs.outdated(entry):  # else another thread has seen it
             log.info("capturing again")
@@ -113,11 +113,13 @@ class Engine:
             sample=None if entry.sample is None else SampleProbe(tensors[entry.sample]),
         )
 
-    def _done(self, start: CallStart, entry: Entry) -> None:
+    def _done(self, start: CallStart, found: Found[First]) -> None:
+        entry = found.entry
         if len(entry.served) < 2:
             entry.served.add(as_number(start.placement.call.value))
         arguments = entry.program.arguments
-        self.host.done(start, lambda: [arguments[i] for i in entry.conditioning])
+        captured = None if found.first is None else found.because
+        self.host.done(start, lambda: [arguments[i] for i in entry.conditioning], captured)
 
     def _stale(self, entry: Entry, step: Step) -> bool:
         """Whether a computed step's graph is of a model that has changed since."""

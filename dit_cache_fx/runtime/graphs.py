@@ -40,6 +40,7 @@ from dit_cache_fx.passes import run_passes
 from dit_cache_fx.runtime.first_runs import FirstRuns
 from dit_cache_fx.runtime.step_count import StepCount
 from dit_cache_fx.strategies import Strategy, check_block_ids
+from dit_cache_fx.values.pytree import Skeleton, difference
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
 #: most input signatures whose graphs are kept at one time
@@ -61,6 +62,7 @@ class Entry(Lowered):
     fingerprint: Fingerprint
     volatile: frozenset[tuple[str, str]]  # what of it the forward changes by itself
     count: StepCount
+    skeleton: Skeleton  # of the call that it was captured from
     breaks: bool = False  # its blocks cannot be compiled as one graph
     apart: bool = False  # it was compiled as one graph for each kind of step
     carried: dict[tuple[str, ...], Carried] = field(default_factory=dict)  # by cache context
@@ -133,6 +135,7 @@ class Found(Generic[_T]):
     entry: Entry
     shapes: Shapes  # of the call's masked selections
     first: _T | None
+    because: object = ""  # why it was captured, as text
 
 
 class Graphs:
@@ -203,7 +206,8 @@ class Graphs:
         entries = self.entries.get(key, ())
         if len(entries) >= MAX_VARIANTS:
             _refuse_one_for_each_step(entries)
-        log.info("capturing: %s", _Because(self.all(), entries, call))
+        because = _Because(self.all(), entries, call)
+        log.info("capturing: %s", because)
         entry = self._capture(call)
         first = check(entry)
         with self._lock:
@@ -212,7 +216,8 @@ class Graphs:
             while len(self.entries) > MAX_CAPTURES:
                 self.entries.popitem(last=False)
         guards = entry.captured.guards
-        return Found(entry, () if guards is None else guards.shapes(guards.expected), first)
+        shapes = () if guards is None else guards.shapes(guards.expected)
+        return Found(entry, shapes, first, because)
 
     def all(self) -> list[Entry]:
         """Every graph, the newest last."""
@@ -264,6 +269,7 @@ class Graphs:
             fingerprint(model, captured.whole),
             volatile(before, after),
             self.count,
+            call.skeleton,
         )
         log.info("captured %s", entry)
         return entry
@@ -297,9 +303,11 @@ class _Because:
             for name in dict.fromkeys((*now, *was))
             if now.get(name) != was.get(name)
         ]
-        return "another signature: " + (
-            "; ".join(unlike) or "an argument that is no tensor has another value, or autocast"
-        )
+        return "another signature: " + ("; ".join(unlike) or self._other_value())
+
+    def _other_value(self) -> str:
+        told = difference(self._call.skeleton, self._known[-1].skeleton)
+        return told or "autocast is another one"
 
 
 def _changes(changed: Iterable[tuple[str, str]], entry: Entry, now: Fingerprint) -> str:

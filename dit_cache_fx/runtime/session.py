@@ -42,6 +42,7 @@ class Session:
         self.noted: Generation | None = None  # whose steps are in `records`
         self.calls = 0
         self.starved = 0  # calls on end that computed for want of state
+        self.captured = 0  # calls on end that needed a graph of their own
 
     def __enter__(self) -> Session:
         if self._closed:

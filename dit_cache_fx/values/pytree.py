@@ -78,6 +78,8 @@ class Attribute(NamedTuple):
 
 Skeleton = Leaf | Constant | Identity | Container
 _LEAF = Leaf()
+#: a value's text in a message is cut where it is longer
+_LONGEST = 60
 
 
 def flatten(value: Any) -> tuple[list[torch.Tensor], Skeleton]:
@@ -275,6 +277,27 @@ def accessor(kind: Any, key: Any) -> Callable[[Any], Any]:
     if by_item and not dataclasses.is_dataclass(kind):
         return lambda value: value[key]
     return lambda value: getattr(value, key)
+
+
+def difference(now: Skeleton, before: Skeleton, path: str = "") -> str | None:
+    """The first value that is no tensor and not what it was, in words; None where all are."""
+    if now == before:
+        return None
+    if isinstance(now, Container) and isinstance(before, Container) and now.keys == before.keys:
+        for key, child, was in zip(now.keys, now.children, before.children, strict=True):
+            found = difference(child, was, f"{path}.{key}" if path else str(key))
+            if found is not None:
+                return found
+    return f"{path or 'the call'} is {_in_words(now)}, was {_in_words(before)}"
+
+
+def _in_words(skeleton: Skeleton) -> str:
+    if isinstance(skeleton, Leaf):
+        return "a tensor"
+    if isinstance(skeleton, Container):
+        return f"a {skeleton.kind.__name__} of {len(skeleton.keys)}"
+    text = repr(skeleton.value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def constants(skeleton: Skeleton) -> Iterator[Any]:
