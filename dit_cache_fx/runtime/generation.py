@@ -90,8 +90,8 @@ class Generation:
     `called`: the branches that were called in its newest step, by their identity. `course`: its
     steps, as far as they are known beforehand. `values`: the timesteps of its steps so far; it ends
     where one was left out. `entered`: its steps that had a call. `told`: the number of steps as the
-    user says it, else None. `crowded`: it has more branches than are known. `origin`: the
-    generation that it has parted from.
+    user says it, else None. `repeats`: how often its first call came before. `crowded`: it has more
+    branches than are known. `origin`: the generation that it has parted from.
     """
 
     position: StepPosition = field(default_factory=lambda: StepPosition(0.0))
@@ -100,6 +100,7 @@ class Generation:
     called: set[object] = field(default_factory=set)
     values: list[float] = field(default_factory=list)
     entered: set[int] = field(default_factory=set)
+    repeats: int = 0
     crowded: bool = False
     origin: Generation | None = None
 
@@ -142,7 +143,7 @@ class Generation:
     def enter(self, position: StepPosition, branch: object) -> None:
         """Move to a call of `branch`; its timestep is learnt where it is the next step's."""
         if position is not self.position:
-            self.position, self.called = position, set()
+            self.position, self.called, self.repeats = position, set(), 0
         self.called.add(branch)
         self.entered.add(position.index)
         following = position.index == len(self.values) and not position.explicit

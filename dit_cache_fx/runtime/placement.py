@@ -107,7 +107,7 @@ def place(session: Session, call: CallEvidence, count: StepCount) -> Placement:
     branch, judgement, usable = found.branch, found.judgement, found.usable
     at = _position(found, call, session)
     if at is None:
-        return _new_branch(session, call, count, begins=True)
+        return _new_branch(session, call, count, left=branch.generation)
     position, generation = at
     if not usable or judgement.verdict is Verdict.DOUBTFUL or branch.serial != call.serial:
         branch = replace(branch.emptied(), varying=found.varying)
@@ -262,6 +262,7 @@ def _position(
         if generation is not None and branch.generation in (generation, generation.origin):
             position = generation.reached(call.value, call.explicit, branch.identity)
             if position is not None:
+                position = _counted(generation, position, found)
                 return None if generation.over(position) else (position, generation)
     return _apart(found, call)
 
@@ -269,16 +270,24 @@ def _position(
 def _repeats(found: _Match, call: CallEvidence) -> bool:
     """Whether it is the very call of before, made once more: no step of a sampler.
 
-    A generation that begins with the call of the one before (a retry, a warm-up) makes its
-    conditioning anew; a sampler whose first timesteps round to one value does not.
+    A first call that comes again is a retry, or a warm-up: a generation begins.
     """
     trajectory = found.branch.trajectory
     if found.judgement.change != 0 or not trajectory.stands_at(call.value):
         return False
-    if trajectory.move > 0:
-        return trajectory.change > 0
-    given = call.conditioning
-    return not len(given) or bool(given.other_objects(found.branch.conditioning))
+    return trajectory.change > 0 or trajectory.move == 0
+
+
+def _counted(generation: Generation, position: StepPosition, found: _Match) -> StepPosition:
+    """A step, with the first calls that came again counted after all.
+
+    Where the timestep moves and the sample does not, there was no sampler to move it: they were
+    steps whose timesteps round to one value.
+    """
+    moved = position is not generation.position
+    if not (moved and generation.repeats and found.judgement.change == 0):
+        return position
+    return replace(position, index=position.index + generation.repeats)
 
 
 def _apart(found: _Match, call: CallEvidence) -> tuple[StepPosition, Generation] | None:
@@ -298,19 +307,31 @@ def _apart(found: _Match, call: CallEvidence) -> tuple[StepPosition, Generation]
 
 
 def _new_branch(
-    session: Session, call: CallEvidence, count: StepCount, begins: bool = False
+    session: Session,
+    call: CallEvidence,
+    count: StepCount,
+    left: Generation | None = None,
 ) -> Placement:
-    """A branch that holds nothing: of the step under way, of the next, or a new generation's."""
+    """A branch that holds nothing: of the step under way, of the next, or a new generation's.
+
+    `left`: the generation that the call is not of, though its branch was.
+    """
     call.conditioning.remember()
     trajectory = Trajectory(call.value, call.explicit, call.sample)
     branch = Branch(key=call.key, context=call.context, serial=call.serial)
     newest = session.newest
-    if newest is not None and not begins:
+    if newest is not None and newest is not left:
         position = newest.reached(call.value, call.explicit, branch.identity)
         if position is not None and _joins(session, newest, position, call):
             return Placement(call, branch, newest, position, trajectory, new=True)
     position = StepPosition(call.value, explicit=call.explicit)
     generation = Generation.begun(position, count)
+    if (
+        left is not None
+        and left.position.index == 0
+        and left.position.moved(call.value, False) == 0
+    ):
+        generation.repeats = left.repeats + 1
     return Placement(call, branch, generation, position, trajectory, new=True, begins=True)
 
 
