@@ -6,6 +6,7 @@ the graph, whatever runs behind it. The means are those of torch's own higher-or
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 import threading
@@ -18,9 +19,11 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import _inductor as inductor
 from torch import fx, nn
-from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._C._dynamo.eval_frame import get_eval_frame_callback, set_eval_frame
 from torch._dynamo import exc as dynamo_errors
 from torch._dynamo.eval_frame import skip_code
+from torch._dynamo.source import ConstantSource
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables import functions as dynamo_functions
 from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator
@@ -188,10 +191,14 @@ def like_dynamos(
     """Mark a graph as made from Dynamo's: some of its inputs are inputs of that one.
 
     So a compiler knows the parameters among them, whose memory stays where it is (CUDA graphs need
-    not copy them).
+    not copy them). AOTAutograd wants a source for every tensor that the graph holds by itself
+    (constants of the model's code): each gets one of its own.
     """
     gm.meta.update(dynamos.meta)
-    gm._param_name_to_source = {}  # type: ignore[assignment]
+    held = [n for n, _ in gm.named_parameters(remove_duplicate=False)]
+    held += [n for n, _ in gm.named_buffers(remove_duplicate=False)]
+    sources: Any = {name: ConstantSource(name) for name in held}
+    gm._param_name_to_source = sources
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             origin = inputs.get(str(node.target))
@@ -241,6 +248,54 @@ def piece_of(gm: fx.GraphModule) -> Piece:
     resumed = _RESUMED.match(name)
     whole = not getattr(reason, "graph_break", False) and resumed is None
     return Piece(whole, resumed is None, (file, resumed[1] if resumed else name))
+
+
+class CompiledFrame(NamedTuple):
+    """The call that Dynamo compiles at present.
+
+    `arguments`: the function's, in order, then those of the module's forward. `outer`: the module
+    that `torch.compile` was asked for; None where it is no module's. `inner`: the function is one
+    that this module calls. `numbers`: the arguments that are numbers.
+    """
+
+    arguments: tuple[str, ...]
+    outer: nn.Module | None
+    inner: bool
+    numbers: Mapping[str, float]
+
+
+def compiled_frame() -> CompiledFrame:
+    """What Dynamo compiles while it calls a backend; nothing is known of it anywhere else."""
+    try:
+        tx: Any = InstructionTranslator.current_tx().output.root_tx
+    except AttributeError:
+        return CompiledFrame((), None, False, {})
+    code, outer = tx.f_code, _outermost_module()
+    arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    if outer is not None:  # behind a wrapper all of them may be in **kwargs
+        arguments = (*arguments, *inspect.signature(outer.forward).parameters)
+    owner = tx.f_locals.get("self")
+    resumed = owner is None and _RESUMED.match(code.co_name) is not None
+    inner = outer is not None and owner is not outer and not resumed
+    return CompiledFrame(arguments, outer, inner, _numbers(tx.f_locals))
+
+
+def _numbers(given: Mapping[str, Any]) -> dict[str, float]:
+    inside = [value for name, value in given.items() if name.endswith("kwargs")]
+    known = dict(given)
+    for named in inside:
+        known |= named if isinstance(named, dict) else {}
+    return {n: float(v) for n, v in known.items() if type(v) in (int, float)}
+
+
+def _outermost_module() -> nn.Module | None:
+    """The first module that was called behind `torch.compile`'s own call."""
+    found, frame = None, inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "compile_wrapper":
+        owner = frame.f_locals.get("self")
+        found = owner if isinstance(owner, nn.Module) else found
+        frame = frame.f_back
+    return None if frame is None else found
 
 
 def dynamo_source(node: fx.Node) -> str:
@@ -331,6 +386,13 @@ def _signatures_apart(remembered: Callable[..., Any]) -> Any:
     patch: Any = call_function
     patch.users, patch.before = 0, remembered
     return patch
+
+
+@not_a_compiled_frame
+def look_again(callback: object) -> None:
+    """Let `torch.compile` look at frames again: it stops for good where it raises."""
+    if callback is not None and dynamo_callback() is None:
+        set_eval_frame(callback)  # type: ignore[arg-type]
 
 
 def trace_text(name: str, text: Callable[[], str]) -> None:

@@ -324,3 +324,14 @@ def test_conditioning_in_another_order_is_another_one(how: str) -> None:
     for step, other in enumerate((label.flip(1), label.roll(1, 1), label[:, [1, 0, *range(2, 8)]])):
         inputs = toy_inputs(800.0 - step, seed=step) | {"text": other.contiguous()}
         assert torch.equal(run(**inputs), model(**inputs))
+
+
+def test_a_timestep_that_comes_twice_is_the_next_step() -> None:
+    """Rounded timesteps, second-order samplers: as the eager cached model counts them."""
+    model = make(ToyDiT)
+    run = exported(model, toy_inputs(1000.0)).runner()
+    by_hand, text = ByHand(model, ["blocks"]), toy_inputs(0.0)["text"]
+    for step, t in enumerate((1000.0, 996.0, 996.0, 992.0, 992.0)):
+        inputs = toy_inputs(t, seed=step) | {"text": text}
+        want = by_hand(step in STEPS, **inputs)
+        assert torch.allclose(run(**inputs), want, atol=1e-5), step

@@ -256,16 +256,19 @@ def test_a_compiled_kind_of_step_is_compiled_once() -> None:
     assert all(same(result, results[0]) for result in results)
 
 
-def test_one_graph_is_lowered_and_compiled_once() -> None:
+@pytest.mark.parametrize("apart", [False, True])
+def test_one_graph_is_lowered_and_compiled_once(apart: bool) -> None:
+    """Or, where there can be none, that of each kind of step."""
     cached, counting = eager(make(ToyDiT), *OPTIONS[0]), Counting()
     entry, call, _ = cached._captured((), inputs(0))
+    entry.apart = apart
     strategy = cached._engine.subject.strategy
     watched: list[Any] = []
 
     @torch.compiler.disable
     def serving(callback: Any) -> Any:
         step = Step(strategy, Branch(), 0, entry.variants.held)
-        watched.append(entry.one_graph)
+        watched.append(entry.separate if apart else entry.one_graph)
         return execution.watched(entry, step, call, Compiler(callback))
 
     @not_a_compiled_frame
@@ -310,6 +313,33 @@ def test_what_the_backend_does_not_cache_is_compiled_once() -> None:
     results = together([lambda: compiled(**inputs(0))] * THREADS)
     assert len(compiles) == before + 1
     assert all(torch.equal(result, model(**inputs(0))) for result in results)
+
+
+class NumberedDiT(ToyDiT):
+    """Takes the timestep as a number."""
+
+    def forward(self, x: Tensor, timestep: float, text: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(x, torch.full((1,), timestep), text)
+
+
+def test_what_it_does_not_cache_is_compiled_once_for_each_number() -> None:
+    model, compiles = make(NumberedDiT), list[Any]()
+
+    def inner(gm: fx.GraphModule, _: Any) -> Any:
+        compiles.append(gm)
+        return gm.forward
+
+    cache = dit_cache_fx.backend("deepcache", no_cache_steps=STEPS, inner=inner)
+    compiled = torch.compile(model, backend=cache)
+    calls = [{**inputs(0), "timestep": time} for time in (60.0, 50.0, 40.0)]
+    for given in calls:
+        compiled(**given)
+    before = len(compiles)
+    cache.disable()
+    for times, given in enumerate(calls[1:], 1):
+        results = together([partial(compiled, **given)] * THREADS)
+        assert len(compiles) == before + times
+        assert all(torch.equal(result, model(**given)) for result in results)
 
 
 def test_a_second_graph_of_one_program_goes_on_from_the_first() -> None:

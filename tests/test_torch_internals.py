@@ -24,12 +24,14 @@ import dit_cache_fx
 from dit_cache_fx._torch import (
     CANNOT_COMPILE,
     READS_DATA,
+    CompiledFrame,
     Emitter,
     Piece,
     aoti_load,
     aoti_package,
     attention_backends,
     breaks_raise,
+    compiled_frame,
     dynamo_callback,
     emit_autocast,
     emit_end_of_autocast,
@@ -38,6 +40,7 @@ from dit_cache_fx._torch import (
     fakes,
     inductor_compiler,
     like_dynamos,
+    look_again,
     modes,
     not_a_compiled_frame,
     opaque,
@@ -573,6 +576,100 @@ def test_backends_compile_real_tensors_for_the_shapes_that_they_have() -> None:
         run = aot_autograd(fw_compiler=compiler)(gm, [torch.ones(5)])
         assert torch.equal(run(torch.ones(5))[0], -torch.ones(5))
     assert seen == [True]
+
+
+def test_the_frame_that_dynamo_compiles() -> None:
+    frames: list[CompiledFrame] = []
+
+    def note(gm: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> fx.GraphModule:
+        frames.append(compiled_frame())
+        return gm
+
+    class Inner(nn.Module):
+        def forward(self, y: torch.Tensor) -> torch.Tensor:
+            return y * 2
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x: torch.Tensor, scale: float, *, shift: torch.Tensor) -> torch.Tensor:
+            for _ in range(2):  # a break in a loop: Dynamo leaves the whole forward
+                torch._dynamo.graph_break()
+                x = self.inner(x)
+            return x * scale + shift
+
+    whole = Inner()
+    outer = Outer()
+    torch._dynamo.reset()
+    torch.compile(whole, backend=note)(torch.ones(1))
+    torch._dynamo.reset()
+    torch.compile(outer, backend=note)(torch.ones(1), 3.0, shift=torch.ones(1))
+    assert [(f.outer, f.inner) for f in frames] == [(whole, False), (outer, True)]
+    assert frames[0].arguments[:2] == ("self", "y")
+    assert frames[1].arguments == ("self", "y", "x", "scale", "shift")
+    torch._dynamo.reset()
+    torch.compile(lambda x, t: x * t, backend=note)(torch.ones(1), 3)
+    assert frames[2].numbers == {"t": 3.0}
+    assert compiled_frame() == ((), None, False, {})
+
+
+def test_dynamo_stops_where_it_raises_unless_it_is_told() -> None:
+    """So `look_again` is needed, and does it."""
+    compiled: list[bool] = []
+
+    def note(gm: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> fx.GraphModule:
+        compiled.append(True)
+        return gm
+
+    def breaks(x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return x
+
+    def works(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    @not_a_compiled_frame
+    def outer(x: torch.Tensor, again: bool) -> torch.Tensor:
+        callback = dynamo_callback()
+        try:
+            return breaks(x)
+        except CANNOT_COMPILE:
+            if again:
+                look_again(callback)
+            return works(x)
+
+    torch._dynamo.reset()
+    run = torch.compile(outer, backend=note, fullgraph=True)
+    with pytest.raises(RuntimeError, match="found no compiled frames"):
+        run(torch.ones(1), again=False)
+    assert run(torch.ones(1), again=True).item() == 2.0
+    assert compiled == [True]
+    assert dynamo_callback() is None
+
+
+def test_aot_autograd_takes_tensors_that_a_graph_holds() -> None:
+    """It wants a source for each of them, no two the same."""
+    graphs: list[fx.GraphModule] = []
+
+    def note(gm: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> fx.GraphModule:
+        graphs.append(gm)
+        return gm
+
+    torch._dynamo.reset()
+    torch.compile(lambda x: x + 1, backend=note)(torch.ones(2))
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    sums = graph.call_function(torch.add, (x, graph.get_attr("a")))
+    graph.output((graph.call_function(torch.add, (sums, graph.get_attr("b"))),))
+    owner = nn.Module()
+    owner.register_buffer("a", torch.ones(2))
+    owner.register_buffer("b", owner.a)
+    gm = like_dynamos(fx.GraphModule(owner, graph), graphs[0], {})
+    run = aot_autograd(fw_compiler=lambda gm, _: make_boxed_func(gm.forward))(gm, [torch.ones(2)])
+    with torch.no_grad():
+        assert run(torch.ones(2))[0].tolist() == [3.0, 3.0]
 
 
 # --- torch's own state ---------------------------------------------------------------------------

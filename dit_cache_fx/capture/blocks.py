@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import fx
 
 from dit_cache_fx.capture.leaves import BlockList
 from dit_cache_fx.errors import DiscoveryError
@@ -79,7 +79,7 @@ def _fault(
         return "never called"
     if sample is not None and sample not in needs:
         return f"does not depend on {sample!r}"
-    if not all(_composite(m) for m in blocks.modules):
+    if not is_composite(blocks):
         return "its members are single layers"
     if not all(_carries_stream(c) for c in calls):
         return "no output has the shape of an input"
@@ -97,8 +97,9 @@ def _trunk(
     return [f for f in sound if f is main or f.needs >= start]
 
 
-def _composite(module: nn.Module) -> bool:
-    return next(module.children(), None) is not None
+def is_composite(blocks: BlockList) -> bool:
+    """Whether its members are made of several layers."""
+    return all(next(module.children(), None) is not None for module in blocks.modules)
 
 
 def _carries_stream(call: fx.Node) -> bool:

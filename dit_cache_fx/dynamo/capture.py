@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ from dit_cache_fx.capture import BlockList, flatten_call
 from dit_cache_fx.capture.blocks import mark_blocks
 from dit_cache_fx.capture.normal_form import normal_form
 from dit_cache_fx.capture.record import Recording, record
+from dit_cache_fx.capture.scalar_timestep import NumberFactories
 from dit_cache_fx.capture.signal import mark_signal, parts_of
 from dit_cache_fx.capture.trace import trace
 from dit_cache_fx.errors import CaptureError
@@ -33,7 +34,10 @@ class Outlined:
     `dynamos`: the graph as it was. `tensors`: which inputs are tensors; for each of these `names`
     has a name unlike all others and `origins` Dynamo's node; the model's own are in `owned`.
     `given`: all inputs that are not. `numbers`: tensors that `gm` takes as numbers. `timestep`: the
-    name of the timestep, where there is one.
+    name of the timestep, where there is one. `constant`: its value where it is a constant of the
+    graph. `number_step`: which input it is where Dynamo passes it as a number. `elsewhere`: the
+    model's lists that other pieces have: name -> how many blocks. `order`: the arguments of the
+    compiled function.
     """
 
     dynamos: fx.GraphModule
@@ -44,8 +48,12 @@ class Outlined:
     names: tuple[str, ...]
     origins: tuple[fx.Node, ...]
     owned: frozenset[str]
+    constant: float | None
+    elsewhere: Mapping[str, int]
+    order: tuple[str, ...]
     given: tuple[int, ...]
     numbers: tuple[int, ...]
+    number_step: int | None
     dynamic: bool  # some inputs are sizes
     timestep: str | None
 
@@ -80,7 +88,9 @@ def capture_graph(outlined: Outlined, inputs: Sequence[Input], strategy: Strateg
 
         def run(given: Sequence[torch.Tensor]) -> Any:
             rest = iter(given)
-            return outlined.gm(*(next(rest) if isinstance(v, torch.Tensor) else v for v in inputs))
+            values = [next(rest) if isinstance(v, torch.Tensor) else v for v in inputs]
+            with NumberFactories():
+                return outlined.gm(*values)
 
         try:
             recording = record(lambda: run(tensors), members, set(members), opened=parts)
@@ -88,18 +98,18 @@ def capture_graph(outlined: Outlined, inputs: Sequence[Input], strategy: Strateg
         except Exception as error:
             raise CaptureError(f"the graph of the model cannot be traced: {error}") from error
         program, guards = normal_form(outlined.gm, traced, call, outlined.timestep)
-        if guards is not None:
+        if guards is not None and guards.inputs:  # else it is read out of constants
             raise CaptureError("the graph reads values out of tensors")
         program.owned = outlined.owned
-        program.sample = _sample(program)
+        program.sample = _sample(program, outlined.order)
         mark_blocks(program, outlined.lists, outlined.chosen)
         mark_signal(program, strategy, recording)
     blocks = {str(node.target).removeprefix("model.") for node in program.block_calls()}
     return Traced(program, recording, tuple(sorted(blocks)))
 
 
-def _sample(program: Program) -> str | None:
-    """The argument that is most like the output; the order of Dynamo's inputs says nothing."""
+def _sample(program: Program, order: Sequence[str]) -> str | None:
+    """The argument that is most like the output, the first of these in the function's `order`."""
     outputs = [
         s for n in program.graph.output_node().all_input_nodes if (s := spec_of(n)) is not None
     ]
@@ -114,7 +124,8 @@ def _sample(program: Program) -> str | None:
         if name not in program.owned and name != program.timestep
         if (spec := spec_of(program.node(name))) is not None and spec.ndim > 1
     }
-    return max(given, key=lambda argument: likeness(given[argument]), default=None)
+    ordered = sorted(given, key=lambda name: order.index(name) if name in order else len(order))
+    return max(ordered, key=lambda argument: likeness(given[argument]), default=None)
 
 
 def _looks(strategy: Strategy) -> bool:

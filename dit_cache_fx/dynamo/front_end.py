@@ -10,8 +10,10 @@ from weakref import WeakSet
 import torch
 from torch import fx, nn
 
-from dit_cache_fx._torch import dynamo_source, piece_of
+from dit_cache_fx._torch import CompiledFrame, compiled_frame, dynamo_source, piece_of
 from dit_cache_fx.capture import BlockList, flatten_call, guessed_timestep, named_timestep
+from dit_cache_fx.capture.blocks import is_composite
+from dit_cache_fx.capture.leaves import candidate_lists
 from dit_cache_fx.dynamo.capture import Outlined
 from dit_cache_fx.dynamo.graph import NO_BLOCKS, CachedGraph, Compiled, NotingGraph, Shared
 from dit_cache_fx.dynamo.inner import Compile, Inner, inner_compiler
@@ -62,9 +64,12 @@ class Backend(LifeCycle):
     def _cached(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], compile_graph: Compile
     ) -> Compiled:
-        piece = piece_of(gm)
+        piece, frame = piece_of(gm), compiled_frame()
+        piece = piece._replace(whole=piece.whole and not frame.inner)
         self._shared.split |= not piece.whole
-        outlined = outlined_graph(gm, example_inputs, self._blocks, self._timestep, piece.whole)
+        outlined = outlined_graph(
+            gm, example_inputs, self._blocks, self._timestep, piece.whole, frame
+        )
         place = outlined.timestep_place
         if outlined.lists:
             graph = CachedGraph(self._shared, compile_graph, outlined, piece)
@@ -114,33 +119,52 @@ def outlined_graph(
     blocks: Sequence[str | nn.ModuleList] | None,
     timestep: str | None,
     whole: bool,
+    frame: CompiledFrame,
 ) -> Outlined:
     """Dynamo's graph with its blocks as calls, and the names of its inputs.
 
     Raises `OptionError` where the lists that the user named are not in a `whole` graph.
     """
     outlined, lists = outline(gm)
+    others: dict[str, int] = {}
+    if not whole and frame.outer is not None:
+        others = _other_lists(frame.outer, lists, gm, example_inputs)
+        if blocks is None and not _holds_trunk(frame.outer, lists, gm, example_inputs):
+            lists = []
     places = [n for n in gm.graph.nodes if n.op == "placeholder"]
     numbers = [i for i, node in enumerate(places) if node.users and all(map(is_number, node.users))]
     all_tensors = [i for i, v in enumerate(example_inputs) if isinstance(v, torch.Tensor)]
-    tensors = [i for i in all_tensors if i not in numbers]
+    scalars = {*numbers, *range(len(places))} - ({*all_tensors} - {*numbers})
+    number_step = _number_step({argument_of(places[i]): i for i in sorted(scalars)}, timestep)
+    numbers = [i for i in numbers if i != number_step]
+    tensors = [i for i in range(len(places)) if i not in scalars or i == number_step]
     origins = [places[i] for i in tensors]
     own = {i for i in tensors if is_owned(places[i], example_inputs[i])}
     names = _names(origins, {places[i] for i in own})
-    given = {n: example_inputs[i] for n, i in zip(names, tensors, strict=True) if i not in own}
+    given = {
+        n: torch.zeros([]) if i == number_step else example_inputs[i]
+        for n, i in zip(names, tensors, strict=True)
+        if i not in own
+    }
+    step = _timestep(given, timestep, whole)
+    named = timestep or named_timestep([*frame.numbers], None)
     return Outlined(
         dynamos=gm,
         gm=outlined,
         lists=tuple(lists if blocks is None else _chosen(lists, blocks, gm, example_inputs, whole)),
         chosen=blocks is not None,
+        elsewhere=others,
+        order=frame.arguments,
         tensors=tuple(tensors),
         names=tuple(names),
         origins=tuple(origins),
         owned=frozenset(n for n, i in zip(names, tensors, strict=True) if i in own),
         numbers=tuple(numbers),
+        number_step=number_step,
         given=tuple(i for i in range(len(example_inputs)) if i not in own),
         dynamic=len(tensors) < len(example_inputs),
-        timestep=_timestep(given, timestep, whole),
+        timestep=step,
+        constant=None if step is not None or named is None else frame.numbers.get(named),
     )
 
 
@@ -151,6 +175,12 @@ def _names(origins: Sequence[fx.Node], owned: set[fx.Node]) -> list[str]:
         name = node.name if node in owned else re.sub(r"\W", "_", argument_of(node))
         names.append(name if name.isidentifier() and name not in names else node.name)
     return names
+
+
+def _number_step(scalars: Mapping[str, int], timestep: str | None) -> int | None:
+    """Which of the inputs that are numbers the timestep is."""
+    name = timestep or named_timestep([*scalars], None)
+    return None if name is None else scalars.get(name)
 
 
 def _timestep(given: Mapping[str, torch.Tensor], timestep: str | None, whole: bool) -> str | None:
@@ -166,6 +196,32 @@ def _timestep(given: Mapping[str, torch.Tensor], timestep: str | None, whole: bo
     return name
 
 
+def _holds_trunk(
+    model: nn.Module, lists: Sequence[BlockList], gm: fx.GraphModule, example_inputs: Sequence[Any]
+) -> bool:
+    """Whether a piece of the model has blocks of its largest list, or this cannot be told."""
+    if not any(isinstance(value, nn.Parameter) for value in example_inputs):
+        return True
+    found = [(_size(b), b) for b in candidate_lists(model) if is_composite(b)]
+    main = max(found, key=lambda pair: pair[0], default=(0, None))[1]
+    return main is None or _name_of(main.modules, lists, gm, example_inputs) is not None
+
+
+def _size(blocks: BlockList) -> int:
+    return sum(p.numel() for module in blocks.modules for p in module.parameters())
+
+
+def _other_lists(
+    model: nn.Module, lists: Sequence[BlockList], gm: fx.GraphModule, example_inputs: Sequence[Any]
+) -> dict[str, int]:
+    """The model's lists that a piece has no blocks of: name -> how many they are."""
+    return {
+        b.name: len(b.modules)
+        for b in candidate_lists(model)
+        if _name_of(b.modules, lists, gm, example_inputs) is None
+    }
+
+
 def _chosen(
     lists: Sequence[BlockList],
     blocks: Iterable[str | nn.ModuleList],
@@ -176,7 +232,7 @@ def _chosen(
     """The lists that the user named, or gave."""
     found = []
     for item in blocks:
-        name = item if isinstance(item, str) else _name_of(item, lists, gm, example_inputs)
+        name = item if isinstance(item, str) else _name_of([item], lists, gm, example_inputs)
         match = [b for b in lists if b.name == name or f".{b.name}".endswith(f".{name}")]
         if len(match) == 1:
             found.append(match[0])
@@ -188,10 +244,13 @@ def _chosen(
 
 
 def _name_of(
-    module: nn.Module, lists: Sequence[BlockList], gm: fx.GraphModule, example_inputs: Sequence[Any]
+    modules: Iterable[nn.Module],
+    lists: Sequence[BlockList],
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
 ) -> str | None:
-    """The name of the list that has the parameters of `module`."""
-    own = {id(p) for p in module.parameters()}
+    """The name of the list that has the parameters of these modules."""
+    own = {id(p) for module in modules for p in module.parameters()}
     places = [n for n in gm.graph.nodes if n.op == "placeholder"]
     paths = [
         ".".join(path_of(dynamo_source(node))[1:]) + "."

@@ -69,6 +69,7 @@ class Shared:
     split: bool = False
     caches: bool = False
     warned: bool = False
+    first_constant: float | None = None
 
     def serial(self, program: Hashable) -> int:
         """The number of a program: what is held with one graph of it is right for another one.
@@ -81,6 +82,16 @@ class Shared:
         """Note the timestep of a piece for those behind it."""
         if not piece.whole:
             self.timesteps[piece.function] = value
+
+    def constant(self, value: float | None) -> float | None:
+        """A timestep that is a constant of a graph; None for any other than the first one.
+
+        Dynamo lets a number vary from its second value on. Where it must not, each step has a
+        graph of its own, and there is nothing to reuse.
+        """
+        if self.first_constant is None:
+            self.first_constant = value
+        return value if value == self.first_constant else None
 
     def uncached(self, reason: str, again: bool) -> None:
         """A graph is not cached: warn, once. Of a split model only where no piece is cached.
@@ -112,7 +123,10 @@ class CachedGraph:
     def __call__(self, *given: Input) -> Sequence[Any]:
         inputs = [*given]
         for i in self._outlined.numbers:
-            inputs[i] = inputs[i].item()  # type: ignore[union-attr]
+            inputs[i] = _number(inputs[i])
+        step = self._outlined.number_step
+        if step is not None:
+            inputs[step] = torch.as_tensor(inputs[step])
         key = self._key(inputs)
         value = self._value(inputs) if self._shared.enabled else None
         lowered = None if value is None else self._lowered(key, inputs)
@@ -152,6 +166,8 @@ class CachedGraph:
             value = float(explicit)
         elif value is None and place is not None:
             value = timestep_value(inputs[place])  # type: ignore[arg-type]
+        elif value is None:
+            value = self._shared.constant(self._outlined.constant)
         if value is None:
             self._missed(_NO_TIMESTEP)
         elif self._piece.first:
@@ -184,7 +200,7 @@ class CachedGraph:
         session: Session,
     ) -> CallEvidence:
         return CallEvidence(
-            key=(lowered.signature, *lowered.conditioning),
+            key=(lowered.signature, *(lowered.program.inputs[i] for i in lowered.conditioning)),
             serial=lowered.serial,
             context=self._shared.host.tracker.context,
             value=value,
@@ -195,6 +211,10 @@ class CachedGraph:
         )
 
     def _uncached(self, key: Hashable, inputs: Sequence[Input]) -> Sequence[Any]:
+        outlined = self._outlined
+        if outlined.number_step is not None:
+            inputs = [_number(v) if i == outlined.number_step else v for i, v in enumerate(inputs)]
+            key = key, inputs[outlined.number_step]
         compiled = self._plain.get(key)
         if compiled is None:
             compiled = self._compiled_plain(key, inputs)
@@ -204,7 +224,8 @@ class CachedGraph:
         with self._making:
             if key not in self._plain:
                 outlined = self._outlined
-                gm = flat(outlined.gm) if outlined.numbers else outlined.dynamos
+                numbers = outlined.numbers or outlined.number_step is not None
+                gm = flat(outlined.gm) if numbers else outlined.dynamos
                 self._plain[key] = self._compile(gm, inputs)
                 _drop_oldest(self._plain)
             return self._plain[key]
@@ -238,7 +259,7 @@ class CachedGraph:
         strategy, outlined = self._shared.host.strategy, self._outlined
         traced = capture_graph(outlined, inputs, strategy)
         program = traced.program
-        check_block_ids(strategy, program.block_lists)
+        check_block_ids(strategy, {**program.block_lists, **outlined.elsewhere})
         nodes = operations(program.graph)
         run_passes(program, strategy)
         variants = lower_variants(program)
@@ -298,6 +319,10 @@ def _call(
 ) -> Sequence[torch.Tensor]:
     places = lowered.places
     return part.run(*(tensors[places[n]] if n in places else made[n] for n in part.names))
+
+
+def _number(value: Input) -> int | float:
+    return value.item() if isinstance(value, torch.Tensor) else value
 
 
 def _identity(variants: Variants) -> Hashable:

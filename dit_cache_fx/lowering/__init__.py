@@ -7,7 +7,7 @@ on the host. `one_graph` joins both in a single graph with the decision in it (`
 
 from dit_cache_fx.lowering.one_graph import OneGraph, lower_one_graph
 from dit_cache_fx.lowering.part import CompiledPart, Part
-from dit_cache_fx.lowering.preamble import Preamble, split_preamble
+from dit_cache_fx.lowering.preamble import Preamble, Separate, separated, split_preamble
 from dit_cache_fx.lowering.variants import Variants, lower_variants
 
 __all__ = [
@@ -15,8 +15,10 @@ __all__ = [
     "OneGraph",
     "Part",
     "Preamble",
+    "Separate",
     "Variants",
     "lower_one_graph",
     "lower_variants",
+    "separated",
     "split_preamble",
 ]

@@ -39,15 +39,16 @@ class ClockState(NamedTuple):
     def advanced(self, value: torch.Tensor, known: torch.Tensor) -> ClockState:
         """At a call with this timestep. `known`: it has the conditioning of the call before.
 
-        The same value is the same step, one that moves on the next, and one that moves back against
-        the direction so far is a new generation's first step. Nothing is computed so far for
-        another conditioning.
+        One that moves on is the next step, and one that moves back against the direction so far is
+        a new generation's first step. The same value is the next step too (timesteps that round to
+        one value, samplers that evaluate one twice), and the same step for another conditioning,
+        for which nothing is computed so far.
         """
         moved = torch.sign(value - self.value)
         running = self.started > 0
         same = running & (moved == 0)
         on = running & (moved != 0) & ((self.direction == 0) | (moved == self.direction))
-        step = torch.where(same, self.step, torch.where(on, self.step + 1, 0.0))
+        step = torch.where(same & ~known, self.step, torch.where(same | on, self.step + 1, 0.0))
         direction = torch.where(same, self.direction, torch.where(on, moved, 0.0))
         computed = torch.where((same | on) & known, self.computed, 0.0)
         started = torch.ones_like(self.started)

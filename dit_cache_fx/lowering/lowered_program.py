@@ -76,9 +76,14 @@ class Lowered:
 
     @cached_property
     def signature(self) -> frozenset[tuple[str, TensorSpec]]:
-        """Name, shape, dtype and device of the call's own tensors."""
+        """Name, shape, dtype and device of the call's own tensors.
+
+        Without a timestep of no dimensions: a number may be a constant of another graph.
+        """
         names = [self.program.inputs[i] for i in self.given]
-        return frozenset((name, tensor_spec(self.program.node(name))) for name in names)
+        specs = {name: tensor_spec(self.program.node(name)) for name in names}
+        step = self.program.timestep
+        return frozenset(s for s in specs.items() if s[0] != step or s[1].shape)
 
     @cached_property
     def sample(self) -> int | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dit_cache_fx.ir.graph_text import trace_graph
 from dit_cache_fx.ir.names import memory_name
@@ -19,6 +20,7 @@ from dit_cache_fx.lowering.variants import Variants
 from dit_cache_fx.strategies import CLOCK, Strategy
 from dit_cache_fx.strategies.rule import begun, decided
 from dit_cache_fx.strategies.traced import traced
+from dit_cache_fx.values.identity import storage_key
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
 _FLAG = TensorSpec(torch.Size([]), torch.bool, torch.device("cpu"))
@@ -50,6 +52,11 @@ class OneGraph:
         Dynamo may take a tensor of no dimensions for a number that does not change.
         """
         return [t if t.ndim else t.reshape(1) for t in self.part.operands(given)]
+
+    def operands_apart(self, given: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The same, on the host, each in memory of its own: `cond` takes no two views of one."""
+        taken: set[int] = set()
+        return [_apart(t, taken) for t in self.operands(given)]
 
 
 def lower_one_graph(
@@ -181,6 +188,16 @@ class _Writer:
             results += [_valueless(graph, spec) for spec in self.variants.held.values()]
         graph.output(tuple(results))
         return graph_module(self.program.model, attributes, graph, part.gm._get_name())
+
+
+def _apart(tensor: torch.Tensor, taken: set[int]) -> torch.Tensor:
+    """The tensor, or a copy where its memory is `taken`, to which it is added."""
+    if not tensor.numel() or is_traceable_wrapper_subclass(tensor):  # no memory of its own
+        return tensor
+    if storage_key(tensor) in taken:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    taken.add(storage_key(tensor))
+    return tensor
 
 
 def _memory_specs(program: Program, strategy: Strategy) -> dict[str, TensorSpec] | None:

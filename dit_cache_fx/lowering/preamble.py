@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from dit_cache_fx.ir.program import (
     tensor_spec,
 )
 from dit_cache_fx.lowering.part import Part
+from dit_cache_fx.lowering.variants import Variants
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
 
@@ -33,6 +34,22 @@ class Preamble:
     part: Part
     given: dict[str, TensorSpec]
     compute: Part
+
+
+@dataclass(frozen=True)
+class Separate:
+    """Variants for a compiler. `preamble`: what the host runs before a computed step."""
+
+    variants: Variants
+    preamble: Preamble | None
+
+
+def separated(variants: Variants) -> Separate:
+    """The variants without what a compiler cannot hold in one graph."""
+    preamble = split_preamble(variants.compute)
+    if preamble is not None:
+        variants = replace(variants, compute=preamble.compute)
+    return Separate(variants, preamble)
 
 
 def split_preamble(compute: Part) -> Preamble | None:

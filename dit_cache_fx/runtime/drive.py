@@ -19,7 +19,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dit_cache_fx._torch import dynamo_callback, not_a_compiled_frame, wants_one_graph
+from dit_cache_fx._torch import (
+    dynamo_callback,
+    look_again,
+    not_a_compiled_frame,
+    wants_one_graph,
+)
 
 Results = Sequence[torch.Tensor]
 
@@ -72,7 +77,8 @@ class Turn(NamedTuple):
 @not_a_compiled_frame
 def drive(serving: Serving) -> Any:
     """The output of an engine's call, its graphs run by whatever compiler looks on."""
-    resumed = _resumed_unseen if dynamo_callback() else _resumed
+    callback = dynamo_callback()
+    resumed = _resumed_unseen if callback else _resumed
     around = ExitStack()
     turn = resumed(serving.send, None, around)
     while turn.stage is not None:
@@ -80,6 +86,7 @@ def drive(serving: Serving) -> Any:
             with torch.no_grad():
                 results = turn.stage.graph(*turn.stage.operands)
         except BaseException as error:  # the engine may ask for another graph, or let it go on
+            look_again(callback)
             turn = resumed(serving.throw, error, around)
         else:
             turn = resumed(serving.send, results, around)

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +19,7 @@ from dit_cache_fx._torch import (
     signatures_kept,
 )
 from dit_cache_fx.capture import FlatCall
-from dit_cache_fx.lowering import CompiledPart, Part, Preamble, Variants, split_preamble
+from dit_cache_fx.lowering import CompiledPart, Part, Preamble, Separate, Variants, separated
 from dit_cache_fx.runtime.drive import (
     NOTHING,
     Compiler,
@@ -34,14 +34,6 @@ from dit_cache_fx.runtime.graphs import Entry
 from dit_cache_fx.runtime.step import Step
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Separate:
-    """Variants whose graphs are compiled. `preamble`: what the host runs before a computed step."""
-
-    variants: Variants
-    preamble: Preamble | None
 
 
 class StepCompiler:
@@ -61,13 +53,11 @@ class StepCompiler:
         with self._lock:
             made = self._made.get(variants)
             if made is None:
-                made = self._made[variants] = self._separate(variants)
+                made = self._made[variants] = self._mapped(separated(variants))
             return made
 
-    def _separate(self, variants: Variants) -> Separate:
-        preamble = split_preamble(variants.compute)
-        whole = variants if preamble is None else replace(variants, compute=preamble.compute)
-        return Separate(whole.mapped(self._part), preamble)
+    def _mapped(self, apart: Separate) -> Separate:
+        return replace(apart, variants=apart.variants.mapped(self._part))
 
     def _part(self, part: Part) -> Part:
         return CompiledPart(part.gm, part.names, _Whole(part.run, self.options))
@@ -111,34 +101,59 @@ def plain(entry: Entry, step: Step, call: FlatCall, compiler: Compiler = NOTHING
     part = variants.compute if step.computes else variants.reuse
     given.update(step.given(part.names))
     stage = Stage(part.run, part.operands(given), entry.captured.around)
-    if not compiler.looks_on:
-        return (yield stage)
-    with entry.first_runs.alone((compiler, step.computes)):
-        return (yield stage)
+    return (yield from _alone(entry, step, stage, compiler))
 
 
-def separate(entry: Entry, step: Step, call: FlatCall, compiled: Separate) -> Serving:
-    """The same, where each graph was compiled by itself."""
+def separate(
+    entry: Entry, step: Step, call: FlatCall, compiled: Separate, compiler: Compiler = NOTHING
+) -> Serving:
+    """The same, where each graph is compiled by itself."""
     variants, given = compiled.variants, entry.inputs(call)
     yield from _ruled(entry, variants, step, given)
     if step.computes and compiled.preamble is not None:
         given.update(_prepared(entry, compiled.preamble, step, given))
     part = variants.compute if step.computes else variants.reuse
     given.update(step.compiled_given(part.names))
-    results = yield Stage(part.run, part.operands(given), entry.captured.around)
+    stage = Stage(part.run, part.operands(given), entry.captured.around)
+    results = yield from _alone(entry, step, stage, compiler)
     outputs, kept = results[: variants.outputs], results[variants.outputs :]
     return [*outputs, *(t.contiguous() for t in kept)]  # the strides that it is compiled for
 
 
+def _alone(entry: Entry, step: Step, stage: Stage, compiler: Compiler) -> Serving:
+    """Run a stage; where a compiler looks on, the first one of each kind of step goes alone."""
+    if not compiler.looks_on:
+        return (yield stage)
+    with entry.first_runs.alone((compiler, step.computes)):
+        return (yield stage)
+
+
 def watched(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> Serving:
-    """Run one graph; where its blocks break it, and may, one for each kind of step."""
-    if not entry.breaks or compiler.fullgraph:
+    """Run one graph; where there can be none, one for each kind of step.
+
+    There is none where the blocks break it, or where `cond` does not take what they are made of
+    (weights that are tensor subclasses, or views of one another).
+    """
+    whole = compiler.fullgraph
+    if not (entry.apart if whole else entry.breaks or entry.apart):
         try:
             return (yield from _one_graph(entry, step, call, compiler))
         except CANNOT_COMPILE as error:
-            if compiler.fullgraph:
-                raise
             log.info("no single graph, so one for each kind of step: %s", error)
+    steps = _whole_steps if whole or entry.apart else _steps
+    return (yield from steps(entry, step, call, compiler))
+
+
+def _whole_steps(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> Serving:
+    """One graph for each kind of step, none of them broken."""
+    results = yield from separate(entry, step, call, entry.separate, compiler)
+    entry.apart = True
+    return results
+
+
+def _steps(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> Serving:
+    """The same where they may break."""
+    if not entry.breaks:
         entry.broken()
     return (yield from plain(entry, step, call, compiler))
 
@@ -151,7 +166,7 @@ def _one_graph(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> 
         given.update(_prepared(entry, one.preamble, step, given))
         given.update((name, _contiguous(given[name])) for name in entry.variants.carried)
     given.update(step.one_graph_given(one.part.names, one.memory))
-    stage = Stage(one.part.run, one.operands(given), entry.captured.around)
+    stage = Stage(one.part.run, one.operands_apart(given), entry.captured.around)
     with entry.first_runs.alone(compiler) as first:
         results = yield from _compiled(stage, first)
     values = one.outputs + len(entry.variants.held)

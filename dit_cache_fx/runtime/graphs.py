@@ -27,7 +27,13 @@ from dit_cache_fx.capture.fingerprint import Fingerprint, fingerprint, volatile
 from dit_cache_fx.capture.record import Recording
 from dit_cache_fx.errors import CaptureError, warn
 from dit_cache_fx.ir.program import operations, tensor_spec
-from dit_cache_fx.lowering import OneGraph, lower_one_graph, lower_variants
+from dit_cache_fx.lowering import (
+    OneGraph,
+    Separate,
+    lower_one_graph,
+    lower_variants,
+    separated,
+)
 from dit_cache_fx.lowering.asserts import assertions
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.lowering.stateful import Carried, Stateful, fixed_steps
@@ -61,12 +67,14 @@ class Entry(Lowered):
     volatile: frozenset[tuple[str, str]]  # what of it the forward changes by itself
     count: StepCount
     skeleton: Skeleton  # of the call that it was captured from
-    breaks: bool = False  # it cannot be compiled as one graph
+    breaks: bool = False  # its blocks cannot be compiled as one graph
+    apart: bool = False  # it was compiled as one graph for each kind of step
     carried: dict[tuple[str, ...], Carried] = field(default_factory=dict)  # by cache context
     served: set[float] = field(default_factory=set)  # a few of the timesteps that it answered
     first_runs: FirstRuns = field(default_factory=FirstRuns)  # with each compiler that looks on
     _lowering: threading.RLock = field(default_factory=threading.RLock)
     _one_graph: OneGraph | None = None
+    _separate: Separate | None = None
 
     def guards(self) -> list[str]:
         guards = self.captured.guards
@@ -82,6 +90,14 @@ class Entry(Lowered):
             if self._one_graph is None:
                 self._one_graph = lower_one_graph(self.program, self.variants, self.strategy)
             return self._one_graph
+
+    @property
+    def separate(self) -> Separate:
+        """The graphs of each kind of step."""
+        with self._lowering:
+            if self._separate is None:
+                self._separate = separated(self.variants)
+            return self._separate
 
     def broken(self) -> None:
         """Its blocks cannot be in one graph: let the compiler look at each of them by itself."""

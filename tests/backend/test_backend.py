@@ -342,22 +342,6 @@ def test_a_model_without_blocks_is_compiled_as_it_is() -> None:
     assert len(inner.graphs) == 1
 
 
-def test_a_timestep_that_is_a_number() -> None:
-    class Numbered(ToyDiT):
-        def forward(self, x: Tensor, timestep: float, text: Tensor) -> Any:  # type: ignore[override]
-            return super().forward(x, torch.full((1,), timestep), text)
-
-    inside, cache = make(Numbered), deepcache(inner="eager")
-    model = torch.compile(inside, backend=cache)
-
-    def generation() -> None:
-        for time in (3, 2, 1):
-            inputs = {**toy_inputs(1.0), "timestep": time}
-            assert torch.equal(model(**inputs), inside(**inputs))
-
-    warned(generation, "the timestep is no tensor input of the compiled graph")
-
-
 class Broken(ToyDiT):
     """A graph break of its own before the blocks: the timestep goes into another graph."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 
 import dit_cache_fx
-from dit_cache_fx import CachedModel
+from dit_cache_fx import CachedModel, DitCacheWarning
 from tests.support.case import SupportCase
 from tests.zoo import flat
 
@@ -147,12 +148,47 @@ class Seen:
         signatures = len(self.cached.cache_report().captures)
         if len(graphs) != signatures:
             raise Fault(f"{len(graphs)} graphs")
-        errors = [_error(a, b) for a, b in zip(outputs, self.outputs, strict=True)]
+        errors = [error_of(a, b) for a, b in zip(outputs, self.outputs, strict=True)]
         if max(errors) > CLOSE:
             raise Fault(f"compiled, its steps are off by {errors}")
         if max(errors) > 0:
             return "yes, but for rounding on reused steps"
         return YES if signatures == 1 else f"yes, one for each of its {signatures} input signatures"
+
+    def steps(self) -> None:
+        """Compiled step by step it gives what eager mode gives."""
+        torch.compiler.reset()
+        cached = self.subject.cached("deepcache")
+        cached.compile_steps(backend=_as_it_is)
+        try:
+            self._refuse_unlike(*self.subject.generation(cached, Counter()))
+        finally:
+            torch.compiler.reset()
+
+    def through_backend(self) -> None:
+        """So does `backend()`, where nothing says that the model is not cached."""
+        torch.compiler.reset()
+        case = self.subject.case
+        cache = dit_cache_fx.backend(
+            "deepcache", inner="aot_eager", timestep=case.timestep, no_cache_steps=COMPUTED
+        )
+        compiled = torch.compile(self.subject.model, backend=cache)
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", DitCacheWarning)
+                outputs, counts = self.subject.generation(compiled, Counter())
+        finally:
+            torch.compiler.reset()
+        said = [str(w.message) for w in caught if issubclass(w.category, DitCacheWarning)]
+        if said:
+            errors = [error_of(a, b) for a, b in zip(outputs, self.subject.exact, strict=True)]
+            raise Fault(said[0] if max(errors) <= CLOSE else f"not cached, and off by {errors}")
+        self._refuse_unlike(outputs, counts)
+
+    def _refuse_unlike(self, outputs: Outputs, _: Counts) -> None:
+        errors = [error_of(a, b) for a, b in zip(outputs, self.outputs, strict=True)]
+        if max(errors) > CLOSE:
+            raise Fault(f"its steps are off by {errors}")
 
     def itself_is_one_graph(self) -> bool:
         """Whether the model without a cache is one graph."""
@@ -171,8 +207,12 @@ def _refuse_others(outputs: Outputs, exact: Outputs) -> None:
         raise Fault(f"computed steps {wrong} differ from the model")
 
 
-def _error(got: Tensor, want: Tensor) -> float:
+def error_of(got: Tensor, want: Tensor) -> float:
     return 0.0 if torch.equal(got, want) else ((got - want).norm() / want.norm()).item()
+
+
+def _as_it_is(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    return gm.forward
 
 
 def _compiled(model: nn.Module, graphs: list[fx.GraphModule]) -> Callable[..., Any]:
@@ -246,6 +286,11 @@ def look_further(seen: Seen) -> list[str]:
         if graph.startswith("no") and not seen.itself_is_one_graph():
             graph = f"{graph} The model without a cache is no single graph either."
         return [_cell(seen.others), graph]
+
+
+def look_compiled(seen: Seen) -> list[str]:
+    """Two cells more: `compile_steps`, and `backend()`."""
+    return [_cell(seen.steps), _cell(seen.through_backend)]
 
 
 def _cell(check: Callable[[], str | None]) -> str:
