@@ -41,8 +41,9 @@ def apply(
 
     Args:
         model: a DiT in evaluation mode.
-        strategy: "deepcache", "teacache", "taylorcache" with `options` (see the classes of these
-            names), or a `Strategy` object.
+        strategy: "deepcache", "teacache", "taylorcache", "firstblockcache" (also "dbcache"),
+            "magcache" or "easycache" with `options` (see the classes of these names), or a
+            `Strategy` object.
         blocks: the block lists, as attribute paths or `nn.ModuleList`s; found from the graph when
             None.
         timestep: the name of forward's timestep argument; found when None.

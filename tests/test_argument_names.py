@@ -11,7 +11,7 @@ from torch import Tensor
 
 import dit_cache_fx
 from dit_cache_fx.export import export
-from dit_cache_fx.ir.names import held_name, is_reserved, memory_name, unreserved
+from dit_cache_fx.ir.names import held_name, is_reserved, measured_name, state_name, unreserved
 from dit_cache_fx.lowering.clock import ClockState
 from dit_cache_fx.strategies import Clock
 from tests.backend.inner import Inner
@@ -30,7 +30,7 @@ NAMES = [
     "clock",
     "print",
     "held_model_blocks_2_0",
-    "memory_0",
+    "state_0",
     "model",
     "run_0",
     "input",
@@ -59,10 +59,9 @@ class PlainDiT(NamedDiT):
 def calls(*names: str) -> list[dict[str, Any]]:
     found = []
     for step in range(6):
-        generator = torch.Generator().manual_seed(step)
-        later = torch.randn(1, DIM, generator=generator)
+        later = torch.randn(1, DIM, generator=torch.Generator().manual_seed(1))
         more = dict(zip(names, (torch.ones(1, DIM), later), strict=True))
-        found.append(toy_inputs(1000.0 - 100 * step, seed=step) | more)
+        found.append(toy_inputs(1000.0 - 100 * step) | more)
     return found
 
 
@@ -77,7 +76,7 @@ def expected(strategy: str) -> tuple[tuple[Tensor, ...], str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_any_name_eagerly(name: str) -> None:
-    strategy = "rule" if name in ("fresh", "memory_0") else "taylorcache"
+    strategy = "rule" if name in ("fresh", "state_0") else "taylorcache"
     kind, options = STRATEGIES[strategy]
     want, did = expected(strategy)
     for names in ((name, "other"), ("other", name)):
@@ -113,7 +112,7 @@ def test_any_name_in_compiled_steps(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "strategy"),
-    [("clock", "taylorcache"), ("print", "taylorcache"), ("forced", "rule"), ("memory_0", "rule")],
+    [("clock", "taylorcache"), ("print", "taylorcache"), ("forced", "rule"), ("state_0", "rule")],
 )
 def test_any_name_in_an_exported_program(name: str, strategy: str) -> None:
     kind, options = STRATEGIES[strategy]
@@ -164,7 +163,16 @@ def test_names_that_come_to_the_same() -> None:
 
 
 def test_every_operand_of_the_cache_is_reserved() -> None:
-    own = {*Clock._fields, "forced", "fresh", held_name("h", 0), memory_name(2), "clock", "print"}
+    own = {
+        *Clock._fields,
+        "forced",
+        "fresh",
+        held_name("h", 0),
+        state_name(2),
+        measured_name("h"),
+        "clock",
+        "print",
+    }
     assert all(map(is_reserved, own))
     assert not any(map(is_reserved, ("timestep", "x", "model_distance", *ClockState._fields[1:3])))
     assert unreserved("distance") == "model_distance"

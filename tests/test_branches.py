@@ -478,3 +478,16 @@ def test_blocks_run_once_for_each_branch_and_computed_step() -> None:
             for inputs in calls:
                 cached(**inputs)
     assert counts == [2 * len(STEPS)] * DEPTH
+
+
+def test_the_tensors_of_a_generation_before_once_more() -> None:
+    """What its last call was given is no sign of its branch, which holds nothing any more."""
+    made = []
+    for i in range(6):
+        inputs = toy_inputs(900.0 - 100 * i)
+        made.append(inputs | {"x": inputs["x"] * (1 + i / 10), "text": inputs["text"].clone()})
+    cached = dit_cache_fx.apply(make(ToyDiT), "deepcache", no_cache_steps={0, 3})
+    for _ in range(2):
+        for inputs in made:
+            cached(**inputs)
+        assert actions(cached) == "CrrCrr"

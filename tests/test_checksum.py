@@ -106,6 +106,12 @@ def test_conjugates_and_expanded_and_sparse() -> None:
     assert of(torch.eye(3).to_sparse()) == of(torch.eye(3))
 
 
+def test_a_single_element_of_any_stride() -> None:
+    for one in (torch.ones(()).expand(1), torch.ones(9)[::5][:1], torch.ones(()).expand(1, 1)):
+        assert one.stride(-1) != 1
+        assert of(one) == of(torch.ones(1)) != of(torch.zeros(1))
+
+
 def test_large_tensors_are_read_in_pieces() -> None:
     """Whatever its layout, and each piece counts with its place."""
     large = random(torch.bfloat16, 3, 1000, 999)

@@ -65,8 +65,8 @@ def test_the_polynomial_has_its_highest_power_first() -> None:
     """The published value at 0.1, added to what has been added up."""
     rule = TeaCache(rel_l1_thresh=1e9, coefficients="flux")
     before, now = torch.tensor([1.0, -1.0]), torch.tensor([1.1, -1.1])
-    memory = rule.begin(before)
-    _, (kept, total, _) = rule.decide(now, memory, torch.tensor(False))
+    memory = rule.init_state(before)
+    _, (kept, total, _) = rule.should_compute(now, memory, torch.tensor(False))
     x = (now - before).abs().mean().item() / before.abs().mean().item()
     a, b, c, d, e = TEACACHE_COEFFICIENTS["flux"].values
     assert total.item() == pytest.approx(a * x**4 + b * x**3 + c * x**2 + d * x + e, rel=1e-9)
@@ -100,13 +100,13 @@ class Watching(TeaCache):
     rel_l1_thresh: float | None = 1e9
     seen: list[Tensor] = field(default_factory=list)
 
-    def begin(self, signal: Tensor) -> Any:
+    def init_state(self, signal: Tensor) -> Any:
         self.seen.append(signal.clone())
-        return super().begin(signal)
+        return super().init_state(signal)
 
-    def decide(self, signal: Tensor, memory: Any, forced: Tensor) -> Any:
+    def should_compute(self, signal: Tensor, state: Any, forced: Tensor) -> Any:
         self.seen.append(signal.clone())
-        return super().decide(signal, memory, forced)
+        return super().should_compute(signal, state, forced)
 
 
 def outputs_of(model: nn.Module, path: str, calls: list[dict[str, Any]]) -> list[Tensor]:

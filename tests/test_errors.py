@@ -64,7 +64,7 @@ def refused(
 @pytest.mark.parametrize("strategy", ["deep_cache", "", None, 3, DeepCache, ["deepcache"]])
 def test_unknown_strategy(strategy: Any) -> None:
     refused(
-        r"strategy=.*: one of \['deepcache', .*'taylorcache', 'teacache'\], or a Strategy object",
+        r"strategy=.*: one of \['dbcache', 'deepcache', 'easycache', .*'teacache'\], or a Str",
         make(ToyDiT),
         strategy,
         no_cache_steps={0},
@@ -107,12 +107,14 @@ def test_a_strategy_object_is_used_as_it_is() -> None:
     assert cached.cache_report().calls_computed == 3
 
 
-@pytest.mark.parametrize("strategy", ["deepcache", "taylorcache"])
-def test_no_schedule_at_all(strategy: str) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "more"), [("deepcache", ""), ("taylorcache", "; or give tolerance=0.5, say")]
+)
+def test_no_schedule_at_all(strategy: str, more: str) -> None:
     refused(
         r"no_cache_steps=None: say which steps are computed in full, for instance "
         r"interval_schedule\(50, 11, 45, 4\) or range\(0, 50, 2\), or give compute_ratio=0.5 or "
-        r"schedule='balanced'$",
+        rf"schedule='balanced'{more}$",
         make(ToyDiT),
         strategy,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dit_cache_fx
-from dit_cache_fx import DeepCache, Strategy, TeaCache
+from dit_cache_fx import DeepCache, FirstBlockCache, Strategy, TeaCache
 from dit_cache_fx.export import export
 from tests.backend.inner import Inner
 from tests.compile.compiling import new_compiler
@@ -20,7 +21,7 @@ from tests.toys import DIM, TOKENS, ToyDiT, actions, make, rows
 __all__ = ["new_compiler"]
 
 NAN, INF = math.nan, math.inf
-#: what the sample is multiplied by at some of nine steps, and what the steps do then
+#: the gain at some of nine steps, and what the steps do then
 CASES: dict[str, tuple[dict[int, float], str]] = {
     "none": ({}, "Crrrrrrrr"),
     "a zero": ({3: 0.0}, "CrrrCrrrr"),
@@ -35,25 +36,42 @@ CASES: dict[str, tuple[dict[int, float], str]] = {
 }
 
 
+class Gain(nn.Module):
+    """What stands between the sample, which is well, and the first block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain: Tensor
+        self.register_buffer("gain", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain
+
+
 def model() -> nn.Module:
-    """The sample itself is the first block's input."""
+    """The sample times the gain is the first block's input."""
     toy = make(ToyDiT)
-    with torch.no_grad():
-        toy.embed.weight.copy_(torch.eye(DIM))
-        toy.embed.bias.zero_()
+    toy.embed = Gain()  # type: ignore[assignment]
     return toy
 
 
-def calls(factors: dict[int, float]) -> list[dict[str, Tensor]]:
+def calls() -> list[dict[str, Tensor]]:
     x, text = rows("x", 0, (TOKENS, DIM), 1, torch.float32), torch.ones(1, 4, DIM)
     return [
-        {
-            "x": x * (1 + i / 100) * factors.get(i, 1.0),
-            "timestep": torch.tensor([900.0 - i]),
-            "text": text,
-        }
+        {"x": x * (1 + i / 100), "timestep": torch.tensor([900.0 - i]), "text": text}
         for i in range(9)
     ]
+
+
+def generate(
+    called: Callable[..., Tensor], toy: nn.Module, factors: dict[int, float]
+) -> list[Tensor]:
+    """Nine steps, at some of which the gain is another."""
+    outputs = []
+    for i, inputs in enumerate(calls()):
+        toy.embed.gain.fill_(factors.get(i, 1.0))  # type: ignore[union-attr, operator]
+        outputs.append(called(**inputs))
+    return outputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,85 +85,106 @@ class Change(DeepCache):
     def looks_at(self) -> str:
         return "input"
 
-    def begin(self, signal: Tensor) -> Any:
+    def init_state(self, signal: Tensor) -> Any:
         return (signal,)
 
-    def decide(self, signal: Tensor, memory: Any, forced: Tensor) -> Any:
-        return forced | ((signal - memory[0]).abs().mean() > 20.0), (signal,)
+    def should_compute(self, signal: Tensor, state: Any, forced: Tensor) -> Any:
+        return forced | ((signal - state[0]).abs().mean() > 20.0), (signal,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Both(Change):
+    """The same rule, of several signals."""
+
+    def looks_at(self) -> tuple[str, ...]:  # type: ignore[override]
+        return "distance", "input"
+
+    def init_state(self, signal: Any) -> Any:
+        return (signal[1],)
+
+    def should_compute(self, signal: Any, state: Any, forced: Tensor) -> Any:
+        return super().should_compute(signal[1], state, forced)
 
 
 def teacache() -> Strategy:
     return TeaCache(rel_l1_thresh=20.0, signal="input")
 
 
+def done(strategy: Strategy, factors: dict[int, float], compiles: bool = False) -> str:
+    """What the steps of a generation do, eagerly or in one graph."""
+    toy = model()
+    cached = dit_cache_fx.apply(toy, strategy)
+    one = torch.compile(cached, backend="eager", fullgraph=True) if compiles else cached
+    generate(one, toy, factors)
+    return actions(cached)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_eagerly(case: str) -> None:
     factors, expected = CASES[case]
-    cached = dit_cache_fx.apply(model(), teacache())
-    for inputs in calls(factors):
-        cached(**inputs)
-    assert actions(cached) == expected
+    assert done(teacache(), factors) == expected
 
 
 @pytest.mark.parametrize("case", ["a NaN", "an infinity", "an overflow", "NaN first"])
 def test_a_rule_that_keeps_the_signal_alone(case: str) -> None:
     factors, expected = CASES[case]
-    for run in (lambda c: c, lambda c: torch.compile(c, backend="eager", fullgraph=True)):
-        cached = dit_cache_fx.apply(model(), Change())
-        called = run(cached)
-        for inputs in calls(factors):
-            called(**inputs)
-        assert actions(cached) == expected
+    for compiles in (False, True):
+        assert done(Change(), factors, compiles) == expected
 
 
 @pytest.mark.parametrize("case", ["a zero", "zeros first", "a NaN", "an infinity", "NaN first"])
 def test_in_one_graph(case: str) -> None:
     factors, expected = CASES[case]
-    cached = dit_cache_fx.apply(model(), teacache())
-    compiled = torch.compile(cached, backend="eager", fullgraph=True)
-    for inputs in calls(factors):
-        compiled(**inputs)
-    assert actions(cached) == expected
+    assert done(teacache(), factors, compiles=True) == expected
 
 
 @pytest.mark.parametrize("case", ["a zero", "an infinity"])
 def test_in_dynamos_graph(case: str) -> None:
-    factors, expected = CASES[case]
+    (factors, expected), toy = CASES[case], model()
     cache = dit_cache_fx.backend(teacache(), inner=Inner())
-    compiled = torch.compile(model(), backend=cache, fullgraph=True)
-    for inputs in calls(factors):
-        compiled(**inputs)
+    generate(torch.compile(toy, backend=cache, fullgraph=True), toy, factors)
     assert "".join(r.action[0] for r in cache.cache_report().timeline) == expected.lower()
 
 
 @pytest.mark.parametrize("strategy", [teacache, Change])
 def test_in_an_exported_program(strategy: Any) -> None:
     toy = model()
-    program = export(dit_cache_fx.apply(toy, strategy()), (), calls({})[0])
-    run, eager = program.runner(), dit_cache_fx.apply(toy, strategy())
+    run = export(dit_cache_fx.apply(toy, strategy()), (), calls()[0]).runner()
+    eager = dit_cache_fx.apply(toy, strategy())
     for case in ("a NaN", "an infinity", "NaN first", "none"):
-        for inputs in calls(CASES[case][0]):
-            got, want = run(**inputs), eager(**inputs)
+        factors, expected = CASES[case]
+        wanted = generate(eager, toy, factors)
+        for i, (inputs, want) in enumerate(zip(calls(), wanted, strict=True)):
+            x = inputs["x"] * factors.get(i, 1.0)  # its gain is a constant
+            got = run(**inputs | {"x": x})
             assert torch.equal(got.isnan(), want.isnan())
             assert torch.equal(got.nan_to_num(), want.nan_to_num())
-        assert actions(eager) == CASES[case][1]
+        assert actions(eager) == expected
 
 
 def test_what_is_forced_stays_forced() -> None:
     strategy = TeaCache(rel_l1_thresh=20.0, signal="input", no_cache_steps={6})
-    cached = dit_cache_fx.apply(model(), strategy)
-    for inputs in calls({3: NAN}):
-        cached(**inputs)
-    assert actions(cached) == "CrrCCrCrr"
+    assert done(strategy, {3: NAN}) == "CrrCCrCrr"
 
 
 def test_the_sum_goes_on_from_zero() -> None:
     """Behind a step without a measure the threshold is reached as from the start."""
-    cached = dit_cache_fx.apply(model(), TeaCache(rel_l1_thresh=0.025, signal="input"))
-    for inputs in calls({}):
-        cached(**inputs)
-    assert actions(cached) == "CrrCrrCrr"
-    cached.clear_states()
-    for inputs in calls({1: NAN}):
-        cached(**inputs)
-    assert actions(cached) == "CCCrrCrrC"
+    strategy = TeaCache(rel_l1_thresh=0.025, signal="input")
+    assert done(strategy, {}) == "CrrCrrCrr"
+    assert done(strategy, {1: NAN}) == "CCCrrCrrC"
+
+
+#: as above; each computes where a number is missing and goes on behind it
+RULES: dict[str, tuple[Strategy, str]] = {
+    "first blocks": (FirstBlockCache(threshold=0.5), "CrrCCrrrr"),
+    "limited": (FirstBlockCache(threshold=0.5, max_reused=5), "CrrCCrrrC"),
+    "a tuple of signals": (Both(), "CrrCCrrrr"),
+}
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_other_rules(rule: str, compiles: bool) -> None:
+    strategy, expected = RULES[rule]
+    for value in (NAN, INF):
+        assert done(strategy, {3: value}, compiles) == expected

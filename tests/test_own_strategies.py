@@ -164,57 +164,69 @@ class Ruled(Own):
     def looks_at(self) -> str:
         return "input"
 
-    def begin(self, signal: Tensor) -> Any:
+    def init_state(self, signal: Tensor) -> Any:
         return (signal.mean(),)
 
-    def decide(self, signal: Tensor, memory: Any, forced: Tensor) -> Any:
+    def should_compute(self, signal: Tensor, state: Any, forced: Tensor) -> Any:
         mean = signal.mean()
-        return forced | ((mean - memory[0]).abs() > 0.5), (mean,)
+        return forced | ((mean - state[0]).abs() > 0.5), (mean,)
 
 
 def ruled(name: str, function: Callable[..., Any]) -> Strategy:
     return type(name, (Ruled,), {function.__name__: function})()
 
 
-def _decide(result: Callable[..., Any]) -> Callable[..., Any]:
-    def decide(self: Any, signal: Any, memory: Any, forced: Any) -> Any:
-        return result(signal, memory, forced)
+def _should_compute(result: Callable[..., Any]) -> Callable[..., Any]:
+    def should_compute(self: Any, signal: Any, state: Any, forced: Any) -> Any:
+        return result(signal, state, forced)
 
-    return decide
+    return should_compute
 
 
-def _begin(result: Callable[..., Any]) -> Callable[..., Any]:
-    def begin(self: Any, signal: Any) -> Any:
+def _init_state(result: Callable[..., Any]) -> Callable[..., Any]:
+    def init_state(self: Any, signal: Any) -> Any:
         return result(signal)
 
-    return begin
+    return init_state
 
 
 REFUSED_RULES = {
-    "no memory": (_decide(lambda s, m, f: f), ["decide gave tensor(False)", "(computes, memory)"]),
+    "no state": (
+        _should_compute(lambda s, m, f: f),
+        ["should_compute gave tensor(False)", "(computes, state)"],
+    ),
     "float": (
-        _decide(lambda s, m, f: (s.mean(), m)),
-        ["decide gave torch.float32[] on cpu as its decision", "boolean"],
+        _should_compute(lambda s, m, f: (s.mean(), m)),
+        ["should_compute gave torch.float32[] on cpu as its decision", "boolean"],
     ),
     "for each row": (
-        _decide(lambda s, m, f: (s.mean((0, 2)) > 0, m)),
-        ["decide gave torch.bool[6] on cpu as its decision"],
+        _should_compute(lambda s, m, f: (s.mean((0, 2)) > 0, m)),
+        ["should_compute gave torch.bool[6] on cpu as its decision"],
     ),
-    "other memory": (
-        _decide(lambda s, m, f: (f, (s.double().mean(),))),
-        ["decide gave torch.float64[] on cpu", "right is torch.float32[] on cpu"],
+    "other state": (
+        _should_compute(lambda s, m, f: (f, (s.double().mean(),))),
+        ["should_compute gave torch.float64[] on cpu", "right is torch.float32[] on cpu"],
     ),
-    "more memory": (_decide(lambda s, m, f: (f, (*m, f))), ["decide gave 2 tensors, 1 expected"]),
+    "more state": (
+        _should_compute(lambda s, m, f: (f, (*m, f))),
+        ["should_compute gave 2 tensors, 1 expected"],
+    ),
     "changes the signal": (
-        _decide(lambda s, m, f: (s.add_(1).mean() > 0, m)),
-        ["decide changes signal in place"],
+        _should_compute(lambda s, m, f: (s.add_(1).mean() > 0, m)),
+        ["should_compute changes signal in place"],
     ),
-    "changes its memory": (
-        _decide(lambda s, m, f: (f, (m[0].add_(1),))),
-        ["decide changes memory[0] in place"],
+    "changes its state": (
+        _should_compute(lambda s, m, f: (f, (m[0].add_(1),))),
+        ["should_compute changes state[0] in place"],
     ),
-    "begins with a number": (_begin(lambda s: 1.0), ["begin gave 1.0", "a tuple of tensors"]),
-    "begin changes": (_begin(lambda s: (s.zero_(),)), ["begin changes signal in place"]),
+    "begins with a number": (
+        _init_state(lambda s: 1.0),
+        ["init_state gave 1.0", "a tuple of tensors"],
+    ),
+    "init_state changes": (
+        _init_state(lambda s: (s.zero_(),)),
+        ["init_state changes signal in place"],
+    ),
 }
 
 
@@ -235,14 +247,14 @@ def _two_steps(cached: Callable[..., Any]) -> None:
 
 
 def test_a_rule_that_branches_in_python_cannot_be_one_graph() -> None:
-    def decide(self: Any, signal: Tensor, memory: Any, forced: Tensor) -> Any:
-        return forced | bool(signal.mean() > memory[0]), memory
+    def should_compute(self: Any, signal: Tensor, state: Any, forced: Tensor) -> Any:
+        return forced | bool(signal.mean() > state[0]), state
 
-    cached = dit_cache_fx.apply(make(ToyDiT), ruled("Mine", decide))
+    cached = dit_cache_fx.apply(make(ToyDiT), ruled("Mine", should_compute))
     for step in range(2):  # here each step asks it
         cached(**toy_inputs(900.0 - step))
     assert len(actions(cached)) == 2
-    told = "strategy Mine: decide reads a value out of a tensor"
+    told = "strategy Mine: should_compute reads a value out of a tensor"
     compiled = torch.compile(cached, backend="eager", fullgraph=True)
     with pytest.raises(VerifyError, match=told):
         compiled(**toy_inputs(800.0))

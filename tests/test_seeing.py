@@ -308,10 +308,10 @@ def test_what_the_rule_measured_is_the_sum_that_it_compared() -> None:
 
     @dataclass(frozen=True, kw_only=True)
     class Watched(TeaCache):
-        def decide(self, signal: Tensor, memory: Any, forced: Tensor) -> Any:
-            change = (signal - memory[0]).abs().mean() / memory[0].abs().mean()
+        def should_compute(self, signal: Tensor, state: Any, forced: Tensor) -> Any:
+            change = (signal - state[0]).abs().mean() / state[0].abs().mean()
             changes.append(change.item())
-            return super().decide(signal, memory, forced)
+            return super().should_compute(signal, state, forced)
 
     cached = cached_toy(Watched(rel_l1_thresh=1.5))
     sample(cached, 10)
@@ -329,7 +329,7 @@ def test_noting_a_step_reads_nothing_from_a_device() -> None:
     """A tensor without values stands for one on a device: reading it raises."""
 
     class OnDevice(TeaCache):
-        def measured(self, memory: Any) -> Tensor:
+        def metric(self, state: Any, measured: Any = None) -> Tensor:
             return torch.empty((), device="meta")
 
     cached = cached_toy(OnDevice(rel_l1_thresh=0.5))

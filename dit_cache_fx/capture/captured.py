@@ -25,6 +25,7 @@ from dit_cache_fx.capture.turns import Turns
 from dit_cache_fx.ir.graph_text import short
 from dit_cache_fx.ir.program import OUTPUT, BlockId, Program, block_values
 from dit_cache_fx.strategies import Strategy, never_cached
+from dit_cache_fx.strategies.signals import value_of
 from dit_cache_fx.values.identity import TensorIdentity
 from dit_cache_fx.values.pytree import unflatten
 
@@ -49,9 +50,13 @@ class Subject:
     def always_runs(self, name: str) -> bool:
         """Whether the block of this name may be one that is never cached.
 
-        Before the trunk is found an alias ("double_blocks") can mean any of the lists.
+        Before the trunk is found an alias ("double_blocks") can mean any of the lists, and any of
+        them can be the first or the last.
         """
         list_name, _, index = name.rpartition(".")
+        size = len([*self.model.get_submodule(list_name).children()])
+        if self.strategy.always_runs(int(index), size):
+            return True
         block = BlockId(list_name, int(index))
         return any(
             never_cached(block, self.strategy, lists) for lists in ((list_name,), ("", list_name))
@@ -59,7 +64,7 @@ class Subject:
 
     def opened(self, lists: Sequence[BlockList]) -> list[nn.Module]:
         """The blocks whose inside is recorded, to find the strategy's signal there."""
-        wanted = self.strategy.has_rule and self.strategy.looks_at() == "modulated"
+        wanted = value_of(self.strategy) == "modulated"
         return [blocks.modules[0] for blocks in lists] if wanted else []
 
     def run(self, call: FlatCall, tensors: Sequence[torch.Tensor]) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx, nn
 
 from dit_cache_fx.capture.normal_form import translated
+from dit_cache_fx.capture.outer_signal import mark_residual, mark_sample
 from dit_cache_fx.capture.record import ModuleCall, Recording
 from dit_cache_fx.capture.trace import Trace, call_kept, trace
 from dit_cache_fx.errors import CaptureError
@@ -28,8 +29,9 @@ from dit_cache_fx.ir.program import (
     spec_of,
     tensor_spec,
 )
-from dit_cache_fx.ir.streams import stream_input
+from dit_cache_fx.ir.streams import stream_input, unchanged
 from dit_cache_fx.strategies import Strategy
+from dit_cache_fx.strategies.signals import value_of
 from dit_cache_fx.values.pytree import unflatten
 
 _NO_STREAM = "the first block has no input of the shape of its output"
@@ -46,7 +48,7 @@ def mark_input(program: Program, cache_name: str) -> None:
     stream = stream_input(program, first, cache_name)
     if stream is None:
         raise _unknown("input", _NO_STREAM)
-    stream.meta[SIGNAL] = True
+    unchanged(stream).meta[SIGNAL] = True
 
 
 def mark_conditioning(program: Program, cache_name: str) -> None:
@@ -74,18 +76,29 @@ def mark_embedding(program: Program, cache_name: str) -> None:
 
 #: signals that need no look inside the first block
 MARKS: Mapping[str, Callable[[Program, str], None]] = MappingProxyType(
-    {"input": mark_input, "conditioning": mark_conditioning, "embedding": mark_embedding}
+    {
+        "input": mark_input,
+        "conditioning": mark_conditioning,
+        "embedding": mark_embedding,
+        "sample": mark_sample,
+    }
 )
 
 
 def mark_signal(program: Program, strategy: Strategy, recording: Recording) -> None:
     """Find what the strategy's own rule looks at, where it has one."""
-    if not strategy.has_rule:
+    value = value_of(strategy)
+    if value is None:
         return
-    mark = MARKS.get(strategy.looks_at())
-    if mark is not None:
-        mark(program, strategy.stream_name())
-        return
+    if value == "modulated":
+        _mark_inside(program, strategy, recording)
+    elif value == "residual":
+        mark_residual(program, strategy)
+    else:
+        MARKS[value](program, strategy.stream_name())
+
+
+def _mark_inside(program: Program, strategy: Strategy, recording: Recording) -> None:
     name = str(program.block_calls()[0].target).removeprefix("model.")
     made = next(c for c in recording.calls if c.name == name)
     mark_modulated(program, made, strategy.stream_name())
@@ -111,7 +124,7 @@ def mark_modulated(program: Program, made: ModuleCall, cache_name: str) -> None:
         )
     conditioning = [n for n in arguments if n is not stream and _timed(program, n)]
     if not conditioning:
-        stream.meta[SIGNAL] = True
+        unchanged(stream).meta[SIGNAL] = True
         return
 
     def run(tensors: Any) -> Any:

@@ -36,7 +36,7 @@ def backend(
     for each model. What cannot be cached is compiled by `inner` as it is, with a warning.
 
     Args:
-        strategy: "deepcache", "teacache", "taylorcache" with `strategy_options`, or a `Strategy`.
+        strategy: a name that `apply` takes, with `strategy_options`, or a `Strategy`.
         inner: the backend that compiles the graphs: a registered name, or a callable.
         mode: of the inner backend, as in `torch.compile`; "reduce-overhead" gives each graph a
             CUDA graph.

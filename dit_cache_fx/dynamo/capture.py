@@ -22,6 +22,7 @@ from dit_cache_fx.capture.trace import trace
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.program import Program, spec_of
 from dit_cache_fx.strategies import Strategy
+from dit_cache_fx.strategies.signals import value_of
 
 #: Dynamo's graph takes tensors and, where shapes are dynamic, numbers
 Input = torch.Tensor | int | float
@@ -83,7 +84,8 @@ def capture_graph(outlined: Outlined, inputs: Sequence[Input], strategy: Strateg
         tensors = [value for value in faked if isinstance(value, torch.Tensor)]
         call = flatten_call(dict(zip(outlined.names, tensors, strict=True)), None)
         members = _members(outlined.lists)
-        opened = [blocks.modules[0] for blocks in outlined.lists] if _looks(strategy) else []
+        looks_inside = value_of(strategy) == "modulated"
+        opened = [blocks.modules[0] for blocks in outlined.lists] if looks_inside else []
         parts = {m: parts_of(m, members[m]) for m in opened if m in members}
 
         def run(given: Sequence[torch.Tensor]) -> Any:
@@ -126,11 +128,6 @@ def _sample(program: Program, order: Sequence[str]) -> str | None:
     }
     ordered = sorted(given, key=lambda name: order.index(name) if name in order else len(order))
     return max(ordered, key=lambda argument: likeness(given[argument]), default=None)
-
-
-def _looks(strategy: Strategy) -> bool:
-    """Whether the strategy's rule looks at what is inside of the first block."""
-    return strategy.has_rule and strategy.looks_at() == "modulated"
 
 
 def _members(lists: Sequence[BlockList]) -> dict[nn.Module, str]:

@@ -302,10 +302,12 @@ class NotingGraph:
 def _run(lowered: Lowered, step: Step, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     """Run the graph of the step's kind; what it reads of the inputs is picked by name."""
     variants, made = lowered.variants, dict[str, torch.Tensor]()
+    value: torch.Tensor | None = None
     if variants.prefix is not None:
-        signal, *carried = _call(lowered, variants.prefix, tensors, made)
+        value, *carried = _call(lowered, variants.prefix, tensors, made)
         made.update(zip(variants.carried, carried, strict=True))
-        step.decide(*lasting([signal]))
+        value = lasting([value])[0]
+    step.decide(value)
     part = variants.compute if step.computes else variants.reuse
     made.update(step.compiled_given(part.names))
     return _call(lowered, part, tensors, made)

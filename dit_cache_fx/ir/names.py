@@ -11,7 +11,7 @@ CLOCK_NAMES = ("distance", "computed", "gap", "reach")
 
 #: the clock, the flags of a decision, and what a state holds beside the tensors
 _WORDS = frozenset({*CLOCK_NAMES, "forced", "fresh", "clock", "print", "lost"})
-_HELD, _MEMORY = "held_", "memory_"
+_HELD, _MEASURED, _STATE = "held_", "measured_", "state_"
 
 
 def held_name(value: str, slot: int) -> str:
@@ -19,14 +19,24 @@ def held_name(value: str, slot: int) -> str:
     return f"{_HELD}{value}_{slot}"
 
 
-def memory_name(index: int) -> str:
+def measured_name(value: str) -> str:
+    """What is measured of a value of a cached run on a computed step."""
+    return f"{_MEASURED}{value}"
+
+
+def is_measured(name: str) -> bool:
+    """Whether an operand is what was measured of a value."""
+    return name.startswith(_MEASURED)
+
+
+def state_name(index: int) -> str:
     """A tensor that the strategy's rule remembers."""
-    return f"{_MEMORY}{index}"
+    return f"{_STATE}{index}"
 
 
 def is_reserved(name: str) -> bool:
     """Whether a node of that name could be taken for an operand of a lowered graph."""
-    return name in _WORDS or name.startswith((_HELD, _MEMORY))
+    return name in _WORDS or name.startswith((_HELD, _MEASURED, _STATE))
 
 
 def unreserved(name: str) -> str:

@@ -114,6 +114,11 @@ class Program:
         """The calls of trunk blocks, in order."""
         return [node for node in self.graph.nodes if BLOCK in node.meta]
 
+    def outputs_of_blocks(self) -> list[fx.Node]:
+        """The model's own results that its blocks take part in, each once."""
+        behind = descendants(self.block_calls())
+        return [n for n in self.graph.output_node().all_input_nodes if n in behind]
+
 
 def graph_module(
     model: nn.Module, attributes: Mapping[str, Any], graph: fx.Graph, name: str

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from dit_cache_fx._torch import DEVICE
+from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.program import (
     BLOCK,
     PATH,
@@ -25,12 +26,14 @@ from dit_cache_fx.ir.program import (
 )
 
 
-def start_of(program: Program, region: Region, value: fx.Node, cache_name: str) -> fx.Node | None:
+def start_of(
+    program: Program, region: Region, value: fx.Node, cache_name: str, every: bool = False
+) -> fx.Node | None:
     """The first block's input that `value` continues; None where there is none.
 
     Only the tracked stream has one: an input of `value`'s shape that depends on the noisy sample,
     called `cache_name` where the block has an argument of that name. A value that the block list
-    wires to another argument (text rows) is none of it.
+    wires to another argument (text rows) is none of it, and starts from that one with `every`.
     """
     first = next(c for c in program.block_calls() if c.meta[BLOCK] == region.blocks[0])
     list_name = first.meta[BLOCK].list_name
@@ -38,11 +41,19 @@ def start_of(program: Program, region: Region, value: fx.Node, cache_name: str) 
     tracked = _tracked_slot(program, opening, cache_name)
     wired = _wired_slot(program, value, first)
     if wired is not None and tracked is not None and wired != tracked:
-        return None
+        given = dict(argument_leaves(first)).get(wired) if every else None
+        return unchanged(given) if given and _shape(given) == _shape(value) else None
     spec = spec_of(value)
     found = _candidates(program, first, set() if spec is None else {spec.shape})
     slot = next((s for s in (tracked, wired, *found) if s is not None and s in found), None)
-    return None if slot is None else found[slot]
+    return None if slot is None else unchanged(found[slot])
+
+
+def unchanged(node: fx.Node) -> fx.Node:
+    """The same values where no block changes them in place: it is given a copy for that."""
+    while node.target is torch.ops.aten.clone.default:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def stream_input(program: Program, call: fx.Node, cache_name: str) -> fx.Node | None:
@@ -81,6 +92,7 @@ def padded_start(
     joined, spec = spec_of(value), None if start is None else spec_of(start)
     if start is None or spec is None or joined is None or joined.ndim != spec.ndim:
         return None
+    start = unchanged(start)
     inside = descendants([first])
     for node in program.graph.nodes:
         if node in inside and node.target is torch.ops.aten.cat.default:
@@ -88,6 +100,35 @@ def padded_start(
             if _shape(node) == joined.shape and offset is not None:
                 return _pad(program, first, start, joined.shape, *offset)
     return None
+
+
+def sample_like_output(program: Program) -> fx.Node:
+    """The sample in the shape of the model's output, for what is set against each other.
+
+    Where one dimension differs, the sample is cut (a picture that conditions comes behind it in the
+    channels) or padded with zeros (the output has a variance too). Such a node is added to the
+    graph. Raises `CaptureError` where it is not to be brought into that shape.
+    """
+    named = zip(program.inputs, program.arguments, strict=True)
+    samples = [name for name, argument in named if argument == program.sample]
+    outputs = program.outputs_of_blocks()
+    if len(samples) != 1 or len(outputs) != 1:
+        raise CaptureError(
+            f"the sample and the output have to be one tensor each; found {samples} and "
+            f"{[n.name for n in outputs]}"
+        )
+    sample = program.node(samples[0])
+    shape, wanted = _shape(sample), _shape(outputs[0])
+    unlike = [i for i, (a, b) in enumerate(zip(shape, wanted, strict=False)) if a != b]
+    if len(shape) != len(wanted) or len(unlike) > 1 or 0 in unlike:
+        raise CaptureError(
+            f"the output, of shape {list(wanted)}, is not to be compared with the sample "
+            f"{sample.name}, of shape {list(shape)}"
+        )
+    if not unlike:
+        return sample
+    before = next(n for n in program.graph.nodes if n.op != "placeholder")
+    return _pad(program, before, sample, wanted, unlike[0], 0)
 
 
 def _offset(cat: fx.Node, shape: torch.Size) -> tuple[int, int] | None:

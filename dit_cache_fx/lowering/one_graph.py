@@ -12,13 +12,14 @@ from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dit_cache_fx.ir.graph_text import trace_graph
-from dit_cache_fx.ir.names import memory_name
+from dit_cache_fx.ir.names import state_name
 from dit_cache_fx.ir.program import Program, graph_module, inline, tensor_spec
 from dit_cache_fx.lowering.part import Part
 from dit_cache_fx.lowering.preamble import Preamble, pinned, split_preamble
 from dit_cache_fx.lowering.variants import Variants
-from dit_cache_fx.strategies import CLOCK, Strategy
-from dit_cache_fx.strategies.rule import begun, decided
+from dit_cache_fx.strategies import CLOCK, Clock, RuleState, Strategy
+from dit_cache_fx.strategies.rule import begun, decided, device_of
+from dit_cache_fx.strategies.signals import in_one, signal_of
 from dit_cache_fx.strategies.traced import traced
 from dit_cache_fx.values.identity import storage_key
 from dit_cache_fx.values.tensor_spec import TensorSpec
@@ -31,19 +32,21 @@ class OneGraph:
     """A program as one graph.
 
     `part` gives `outputs` values of the model, then the tensors to hold. Beside what the variants
-    read it reads `forced`: whether the step computes. Where it asks the strategy's own rule, it
-    also reads `fresh` (the memory means nothing yet; both are booleans on the CPU) and the memory
-    (name -> spec; None where there is no rule to ask), and its results end with the decision,
-    whether the memory is `lost` (the next step has to be told `fresh`), and the new memory. What
-    has no dimensions is given as one of a single element, by `operands`.
+    read it reads `forced`: whether the step computes. Where it asks the strategy's own rule
+    (`asks`), it also reads `fresh` (the state means nothing yet; both are booleans on the CPU) and
+    the rule's `state` (name -> spec), and its results end with the decision, whether the state is
+    `lost` (the next step has to be told `fresh`), and the new state. What has no dimensions is
+    given as one of a single element, by `operands`.
 
     With a `preamble` the host runs that first (and the rule before it): then the graph asks no
-    rule, and reads what the prefix carries and what the preamble gives.
+    rule, and reads what the prefix carries and what the preamble gives. A rule that looks at no
+    value of the model is the host's as well, where there is one.
     """
 
     part: Part
     outputs: int
-    memory: dict[str, TensorSpec] | None
+    asks: bool
+    state: dict[str, TensorSpec]
     preamble: Preamble | None
 
     def operands(self, given: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -90,29 +93,27 @@ class _Writer:
         self.graph = fx.Graph()
         self.attributes: dict[str, Any] = {}
         self.preamble = None if carry else split_preamble(variants.compute)
-        self.memory = None if self.preamble else _memory_specs(program, strategy)
+        self.asks = (
+            strategy.has_rule and self.preamble is None and (carry or variants.prefix is not None)
+        )
+        self.state = self._state_specs() if self.asks else {}
 
     def write(self) -> OneGraph:
         given = self._placeholders()
-        predicate, results = given.pop("forced"), list[fx.Node]()
-        if self.memory is not None:
-            assert self.variants.prefix is not None
-            state = [given.pop(name) for name in ("fresh", *self.memory)]
-            called = self.variants.prefix.operands(given)
-            seen, *carried = inline(self.graph, self.attributes, self.variants.prefix.gm, called)
-            carried = [self._flat(self._apart(n, {*carried, *called})) for n in carried]
-            given.update(zip(self.variants.carried, carried, strict=True))
-            results = self._decide([seen, predicate, *state])
-            predicate = results[0]
-        self.graph.output((*self._cond(predicate, given), *results))
+        predicate, decided = given.pop("forced"), list[fx.Node]()
+        if self.asks:
+            state = [given.pop(name) for name in ("fresh", *self.state)]
+            decided = self._decide([*self._looked_at(given), predicate, *state])
+            predicate = decided[0]
+        self.graph.output((*self._cond(predicate, given), *decided))
         part = Part.of(self.program.model, self.attributes, self.graph, "OneGraph")
         trace_graph("one_graph", part.gm)
-        return OneGraph(part, self.variants.outputs, self.memory, self.preamble)
+        return OneGraph(part, self.variants.outputs, self.asks, self.state, self.preamble)
 
     def _placeholders(self) -> dict[str, fx.Node]:
         """All that the graph is given, by name; what has no dimensions is made so."""
         inputs = {name: tensor_spec(self.program.node(name)) for name in self.program.inputs}
-        rule = {} if self.memory is None else {"fresh": _FLAG, **self.memory}
+        rule = {"fresh": _FLAG, **self.state} if self.asks else {}
         specs = {"forced": _FLAG, **rule, **CLOCK, **self.variants.held, **inputs}
         if self.preamble is not None:
             carried = {n: tensor_spec(self.program.node(n)) for n in self.variants.carried}
@@ -126,28 +127,68 @@ class _Writer:
 
     # --- the strategy's own rule ---------------------------------------------------------------
 
-    def _decide(self, operands: Sequence[fx.Node]) -> list[fx.Node]:
-        """The decision, on the CPU (here the host waits for the device), and the new memory."""
-        signal = self.program.signal
-        assert signal is not None
+    def _looked_at(self, given: dict[str, fx.Node]) -> list[fx.Node]:
+        """All that a rule may look at: the clock, what was measured, and the model's value."""
+        variants = self.variants
+        seen = [given[name] for name in (*CLOCK, *variants.measured)]
+        if variants.prefix is None:
+            return seen
+        called = variants.prefix.operands(given)
+        value, *carried = inline(self.graph, self.attributes, variants.prefix.gm, called)
+        carried = [self._flat(self._apart(n, {*carried, *called})) for n in carried]
+        given.update(zip(variants.carried, carried, strict=True))
+        return [*seen, value]
 
-        def decide(
-            seen: torch.Tensor, forced: torch.Tensor, fresh: torch.Tensor, *memory: torch.Tensor
-        ) -> list[torch.Tensor]:
-            anew, first = fresh.to(seen.device), begun(self.strategy, seen)
-            answer = decided(self.strategy, seen, memory, forced.to(seen.device))
+    def _seen_specs(self) -> dict[str, TensorSpec]:
+        """All of it by name, in that order."""
+        specs = {f"clock.{name}": spec for name, spec in CLOCK.items()}
+        specs |= {name: self.variants.held[name] for name in self.variants.measured}
+        signal = self.program.signal
+        return specs if signal is None else {**specs, "signal": tensor_spec(signal)}
+
+    def _signal(self, seen: Sequence[torch.Tensor]) -> Any:
+        """What is looked at, as the strategy names it."""
+        fields, measures = len(CLOCK), len(self.variants.measured)
+        measured = in_one(seen[fields : fields + measures])
+        value = seen[-1] if len(seen) > fields + measures else None
+        return signal_of(self.strategy, value, Clock(*seen[:fields]), measured)
+
+    def _decide(self, operands: Sequence[fx.Node]) -> list[fx.Node]:
+        """The decision and whether the state is lost, on the CPU, and the new state.
+
+        Here the host waits for the device.
+        """
+        looked_at, flags = self._seen_specs(), {"forced": _FLAG, "fresh": _FLAG}
+
+        def decide(*given: torch.Tensor) -> list[torch.Tensor]:
+            signal = self._signal(given[: len(looked_at)])
+            forced, fresh, *state = given[len(looked_at) :]
+            anew, first = fresh.to(device_of(signal)), begun(self.strategy, signal)
+            answer = decided(self.strategy, signal, tuple(state), forced.to(anew.device))
             begins = anew | answer.doubted
-            new = [torch.where(begins, a, b) for a, b in zip(first, answer.memory, strict=True)]
+            new = [torch.where(begins, a, b) for a, b in zip(first, answer.state, strict=True)]
             return [*torch.stack([answer.computes | anew, answer.lost]).to("cpu"), *new]
 
-        assert self.memory is not None
-        given = {"signal": tensor_spec(signal), "forced": _FLAG, "fresh": _FLAG, **self.memory}
-        gm = traced(self.strategy, "decide", decide, given)
+        given = {**looked_at, **flags, **self.state}
+        gm = traced(self.strategy, "should_compute", decide, given)
         return inline(self.graph, self.attributes, gm, operands)
+
+    def _state_specs(self) -> dict[str, TensorSpec]:
+        """What the strategy's rule remembers."""
+
+        def begin(*seen: torch.Tensor) -> RuleState:
+            return begun(self.strategy, self._signal(seen))
+
+        first = traced(self.strategy, "init_state", begin, self._seen_specs())
+        results: Any = first.graph.output_node().args[0]
+        return {state_name(i): tensor_spec(node) for i, node in enumerate(results)}
 
     def _apart(self, node: fx.Node, others: set[fx.Node]) -> fx.Node:
         """A module's result may be its input itself, and `cond` takes each memory once."""
-        shared = node.op == "call_module" and not others.isdisjoint(node.all_input_nodes)
+        call = node
+        while call.target is operator.getitem:
+            call = call.all_input_nodes[0]
+        shared = call.op == "call_module" and not others.isdisjoint(call.all_input_nodes)
         return _own(self.graph, node) if shared else node
 
     def _flat(self, node: fx.Node) -> fx.Node:
@@ -174,7 +215,7 @@ class _Writer:
         """A variant of these operands, with results in memory of their own."""
         graph, attributes = fx.Graph(), dict[str, Any]()
         given = {name: graph.placeholder(name) for name in names}
-        for name in () if self.memory is None else self.variants.carried:
+        for name in self.variants.carried if self.asks else ():
             if name in given:
                 shape = list(tensor_spec(self.program.node(name)).shape)
                 given[name] = graph.call_function(
@@ -198,16 +239,6 @@ def _apart(tensor: torch.Tensor, taken: set[int]) -> torch.Tensor:
         return tensor.clone(memory_format=torch.contiguous_format)
     taken.add(storage_key(tensor))
     return tensor
-
-
-def _memory_specs(program: Program, strategy: Strategy) -> dict[str, TensorSpec] | None:
-    """What the strategy's rule remembers; None where it has none."""
-    if program.signal is None:
-        return None
-    given = {"signal": tensor_spec(program.signal)}
-    first = traced(strategy, "begin", lambda s: begun(strategy, s), given)
-    results: Any = first.graph.output_node().args[0]
-    return {memory_name(i): tensor_spec(node) for i, node in enumerate(results)}
 
 
 def _own(graph: fx.Graph, node: fx.Node) -> fx.Node:

@@ -104,8 +104,7 @@ class Stateful(nn.Module):
     @property
     def _remembered(self) -> dict[str, TensorSpec]:
         """What the strategy's rule keeps, where it has one."""
-        memory = self._one.memory
-        return {} if memory is None else {"lost": _FLAG, **memory}
+        return {"lost": _FLAG, **self._one.state} if self._one.asks else {}
 
     def forward(
         self, state: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]

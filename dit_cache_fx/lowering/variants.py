@@ -11,7 +11,9 @@ from torch import fx
 
 from dit_cache_fx.ir.cached_run import CachedRun, is_cached_run
 from dit_cache_fx.ir.graph_text import trace_graph
+from dit_cache_fx.ir.names import is_measured
 from dit_cache_fx.ir.program import (
+    BLOCK,
     ORIGIN,
     SIGNAL,
     Program,
@@ -34,8 +36,8 @@ class Variants:
     `compute` gives `outputs` values of the model, then the tensors to hold; `reuse` the values of
     the model alone. Their operands are among the call's inputs, the clock (`distance`,
     `computed`, `gap`, `reach`), what is `held` (name -> spec, run after run) and what is `carried`.
-    `prefix`, where the strategy has a rule of its own, gives what the rule looks at, then the
-    carried tensors; None otherwise.
+    `prefix`, where the strategy has a rule of its own that looks at a value of the model, gives
+    that value, then the carried tensors; None otherwise.
     """
 
     compute: Part
@@ -44,6 +46,11 @@ class Variants:
     held: dict[str, TensorSpec]
     carried: tuple[str, ...]
     outputs: int
+
+    @property
+    def measured(self) -> list[str]:
+        """Which of `held` is what was measured of a value."""
+        return [name for name in self.held if is_measured(name)]
 
     def mapped(self, function: Callable[[Part], Part]) -> Variants:
         """The same with `function` of each graph."""
@@ -103,8 +110,7 @@ def _prefix(program: Program) -> tuple[Part | None, tuple[str, ...]]:
     signal = program.signal
     if signal is None:
         return None, ()
-    needed = ancestors([signal])
-    needed |= {user for node in needed if spec_of(node) is None for user in items_of(node)}
+    needed = _needed(signal)
     inside = {n for n in needed if n.op not in ("placeholder", "get_attr") and not is_view(n)}
     carried = [
         n
@@ -123,6 +129,12 @@ def _prefix(program: Program) -> tuple[Part | None, tuple[str, ...]]:
     return part, tuple(n.name for n in carried)
 
 
+def _needed(signal: fx.Node) -> set[fx.Node]:
+    """What the signal is made of, with every item of the containers among it."""
+    needed = ancestors([signal])
+    return needed | {user for node in needed if spec_of(node) is None for user in items_of(node)}
+
+
 class _Side:
     """Writes the graph of one kind of step: each run gives way to one of its two sides."""
 
@@ -139,6 +151,8 @@ class _Side:
         inputs = [n for n in program.graph.nodes if n.op == "placeholder"]
         for node in (*map(program.node, carried), *inputs):
             self.new[node] = self.graph.placeholder(node.name)
+        #: the prefix has run these: a block among them is not to run again for its own sake
+        self.done = set() if program.signal is None else _needed(program.signal)
 
     def lower(self) -> Part:
         for node in self.program.graph.nodes:
@@ -160,6 +174,8 @@ class _Side:
             return
         new[node] = self.graph.node_copy(node, new.__getitem__)
         new[node].meta.pop(SIGNAL, None)
+        if node in self.done:
+            new[node].meta.pop(BLOCK, None)
         if origin is not None:
             self.sunk[origin] = new[node]
 

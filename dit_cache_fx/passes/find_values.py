@@ -16,7 +16,7 @@ from dit_cache_fx.ir.program import (
     block_call_of,
     block_values,
 )
-from dit_cache_fx.ir.streams import padded_start, start_of
+from dit_cache_fx.ir.streams import padded_start, sample_like_output, start_of
 from dit_cache_fx.strategies import Strategy
 
 
@@ -34,8 +34,11 @@ def find_values(program: Program, strategy: Strategy) -> None:
 
     After: the same graph, and `program.regions[0].values` is `("img3",)`: the only one of six
     tensors that is held. Where the strategy reads what a run starts from, `inputs` names it (here
-    "img"), else None.
+    "img"), else None. A strategy of the whole model holds the output, which starts from the sample.
     """
+    if strategy.whole_model:
+        program.regions = (_whole(program),)
+        return
     starts = _Cut(program, strategy).find()
     order = [n for n in program.graph.nodes if n in starts]
     regions = []
@@ -44,6 +47,14 @@ def find_values(program: Program, strategy: Strategy) -> None:
         names = tuple(None if (s := starts[v]) is None else s.name for v in values)
         regions.append(replace(region, values=tuple(v.name for v in values), inputs=names))
     program.regions = tuple(r for r in regions if r.values)
+
+
+def _whole(program: Program) -> Region:
+    """One run of all blocks and what follows them."""
+    blocks = tuple(call.meta[BLOCK] for call in program.block_calls())
+    start = sample_like_output(program)
+    values = [node.name for node in program.outputs_of_blocks()]
+    return Region(0, blocks, tuple(values), (start.name,) * len(values))
 
 
 class _Cut:
@@ -88,7 +99,8 @@ class _Cut:
         return {value: start}
 
     def _start(self, value: fx.Node) -> fx.Node | None:
-        return start_of(self.program, self._run(value), value, self._name)
+        every = self.strategy.every_stream
+        return start_of(self.program, self._run(value), value, self._name, every)
 
     def _run(self, value: fx.Node) -> Region:
         block = block_call_of(value).meta[BLOCK]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dit_cache_fx.errors import OptionError
 from dit_cache_fx.ir.program import BLOCK, BlockId, Program, Region
 from dit_cache_fx.strategies import Strategy, never_cached
 
@@ -19,11 +20,16 @@ def select_runs(program: Program, strategy: Strategy) -> None:
     After: the same graph, and `program.regions` is `[blocks.0, blocks.1]`, `[blocks.3]`.
     """
     runs: list[list[BlockId]] = [[]]
-    for call in program.block_calls():
+    calls = program.block_calls()
+    for position, call in enumerate(calls):
         block: BlockId = call.meta[BLOCK]
-        if never_cached(block, strategy, tuple(program.block_lists)):
+        named = never_cached(block, strategy, tuple(program.block_lists))
+        if named or strategy.always_runs(position, len(calls)):
             runs.append([])
         else:
             runs[-1].append(block)
+    if calls and all(strategy.always_runs(i, len(calls)) for i in range(len(calls))):
+        wanted = f"each of the model's {len(calls)} blocks always runs: leave some to cache"
+        raise OptionError("strategy", strategy, wanted)
     filled = [run for run in runs if run]
     program.regions = tuple(Region(i, tuple(run)) for i, run in enumerate(filled))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch import fx
 
 from dit_cache_fx.ir.cached_run import CachedRun, cached_runs, is_cached_run
 from dit_cache_fx.ir.program import (
+    BLOCK,
     ORIGIN,
     Program,
     ancestors,
@@ -45,11 +47,22 @@ def _sinkable(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that are read by nothing but the compute sides, directly or through each other."""
     moved: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        if is_kept(node) or is_cached_run(node) or not node.users:
+        if is_kept(node) or is_cached_run(node) or not node.users or _is_result(node):
             continue
         if all(user in moved or _only_operand(node, user) for user in node.users):
             moved.add(node)
     return moved
+
+
+def _is_result(node: fx.Node) -> bool:
+    """Whether it is taken from what a block returns: it stays where the block is."""
+    return node.target is operator.getitem and BLOCK in _container(node).meta
+
+
+def _container(node: fx.Node) -> fx.Node:
+    while node.target is operator.getitem:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _only_operand(node: fx.Node, user: fx.Node) -> bool:

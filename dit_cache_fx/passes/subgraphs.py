@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from dit_cache_fx._torch import DEVICE
-from dit_cache_fx.ir.names import held_name
+from dit_cache_fx.ir.names import held_name, measured_name
 from dit_cache_fx.ir.program import (
     Program,
     Region,
@@ -21,14 +21,16 @@ from dit_cache_fx.ir.program import (
     tensor_spec,
 )
 from dit_cache_fx.strategies import CLOCK, Clock, Strategy
-from dit_cache_fx.strategies.traced import agree, traced
+from dit_cache_fx.strategies.traced import agree, refused, traced
+from dit_cache_fx.values.tensor_spec import TensorSpec
 
 
 class Subgraphs:
     """Builds the sides of one run.
 
-    Both take, for each value, the tensors that are held for it, then those of a `Clock`, then what
-    the run starts from; the compute side also its operands.
+    Both take, for each value, the tensors that are held for it (what was measured of it is the
+    last, where something is), then those of a `Clock`, then what the run starts from; the compute
+    side also its operands.
     """
 
     def __init__(
@@ -45,6 +47,8 @@ class Subgraphs:
         self.starts = starts
         self.operands = operands
         self.attributes = attributes_of(program.gm, program.graph)
+        self.slots = strategy.slots()
+        self.measures = [self._traced("measure", i) for i in self._indexes()]
 
     def compute(self, members: set[fx.Node]) -> fx.GraphModule:
         """Runs the blocks; returns the values, then all that is to be held."""
@@ -54,8 +58,10 @@ class Subgraphs:
                 new[node] = graph.node_copy(node, new.__getitem__)
         values = [new[self.program.node(name)] for name in self.region.values]
         kept: list[Any] = []
-        for i, (value, start) in enumerate(zip(values, self._starts(new), strict=True)):
-            kept += self._inline(graph, self.strategy.store, i, held[i], value, start, clock)
+        for i, value in enumerate(values):
+            given = [*held[i][: self.slots], *clock, value, *self._start(graph, i, new)]
+            kept += self._inlined(graph, self._traced("store", i), given)
+            kept += self._inlined(graph, self.measures[i], given)
         graph.output((*values, *kept))
         return self._module(graph, "Compute")
 
@@ -63,72 +69,109 @@ class Subgraphs:
         """Returns the values from what is held."""
         graph, held, clock, new = self._head(self.starts)
         values: list[Any] = []
-        for i, start in enumerate(self._starts(new)):
-            values += self._inline(graph, self._reuse, i, held[i], None, start, clock)
+        for i in self._indexes():
+            given = [*held[i][: self.slots], *clock, *self._start(graph, i, new)]
+            values += self._inlined(graph, self._traced("reuse", i), given)
         graph.output(tuple(values))
         return self._module(graph, "Reuse")
-
-    def _reuse(self, held: Any, value: None, start: Any, clock: Clock) -> Sequence[torch.Tensor]:
-        return [self.strategy.reuse(held, start, clock)]
 
     def _head(
         self, inputs: Sequence[fx.Node]
     ) -> tuple[fx.Graph, list[list[fx.Node]], list[fx.Node], dict[fx.Node, fx.Node]]:
         graph = fx.Graph()
-        slots = range(self.strategy.slots())
-        held = [
-            [graph.placeholder(held_name(name, slot)) for slot in slots]
-            for name in self.region.values
-        ]
-        for name, places in zip(self.region.values, held, strict=True):
-            value = self.program.node(name)
-            for place in places:
-                place.meta.update({"val": spec_of(value), DEVICE: device_of(value)})
+        held = [self._places(graph, i) for i in self._indexes()]
         clock = [graph.placeholder(name) for name in CLOCK]
         new = {node: graph.placeholder(node.name) for node in inputs}
         for node, placeholder in new.items():
             placeholder.meta.update(node.meta)
         return graph, held, clock, new
 
-    def _starts(self, new: dict[fx.Node, fx.Node]) -> list[fx.Node | None]:
-        return [new[self.program.node(n)] if n else None for n in self.region.inputs]
+    def _start(self, graph: fx.Graph, index: int, new: dict[fx.Node, fx.Node]) -> list[fx.Node]:
+        """What a value starts from, in its dtype; empty where there is none."""
+        name = self.region.inputs[index]
+        if name is None:
+            return []
+        start, dtype = self.program.node(name), self._spec(index).dtype
+        if tensor_spec(start).dtype == dtype:
+            return [new[start]]
+        cast = torch.ops.aten._to_copy.default
+        return [graph.call_function(cast, (new[start],), {"dtype": dtype})]
 
-    def _inline(
-        self,
-        graph: fx.Graph,
-        function: Callable[..., Sequence[torch.Tensor]],
-        index: int,
-        held: list[fx.Node],
-        value: fx.Node | None,
-        start: fx.Node | None,
-        clock: list[fx.Node],
-    ) -> list[Any]:
-        """Trace a strategy's function for value `index` and copy its graph behind `graph`."""
-        spec = tensor_spec(self.program.node(self.region.values[index]))
-        rest = {"value": value, "start": start}
-        given = {name: node for name, node in rest.items() if node is not None}
+    def _indexes(self) -> range:
+        return range(len(self.region.values))
+
+    def _places(self, graph: fx.Graph, index: int) -> list[fx.Node]:
+        """The placeholders of what is held of a value, and of what was measured of it."""
+        name = self.region.values[index]
+        value = self.program.node(name)
+        places = [graph.placeholder(held_name(name, slot)) for slot in range(self.slots)]
+        for place in places:
+            place.meta.update({"val": spec_of(value), DEVICE: device_of(value)})
+        for result in _results(self.measures[index]):
+            places.append(graph.placeholder(measured_name(name)))
+            val = result.meta["val"]
+            places[-1].meta.update({"val": val.to("meta"), DEVICE: val.device})
+        return places
+
+    def _traced(self, name: str, index: int) -> fx.GraphModule:
+        """The graph of a strategy's function, for what is held, the clock, value and start."""
+        spec, start = self._spec(index), self.region.inputs[index]
+        given = ["value"] * (name != "reuse") + ["start"] * (start is not None)
+        slots, end = self.slots, self.slots + len(CLOCK)
 
         def flat(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
-            named = dict(zip(given, tensors[len(held) + len(CLOCK) :], strict=True))
-            at = Clock(*tensors[len(held) : len(held) + len(CLOCK)])
-            results = function(tensors[: len(held)], *map(named.get, rest), at)
-            agree(self.strategy, name, results, right, why)
-            return list(results)
+            named = dict(zip(given, tensors[end:], strict=True))
+            return self._called(name, tensors[:slots], named, Clock(*tensors[slots:end]), spec)
 
-        name, right, why = "reuse", [spec], "it stands for the value"
-        if value is not None:
-            name, right = "store", [spec] * self.strategy.slots()
-            why = "as many as slots(), of the value's shape, dtype and device"
+        specs = {f"held[{i}]": spec for i in range(slots)}
+        specs |= {f"clock.{name}": spec for name, spec in CLOCK.items()}
+        return traced(self.strategy, name, flat, specs | dict.fromkeys(given, spec))
 
-        specs = {f"held[{i}]": spec for i in range(len(held))}
-        specs |= {f"clock.{name}": spec for name, spec in CLOCK.items()} | dict.fromkeys(
-            given, spec
-        )
-        gm = traced(self.strategy, name, flat, specs)
-        return inline(graph, self.attributes, gm, [*held, *clock, *given.values()])
+    def _called(
+        self,
+        name: str,
+        held: Sequence[torch.Tensor],
+        named: Mapping[str, torch.Tensor],
+        clock: Clock,
+        spec: TensorSpec,
+    ) -> Sequence[torch.Tensor]:
+        """The results of a strategy's function, if they are what it has to give."""
+        start = named.get("start")
+        if name == "reuse":
+            reused = [self.strategy.reuse(held, start, clock)]
+            agree(self.strategy, name, reused, [spec], "it stands for the value")
+            return reused
+        if name == "measure":
+            return self._numbers(self.strategy.measure(held, named["value"], start, clock))
+        stored = self.strategy.store(held, named["value"], start, clock)
+        why = "as many as slots(), of the value's shape, dtype and device"
+        agree(self.strategy, name, stored, [spec] * self.slots, why)
+        return list(stored)
+
+    def _numbers(self, measured: Any) -> Sequence[torch.Tensor]:
+        if measured is None:
+            return []
+        if not isinstance(measured, torch.Tensor) or measured.ndim != 1:
+            what = TensorSpec.of(measured) if isinstance(measured, torch.Tensor) else repr(measured)
+            raise refused(
+                self.strategy, "measure", f"gave {what}; right is a tensor of one dimension or None"
+            )
+        return [measured]
+
+    def _spec(self, index: int) -> TensorSpec:
+        return tensor_spec(self.program.node(self.region.values[index]))
+
+    def _inlined(self, graph: fx.Graph, gm: fx.GraphModule, given: list[fx.Node]) -> list[Any]:
+        """Copy a strategy's function behind `graph`."""
+        return inline(graph, self.attributes, gm, given)
 
     def _module(self, graph: fx.Graph, side: str) -> fx.GraphModule:
         read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
         attributes = {name: value for name, value in self.attributes.items() if name in read}
         name = f"Run{self.region.index}{side}"
         return graph_module(self.program.model, attributes, graph, name)
+
+
+def _results(gm: fx.GraphModule) -> list[fx.Node]:
+    results: Any = gm.graph.output_node().args[0]
+    return list(results)

@@ -9,6 +9,7 @@ from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.call_log import CallLog, StepRecord
 from dit_cache_fx.strategies import Strategy
+from dit_cache_fx.strategies.schedule import ListedSteps
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,10 @@ def schedule_of(strategy: Strategy) -> str:
         return f"compute_ratio {strategy.compute_ratio:.3g}"
     if strategy.computed_steps is not None:
         return f"computed_steps {strategy.computed_steps}"
-    return "" if strategy.schedule is None else str(strategy.schedule)
+    if strategy.schedule is not None:
+        return str(strategy.schedule)
+    plan = strategy.plan
+    return "" if plan is None or isinstance(plan, ListedSteps) else str(plan)
 
 
 def _branches(host: CallLog, entries: Sequence[Lowered]) -> Iterator[tuple[Lowered, Branch]]:

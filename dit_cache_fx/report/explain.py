@@ -16,6 +16,7 @@ from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.report.cache_report import schedule_of, size
 from dit_cache_fx.runtime.call_log import CallLog
 from dit_cache_fx.strategies import Course, Strategy
+from dit_cache_fx.strategies.signals import MEASURED, value_of
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
 NOTHING_YET = "nothing is captured yet: call the model once (under torch.no_grad()), then ask again"
@@ -143,10 +144,18 @@ def _runs(entry: Lowered, strategy: Strategy) -> Iterator[RunExplanation]:
             _held_as(value, start, _source(result))
             for value, start, result in zip(region.values, region.inputs, results, strict=False)
         ]
-        slots = strategy.slots()
-        slotted = [f"{n}, slot {i}" if slots > 1 else n for n in names for i in range(slots)]
+        slots, measured = strategy.slots(), bool(entry.variants.measured)
+        slotted = [
+            name
+            for n in names
+            for name in (*_slots(n, slots), *([f"{MEASURED} of {n}"] if measured else []))
+        ]
         tensors = tuple((name, next(held)) for name in slotted)
         yield RunExplanation(tuple(map(str, region.blocks)), tensors)
+
+
+def _slots(name: str, slots: int) -> list[str]:
+    return [f"{name}, slot {i}" for i in range(slots)] if slots > 1 else [name]
 
 
 def _held_as(value: str, start: str | None, source: str | None) -> str:
@@ -183,10 +192,21 @@ def _decides(strategy: Strategy, course: Course | None) -> str:
     if strategy.has_rule:
         limit = strategy.threshold
         reaches = "" if limit is None else f" (measured against {limit:g})"
-        seen = {"modulated": "modulated input"}.get(strategy.looks_at(), strategy.looks_at())
-        when.append(f"when its own rule on the first block's {seen} says so{reaches}")
+        seen = _SIGNALS.get(value_of(strategy), "what it measures on computed steps")
+        when.append(f"when its own rule on {seen} says so{reaches}")
     when.append("where nothing is held")
     return f"computes {', '.join(when)}; all other steps are {strategy.action}"
+
+
+#: the value of the model that a rule looks at, in words
+_SIGNALS: dict[str | None, str] = {
+    "modulated": "the first block's modulated input",
+    "input": "the first block's input",
+    "conditioning": "the first block's conditioning",
+    "embedding": "the timestep's embedding",
+    "residual": "the residual of the first blocks",
+    "sample": "the sample",
+}
 
 
 def _scheduled(strategy: Strategy, course: Course) -> str:

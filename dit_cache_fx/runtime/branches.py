@@ -10,7 +10,7 @@ import torch
 
 from dit_cache_fx.runtime.generation import Generation
 from dit_cache_fx.runtime.trajectory import Trajectory
-from dit_cache_fx.strategies import Memory
+from dit_cache_fx.strategies import RuleState
 from dit_cache_fx.values.identity import TensorIdentity, version
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
@@ -64,7 +64,8 @@ class Branch:
     called: int = 0
 
     held: list[Held] = field(default_factory=list)  # of all cached runs, in order
-    memory: Memory | None = None  # of the strategy's own rule
+    memory: RuleState | None = None  # of the strategy's own rule
+    measured: torch.Tensor | None = None  # on the CPU, where the rule has read it there
     computed: int = 0  # computed steps so far
     last_computed: int = 0  # the newest computed step
     reach: float = 0.0  # the distance to it from the one before
@@ -73,8 +74,10 @@ class Branch:
 
     def emptied(self) -> Branch:
         """The same branch with nothing held: its next call computes."""
-        return replace(self, held=[], memory=None, computed=0, last_computed=0, prepared=())
+        return replace(
+            self, held=[], memory=None, measured=None, computed=0, last_computed=0, prepared=()
+        )
 
     def forget(self) -> None:
         """Drop what is held."""
-        self.held, self.memory, self.computed = [], None, 0
+        self.held, self.memory, self.measured, self.computed = [], None, None, 0

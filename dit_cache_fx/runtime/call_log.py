@@ -156,7 +156,7 @@ class CallLog:
             session.records.clear()
             session.noted = placed.generation
         record = self._record(start)
-        session.records.append((record, self._metric(placed.branch)))
+        session.records.append((record, self._metric(step, placed.branch)))
         self.calls["computed" if step.computes else "reused"] += 1
         self.tracker.called(session)
         if log.isEnabledFor(logging.DEBUG):
@@ -186,9 +186,11 @@ class CallLog:
             "/".join(call.context) or None,
         )
 
-    def _metric(self, branch: Branch) -> Measured:
+    def _metric(self, step: Step, branch: Branch) -> Measured:
         """As a number where that waits for no device; else a copy, since state may be cleared."""
-        tensor = None if branch.memory is None else self.strategy.measured(branch.memory)
+        state, measured = branch.memory, step.measured() if step.computes else None
+        known = state is not None or measured is not None
+        tensor = self.strategy.metric(state or (), measured) if known else None
         if tensor is None:
             return None
         return float(tensor) if tensor.device.type == "cpu" else tensor.clone()

@@ -161,16 +161,17 @@ def _steps(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> Serv
 def _one_graph(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> Serving:
     """Run the graph that has the decision in it."""
     one, given = entry.one_graph, entry.inputs(call)
-    if one.preamble is not None:  # what the graph cannot hold is the host's, the rule first
+    if not one.asks:  # what the graph cannot hold is the host's, the rule first
         drive(_ruled(entry, entry.variants, step, given))
+    if one.preamble is not None:
         given.update(_prepared(entry, one.preamble, step, given))
         given.update((name, _contiguous(given[name])) for name in entry.variants.carried)
-    given.update(step.one_graph_given(one.part.names, one.memory))
+    given.update(step.one_graph_given(one.part.names, one.state, one.asks))
     stage = Stage(one.part.run, one.operands_apart(given), entry.captured.around)
     with entry.first_runs.alone(compiler) as first:
         results = yield from _compiled(stage, first)
     values = one.outputs + len(entry.variants.held)
-    if one.memory is not None:
+    if one.asks:
         step.decided(*results[values:])
     return results[:values]
 
@@ -191,11 +192,12 @@ def _compiled(stage: Stage, first: bool) -> Serving:
 
 def _ruled(entry: Entry, variants: Variants, step: Step, given: dict[str, torch.Tensor]) -> Serving:
     """Ask the strategy's own rule, where it has one; what its graph carries on is given then."""
+    value: torch.Tensor | None = None
     if variants.prefix is not None:
         prefix, around = variants.prefix, entry.captured.around
-        signal, *carried = yield Stage(prefix.run, prefix.operands(given), around)
+        value, *carried = yield Stage(prefix.run, prefix.operands(given), around)
         given.update(zip(variants.carried, carried, strict=True))
-        step.decide(signal)
+    step.decide(value)
 
 
 def _prepared(

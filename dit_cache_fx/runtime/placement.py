@@ -154,7 +154,7 @@ def _of_conditioning(
     given = call.conditioning
     objects = [(b, given.other_objects(b.conditioning)) for b in branches]
     same = [(b, places) for b, places in objects if not places]
-    if same:
+    if any(b.held for b, _ in same):  # what a generation before left is no reason to stop here
         return same
     values = [(b, given.other_values(b.conditioning, places)) for b, places in objects]
     equal = [(b, places) for b, places in values if not places]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
+from dit_cache_fx.ir.names import is_measured
 from dit_cache_fx.runtime.branches import Branch, Held
 from dit_cache_fx.runtime.drive import Results
-from dit_cache_fx.strategies import CLOCK, Course, Memory, Strategy
-from dit_cache_fx.strategies.rule import begun, decided, lost_with
+from dit_cache_fx.strategies import CLOCK, Clock, Course, RuleState, Strategy
+from dit_cache_fx.strategies.rule import begun, decided, device_of, lost_with
+from dit_cache_fx.strategies.signals import in_one, signal_of
 from dit_cache_fx.values.identity import storage_key
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
@@ -40,7 +43,7 @@ class Step:
         self._strategy = strategy
         self._branch = branch
         self._specs = specs
-        self._memory: Memory | None = branch.memory
+        self._state: RuleState | None = branch.memory
         missing = len(branch.held) != len(specs) or not all(h.untouched() for h in branch.held)
         seen = not any(strategy.has_rule or self._course.computes(i) for i in missed)
         missing = missing or not seen
@@ -52,8 +55,8 @@ class Step:
 
     def follow(self, first: Step) -> None:
         """Take the decision of `first`, the same step of a branch that holds nothing."""
-        if first._memory is not None:
-            self.computes, self._memory = first.computes, first._memory
+        if first._state is not None:
+            self.computes, self._state = first.computes, first._state
 
     @property
     def why(self) -> str:
@@ -84,9 +87,9 @@ class Step:
         return given
 
     def one_graph_given(
-        self, names: Collection[str], memory: Mapping[str, TensorSpec] | None
+        self, names: Collection[str], state: Mapping[str, TensorSpec], asks: bool
     ) -> dict[str, torch.Tensor]:
-        """For the graph that decides by itself: flags, the rule's memory, the clock, what is held.
+        """For the graph that decides by itself: flags, the rule's state, the clock, what is held.
 
         Every step gives tensors of the same strides: for others it would be compiled again.
         """
@@ -94,10 +97,11 @@ class Step:
         held = held or [spec.zeros() for spec in self._specs.values()]
         given = {"forced": _flag(self.computes), **self._clock(names)}
         given.update(zip(self._specs, held, strict=True))
-        if memory is not None:
-            remembered = self._memory or [spec.zeros() for spec in memory.values()]
-            given["fresh"] = _flag(self._memory is None)
-            given.update(zip(memory, (t.contiguous() for t in remembered), strict=True))
+        if asks:
+            own = self._state
+            remembered = [spec.zeros() for spec in state.values()] if own is None else own
+            given["fresh"] = _flag(own is None)
+            given.update(zip(state, (t.contiguous() for t in remembered), strict=True))
         return given
 
     def _clock(self, names: Collection[str]) -> dict[str, torch.Tensor]:
@@ -140,23 +144,48 @@ class Step:
 
     # --- the strategy's own rule -----------------------------------------------------------------
 
-    def decide(self, signal: torch.Tensor) -> None:
-        """Ask the strategy's own rule. Waits for the device once."""
-        if self._memory is None:
-            self.computes, self._memory = True, begun(self._strategy, signal)
-            lost = bool(lost_with(signal))
+    def decide(self, value: torch.Tensor | None) -> None:
+        """Ask the strategy's own rule, where it has one. `value`: of the model, if it looks at one.
+
+        Waits for the device once; without a value, to read what was measured on the newest computed
+        step, once for each such step.
+        """
+        if not self._strategy.has_rule:
+            return
+        strategy, signal = self._strategy, self._signal(value)
+        if self._state is None:
+            self.computes, self._state = True, begun(strategy, signal)
+            lost = bool(lost_with(strategy, signal))
         else:
-            forced = torch.tensor(self._forced, device=signal.device)
-            answer = decided(self._strategy, signal, self._memory, forced)
+            forced = torch.tensor(self._forced, device=device_of(signal))
+            answer = decided(strategy, signal, self._state, forced)
             flags = torch.stack([answer.computes, answer.doubted, answer.lost])
             self.computes, doubted, lost = flags.tolist()
-            self._memory = begun(self._strategy, signal) if doubted else answer.memory
+            self._state = begun(strategy, signal) if doubted else answer.state
         if lost:
-            self._memory = None
+            self._state = None
 
-    def decided(self, computes: torch.Tensor, lost: torch.Tensor, *memory: torch.Tensor) -> None:
-        """The graph has asked the rule: its decision, on the CPU, and its new memory."""
-        self.computes, self._memory = bool(computes), None if bool(lost) else memory
+    def decided(self, computes: torch.Tensor, lost: torch.Tensor, *state: torch.Tensor) -> None:
+        """The graph has asked the rule: its decision, on the CPU, and its new state."""
+        self.computes, self._state = bool(computes), None if bool(lost) else state
+
+    def _signal(self, value: torch.Tensor | None) -> Any:
+        measured = self._measured_here() if value is None else self.measured()
+        clock = Clock(**self._clock(Clock._fields))
+        return signal_of(self._strategy, value, clock, measured)
+
+    def _measured_here(self) -> torch.Tensor | None:
+        """On the CPU: read once for each computed step."""
+        if self._branch.measured is None:
+            measured = self.measured()
+            self._branch.measured = None if measured is None else measured.to("cpu")
+        return self._branch.measured
+
+    def measured(self) -> torch.Tensor | None:
+        """What the newest computed step has measured, one row for each value; None for nothing."""
+        own = [h.tensor for h in self._branch.held] or [s.zeros() for s in self._specs.values()]
+        named = zip(self._specs, own, strict=False)
+        return in_one([tensor for name, tensor in named if is_measured(name)])
 
     # --- afterwards ------------------------------------------------------------------------------
 
@@ -171,9 +200,9 @@ class Step:
         The caller may change its inputs and its outputs in place: no memory of theirs is held.
         """
         foreign = {storage_key(t) for t in inputs}
-        if self._memory is not None:
-            self._memory = tuple(_own(Held.of(t), foreign).tensor for t in self._memory)
-        self._branch.memory = self._memory
+        if self._state is not None:
+            self._state = tuple(_own(Held.of(t), foreign).tensor for t in self._state)
+        self._branch.memory = self._state
         if self.computes:
             self._hold([_own(Held.of(t), foreign) for t in kept])
         own = {storage_key(h.tensor) for h in self._branch.held}
@@ -184,7 +213,7 @@ class Step:
         again = self._computed > 0 and branch.last_computed == self.index
         if not again:
             branch.reach = self._course.distance(self._last, self.index)
-        branch.held = held
+        branch.held, branch.measured = held, None
         branch.computed = self._computed + (0 if again else 1)
         branch.last_computed = self.index
 

@@ -1,13 +1,16 @@
 """The strategies. A strategy of your own is a subclass of `Strategy`: pass an object."""
 
-from dit_cache_fx.strategies.base import Memory, NumSteps, Strategy
+from dit_cache_fx.strategies.base import NumSteps, RuleState, Strategy
 from dit_cache_fx.strategies.block_ids import ALIASES, check_block_ids, never_cached
 from dit_cache_fx.strategies.clock import CLOCK, Clock
 from dit_cache_fx.strategies.course import Course
 from dit_cache_fx.strategies.deepcache import DeepCache
+from dit_cache_fx.strategies.easycache import EasyCache
 from dit_cache_fx.strategies.exponential import Exponential
+from dit_cache_fx.strategies.firstblockcache import FirstBlockCache
 from dit_cache_fx.strategies.foca import FoCa
 from dit_cache_fx.strategies.hicache import HiCache
+from dit_cache_fx.strategies.magcache import MagCache
 from dit_cache_fx.strategies.newton import NewtonCache
 from dit_cache_fx.strategies.registry import make_strategy
 from dit_cache_fx.strategies.taylorcache import TaylorCache
@@ -19,12 +22,15 @@ __all__ = [
     "Clock",
     "Course",
     "DeepCache",
+    "EasyCache",
     "Exponential",
+    "FirstBlockCache",
     "FoCa",
     "HiCache",
-    "Memory",
+    "MagCache",
     "NewtonCache",
     "NumSteps",
+    "RuleState",
     "Strategy",
     "TaylorCache",
     "TeaCache",

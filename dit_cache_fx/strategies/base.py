@@ -1,8 +1,8 @@
 """What a strategy is: a few pure functions on tensors, and options.
 
-A strategy never sees a model or a graph. The passes trace `store` and `reuse` into the compute and
-the reuse side of each cached run; the runtime calls `decide` when the strategy has a rule of its
-own for when to compute.
+A strategy never sees a model or a graph. The passes trace `store`, `measure` and `reuse` into the
+compute and the reuse side of each cached run. Where the strategy has a rule of its own for when to
+compute, the runtime calls `should_compute`, or the one graph has it inside.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from dit_cache_fx.errors import OptionError
 from dit_cache_fx.strategies.clock import Clock
 from dit_cache_fx.strategies.course import Course
+from dit_cache_fx.strategies.old_names import name_both_ways
 from dit_cache_fx.strategies.schedule import (
     EvenSteps,
     EvenTimesteps,
@@ -31,8 +32,8 @@ from dit_cache_fx.strategies.timesteps import Timesteps, checked_timesteps
 
 #: how many steps a generation has, or what tells it
 NumSteps = int | Callable[[], int]
-#: how `decide` keeps its memory from step to step
-Memory = tuple[Tensor, ...]
+#: what a rule remembers from step to step
+RuleState = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,17 @@ class Strategy:
     action: ClassVar[str] = "reused"
     #: whether `reuse` reads what the cached run starts from on this step
     reads_start: ClassVar[bool] = False
+    #: whether other streams than the sample's (text rows) start from themselves too
+    every_stream: ClassVar[bool] = False
+    #: whether its rule computes by itself where a signal or a change is no number, and goes on
+    #: from the next step; else such a step computes, and the rule's state begins again
+    bears_nans: ClassVar[bool] = False
+    #: whether one run of everything from the sample to the output is cached, not runs of blocks
+    whole_model: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        name_both_ways(cls)
 
     def __post_init__(self) -> None:
         steps, ids = _steps(self.no_cache_steps), _block_ids(self.no_cache_block_id)
@@ -134,38 +146,66 @@ class Strategy:
         """The block argument that carries the stream, tried before it is found from the graph."""
         return ""
 
+    def measure(
+        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+    ) -> Tensor | None:
+        """On a computed step: numbers about `value` for the rule and for reports, of one dimension.
+
+        The arguments are those of `store`: `held` is from the computed step before this one. None
+        where nothing is measured.
+        """
+        return None
+
+    def always_runs(self, position: int, blocks: int) -> bool:
+        """Whether a block runs on every step: the one at `position` of all `blocks` calls."""
+        return False
+
     # --- when to compute (optional) --------------------------------------------------------
 
     @property
     def has_rule(self) -> bool:
-        """Whether `decide` takes part in the decision (beside `no_cache_steps`)."""
+        """Whether `should_compute` takes part in the decision (beside `no_cache_steps`)."""
         return False
 
-    def looks_at(self) -> str:
-        """What `decide` gets: the first block's "modulated" input, or its "input"."""
+    def looks_at(self) -> str | tuple[str, ...]:
+        """The `signal` of the rule, by name, or several names.
+
+        At most one is a value of the model: the first block's "modulated" input or its "input",
+        what conditions it ("conditioning", "embedding"), the "residual" that the blocks which
+        always run at the model's head add to their stream, or the "sample" that the model is given.
+        Others: those of `Clock` ("distance", "computed"), and "measured", one row for each held
+        value: what `measure` gave on the newest computed step. A rule that looks at no value of
+        the model is asked on the CPU, and nothing is read from the device on a reused step.
+        """
         return "modulated"
 
-    def begin(self, signal: Tensor) -> Memory:
-        """The rule's memory after a generation's first step."""
+    def init_state(self, signal: Any) -> RuleState:
+        """The rule's state after a generation's first step."""
         raise NotImplementedError
 
-    def decide(self, signal: Tensor, memory: Memory, forced: Tensor) -> tuple[Tensor, Memory]:
-        """Whether this step computes (a boolean of no dimensions), and the new memory.
+    def should_compute(
+        self, signal: Any, state: RuleState, forced: Tensor
+    ) -> tuple[Tensor, RuleState]:
+        """Whether this step computes (a boolean of no dimensions), and the new state.
 
-        `signal`: the first block's modulated input. `forced`: the step computes in any case. The
-        memory keeps its number of tensors, their shapes and dtypes; nothing is changed in place.
-        Where the signal or what was `measured` is no finite number, the step computes, and the
-        memory begins anew.
+        `signal`: the tensor that `looks_at` names, a tuple where it names several. `forced`: the
+        step computes in any case. The state keeps its number of tensors, their shapes and dtypes;
+        nothing is changed in place. Where the signal or the `metric` is no finite number, the step
+        computes, and the state begins anew (unless the rule `bears_nans`).
         """
         raise NotImplementedError
 
     @property
     def threshold(self) -> float | None:
-        """What the rule compares `measured` with, for reports; None where it is no such rule."""
+        """What the rule compares `metric` with, for reports; None where it is no such rule."""
         return None
 
-    def measured(self, memory: Memory) -> Tensor | None:
-        """What the rule had measured when it decided last, of no dimensions, for reports."""
+    def metric(self, state: RuleState, measured: Tensor | None = None) -> Tensor | None:
+        """What the rule compared when it decided last, of no dimensions, for reports.
+
+        `measured`: as in `looks_at`; None where nothing is measured. `state` is empty where the
+        rule has none.
+        """
         return None
 
     def _rule_hint(self) -> str:
@@ -176,7 +216,7 @@ class Strategy:
     def _check_schedule(self) -> None:
         ways = ("no_cache_steps", "compute_ratio", "schedule", "computed_steps")
         given = [name for name in ways if getattr(self, name) is not None]
-        if not given and not self.has_rule:
+        if not given and not self.has_rule and self.plan is None:
             raise OptionError(
                 "no_cache_steps",
                 None,

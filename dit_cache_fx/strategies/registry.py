@@ -7,16 +7,30 @@ from typing import Any
 from dit_cache_fx.errors import OptionError
 from dit_cache_fx.strategies.base import Strategy, options_of
 from dit_cache_fx.strategies.deepcache import DeepCache
+from dit_cache_fx.strategies.easycache import EasyCache
 from dit_cache_fx.strategies.exponential import Exponential
+from dit_cache_fx.strategies.firstblockcache import FirstBlockCache
 from dit_cache_fx.strategies.foca import FoCa
 from dit_cache_fx.strategies.hicache import HiCache
+from dit_cache_fx.strategies.magcache import MagCache
 from dit_cache_fx.strategies.newton import NewtonCache
 from dit_cache_fx.strategies.taylorcache import TaylorCache
 from dit_cache_fx.strategies.teacache import TeaCache
 
-BY_NAME: dict[str, type[Strategy]] = {
-    s.name: s for s in (DeepCache, TeaCache, TaylorCache, NewtonCache, HiCache, FoCa, Exponential)
-}
+KINDS: tuple[type[Strategy], ...] = (
+    DeepCache,
+    TeaCache,
+    TaylorCache,
+    NewtonCache,
+    HiCache,
+    FoCa,
+    Exponential,
+    FirstBlockCache,
+    MagCache,
+    EasyCache,
+)
+#: cache-dit's name beside our own
+BY_NAME: dict[str, type[Strategy]] = {s.name: s for s in KINDS} | {"dbcache": FirstBlockCache}
 
 
 def make_strategy(strategy: str | Strategy, options: dict[str, Any]) -> Strategy:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.strategies.base import Strategy
+from dit_cache_fx.strategies.base import RuleState, Strategy
 from dit_cache_fx.strategies.clock import MOMENTS, Clock
+from dit_cache_fx.strategies.residual import check_positive
+from dit_cache_fx.strategies.tolerance import expected_error, measured_error
 
 #: share of the highest frequency up to which a frequency is in the low band
 CUTOFF = 0.1
@@ -43,6 +45,12 @@ class TaylorCache(Strategy):
     what was put right once is not taken for an error. Where n is not known, since a rule decides,
     the last interval stands for it. One more tensor is held for each value, and nothing is stored
     on reused steps: `E` follows from the derivatives held at p, and numbers.
+
+    `tolerance` chooses the steps: each computed step tells the relative error of the prediction for
+    it, `e = |computed - predicted| / |computed|`, after a gap of g steps. The next gap is the
+    longest of n steps whose expected error, `e g (n / g)^3`, is within the tolerance; it is at most
+    three times as long as the last. The error is read once for each computed step, and nothing is
+    read on a predicted one.
     """
 
     max_order: int = 2
@@ -50,9 +58,11 @@ class TaylorCache(Strategy):
     high_freqs_order: int = 2
     corrector: float = 0.0
     axis: str = "step"
+    tolerance: float | None = None
 
     name: ClassVar[str] = "taylorcache"
     action: ClassVar[str] = "predicted"
+    bears_nans: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,9 +70,12 @@ class TaylorCache(Strategy):
             value = getattr(self, option)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise OptionError(option, value, "an integer from 0")
+        check_positive("tolerance", self.tolerance, 0.5, optional=True)
         self._check_corrector()
         if self.axis not in AXES:
             raise OptionError("axis", self.axis, f"one of {list(AXES)}")
+        if self.tolerance is not None and self.by_timestep:
+            raise OptionError("axis", self.axis, "'step' with a tolerance, whose gaps are in steps")
 
     @property
     def orders(self) -> tuple[int, ...]:
@@ -138,6 +151,44 @@ class TaylorCache(Strategy):
         if value and max(self.orders) >= MOMENTS:
             most = f"at most {MOMENTS - 1} with a corrector"
             raise OptionError("max_order", self.max_order, most)
+
+    # --- the tolerance ---------------------------------------------------------------------
+
+    @property
+    def has_rule(self) -> bool:
+        return self.tolerance is not None
+
+    @property
+    def threshold(self) -> float | None:
+        return self.tolerance
+
+    def looks_at(self) -> tuple[str, ...]:
+        return "distance", "measured"
+
+    def measure(
+        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+    ) -> Tensor | None:
+        if self.tolerance is None:
+            return None
+        predicted = self.reuse(held, start, clock)
+        return measured_error(value, predicted, clock.distance, clock.computed)
+
+    def init_state(self, signal: tuple[Tensor, Tensor]) -> RuleState:
+        return (torch.zeros((), dtype=torch.float64, device=signal[1].device),)
+
+    def should_compute(
+        self, signal: tuple[Tensor, Tensor], state: RuleState, forced: Tensor
+    ) -> tuple[Tensor, RuleState]:
+        assert self.tolerance is not None
+        distance, measured = signal
+        error = expected_error(measured, distance)
+        return forced | ~(error <= self.tolerance), (error,)
+
+    def metric(self, state: RuleState, measured: Tensor | None = None) -> Tensor | None:
+        return state[0] if state else None
+
+    def _rule_hint(self) -> str:
+        return "; or give tolerance=0.5, say"
 
 
 def derivatives(value: Tensor, held: Sequence[Tensor], clock: Clock) -> list[Tensor]:

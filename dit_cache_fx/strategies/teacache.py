@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.strategies.base import Memory, Strategy
+from dit_cache_fx.strategies.base import RuleState, Strategy
 from dit_cache_fx.strategies.clock import Clock
 from dit_cache_fx.strategies.teacache_coefficients import TEACACHE_COEFFICIENTS, Coefficients
 
@@ -79,17 +79,19 @@ class TeaCache(Strategy):
     def threshold(self) -> float | None:
         return self.rel_l1_thresh
 
-    def measured(self, memory: Memory) -> Tensor | None:
+    def metric(self, state: RuleState, measured: Tensor | None = None) -> Tensor | None:
         """The sum at the newest step, before a computed step sets it to 0."""
-        return memory[2]
+        return state[2] if state else None
 
-    def begin(self, signal: Tensor) -> Memory:
+    def init_state(self, signal: Tensor) -> RuleState:
         zero = torch.zeros((), dtype=torch.float64, device=signal.device)
         return signal, zero, zero.clone()
 
-    def decide(self, signal: Tensor, memory: Memory, forced: Tensor) -> tuple[Tensor, Memory]:
+    def should_compute(
+        self, signal: Tensor, state: RuleState, forced: Tensor
+    ) -> tuple[Tensor, RuleState]:
         assert self.rel_l1_thresh is not None
-        previous, accumulated, _ = memory
+        previous, accumulated, _ = state
         change = (signal - previous).abs().mean() / previous.abs().mean()
         accumulated = accumulated + self._polynomial(change.double())
         compute = forced | (accumulated >= self.rel_l1_thresh)

@@ -88,7 +88,8 @@ def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 def _as_words(piece: torch.Tensor) -> torch.Tensor:
     """The bits of a small tensor as int64, with zeros behind them."""
     size = piece.element_size()
-    flat = piece.resolve_conj().resolve_neg().contiguous().flatten()
+    whole = piece.resolve_conj().resolve_neg().contiguous()
+    flat = whole.as_strided((whole.numel(),), (1,))  # a single element may keep any stride
     missing = -flat.numel() * size % _WORD
     if not missing and flat.storage_offset() * size % _WORD == 0:
         return flat.view(torch.int64)

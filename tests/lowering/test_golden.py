@@ -282,20 +282,20 @@ def forward(self, held_getitem_4_0, x, timestep, text):
         self.assertExpectedInline(
             code(gm),
             """\
-def forward(self, forced, fresh, memory_0, memory_1, held_getitem_4_0, x, timestep, text):
+def forward(self, forced, fresh, state_0, state_1, held_getitem_4_0, x, timestep, text):
     reshape_default = torch.ops.aten.reshape.default(forced, [])
     reshape_default_1 = torch.ops.aten.reshape.default(fresh, [])
-    reshape_default_2 = torch.ops.aten.reshape.default(memory_1, [])
+    reshape_default_2 = torch.ops.aten.reshape.default(state_1, [])
     model_x_embedder = self.model.x_embedder(x)
     model_positions = self.model.positions
     add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
     reshape_default_7 = torch.ops.aten.reshape.default(add, [-1])
     zeros = torch.ops.aten.zeros.default([], dtype = torch.float64, device = device(type='cpu'), pin_memory = False)
     clone = torch.ops.aten.clone.default(zeros)
-    sub = torch.ops.aten.sub.Tensor(add, memory_0)
+    sub = torch.ops.aten.sub.Tensor(add, state_0)
     abs_1 = torch.ops.aten.abs.default(sub)
     mean = torch.ops.aten.mean.default(abs_1)
-    abs_2 = torch.ops.aten.abs.default(memory_0)
+    abs_2 = torch.ops.aten.abs.default(state_0)
     mean_1 = torch.ops.aten.mean.default(abs_2)
     div = torch.ops.aten.div.Tensor(mean, mean_1)
     _to_copy = torch.ops.aten._to_copy.default(div, dtype = torch.float64)
@@ -405,7 +405,7 @@ def forward(self, distance, computed, held_getitem_4_0, held_getitem_4_1, x, tim
 
 def test_a_schedule_asks_no_rule() -> None:
     one = one_graph_of(TAYLOR)
-    assert one.memory is None
+    assert not one.asks
     assert "forced" in one.part.names
     assert "fresh" not in one.part.names
 
@@ -500,7 +500,7 @@ def forward(self, x, timestep, text):
     def test_one_graph_reads_what_the_preamble_gives(self) -> None:
         one = one_graph_of(RULE, Masked())
         assert one.preamble is not None
-        assert one.memory is None
+        assert not one.asks
         self.assertExpectedInline(
             code(one.part.gm),
             """\

@@ -1,0 +1,108 @@
+"""MagCache: steps compute where the magnitude of the blocks' residual is known to change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dit_cache_fx.errors import OptionError
+from dit_cache_fx.strategies.base import RuleState
+from dit_cache_fx.strategies.clock import Clock
+from dit_cache_fx.strategies.ends import AnyOf
+from dit_cache_fx.strategies.magnitudes import MagnitudeSteps
+from dit_cache_fx.strategies.residual import ResidualCache, check_count, check_positive
+from dit_cache_fx.strategies.schedule import EvenSteps, Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class MagCache(ResidualCache):
+    """Ma et al.: MagCache: Fast Video Generation with Magnitude-Aware Cache, arXiv:2506.09045; with
+    the options and the defaults of diffusers' `MagCacheConfig`.
+
+    `mag_ratios` tells by how much the magnitude of the residual of all blocks changes from one step
+    to the next. The error of reuse is estimated from their product since the newest computed step:
+    `|1 - product|`, added up over the reused steps. The steps follow from the ratios alone: nothing
+    is read from the model. On a reused step the residual is added to this step's stream.
+
+    Args:
+        mag_ratios (`Sequence[float]`, *optional*):
+            A ratio for each step, of one model and one sampler: take published ones, or measure
+            them with `calibrate=True`. Where `num_steps` is another number, each step takes the
+            nearest ratio.
+        threshold (`float`, defaults to `0.06`):
+            The estimated error above which a step computes.
+        max_skip_steps (`int`, defaults to `3`):
+            The most steps that are reused one after another.
+        retention_ratio (`float`, defaults to `0.2`):
+            The share of the steps at a generation's start that are computed in any case.
+        calibrate (`bool`, defaults to `False`):
+            Compute every step, and measure the ratios for the timeline of `cache_report()`.
+
+    Example:
+        >>> cached = dit_cache_fx.apply(model, "magcache", calibrate=True)
+        >>> ...  # one generation
+        >>> ratios = [record.measured for record in cached.cache_report().timeline]
+        >>> cached = dit_cache_fx.apply(model, "magcache", mag_ratios=ratios)
+    """
+
+    mag_ratios: Sequence[float] | None = None
+    threshold: float = 0.06
+    max_skip_steps: int = 3
+    retention_ratio: float = 0.2
+    calibrate: bool = False
+
+    name: ClassVar[str] = "magcache"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mag_ratios", _ratios(self.mag_ratios, self.calibrate))
+        check_positive("threshold", self.threshold, 0.06)
+        check_count("max_skip_steps", self.max_skip_steps, 0)
+        share = self.retention_ratio
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise OptionError("retention_ratio", share, "a share of the steps from 0 to 1")
+        super().__post_init__()
+
+    @cached_property
+    def plan(self) -> Schedule | None:
+        own = EvenSteps(1.0) if self.calibrate else self._steps()
+        given = super().plan
+        return own if given is None else AnyOf((own, given))
+
+    def _steps(self) -> MagnitudeSteps:
+        assert isinstance(self.mag_ratios, tuple)
+        options = self.threshold, self.max_skip_steps, self.retention_ratio
+        return MagnitudeSteps(self.mag_ratios, *options)
+
+    def measure(
+        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+    ) -> Tensor | None:
+        """How much longer a token's residual is than on the step before, on average."""
+        if not self.calibrate:
+            return None
+        residual = self.store(held, value, start, clock)[0]
+        new, old = (r.double().norm(dim=-1) for r in (residual, held[0]))
+        return torch.where(clock.computed > 0, (new / (old + 1e-8)).mean(), 1.0).reshape(1)
+
+    def metric(self, state: RuleState, measured: Tensor | None = None) -> Tensor | None:
+        return None if measured is None else measured.mean()
+
+
+def _ratios(value: Any, calibrate: bool) -> tuple[float, ...] | None:
+    expected = "a finite ratio above 0 for each step"
+    if value is None:
+        if calibrate:
+            return None
+        raise OptionError("mag_ratios", value, f"{expected}, or calibrate=True to measure them")
+    try:
+        ratios = tuple(float(ratio) for ratio in value)
+    except (TypeError, ValueError):
+        raise OptionError("mag_ratios", value, expected) from None
+    if not ratios or not all(math.isfinite(r) and r > 0 for r in ratios):
+        raise OptionError("mag_ratios", value, expected)
+    return ratios
