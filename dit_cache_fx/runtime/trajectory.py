@@ -27,8 +27,12 @@ OTHER_MOVE = 4.0
 OTHER_SPEED = 3.0
 #: beside it, and where the timestep stands still: how many times as far as ever before
 OTHER_CHANGE = 2.0
-#: where nothing is known of a sampler: samples at one timestep are one where this similar (cosine)
+#: where nothing is known of a sampler, samples are of one trajectory where this similar (cosine)
 SIMILAR = 0.5
+#: one that moved out of proportion is all the same where this similar ...
+ALIKE = 0.8
+#: ... or where it has grown this many times: no fresh sample is larger than an old one
+GROWN = 2.0
 
 
 class Verdict(Enum):
@@ -61,10 +65,20 @@ class SampleProbe:
 
     def similar(self, other: SampleProbe) -> bool:
         """Whether both point the same way, more than by chance. Waits for the device."""
+        dot, now, before = self._products(other)
+        least = min(SIMILAR + 2 / math.sqrt(max(self.values.numel(), 1)), 0.98)
+        return dot >= least * math.sqrt(now * before)
+
+    def grown_from(self, other: SampleProbe) -> bool:
+        """Whether it is what another one may have become by a long step. Waits for the device."""
+        dot, now, before = self._products(other)
+        return dot >= ALIKE * math.sqrt(now * before) or now >= GROWN**2 * before
+
+    def _products(self, other: SampleProbe) -> tuple[float, float, float]:
+        """The scalar product of both, and of each with itself."""
         a, b = self.values, other.values
-        least = min(SIMILAR + 2 / math.sqrt(max(a.numel(), 1)), 0.98)
-        dot, aa, bb = torch.stack([torch.dot(a, b), torch.dot(a, a), torch.dot(b, b)]).tolist()
-        return bool(dot >= least * math.sqrt(aa * bb))
+        dot, now, before = torch.stack([a.dot(b), a.dot(a), b.dot(b)]).tolist()
+        return dot, now, before
 
 
 class Judgement(NamedTuple):
@@ -126,7 +140,7 @@ class Trajectory:
         change = self._distance(sample, wait or doubtful or move == 0)
         if change is not None and self._elsewhere(move, change, sample):
             return Judgement(Verdict.OTHER, change)
-        if doubtful:
+        if doubtful and not self.similar(sample):
             other = self._far(value, move, OTHER_MOVE)
             return Judgement(Verdict.OTHER if other else Verdict.DOUBTFUL, change)
         return Judgement(Verdict.CONTINUES, change)
@@ -152,8 +166,11 @@ class Trajectory:
         """Whether the sample has moved out of proportion. NaN has."""
         if self.change == 0:  # nothing is known of the sampler
             return move == 0 and change != 0 and not self.similar(sample)
-        usual = change <= OTHER_CHANGE * self.change
-        return not (usual or change <= OTHER_SPEED * self.speed * move)
+        if change <= OTHER_CHANGE * self.change or change <= OTHER_SPEED * self.speed * move:
+            return False
+        assert sample is not None
+        assert self.sample is not None
+        return not sample.grown_from(self.sample)
 
     def _far(self, value: TimestepValue, move: float, times: float) -> bool:
         """Whether a timestep has moved out of proportion, rounding left out."""
