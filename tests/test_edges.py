@@ -178,7 +178,7 @@ def test_mask_length_that_changes_within_a_generation_is_never_answered_with_the
     set_mask(second, 3, 2)
     cached(**first)
     assert torch.equal(flat(cached(**second)), flat(model_of(model_case)(**second)))
-    assert actions(cached) == "CC"
+    assert cached.cache_report().calls_computed == 2
 
 
 @pytest.mark.parametrize("name", ["HunyuanVideo15Transformer3DModel", "OfficialHunyuanVideo15"])
@@ -780,18 +780,49 @@ def test_an_input_that_a_block_changes_in_place_is_the_callers_own(mode: Mode) -
             assert actions(cached) == "CrCCrr"
 
 
+def sampled(calls: Calls, name: str) -> Calls:
+    """The same calls with a sample that moves as a sampler moves it."""
+    first, last = (
+        calls[0][1][name],
+        rows("picture", 0, calls[0][1][name].shape[1:], 1, torch.float32),
+    )
+    steps = len(calls)
+    return [
+        (computes, inputs | {name: first * (1 - i / steps) + last * (i / steps)})
+        for i, (computes, inputs) in enumerate(calls)
+    ]
+
+
 def test_residuals_between_blocks_that_change_every_step() -> None:
+    """In a cache context: from their second change on they are known to vary."""
     cached, by_hand = toy_pair(make(ResidualsDiT))
-    for scale in (0.0, 1.0):
+    for scale in (0, 1):
         calls: Calls = []
-        for i, (computes, inputs) in enumerate(generation(TOY, STEPS)):
+        for i, (computes, inputs) in enumerate(sampled(generation(TOY, STEPS), "x")):
             residuals = [
-                scale * rows(f"residual {k}", i, (TOKENS, DIM), 1, torch.float32)
+                rows(f"residual {k}", i * scale, (TOKENS, DIM), 1, torch.float32)
                 for k in range(DEPTH)
             ]
-            calls.append((computes, inputs | {"residuals": residuals}))
-        follows(cached, by_hand, calls)
-        assert actions(cached) == "CrCCrr"
+            varies = scale > 0 and i == 1
+            calls.append((computes or varies, inputs | {"residuals": residuals}))
+        with cached.cache_context("control"):
+            follows(cached, by_hand, calls)
+        assert actions(cached) == ("CCCCrr" if scale else "CrCCrr")
+
+
+def test_residuals_that_change_every_step_outside_of_a_context_are_computed() -> None:
+    cached, _ = toy_pair(make(ResidualsDiT))
+
+    def run() -> None:
+        for i, (_, inputs) in enumerate(sampled(generation(TOY, STEPS, steps=20), "x")):
+            residuals = [
+                rows(f"residual {k}", i, (TOKENS, DIM), 1, torch.float32) for k in range(DEPTH)
+            ]
+            cached(**inputs, residuals=residuals)
+
+    with pytest.warns(DitCacheWarning, match="residuals"):
+        run()
+    assert cached.cache_report().calls_reused == 0
 
 
 def test_residuals_between_blocks_that_come_and_go() -> None:
@@ -816,11 +847,14 @@ def test_controlnet_residuals_of_a_diffusers_model(name: str) -> None:
     }[name]
     for _ in range(2):
         calls: Calls = []
-        for i, (computes, inputs) in enumerate(generation(model_case, STEPS)):
+        for i, (computes, inputs) in enumerate(
+            sampled(generation(model_case, STEPS), "hidden_states")
+        ):
             samples = [rows(f"control {k}", i, (16, 32), 1, torch.float32) for k in range(3)]
-            calls.append((computes, inputs | {argument: samples}))
-        follows(cached, by_hand, calls)
-        assert actions(cached) == "CrCCrr"
+            calls.append((computes or i == 1, inputs | {argument: samples}))
+        with cached.cache_context("control"):
+            follows(cached, by_hand, calls)
+        assert actions(cached) == "CCCCrr"
 
 
 # --- several cached models ------------------------------------------------------------------------

@@ -179,9 +179,15 @@ def test_the_number_of_steps_is_counted_in_the_first_generation() -> None:
     assert run(cached, 4) == "Crrr"
 
 
-def test_a_number_that_is_too_small_is_as_none() -> None:
-    """After a broken-off generation, say: what is not known is not made up."""
+def test_a_step_beyond_the_number_is_another_generation() -> None:
     cached = toy(schedule=EvenAndLast(0.4, more=0), num_steps=3)
+    assert [run(cached, steps) for steps in (3, 4)] == ["CrC", "C"]
+
+
+def test_a_number_that_was_counted_and_is_too_small_is_as_none() -> None:
+    """After a broken-off generation, say: what is not known is not made up."""
+    cached = toy(schedule=EvenAndLast(0.4, more=0))
+    run(cached, 3)
     assert run(cached, 7) == "CrC" + "CrrC"
 
 

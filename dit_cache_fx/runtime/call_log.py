@@ -147,8 +147,6 @@ class CallLog:
         captured for it, if one was.
         """
         session, placed, step = start
-        if placed.begins:
-            session.end(self.count)
         fits = placed.settle(session, answered=True)
         self._warn_starved(start, fits, arguments)
         self._warn_captured(start, captured)
@@ -165,8 +163,6 @@ class CallLog:
     def passed(self, session: Session, call: CallEvidence) -> None:
         """The model itself has answered a call: it counts as a step that the cache did not see."""
         placed = place(session, call, self.count)
-        if placed.begins:
-            session.end(self.count)
         placed.settle(session, answered=False)
 
     def records(self) -> list[StepRecord]:

@@ -104,16 +104,18 @@ class Engine:
     def _evidence(self, call: FlatCall, entry: Entry, session: Session) -> CallEvidence:
         """What tells where a call belongs. Waits for the device where the timestep is on one."""
         explicit, tensors = session.explicit, call.tensors
+        sample = None if entry.sample is None else tensors[entry.sample]
+        conditioning = [i for i in entry.conditioning if tensors[i] is not sample]
         assert entry.timestep is not None
         read = timestep_value(tensors[entry.timestep]) if explicit is None else float(explicit)
         return CallEvidence(
-            key=(input_key(call), *entry.conditioning),
+            key=(input_key(call), *conditioning),
             serial=entry.serial,
             context=self.host.tracker.context,
             value=read,
             explicit=explicit is not None,
-            conditioning=TensorIdentity([tensors[i] for i in entry.conditioning]),
-            sample=None if entry.sample is None else SampleProbe(tensors[entry.sample]),
+            conditioning=TensorIdentity([tensors[i] for i in conditioning]),
+            sample=None if sample is None else SampleProbe(sample),
         )
 
     def _done(self, start: CallStart, found: Found[First]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 import torch
 
@@ -42,8 +43,20 @@ def movement(before: TimestepValue, now: TimestepValue) -> tuple[float, float]:
     return float(low), float(high)
 
 
+#: a timestep that moves this many times as far as ever before in a generation is in doubt ...
+DOUBTFUL_MOVE = 1.75
+#: ... and from here on it is likely to be of another one
+FAR_MOVE = 4.0
 #: most timesteps of a generation that are noted
 MAX_VALUES = 4096
+
+
+class Jump(IntEnum):
+    """How far a timestep moves, beside all moves of its generation so far."""
+
+    NONE = 0
+    DOUBTFUL = 1
+    FAR = 2
 
 
 @dataclass(frozen=True)
@@ -90,8 +103,9 @@ class Generation:
     `called`: the branches that were called in its newest step, by their identity. `course`: its
     steps, as far as they are known beforehand. `values`: the timesteps of its steps so far; it ends
     where one was left out. `entered`: its steps that had a call. `told`: the number of steps as the
-    user says it, else None. `repeats`: how often its first call came before. `crowded`: it has more
-    branches than are known. `origin`: the generation that it has parted from.
+    user says it, else None. `move`: the farthest that the timestep has moved. `repeats`: how often
+    its first call came before. `crowded`: it has more branches than are known. `origin`: the
+    generation that it has parted from.
     """
 
     position: StepPosition = field(default_factory=lambda: StepPosition(0.0))
@@ -100,6 +114,7 @@ class Generation:
     called: set[object] = field(default_factory=set)
     values: list[float] = field(default_factory=list)
     entered: set[int] = field(default_factory=set)
+    move: float = 0.0
     repeats: int = 0
     crowded: bool = False
     origin: Generation | None = None
@@ -114,7 +129,14 @@ class Generation:
         """One for a branch that others have left behind at this position."""
         own = self.values[: position.index + 1]
         return Generation(
-            position, self.course, self.told, {branch}, own, set(self.entered), origin=self
+            position,
+            self.course,
+            self.told,
+            {branch},
+            own,
+            set(self.entered),
+            self.move,
+            origin=self,
         )
 
     def reached(self, value: TimestepValue, explicit: bool, branch: object) -> StepPosition | None:
@@ -134,7 +156,18 @@ class Generation:
         """Whether it has no such step: the user said how many there are."""
         return self.told is not None and position.index >= self.told and not position.explicit
 
-    def expects(self, value: TimestepValue) -> bool:
+    def jump(self, value: TimestepValue) -> Jump:
+        """Whether a step with this timestep moves out of proportion, rounding left out."""
+        if self.position.explicit or self._expects(value):
+            return Jump.NONE
+        move = max(map(abs, movement(self.position.value, value)))
+        if self.move == 0 or move <= DOUBTFUL_MOVE * self.move:
+            return Jump.NONE
+        slack = 2 * _rounding(as_number(value))
+        far, doubtful = (move > times * self.move + slack for times in (FAR_MOVE, DOUBTFUL_MOVE))
+        return Jump.FAR if far else Jump.DOUBTFUL if doubtful else Jump.NONE
+
+    def _expects(self, value: TimestepValue) -> bool:
         """Whether its next step is known to have this timestep."""
         timesteps, following = self.course.timesteps, self.position.index + 1
         known = timesteps is not None and following < len(timesteps)
@@ -143,9 +176,20 @@ class Generation:
     def enter(self, position: StepPosition, branch: object) -> None:
         """Move to a call of `branch`; its timestep is learnt where it is the next step's."""
         if position is not self.position:
+            move = max(map(abs, movement(self.position.value, position.value)))
+            self.move = max(self.move, move)
             self.position, self.called, self.repeats = position, set(), 0
         self.called.add(branch)
         self.entered.add(position.index)
         following = position.index == len(self.values) and not position.explicit
         if following and len(self.values) < MAX_VALUES:
             self.values.append(as_number(position.value))
+
+
+def _rounding(value: float) -> float:
+    """How coarse timesteps of this size may be: those of a format that holds the value exactly."""
+    number = torch.tensor(value, dtype=torch.float64, device="cpu")
+    for dtype in (torch.bfloat16, torch.float16):
+        if float(number.to(dtype)) == value:
+            return torch.finfo(dtype).eps * abs(value)
+    return 0.0

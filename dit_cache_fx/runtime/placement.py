@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.generation import (
     Generation,
+    Jump,
     StepPosition,
     TimestepValue,
 )
@@ -139,7 +140,7 @@ def _find(session: Session, call: CallEvidence) -> _Match | None:
     alike = _of_conditioning(session.of(call.key, call.context), call)
     ahead = [(b, varying) for b, varying in alike if _moves_on(b, call)]
     several = len(ahead) > 1
-    matches = [m for b, varying in ahead if (m := _match(b, varying, call, several))]
+    matches = [m for b, varying in ahead if (m := _match(b, varying, call, several, session))]
     found = matches[0] if len(matches) == 1 else _nearest(session, call, matches)
     return None if found is None or _is_crowded(found, call) else found
 
@@ -158,10 +159,11 @@ def _of_conditioning(
         return same
     values = [(b, given.other_values(b.conditioning, places)) for b, places in objects]
     equal = [(b, places) for b, places in values if not places]
-    if equal or not (call.context or call.derived):
+    if any(b.held for b, _ in equal) or not (call.context or call.derived):
         return equal
-    least = min((len(places) for _, places in values), default=0)
-    return [(b, places) for b, places in values if len(places) == least]
+    others = [(b, places) for b, places in values if places]
+    least = min((len(places) for _, places in others), default=0)
+    return equal + [(b, places) for b, places in others if len(places) == least]
 
 
 def _moves_on(branch: Branch, call: CallEvidence) -> bool:
@@ -175,7 +177,7 @@ def _moves_on(branch: Branch, call: CallEvidence) -> bool:
 
 
 def _match(
-    branch: Branch, varying: frozenset[int], call: CallEvidence, several: bool
+    branch: Branch, varying: frozenset[int], call: CallEvidence, several: bool, session: Session
 ) -> _Match | None:
     """A branch, unless the call's sample comes from elsewhere.
 
@@ -188,12 +190,14 @@ def _match(
         call.explicit,
         call.sample,
         wait=several or bool(varying),
-        expected=branch.generation.expects(call.value),
+        jump=_jump(branch, call, session),
     )
     if judgement.verdict is Verdict.OTHER:
         return None
     if not varying:
         return _Match(branch, judgement, branch.varying if call.derived else varying)
+    if trajectory.stands_at(call.value):  # another branch of the step
+        return None
     known = varying <= branch.varying
     if call.derived:
         found = _Match(branch, judgement, varying | branch.varying, usable=known)
@@ -201,6 +205,14 @@ def _match(
     if judgement.change is None or not trajectory.similar(call.sample):
         return None
     return _Match(branch, judgement, varying, usable=known)
+
+
+def _jump(branch: Branch, call: CallEvidence, session: Session) -> Jump:
+    """How far the timestep moves: a branch that was left out for some steps moves as others do."""
+    if call.explicit:
+        return Jump.NONE
+    generations = {branch.generation, session.newest or branch.generation}
+    return min(generation.jump(call.value) for generation in generations)
 
 
 def _nearest(session: Session, call: CallEvidence, matches: Sequence[_Match]) -> _Match | None:
@@ -325,6 +337,7 @@ def _new_branch(
         if position is not None and _joins(session, newest, position, call):
             return Placement(call, branch, newest, position, trajectory, new=True)
     position = StepPosition(call.value, explicit=call.explicit)
+    session.end(count)  # its steps are learnt before the next one is planned
     generation = Generation.begun(position, count)
     if (
         left is not None
@@ -352,7 +365,8 @@ def _joins(
         return False
     if position is generation.position or call.explicit:
         return True
-    judgement = last.trajectory.judge(call.value, call.explicit, call.sample, wait=True)
+    jump = generation.jump(call.value)
+    judgement = last.trajectory.judge(call.value, call.explicit, call.sample, True, jump)
     if judgement.verdict is not Verdict.CONTINUES:
         return False
     known = judgement.change is not None and last.trajectory.change > 0

@@ -16,7 +16,7 @@ from dit_cache_fx.runtime.step_count import StepCount
 #: most branches of a session whose tensors are held at one time
 MAX_BRANCHES = 8
 #: most branches of a session that are known, held or not
-MAX_KNOWN = 32
+MAX_KNOWN = 16
 #: most calls of a generation that are noted
 MAX_RECORDS = 4096
 

@@ -66,9 +66,8 @@ class StepCount:
 
     @property
     def is_told(self) -> bool:
-        """Whether the user says how many steps there are, by a number or by timesteps."""
-        own = self.strategy.num_steps, self.strategy.timesteps
-        return any(v is not None for v in (self.given, self.given_timesteps, *own))
+        """Whether the user says how many steps there are."""
+        return self.given is not None or self.strategy.num_steps is not None
 
     def told_timesteps(self) -> tuple[float, ...] | None:
         """The timesteps. Raises `OptionError` where the option's function gives something else."""

@@ -15,14 +15,10 @@ from typing import NamedTuple
 
 import torch
 
-from dit_cache_fx.runtime.generation import TimestepValue, as_number, movement
+from dit_cache_fx.runtime.generation import Jump, TimestepValue, movement
 
 #: how many elements of a sample are looked at
 PROBED = 512
-#: a timestep that moves this many times as far as ever before in a generation is in doubt ...
-DOUBTFUL_MOVE = 1.75
-#: ... and from here on it is of another generation
-OTHER_MOVE = 4.0
 #: a sample that moves this many times as fast as ever before is another one
 OTHER_SPEED = 3.0
 #: beside it, and where the timestep stands still: how many times as far as ever before
@@ -126,23 +122,21 @@ class Trajectory:
         explicit: bool,
         sample: SampleProbe | None,
         wait: bool,
-        expected: bool = False,
+        jump: Jump = Jump.NONE,
     ) -> Judgement:
         """Whether a call whose timestep does not move back goes on from the newest one.
 
-        `wait`: the samples are compared even if the host has to wait for the device. `expected`:
-        the timestep is known to be the next one.
+        `wait`: the samples are compared even if the host has to wait for the device. `jump`: how
+        far out of proportion the timestep has moved in its generation.
         """
         if self.value is None or explicit != self.explicit:
             return Judgement(Verdict.OTHER)
-        move = self._move(value)
-        doubtful = not (explicit or expected) and self._far(value, move, DOUBTFUL_MOVE)
+        move, doubtful = self._move(value), jump is not Jump.NONE
         change = self._distance(sample, wait or doubtful or move == 0)
         if change is not None and self._elsewhere(move, change, sample):
             return Judgement(Verdict.OTHER, change)
         if doubtful and not self.similar(sample):
-            other = self._far(value, move, OTHER_MOVE)
-            return Judgement(Verdict.OTHER if other else Verdict.DOUBTFUL, change)
+            return Judgement(Verdict.OTHER if jump is Jump.FAR else Verdict.DOUBTFUL, change)
         return Judgement(Verdict.CONTINUES, change)
 
     def stands_at(self, value: TimestepValue) -> bool:
@@ -172,21 +166,6 @@ class Trajectory:
         assert self.sample is not None
         return not sample.grown_from(self.sample)
 
-    def _far(self, value: TimestepValue, move: float, times: float) -> bool:
-        """Whether a timestep has moved out of proportion, rounding left out."""
-        if self.move == 0 or move <= times * self.move:
-            return False
-        return move > times * self.move + 2 * _rounding(as_number(value))
-
     def _move(self, value: TimestepValue) -> float:
         assert self.value is not None
         return max(map(abs, movement(self.value, value)))
-
-
-def _rounding(value: float) -> float:
-    """How coarse timesteps of this size may be: those of a format that holds the value exactly."""
-    number = torch.tensor(value, dtype=torch.float64, device="cpu")
-    for dtype in (torch.bfloat16, torch.float16):
-        if float(number.to(dtype)) == value:
-            return torch.finfo(dtype).eps * abs(value)
-    return 0.0

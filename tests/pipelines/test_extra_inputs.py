@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from dit_cache_fx import DitCacheWarning
 from tests.pipelines.families import FLUX, SD3
 from tests.pipelines.families.flux import FLUX_IMAGE_TO_IMAGE
 from tests.pipelines.family import quiet
@@ -32,9 +34,10 @@ def test_flux_controlnet() -> None:
     pipe = quiet(FluxControlNetPipeline(**pipe.components, controlnet=net))
     session = Session(FLUX, pipe=pipe)
     call = {"control_image": picture(), "guided": False}
-    session.check("control", **call)
-    session.check("another prompt", prompt=1, **call)
-    session.check("weaker", controlnet_conditioning_scale=0.5, **call)
+    with session.cached.cache_context("control"):  # what varies with each step is known in one
+        session.check_nothing_stale("control", **call)
+        session.check_nothing_stale("another prompt", prompt=1, **call)
+        session.check_nothing_stale("weaker", controlnet_conditioning_scale=0.5, **call)
     assert not torch.equal(
         session.plain(**call), session.plain(controlnet_conditioning_scale=0.5, **call)
     )
@@ -46,8 +49,13 @@ def test_sd3_controlnet() -> None:
     net = built(lambda: SD3ControlNetModel.from_config(config))
     pipe = quiet(StableDiffusion3ControlNetPipeline(**pipe.components, controlnet=net))
     session = Session(SD3, pipe=pipe)
-    session.check("control", control_image=picture())
-    session.check("for the first steps", control_image=picture(), control_guidance_end=0.5)
+    with session.cached.cache_context("control"):
+        session.check_nothing_stale("control", control_image=picture())
+    session.computed = range(5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DitCacheWarning)
+        every = {"control_image": picture(), "control_guidance_end": 0.5}
+        assert torch.equal(session.cache(**every), session.plain(**every))  # outside: all computed
 
 
 def test_sd3_guidance_that_skips_layers() -> None:
