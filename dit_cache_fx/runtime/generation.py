@@ -167,6 +167,11 @@ class Generation:
         far, doubtful = (move > times * self.move + slack for times in (FAR_MOVE, DOUBTFUL_MOVE))
         return Jump.FAR if far else Jump.DOUBTFUL if doubtful else Jump.NONE
 
+    def is_rounded(self, value: TimestepValue) -> bool:
+        """Whether a timestep moves by no more than timesteps of this size may be rounded by."""
+        move = max(map(abs, movement(self.position.value, value)))
+        return move <= 2 * _rounding(as_number(self.position.value))
+
     def _expects(self, value: TimestepValue) -> bool:
         """Whether its next step is known to have this timestep."""
         timesteps, following = self.course.timesteps, self.position.index + 1

@@ -293,11 +293,11 @@ def _repeats(found: _Match, call: CallEvidence) -> bool:
 def _counted(generation: Generation, position: StepPosition, found: _Match) -> StepPosition:
     """A step, with the first calls that came again counted after all.
 
-    Where the timestep moves and the sample does not, there was no sampler to move it: they were
-    steps whose timesteps round to one value.
+    Where the sample stands still and the timestep moves by what it may be rounded by, they were
+    steps whose timesteps round to one value, and no sampler is there to move the sample.
     """
-    moved = position is not generation.position
-    if not (moved and generation.repeats and found.judgement.change == 0):
+    still = found.judgement.change == 0 and generation.is_rounded(position.value)
+    if not (generation.repeats and still and position is not generation.position):
         return position
     return replace(position, index=position.index + generation.repeats)
 
