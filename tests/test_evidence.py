@@ -322,3 +322,16 @@ def test_arguments_that_change_in_each_call_are_named_by_one_warning() -> None:
             cached(**toy_inputs(1000.0 - step), gain=0.1 * step)
     assert [type(w.message) for w in caught] == [DitCacheWarning]
     assert re.search(r"gain is \d\.\d+, was \d\.\d+", str(caught[0].message))
+
+
+def test_a_second_timestep_is_no_conditioning() -> None:
+    """Flow maps take both ends of a step."""
+
+    class BothEnds(ToyDiT):
+        def forward(self, x: Tensor, timestep: Tensor, text: Tensor, r_timestep: Tensor) -> Any:
+            return super().forward(x, timestep, text) + super().forward(x, r_timestep, text)
+
+    cached = dit_cache_fx.apply(make(BothEnds), "deepcache", no_cache_steps={0})
+    for step in range(4):
+        cached(x=sample(0, step), timestep=time(step), text=TEXT, r_timestep=time(step + 1))
+    assert [r.action for r in cached.cache_report().timeline] == ["computed"] + 3 * ["reused"]

@@ -30,6 +30,11 @@ def named_timestep(parameters: Sequence[str], given: str | None, more: bool = Fa
     return next((name for name in NAMES if name in parameters), None)
 
 
+def tells_time(argument: str) -> bool:
+    """Whether an argument is called as timesteps are, so that it moves with the steps."""
+    return argument in NAMES or bool(_WORDS.intersection(argument.split("_")))
+
+
 def guessed_timestep(call: FlatCall) -> str:
     """The only argument that has a timestep's form: one number, or one for each sample.
 

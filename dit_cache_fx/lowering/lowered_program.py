@@ -7,6 +7,7 @@ from functools import cached_property
 
 from torch import fx
 
+from dit_cache_fx.capture.timestep import tells_time
 from dit_cache_fx.ir.program import Program, operations, tensor_spec
 from dit_cache_fx.lowering import Part, Variants
 from dit_cache_fx.values.tensor_spec import TensorSpec
@@ -98,9 +99,12 @@ class Lowered:
 
     @cached_property
     def conditioning(self) -> list[int]:
-        """Which of the call's tensors are neither the timestep's, the sample's nor the model's."""
+        """Which of the call's tensors are neither a timestep's, the sample's nor the model's.
+
+        A model may take more than one timestep: both ends of a step, say.
+        """
         program = self.program
-        moving = {program.sample}
+        moving = {program.sample, *filter(tells_time, program.arguments)}
         if self.timestep is not None:
             moving.add(program.arguments[self.timestep])
         return [i for i in self.given if program.arguments[i] not in moving]
