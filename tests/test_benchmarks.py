@@ -78,7 +78,8 @@ def test_no_break_and_no_recompile(rows: dict[str, Any], name: str) -> None:
     assert [g["computed"] for g in row["generations"]] == [6, 6]
     assert row["error_computed"] == 0
     assert row["error_reused"] > 1e-4  # or it would be the uncached model
-    assert row["cache_bytes"] == 16 * 32 * 4  # one float32 tensor of 16 tokens, 32 channels
+    held = 16 * 32 * 4  # one float32 tensor of 16 tokens, 32 channels
+    assert held <= row["cache_bytes"] <= held + 3 * 1024  # and what the calls are known by
 
 
 def test_the_uncached_model_computes_every_step(rows: dict[str, Any]) -> None:

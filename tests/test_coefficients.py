@@ -162,6 +162,7 @@ def test_the_embedding_of_the_timestep() -> None:
     assert_equal(watched(model, "embedding", calls), outputs_of(model, "time", calls))
 
 
+@pytest.mark.filterwarnings("ignore:.*sets attribute 'embedding':dit_cache_fx.DitCacheWarning")
 def test_the_embedding_is_what_blocks_and_output_share() -> None:
     model, calls = make(ConditionedHeadDiT), toy_calls()
     assert_equal(watched(model, "embedding", calls), outputs_of(model, "time", calls))
