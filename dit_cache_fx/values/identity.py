@@ -69,10 +69,6 @@ class TensorIdentity:
         """Whether any tensor of `other`, wherever it stands there, is one of these."""
         return bool(self._alive() & other._alive())
 
-    def gone(self) -> bool:
-        """Whether none of the tensors is there any more as it was."""
-        return not self._alive()
-
     def _alive(self) -> set[tuple[int, int]]:
         return {(id(t), v) for r, v in self._refs if (t := r()) is not None and version(t) == v}
 
