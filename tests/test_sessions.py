@@ -28,21 +28,20 @@ def _no_grad() -> Iterator[None]:
         yield
 
 
-def pair(mode: str, strategy: str = "deepcache") -> tuple[Any, Any, ByHand]:
+def pair(mode: str, fullgraph: bool = True) -> tuple[Any, Any, ByHand]:
     """What is called, what has the life cycle, and DeepCache done by hand."""
     torch._dynamo.reset()
     model = make(ToyDiT)
     by_hand = ByHand(model, ["blocks"])
     if mode == "backend":
-        cache = dit_cache_fx.backend(strategy, no_cache_steps=STEPS, inner="eager")
+        cache = dit_cache_fx.backend("deepcache", no_cache_steps=STEPS, inner="eager")
         return torch.compile(model, backend=cache), cache, by_hand
-    cached = dit_cache_fx.apply(model, strategy, no_cache_steps=STEPS)
+    cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps=STEPS)
     if mode == "compile_steps":
         cached.compile_steps(backend="eager")
-    called = (
-        torch.compile(cached, backend="eager", fullgraph=True) if mode == "compiled" else cached
-    )
-    return called, cached, by_hand
+    if mode == "compiled":
+        return torch.compile(cached, backend="eager", fullgraph=fullgraph), cached, by_hand
+    return cached, cached, by_hand
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -183,10 +182,11 @@ def test_asyncio_tasks_do_not_see_each_others_session() -> None:
     asyncio.run(both())
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("own", [True, False], ids=["sessions", "no sessions"])
-def test_threads_share_a_model_and_nothing_else(own: bool) -> None:
+def test_threads_share_a_model_and_nothing_else(own: bool, mode: str) -> None:
     """With one prompt and one context name: a thread without a session has its own."""
-    _, cache, by_hand = pair("eager")
+    called, cache, by_hand = pair(mode, fullgraph=False)
     turn, failures = threading.Barrier(3), []
     inputs = [generation(TOY, STEPS) for _ in range(3)]
     wanted = [
@@ -203,7 +203,7 @@ def test_threads_share_a_model_and_nothing_else(own: bool) -> None:
             x = toy_inputs(0.0, seed=10 * number + step)["x"]
             turn.wait(30)
             with torch.no_grad(), session, cache.cache_context("cond"):
-                got = cache(**(given | {"x": x}))
+                got = called(**(given | {"x": x}))
             if not torch.equal(got, wanted[number][step]):
                 failures.append((number, step))
 
