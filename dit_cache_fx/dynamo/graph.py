@@ -24,7 +24,7 @@ from dit_cache_fx.runtime.call_log import CallLog
 from dit_cache_fx.runtime.drive import lasting
 from dit_cache_fx.runtime.generation import TimestepValue, timestep_value
 from dit_cache_fx.runtime.graphs import block_bytes
-from dit_cache_fx.runtime.placement import CallEvidence
+from dit_cache_fx.runtime.matching import CallEvidence
 from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.runtime.step import Step
 from dit_cache_fx.runtime.trajectory import SampleProbe

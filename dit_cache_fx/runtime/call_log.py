@@ -12,7 +12,8 @@ import torch
 from dit_cache_fx.errors import warn
 from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.generation import as_number
-from dit_cache_fx.runtime.placement import CallEvidence, Placement, place
+from dit_cache_fx.runtime.matching import CallEvidence
+from dit_cache_fx.runtime.placement import Placement, place
 from dit_cache_fx.runtime.session import MAX_BRANCHES, Session
 from dit_cache_fx.runtime.step import MISSING, Step
 from dit_cache_fx.runtime.step_count import StepCount

@@ -22,7 +22,7 @@ from dit_cache_fx.runtime.drive import Compiler, Results, Serving, drive
 from dit_cache_fx.runtime.execution import StepCompiler
 from dit_cache_fx.runtime.generation import as_number, timestep_value
 from dit_cache_fx.runtime.graphs import Entry, Found, Graphs, input_key
-from dit_cache_fx.runtime.placement import CallEvidence
+from dit_cache_fx.runtime.matching import CallEvidence
 from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.runtime.step import Step
 from dit_cache_fx.runtime.trajectory import SampleProbe
