@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Hashable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -71,11 +72,12 @@ class Engine:
         Nothing of the call is noted when it raises.
         """
         call = self._flat(args, kwargs)
-        found = self.graphs.find(call, input_key(call), partial(self._first, call))
+        key = input_key(call)
+        found = self.graphs.find(call, key, partial(self._first, call))
         entry, first = found.entry, found.first
         session = self.host.tracker.session
         with session.lock:
-            evidence = self._evidence(call, entry, session)
+            evidence = self._evidence(call, key, entry, session)
             start = self.host.begin(session, evidence, entry.variants.held, found.shapes)
             step = start.step
             stale = first is None and self._stale(entry, step)
@@ -99,9 +101,11 @@ class Engine:
         if entry is not None:
             session = self.host.tracker.session
             with session.lock:
-                self.host.passed(session, self._evidence(call, entry, session))
+                self.host.passed(session, self._evidence(call, input_key(call), entry, session))
 
-    def _evidence(self, call: FlatCall, entry: Entry, session: Session) -> CallEvidence:
+    def _evidence(
+        self, call: FlatCall, key: Hashable, entry: Entry, session: Session
+    ) -> CallEvidence:
         """What tells where a call belongs. Waits for the device where the timestep is on one."""
         explicit, tensors = session.explicit, call.tensors
         sample = None if entry.sample is None else tensors[entry.sample]
@@ -109,7 +113,7 @@ class Engine:
         assert entry.timestep is not None
         read = timestep_value(tensors[entry.timestep]) if explicit is None else float(explicit)
         return CallEvidence(
-            key=(input_key(call), *conditioning),
+            key=(key, *conditioning),
             serial=entry.serial,
             context=self.host.tracker.context,
             value=read,
