@@ -24,12 +24,8 @@ from dit_cache_fx.runtime.call_log import CallLog
 from dit_cache_fx.runtime.drive import lasting
 from dit_cache_fx.runtime.generation import TimestepValue, timestep_value
 from dit_cache_fx.runtime.graphs import block_bytes
-from dit_cache_fx.runtime.matching import CallEvidence
-from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.runtime.step import Step
-from dit_cache_fx.runtime.trajectory import SampleProbe
 from dit_cache_fx.strategies import check_block_ids
-from dit_cache_fx.values.identity import TensorIdentity
 from dit_cache_fx.values.pytree import Identity, unflatten
 
 #: most shapes of one graph with dynamic shapes whose variants are kept
@@ -181,7 +177,8 @@ class CachedGraph:
         session = host.tracker.session
         given = [tensors[i] for i in lowered.given]
         with session.lock, torch.no_grad():
-            evidence = self._evidence(lowered, value, tensors, session)
+            derived = not self._piece.first
+            evidence = host.evidence(session, lowered, lowered.signature, value, tensors, derived)
             start = host.begin(session, evidence, variants.held)
             results = _run(lowered, start.step, tensors)
             outputs = lasting(results[: variants.outputs])
@@ -191,24 +188,6 @@ class CachedGraph:
             host.done(start, lambda: [arguments[i] for i in lowered.conditioning])
         output: Sequence[Any] = unflatten(lowered.program.output, owned)
         return output
-
-    def _evidence(
-        self,
-        lowered: Lowered,
-        value: TimestepValue,
-        tensors: Sequence[torch.Tensor],
-        session: Session,
-    ) -> CallEvidence:
-        return CallEvidence(
-            key=(lowered.signature, *(lowered.program.inputs[i] for i in lowered.conditioning)),
-            serial=lowered.serial,
-            context=self._shared.host.tracker.context,
-            value=value,
-            explicit=session.explicit is not None,
-            conditioning=TensorIdentity([tensors[i] for i in lowered.conditioning]),
-            sample=None if lowered.sample is None else SampleProbe(tensors[lowered.sample]),
-            derived=not self._piece.first,
-        )
 
     def _uncached(self, key: Hashable, inputs: Sequence[Input]) -> Sequence[Any]:
         outlined = self._outlined

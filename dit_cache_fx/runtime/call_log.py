@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from dit_cache_fx.errors import warn
+from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.runtime.branches import Branch
-from dit_cache_fx.runtime.generation import as_number
+from dit_cache_fx.runtime.generation import TimestepValue, as_number
 from dit_cache_fx.runtime.matching import CallEvidence
 from dit_cache_fx.runtime.placement import Placement, place
 from dit_cache_fx.runtime.session import MAX_BRANCHES, Session
 from dit_cache_fx.runtime.step import MISSING, Step
 from dit_cache_fx.runtime.step_count import StepCount
 from dit_cache_fx.runtime.tracker import Tracker
+from dit_cache_fx.runtime.trajectory import SampleProbe
 from dit_cache_fx.strategies import Course, Strategy
+from dit_cache_fx.values.identity import TensorIdentity
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
 _CROWDED = (
@@ -113,6 +116,32 @@ class CallLog:
 
     # --- a call ------------------------------------------------------------------------------
 
+    def evidence(
+        self,
+        session: Session,
+        lowered: Lowered,
+        key: Hashable,
+        value: TimestepValue,
+        tensors: Sequence[torch.Tensor],
+        derived: bool = False,
+    ) -> CallEvidence:
+        """What tells where a call belongs. `key`: of its signature; `tensors`: the call's own.
+
+        A tensor that is passed as the sample and as something else moves as the sample does.
+        """
+        sample = None if lowered.sample is None else tensors[lowered.sample]
+        places = [i for i in lowered.conditioning if tensors[i] is not sample]
+        return CallEvidence(
+            key=(key, *(lowered.program.inputs[i] for i in places)),
+            serial=lowered.serial,
+            context=self.tracker.context,
+            value=value,
+            explicit=session.explicit is not None,
+            conditioning=TensorIdentity([tensors[i] for i in places]),
+            sample=None if sample is None else SampleProbe(sample),
+            derived=derived,
+        )
+
     def begin(
         self,
         session: Session,
@@ -201,7 +230,7 @@ class CallLog:
         session.starved = session.starved + 1 if known and step.why == MISSING else 0
         if not fits and step.why == MISSING:
             self.warn_once(_CROWDED)
-        elif session.starved >= _STARVED and not placed.begins:
+        elif session.starved >= _STARVED:
             self.warn_once(_starved(placed.call, arguments()))
 
     def _warn_captured(self, start: CallStart, captured: object) -> None:

@@ -26,8 +26,6 @@ from dit_cache_fx.runtime.graphs import Entry, Found, Graphs, input_key
 from dit_cache_fx.runtime.matching import CallEvidence
 from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.runtime.step import Step
-from dit_cache_fx.runtime.trajectory import SampleProbe
-from dit_cache_fx.values.identity import TensorIdentity
 from dit_cache_fx.values.pytree import flatten, unflatten
 
 log = logging.getLogger(__name__)
@@ -108,19 +106,9 @@ class Engine:
     ) -> CallEvidence:
         """What tells where a call belongs. Waits for the device where the timestep is on one."""
         explicit, tensors = session.explicit, call.tensors
-        sample = None if entry.sample is None else tensors[entry.sample]
-        conditioning = [i for i in entry.conditioning if tensors[i] is not sample]
         assert entry.timestep is not None
         read = timestep_value(tensors[entry.timestep]) if explicit is None else float(explicit)
-        return CallEvidence(
-            key=(key, *conditioning),
-            serial=entry.serial,
-            context=self.host.tracker.context,
-            value=read,
-            explicit=explicit is not None,
-            conditioning=TensorIdentity([tensors[i] for i in conditioning]),
-            sample=None if sample is None else SampleProbe(sample),
-        )
+        return self.host.evidence(session, entry, key, read, tensors)
 
     def _done(self, start: CallStart, found: Found[First]) -> None:
         entry = found.entry

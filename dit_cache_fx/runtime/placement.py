@@ -34,7 +34,6 @@ class Placement:
     replaced: Branch | None = None
     course: Course | None = None  # what is known of the generation's steps by now
     new: bool = False  # nothing was known of the branch in this generation
-    begins: bool = False  # the generation begins
 
     @property
     def index(self) -> int:
@@ -177,7 +176,7 @@ def _new_branch(
         and left.position.moved(call.value, False) == 0
     ):
         generation.repeats = left.repeats + 1
-    return Placement(call, branch, generation, position, trajectory, new=True, begins=True)
+    return Placement(call, branch, generation, position, trajectory, new=True)
 
 
 def _joins(
