@@ -17,6 +17,7 @@ LAYERS = (
     "errors",
     "values",
     "_torch",
+    "ranks",
     "ir",
     "strategies",
     "capture",

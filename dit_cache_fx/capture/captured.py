@@ -99,6 +99,7 @@ class Captured:
     #: the tensors of the newest call that the guards depend on, and its guard shapes
     newest: tuple[TensorIdentity, Shapes] | None = None
     unread: Sequence[str] = ()  # attributes that forward sets for others, in words
+    opened: tuple[Any, ...] = ()  # blocks with parts in the graph, their weights in shards
 
     @contextmanager
     def around(self) -> Iterator[None]:
@@ -111,9 +112,21 @@ class Captured:
         with turn, without_autocast(), applied(settings):
             yield
 
+    @contextmanager
+    def around_parts(self) -> Iterator[None]:
+        """The same where parts of blocks run, whose weights a block has only while it runs."""
+        with self.around():
+            try:
+                for block in self.opened:
+                    block.unshard()
+                yield
+            finally:
+                for block in self.opened:
+                    block.reshard()
+
     def run(self, tensors: Sequence[torch.Tensor]) -> Any:
         """The graph's answer to tensors."""
-        with self.around():
+        with self.around_parts():
             return self.gm(*tensors)
 
     def read(self, tensors: Sequence[torch.Tensor]) -> Any:
@@ -121,6 +134,28 @@ class Captured:
         assert self.guards is not None
         with self.around(), torch.no_grad():
             return self.guards.gm(*tensors)
+
+
+def sharded_owners(program: Program) -> tuple[Any, ...]:
+    """The modules of which only parts are called, where weights are in shards (`fully_shard`).
+
+    Such a module has the weights of its parts only while it runs itself. What the model has of its
+    own it has in each of its calls.
+    """
+    calls = [str(n.target).removeprefix("model.") for n in program.graph.nodes if _is_call(n)]
+    owners = [o for name in calls if (o := _sharded(program.model, name)) not in ("", name)]
+    return tuple(map(program.model.get_submodule, dict.fromkeys(owners)))
+
+
+def _is_call(node: fx.Node) -> bool:
+    return node.op == "call_module"
+
+
+def _sharded(model: nn.Module, name: str) -> str:
+    """The path of the innermost module, from `name` up, that can gather its weights."""
+    while name and not hasattr(model.get_submodule(name), "unshard"):
+        name = name.rpartition(".")[0]
+    return name
 
 
 def accepts(subject: Subject, captured: Captured, call: FlatCall) -> Shapes | None:

@@ -27,9 +27,10 @@ from dit_cache_fx.capture.world import World
 from dit_cache_fx.ir.within import Within
 from dit_cache_fx.values.checksum import Checksums, checksum
 from dit_cache_fx.values.identity import storage_key, version
-from dit_cache_fx.values.pytree import Skeleton, flatten
+from dit_cache_fx.values.pytree import Skeleton, flatten, unflatten
 from dit_cache_fx.values.random_state import RandomState
 from dit_cache_fx.values.tensor_spec import TensorSpec
+from dit_cache_fx.values.wrapped import settled
 
 
 @dataclass
@@ -151,7 +152,10 @@ class _Recorder:
                 output = recorded.output
             else:
                 output = call(module, *args, **kwargs)
-            outputs, skeleton = flatten(output)
+            given_back, skeleton = flatten(output)
+            outputs = list(map(settled, given_back))
+            if any(a is not b for a, b in zip(outputs, given_back, strict=True)):
+                output = unflatten(skeleton, outputs)
             made = ModuleCall(name, [TensorSpec.of(t) for t in outputs], skeleton)
             made.inside, made.within = inside, within
             self._after(module, made, outputs, drawn)

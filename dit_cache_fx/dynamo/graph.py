@@ -179,7 +179,7 @@ class CachedGraph:
         with session.lock, torch.no_grad():
             derived = not self._piece.first
             evidence = host.evidence(session, lowered, lowered.signature, value, tensors, derived)
-            start = host.begin(session, evidence, variants.held)
+            start = host.begin(session, evidence, lowered)
             results = _run(lowered, start.step, tensors)
             outputs = lasting(results[: variants.outputs])
             kept = lasting([t.contiguous() for t in results[variants.outputs :]])
@@ -254,6 +254,7 @@ class CachedGraph:
             nodes,
             block_bytes(traced.recording, traced.blocks),
             self._shared.serial(_identity(ready)),
+            strategy,
         )
         log.info("captured %s", entry)
         return entry

@@ -76,7 +76,7 @@ class Engine:
         session = self.host.tracker.session
         with session.lock:
             evidence = self._evidence(call, key, entry, session)
-            start = self.host.begin(session, evidence, entry.variants.held, found.shapes)
+            start = self.host.begin(session, evidence, entry, found.shapes)
             step = start.step
             stale = first is None and self._stale(entry, step)
             if not stale:
@@ -213,7 +213,7 @@ class Engine:
 
     def _new_step(self, entry: Entry) -> Step:
         """The first step of a branch that holds nothing."""
-        return Step(self.host.strategy, Branch(), 0, entry.variants.held)
+        return Step(entry.strategy, Branch(), 0, entry.variants.held)
 
 
 def _plain(entry: Entry, step: Step, call: FlatCall) -> Results:

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -38,9 +38,10 @@ from dit_cache_fx.lowering.asserts import assertions
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.lowering.stateful import Carried, Stateful, fixed_steps
 from dit_cache_fx.passes import run_passes
+from dit_cache_fx.ranks import found
 from dit_cache_fx.runtime.first_runs import FirstRuns
 from dit_cache_fx.runtime.step_count import StepCount
-from dit_cache_fx.strategies import Strategy, check_block_ids
+from dit_cache_fx.strategies import check_block_ids, spread_over
 from dit_cache_fx.values.pytree import Skeleton, difference
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
@@ -62,7 +63,6 @@ class Entry(Lowered):
     """A captured and lowered graph."""
 
     captured: Captured
-    strategy: Strategy
     fingerprint: Fingerprint
     volatile: frozenset[tuple[str, str]]  # what of it the forward changes by itself
     count: StepCount
@@ -267,8 +267,9 @@ class Graphs:
 
     def _capture(self, call: FlatCall) -> Entry:
         model, strategy = self.subject.model, self.subject.strategy
+        strategy = spread_over(strategy, found(model, call.tensors))
         before = fingerprint(model, ())
-        captured = capture(self.subject, call, self.timestep)
+        captured = capture(replace(self.subject, strategy=strategy), call, self.timestep)
         self.subject.turns.needed |= bool(captured.recording.settings)
         self._tell_unread(captured.unread)
         after = fingerprint(model, ())
@@ -284,8 +285,8 @@ class Graphs:
             nodes,
             block_bytes(captured.recording, captured.blocks.values()),
             self._serial,
-            captured,
             strategy,
+            captured,
             fingerprint(model, captured.whole),
             volatile(before, after),
             self.count,

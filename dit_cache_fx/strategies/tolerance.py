@@ -20,10 +20,12 @@ MOST_GROWTH = 3.0
 ORDER = 3
 
 
-def measured_error(value: Tensor, predicted: Tensor, distance: Tensor, computed: Tensor) -> Tensor:
-    """The relative error of a prediction, and the gap that it was made over."""
-    error = (value - predicted).double().norm() / value.double().norm()
-    known = torch.where(computed > 0, error, math.nan)
+def measured_error(missed: Tensor, size: Tensor, distance: Tensor, computed: Tensor) -> Tensor:
+    """The relative error of a prediction, and the gap that it was made over.
+
+    `missed`, `size`: the norms of the error and of the value.
+    """
+    known = torch.where(computed > 0, missed / size, math.nan)
     return torch.stack([known, distance.clamp(min=1.0).to(known.device)])
 
 
