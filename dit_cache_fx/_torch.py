@@ -59,9 +59,12 @@ from torch.utils._python_dispatch import (
 )
 
 from dit_cache_fx.values.tensor_spec import TensorSpec
+from dit_cache_fx.values.wrapped import is_distributed
 
 #: node.meta key: where "val" is on the meta device, the real one
 DEVICE = "dit_cache_device"
+#: node.meta key: each process has a part of it
+SPREAD = "dit_cache_spread"
 
 _PROXY, _FAKE = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
 #: kinds of tensors that are not fake
@@ -122,9 +125,16 @@ def _trace(mode: Any, call: OpaqueCall, tensors: list[torch.Tensor]) -> list[tor
         outputs = call.run(tensors)
     inputs = [mode.tracer.unwrap_proxy(t) for t in tensors]
     for tensor, proxy in zip(outputs, call.emit(Emitter(mode.tracer), inputs), strict=True):
-        proxy.node.meta.update({"val": tensor.to("meta"), DEVICE: tensor.device})
+        known = {"val": _without_data(tensor), DEVICE: tensor.device}
+        proxy.node.meta.update(known | {SPREAD: True} if is_distributed(tensor) else known)
         track_tensor(tensor, proxy, constant=None, tracer=mode.tracer)
     return outputs
+
+
+def _without_data(tensor: torch.Tensor) -> torch.Tensor:
+    if not is_distributed(tensor):
+        return tensor.to("meta")
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 @opaque.py_functionalize_impl
@@ -527,6 +537,8 @@ def _traced(
         proxies = [tracer.create_proxy("placeholder", name, (), {}) for name in names]
         with disable_proxy_modes_tracing():
             track_tensor_tree([*inputs], proxies, constant=None, tracer=tracer)
+        for proxy, given in zip(proxies, inputs, strict=True):
+            proxy.node.meta |= {SPREAD: True} if is_distributed(given) else {}
         results = [tracer.unwrap_proxy(t) for t in function(*inputs)]
         tracer.create_node("output", "output", (tracer.create_arg(results),), {})
     return fx.GraphModule(tracer.root, tracer.graph)
@@ -562,6 +574,13 @@ def all_gathered(tensor: torch.Tensor, group: str) -> torch.Tensor:
         functional.all_gather_into_tensor(given.contiguous(), size, group)
     )
     return gathered.to(tensor.device)
+
+
+def beside_distributed() -> Any:
+    """A context in which tensors that all processes have go along with distributed ones."""
+    from torch.distributed.tensor.experimental import implicit_replication
+
+    return implicit_replication()
 
 
 def _group_of(name: str) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from dit_cache_fx._torch import beside_distributed
 from dit_cache_fx.capture.ambient import without_autocast
 from dit_cache_fx.capture.check import compare
 from dit_cache_fx.capture.intercept import intercepted
@@ -99,6 +100,7 @@ class Captured:
     #: the tensors of the newest call that the guards depend on, and its guard shapes
     newest: tuple[TensorIdentity, Shapes] | None = None
     unread: Sequence[str] = ()  # attributes that forward sets for others, in words
+    spread: bool = False  # some of its tensors are distributed
     opened: tuple[Any, ...] = ()  # blocks with parts in the graph, their weights in shards
 
     @contextmanager
@@ -109,7 +111,8 @@ class Captured:
         """
         settings = self.recording.settings
         turn = self.turns.alone() if settings else self.turns.beside()
-        with turn, without_autocast(), applied(settings):
+        beside = beside_distributed() if self.spread else nullcontext()
+        with turn, without_autocast(), applied(settings), beside:
             yield
 
     @contextmanager

@@ -45,6 +45,7 @@ from dit_cache_fx.capture.trace import trace
 from dit_cache_fx.capture.world import World
 from dit_cache_fx.errors import CaptureError, DitCacheError
 from dit_cache_fx.values.pytree import constants
+from dit_cache_fx.values.wrapped import is_distributed
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +97,8 @@ def _traced(
     captured = Captured(program, program.gm, guards, recording, blocks, whole, set(), subject.turns)
     captured.not_held = not_held(program, recording)
     captured.opened = sharded_owners(program)
+    made = [layout for c in recording.calls for layout in c.layouts]
+    captured.spread = any(made) or any(map(is_distributed, tensors))
     if guards is not None:
         refuse_late_guards(guards, trunk)
         captured.accepted.add(guards.shapes(guards.expected))

@@ -30,7 +30,7 @@ from dit_cache_fx.values.identity import storage_key, version
 from dit_cache_fx.values.pytree import Skeleton, flatten, unflatten
 from dit_cache_fx.values.random_state import RandomState
 from dit_cache_fx.values.tensor_spec import TensorSpec
-from dit_cache_fx.values.wrapped import settled
+from dit_cache_fx.values.wrapped import Layout, laid_out, settled
 
 
 @dataclass
@@ -51,6 +51,7 @@ class ModuleCall:
     name: str
     specs: list[TensorSpec]
     skeleton: Skeleton
+    layouts: list[Layout | None] = field(default_factory=list)
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     mutated: tuple[int, ...] = ()  # which of its tensor arguments it changed in place
     like: tuple[int | None, ...] = ()  # for each output a tensor argument of the same shape
@@ -65,8 +66,8 @@ class ModuleCall:
     def outputs(self) -> list[torch.Tensor]:
         """What it returned, as new tensor objects; placeholders where no value was kept."""
         return [
-            self.values[i].detach() if i in self.values else spec.placeholder()
-            for i, spec in enumerate(self.specs)
+            self.values[i].detach() if i in self.values else laid_out(spec.placeholder(), layout)
+            for i, (spec, layout) in enumerate(zip(self.specs, self.layouts, strict=True))
         ]
 
 
@@ -156,7 +157,8 @@ class _Recorder:
             outputs = list(map(settled, given_back))
             if any(a is not b for a, b in zip(outputs, given_back, strict=True)):
                 output = unflatten(skeleton, outputs)
-            made = ModuleCall(name, [TensorSpec.of(t) for t in outputs], skeleton)
+            layouts = [Layout.of(t) for t in outputs]
+            made = ModuleCall(name, [TensorSpec.of(t) for t in outputs], skeleton, layouts)
             made.inside, made.within = inside, within
             self._after(module, made, outputs, drawn)
         made.mutated = tuple(i for i, t in enumerate(inputs) if version(t) != versions[i])

@@ -11,6 +11,8 @@ import torch
 
 from dit_cache_fx.capture.callable import called_as, takes_anything
 from dit_cache_fx.values.pytree import Skeleton, flatten, key_paths, unflatten
+from dit_cache_fx.values.tensor_spec import TensorSpec
+from dit_cache_fx.values.wrapped import Layout
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,8 @@ class FlatCall:
 
     @property
     def key(self) -> Hashable:
-        """Tree structure, non-tensor values, and each tensor's shape, dtype and device."""
-        return self.skeleton, tuple((t.shape, t.dtype, t.device) for t in self.tensors)
+        """Tree structure, non-tensor values, and each tensor's shape, dtype, device and layout."""
+        return self.skeleton, tuple((*TensorSpec.of(t), Layout.of(t)) for t in self.tensors)
 
     def names(self) -> list[str]:
         """A Python identifier for each tensor: the argument's name, then the path inside it."""

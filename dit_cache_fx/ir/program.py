@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from dit_cache_fx._torch import DEVICE
+from dit_cache_fx._torch import DEVICE, SPREAD
 from dit_cache_fx.errors import VerifyError
 from dit_cache_fx.ir.within import generate_contexts
 from dit_cache_fx.values.pytree import Skeleton
@@ -186,6 +186,12 @@ def is_view(node: fx.Node) -> bool:
         return False
     returns = node.target._schema.returns
     return bool(returns) and returns[0].alias_info is not None
+
+
+def is_spread(node: fx.Node) -> bool:
+    """Whether the node's tensor is a distributed one."""
+    told = {n for n in node.graph.nodes if n.op != "call_function" or SPREAD in n.meta}
+    return any(SPREAD in n.meta for n in ancestors([node], stop=told))
 
 
 def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:

@@ -27,6 +27,7 @@ from dit_cache_fx.runtime.matching import CallEvidence
 from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.runtime.step import Step
 from dit_cache_fx.values.pytree import flatten, unflatten
+from dit_cache_fx.values.wrapped import own_part
 
 log = logging.getLogger(__name__)
 
@@ -223,7 +224,7 @@ def _plain(entry: Entry, step: Step, call: FlatCall) -> Results:
 
 
 def _same(want: torch.Tensor, got: torch.Tensor) -> bool:
-    return torch.equal(want.nan_to_num(), got.nan_to_num())
+    return torch.equal(own_part(want).nan_to_num(), own_part(got).nan_to_num())
 
 
 def requires_grad(model: nn.Module, args: Any, kwargs: Any) -> bool:

@@ -297,11 +297,18 @@ _S = TypeVar("_S", bound=Strategy)
 
 def spread_over(strategy: _S, ranks: Ranks | None) -> _S:
     """The strategy for a model that these processes run together; what the user named counts."""
-    if ranks is None or strategy.ranks is not None:
-        return strategy
-    known = copy.copy(strategy)
-    object.__setattr__(known, "process_group", ranks)
-    return known
+    return strategy if ranks is None or strategy.ranks is not None else _with(strategy, ranks)
+
+
+def alone(strategy: _S) -> _S:
+    """The strategy for values that need no other process."""
+    return strategy if strategy.ranks is None else _with(strategy, None)
+
+
+def _with(strategy: _S, ranks: Ranks | None) -> _S:
+    other = copy.copy(strategy)
+    object.__setattr__(other, "process_group", ranks)
+    return other
 
 
 def options_of(strategy: type[Strategy]) -> list[str]:

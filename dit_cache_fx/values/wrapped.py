@@ -7,7 +7,7 @@ those of the tensors inside.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -64,3 +64,28 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a distributed tensor; any other tensor itself."""
     spread: Any = tensor
     return settled(spread.full_tensor() if is_distributed(tensor) else tensor)
+
+
+class Layout(NamedTuple):
+    """How a tensor is spread over processes: their mesh, and what each dimension of it does."""
+
+    mesh: Any
+    placements: tuple[Any, ...]
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> Layout | None:
+        """That of a distributed tensor; None for any other."""
+        if not is_distributed(tensor):
+            return None
+        spread: Any = tensor
+        return Layout(spread.device_mesh, tuple(spread.placements))
+
+
+def laid_out(tensor: torch.Tensor, layout: Layout | None) -> torch.Tensor:
+    """A tensor that all processes have, as a distributed one; nothing is sent."""
+    if layout is None:
+        return tensor
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    placements = [Replicate() if p.is_partial() else p for p in layout.placements]
+    return distribute_tensor(tensor, layout.mesh, placements, src_data_rank=None)
