@@ -14,7 +14,7 @@ from dit_cache_fx.capture.signature import FlatCall
 from dit_cache_fx.capture.trace import Trace, call_kept
 from dit_cache_fx.ir.graph_text import short
 from dit_cache_fx.ir.names import unreserved
-from dit_cache_fx.ir.program import Program, ancestors, graph_module
+from dit_cache_fx.ir.program import PART, PARTS, Program, ancestors, graph_module, is_kept
 
 # without autograd and without in-place operations these return their argument
 _IDENTITIES = (
@@ -62,7 +62,7 @@ def normal_form(
     graph = _rewrite(model, traced, names, attributes)
     guards = _split_guards(model, graph, attributes, traced.read)
     gm = graph_module(model, attributes, graph, "Captured")
-    gm.graph.eliminate_dead_code()
+    gm.graph.eliminate_dead_code(is_kept)
     gm.recompile()
     step = next((n for n, a in zip(_inputs(gm), arguments, strict=True) if a == timestep), None)
     program = Program(gm, tuple(_inputs(gm)), tuple(arguments), step, None, traced.output)
@@ -123,7 +123,15 @@ def translated(
         else:
             new[node] = _copied(graph, node, new)
         new[node].meta.update(node.meta)
+        if node.meta.get(PARTS):
+            _name_parts(new[node], [new[part] for part in node.meta[PARTS]])
     return new
+
+
+def _name_parts(call: fx.Node, parts: Sequence[fx.Node]) -> None:
+    call.meta[PARTS] = [part.name for part in parts]
+    for part in parts:
+        part.meta[PART] = True
 
 
 def _copied(graph: fx.Graph, node: fx.Node, new: dict[fx.Node, fx.Node]) -> fx.Node:

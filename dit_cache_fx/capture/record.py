@@ -23,6 +23,7 @@ from dit_cache_fx.capture.attributes import Attributes
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.scalar_timestep import NumberFactories
 from dit_cache_fx.capture.settings import Setting, Watch
+from dit_cache_fx.capture.splits import Split, split_of
 from dit_cache_fx.capture.world import World
 from dit_cache_fx.ir.within import Within
 from dit_cache_fx.values.checksum import Checksums, checksum
@@ -61,6 +62,7 @@ class ModuleCall:
     writes: frozenset[int] = frozenset()  # the same, where it did not return it
     within: Within = field(default_factory=Within)  # the contexts that it was called in
     digests: Checksums = field(default_factory=list)  # of what it returned
+    split: Split | None = None  # what hooks leave of its arguments
     random: RandomState | None = None  # what it drew its random numbers from
 
     def outputs(self) -> list[torch.Tensor]:
@@ -159,7 +161,7 @@ class _Recorder:
                 output = unflatten(skeleton, outputs)
             layouts = [Layout.of(t) for t in outputs]
             made = ModuleCall(name, [TensorSpec.of(t) for t in outputs], skeleton, layouts)
-            made.inside, made.within = inside, within
+            made.inside, made.within, made.split = inside, within, split_of(module)
             self._after(module, made, outputs, drawn)
         made.mutated = tuple(i for i, t in enumerate(inputs) if version(t) != versions[i])
         _note_changes(made, inputs, outputs, given, (args, kwargs))

@@ -21,7 +21,7 @@ from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.record import ModuleCall, Recording
 from dit_cache_fx.capture.scalar_timestep import NumberFactories
 from dit_cache_fx.errors import CaptureError
-from dit_cache_fx.ir.program import KEYS, OUTPUT, PATH
+from dit_cache_fx.ir.program import KEYS, OUTPUT, PARTS, PATH
 from dit_cache_fx.ir.within import WITHIN
 from dit_cache_fx.values.pytree import (
     Maker,
@@ -178,7 +178,11 @@ class _Player:
         inputs, skeleton = flatten((args, kwargs))
         for place in made.mutated:  # the module gets a copy to change
             inputs[place] = inputs[place].clone()
-        outputs = opaque(_Replay(index, made, skeleton, self.objects), inputs)
+        parts = [] if made.split is None else made.split(inputs, skeleton)
+        if len(parts) != len(inputs):
+            parts = []
+        call = _Replay(index, made, skeleton, self.objects, len(inputs))
+        outputs = opaque(call, [*inputs, *parts])
         return unflatten(made.skeleton, outputs)
 
 
@@ -190,6 +194,7 @@ class _Replay:
     made: ModuleCall
     inputs: Skeleton
     objects: dict[str, Any]
+    given: int  # tensors of the call; behind them those that hooks leave of these
 
     def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return self.made.outputs()
@@ -197,13 +202,15 @@ class _Replay:
     def emit(self, graph: Emitter, inputs: Sequence[Any]) -> Sequence[Any]:
         args, kwargs = unflatten(
             self.inputs,
-            inputs,
+            inputs[: self.given],
             lambda value: self._attribute(graph, value),
             lambda *container: self._container(graph, *container),
         )
         name = self.made.name
         node = graph.call(call_kept, (self.index, name, args, kwargs), {}, _node_name(name))
         node.node.meta[WITHIN] = self.made.within
+        parts = [proxy.node for proxy in inputs[self.given :]]
+        node.node.meta[PARTS] = parts
         outputs = []
         for index, path in enumerate(key_paths(self.made.skeleton)):
             output = _follow(node, path)

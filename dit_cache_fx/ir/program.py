@@ -27,6 +27,8 @@ OUTPUT = "dit_cache_output"  # on a value of a block: the index among the block'
 PATH = "dit_cache_path"  # beside it: the keys that lead to it in the block's result
 ORIGIN = "dit_cache_origin"  # on a node that was copied into a run: the name of what it was
 KEYS = "dit_cache_keys"  # on a container that is made as a block's argument: its keys
+PARTS = "dit_cache_parts"  # on a block's call: what hooks leave of its arguments, by node name
+PART = "dit_cache_part"  # on such a node, as long as a run may start from it
 SIGNAL = "dit_cache_signal"  # on the value that the strategy's own rule looks at
 
 
@@ -177,7 +179,8 @@ def is_kept(node: fx.Node) -> bool:
 
     A block without readers is one that is never cached, by the user's wish.
     """
-    return node.op in ("placeholder", "output") or BLOCK in node.meta or SIGNAL in node.meta
+    marked = any(key in node.meta for key in (BLOCK, SIGNAL, PART))
+    return marked or node.op in ("placeholder", "output")
 
 
 def is_view(node: fx.Node) -> bool:
@@ -237,6 +240,15 @@ def argument_leaves(call: fx.Node) -> list[tuple[Slot, fx.Node]]:
     """The tensors among a block call's arguments, in order, as often as they appear."""
     arguments = [*enumerate(call.args), *call.kwargs.items()]
     return [leaf for key, value in arguments for leaf in _leaves((key,), value)]
+
+
+def own_leaves(call: fx.Node) -> list[tuple[Slot, fx.Node]]:
+    """The same, with what hooks leave of the arguments: what the block itself gets."""
+    leaves, parts = argument_leaves(call), call.meta.get(PARTS) or []
+    if len(parts) != len(leaves):
+        return leaves
+    named = {node.name: node for node in call.graph.nodes}
+    return [(slot, named[part]) for (slot, _), part in zip(leaves, parts, strict=True)]
 
 
 def _leaves(slot: Slot, value: Any) -> Iterator[tuple[Slot, fx.Node]]:

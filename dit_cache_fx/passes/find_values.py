@@ -9,6 +9,7 @@ from torch import fx
 
 from dit_cache_fx.ir.program import (
     BLOCK,
+    PART,
     BlockId,
     Program,
     Region,
@@ -38,7 +39,13 @@ def find_values(program: Program, strategy: Strategy) -> None:
     """
     if strategy.whole_model:
         program.regions = (_whole(program),)
-        return
+    else:
+        program.regions = _runs(program, strategy)
+    for node in program.graph.nodes:  # those that are read stay
+        node.meta.pop(PART, None)
+
+
+def _runs(program: Program, strategy: Strategy) -> tuple[Region, ...]:
     starts = _Cut(program, strategy).find()
     order = [n for n in program.graph.nodes if n in starts]
     regions = []
@@ -46,7 +53,7 @@ def find_values(program: Program, strategy: Strategy) -> None:
         values = [v for v in order if block_call_of(v).meta[BLOCK] in region.blocks]
         names = tuple(None if (s := starts[v]) is None else s.name for v in values)
         regions.append(replace(region, values=tuple(v.name for v in values), inputs=names))
-    program.regions = tuple(r for r in regions if r.values)
+    return tuple(r for r in regions if r.values)
 
 
 def _whole(program: Program) -> Region:

@@ -20,7 +20,7 @@ from torch import multiprocessing
 
 WORLD = 2
 #: seconds that a function may take: one that hangs fails its test, and the pair starts anew
-LIMIT = 90
+LIMIT = 120
 
 
 class RankError(AssertionError):
