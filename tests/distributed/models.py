@@ -93,7 +93,7 @@ def generate(
         first = next(iter(arguments.values()))
         sample = whole(first) - output / steps
     report = model.cache_report() if hasattr(model, "cache_report") else None
-    actions = [str(record) for record in report.timeline] if report else []
+    actions = [f"{record.step} {record.action}" for record in report.timeline] if report else []
     return Run(outputs, actions, report.bytes_held if report else 0)
 
 
