@@ -116,7 +116,7 @@ def ranks_of(option: Any) -> Ranks | None:
     return _ranks([option])
 
 
-def found(model: nn.Module, tensors: Iterable[torch.Tensor] = ()) -> Ranks | None:
+def found(model: nn.Module | None, tensors: Iterable[torch.Tensor] = ()) -> Ranks | None:
     """The processes that a model is spread over, as far as it tells; None where it does not.
 
     Its weights and the tensors of a call tell by their meshes, diffusers' models by their parallel
@@ -124,9 +124,11 @@ def found(model: nn.Module, tensors: Iterable[torch.Tensor] = ()) -> Ranks | Non
     """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return None
-    own = [*model.parameters(), *model.buffers(), *tensors]
-    groups = [group for tensor in own for group in _groups_of(tensor)]
-    for module in model.modules():
+    modules = [] if model is None else list(model.modules())
+    own = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values())]
+    known = [t for t in (*own, *tensors) if t is not None]
+    groups = [group for tensor in known for group in _groups_of(tensor)]
+    for module in modules:
         for mesh in _meshes(vars(module).get(_CONFIG), _DEPTH):
             groups += mesh.get_all_groups()
     return _ranks(groups)

@@ -6,12 +6,13 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from dit_cache_fx._torch import Piece
+from dit_cache_fx._torch import Piece, beside_distributed
 from dit_cache_fx.dynamo.capture import Input, Outlined, capture_graph
 from dit_cache_fx.dynamo.inner import Compile
 from dit_cache_fx.dynamo.parts import compiled_part, flat
@@ -20,13 +21,15 @@ from dit_cache_fx.ir.program import operations
 from dit_cache_fx.lowering import Part, Variants, lower_variants
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.passes import run_passes
+from dit_cache_fx.ranks import Ranks
 from dit_cache_fx.runtime.call_log import CallLog
 from dit_cache_fx.runtime.drive import lasting
 from dit_cache_fx.runtime.generation import TimestepValue, timestep_value
 from dit_cache_fx.runtime.graphs import block_bytes
 from dit_cache_fx.runtime.step import Step
-from dit_cache_fx.strategies import check_block_ids
+from dit_cache_fx.strategies import check_block_ids, spread_over
 from dit_cache_fx.values.pytree import Identity, unflatten
+from dit_cache_fx.values.wrapped import is_distributed
 
 #: most shapes of one graph with dynamic shapes whose variants are kept
 MAX_SHAPES = 32
@@ -56,6 +59,7 @@ class Shared:
 
     `timesteps`: by the function that Dynamo has split, the timestep that its first piece was given.
     `split`: there was a piece that is not the whole of its function. `caches`: a graph is cached.
+    `ranks`: the processes that the model is spread over.
     """
 
     host: CallLog
@@ -66,6 +70,7 @@ class Shared:
     caches: bool = False
     warned: bool = False
     first_constant: float | None = None
+    ranks: Ranks | None = None
 
     def serial(self, program: Hashable) -> int:
         """The number of a program: what is held with one graph of it is right for another one.
@@ -176,7 +181,8 @@ class CachedGraph:
         host, variants = self._shared.host, lowered.variants
         session = host.tracker.session
         given = [tensors[i] for i in lowered.given]
-        with session.lock, torch.no_grad():
+        spread = any(map(is_distributed, given))
+        with session.lock, torch.no_grad(), beside_distributed() if spread else nullcontext():
             derived = not self._piece.first
             evidence = host.evidence(session, lowered, lowered.signature, value, tensors, derived)
             start = host.begin(session, evidence, lowered)
@@ -236,6 +242,7 @@ class CachedGraph:
 
     def _lower(self, inputs: Sequence[Input]) -> Lowered:
         strategy, outlined = self._shared.host.strategy, self._outlined
+        strategy = spread_over(strategy, self._shared.ranks)
         traced = capture_graph(outlined, inputs, strategy)
         program = traced.program
         check_block_ids(strategy, {**program.block_lists, **outlined.elsewhere})

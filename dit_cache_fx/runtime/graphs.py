@@ -292,6 +292,7 @@ class Graphs:
             self.count,
             call.skeleton,
         )
+        entry.apart = captured.spread  # `cond` takes no distributed tensors
         log.info("captured %s", entry)
         return entry
 
