@@ -77,6 +77,10 @@ class Ranks:
         return self.total(checksum * (2 * torch.distributed.get_rank() + 3))
 
 
+#: what differs, where it is not in this process
+ANOTHER = "in another process"
+
+
 @contextmanager
 def together(ranks: Ranks | None) -> Iterator[None]:
     """Where one process raises within it, all of them do. None of them may wait for others there.

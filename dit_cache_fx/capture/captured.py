@@ -25,6 +25,7 @@ from dit_cache_fx.capture.signature import CallSignature, FlatCall, unflatten_ca
 from dit_cache_fx.capture.turns import Turns
 from dit_cache_fx.ir.graph_text import short
 from dit_cache_fx.ir.program import OUTPUT, BlockId, Program, block_values
+from dit_cache_fx.ranks import Ranks, every
 from dit_cache_fx.strategies import Strategy, never_cached
 from dit_cache_fx.strategies.signals import value_of
 from dit_cache_fx.values.identity import TensorIdentity
@@ -101,6 +102,7 @@ class Captured:
     newest: tuple[TensorIdentity, Shapes] | None = None
     unread: Sequence[str] = ()  # attributes that forward sets for others, in words
     spread: bool = False  # some of its tensors are distributed
+    ranks: Ranks | None = None  # the processes that the model is spread over
     opened: tuple[Any, ...] = ()  # blocks with parts in the graph, their weights in shards
 
     @contextmanager
@@ -174,13 +176,13 @@ def accepts(subject: Subject, captured: Captured, call: FlatCall) -> Shapes | No
     if newest is not None and not tensors.other_objects(newest[0]):
         return newest[1]
     read = captured.read(call.tensors)
-    if guards.values(read) != guards.values(guards.expected):
+    if not every(captured.ranks, guards.values(read) == guards.values(guards.expected)):
         _log_failed(guards, read)
         return None
     shapes = guards.shapes(read)
-    if shapes not in captured.accepted:
+    if not every(captured.ranks, shapes in captured.accepted):
         difference = _differs(subject, captured, call, call.tensors)
-        if difference is not None:
+        if not every(captured.ranks, difference is None):
             log.info("a graph is not for this call: with %s %s", shapes, difference)
             return None
         captured.accepted.add(shapes)

@@ -44,6 +44,7 @@ from dit_cache_fx.capture.timestep import guessed_timestep
 from dit_cache_fx.capture.trace import trace
 from dit_cache_fx.capture.world import World
 from dit_cache_fx.errors import CaptureError, DitCacheError
+from dit_cache_fx.ranks import ANOTHER, every, together
 from dit_cache_fx.values.pytree import constants
 from dit_cache_fx.values.wrapped import is_distributed
 
@@ -62,7 +63,8 @@ def capture(subject: Subject, call: FlatCall, timestep: str | None) -> Captured:
         kept = kept_modules(subject.model, lists)
         recording, unread = _recorded(subject, call, tensors, lists, kept)
         with unnoticed(subject.model), without_dispatch_modes():
-            captured = _traced(subject, call, tensors, lists, kept, recording, timestep)
+            with together(subject.strategy.ranks):
+                captured = _traced(subject, call, tensors, lists, kept, recording, timestep)
             captured.unread = unread
             if subject.check:
                 with _explained("the captured graph fails where the model does not"):
@@ -96,7 +98,7 @@ def _traced(
     whole = set() if recording.settings else set(kept)
     captured = Captured(program, program.gm, guards, recording, blocks, whole, set(), subject.turns)
     captured.not_held = not_held(program, recording)
-    captured.opened = sharded_owners(program)
+    captured.opened, captured.ranks = sharded_owners(program), subject.strategy.ranks
     made = [layout for c in recording.calls for layout in c.layouts]
     captured.spread = any(made) or any(map(is_distributed, tensors))
     if guards is not None:
@@ -190,8 +192,8 @@ def _check(
         except IllegalInputs as error:
             log.info("the model refuses inputs made up for a check: %r", error.__cause__)
             continue
-        if difference is not None:
-            raise refuse(difference)
+        if not every(captured.ranks, difference is None):
+            raise refuse(difference or ANOTHER)
         return
 
 

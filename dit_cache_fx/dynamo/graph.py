@@ -6,13 +6,12 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from dit_cache_fx._torch import Piece, beside_distributed
+from dit_cache_fx._torch import Piece
 from dit_cache_fx.dynamo.capture import Input, Outlined, capture_graph
 from dit_cache_fx.dynamo.inner import Compile
 from dit_cache_fx.dynamo.parts import compiled_part, flat
@@ -48,6 +47,11 @@ NO_BLOCKS = (
 _SPLIT = (
     "Dynamo splits the model (TORCH_LOGS=graph_breaks tells where) and no piece can be cached, but "
     "dit_cache_fx.apply(model, ...) can capture it"
+)
+
+_DISTRIBUTED = (
+    "the call has distributed tensors (DTensor), and a backend makes none; use "
+    "dit_cache_fx.apply(model, ...), then torch.compile or compile_steps()"
 )
 
 Compiled = Callable[..., Sequence[Any]]
@@ -181,8 +185,7 @@ class CachedGraph:
         host, variants = self._shared.host, lowered.variants
         session = host.tracker.session
         given = [tensors[i] for i in lowered.given]
-        spread = any(map(is_distributed, given))
-        with session.lock, torch.no_grad(), beside_distributed() if spread else nullcontext():
+        with session.lock, torch.no_grad():
             derived = not self._piece.first
             evidence = host.evidence(session, lowered, lowered.signature, value, tensors, derived)
             start = host.begin(session, evidence, lowered)
@@ -243,6 +246,9 @@ class CachedGraph:
     def _lower(self, inputs: Sequence[Input]) -> Lowered:
         strategy, outlined = self._shared.host.strategy, self._outlined
         strategy = spread_over(strategy, self._shared.ranks)
+        given = [inputs[i] for i in outlined.given]
+        if any(isinstance(v, torch.Tensor) and is_distributed(v) for v in given):
+            raise CaptureError(_DISTRIBUTED)
         traced = capture_graph(outlined, inputs, strategy)
         program = traced.program
         check_block_ids(strategy, {**program.block_lists, **outlined.elsewhere})
