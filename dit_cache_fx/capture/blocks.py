@@ -111,11 +111,10 @@ def _carries_stream(call: fx.Node) -> bool:
 
 def _sample(program: Program) -> str | None:
     """The argument that carries the noisy sample: shaped like the output, or the first one."""
-    step = program.timestep
     inputs = [
         (program.node(name), argument)
         for name, argument in zip(program.inputs, program.arguments, strict=True)
-        if name != step and name not in program.owned
+        if name != program.timestep_input and name not in program.owned
     ]
     output = program.graph.output_node().all_input_nodes
     shape = spec.shape if output and (spec := spec_of(output[0])) is not None else None

@@ -132,7 +132,7 @@ def refusable(model: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def second_inputs(
-    tensors: Sequence[torch.Tensor], timestep: int, sample: Sequence[int]
+    tensors: Sequence[torch.Tensor], timestep_position: int, sample: Sequence[int]
 ) -> Iterator[list[torch.Tensor]]:
     """Inputs that differ from the capture's: first all of them, then only what changes each step.
 
@@ -146,7 +146,7 @@ def second_inputs(
             if tensors[i].is_floating_point():
                 noise = torch.randn(tensors[i].shape, generator=generator, device="cpu")
                 changed[i] = noise.to(tensors[i])
-        changed[timestep] = _another_timestep(tensors[timestep])
+        changed[timestep_position] = _another_timestep(tensors[timestep_position])
         yield changed
 
 

@@ -54,7 +54,7 @@ class Guards:
 
 
 def normal_form(
-    model: nn.Module, traced: Trace, call: FlatCall, timestep: str | None
+    model: nn.Module, traced: Trace, call: FlatCall, timestep_argument: str | None
 ) -> tuple[Program, Guards | None]:
     """The program and the guards of a trace. Raises `CaptureError` where a guard needs a block."""
     names, arguments = call.names(), call.arguments_of()
@@ -64,8 +64,17 @@ def normal_form(
     gm = graph_module(model, attributes, graph, "Captured")
     gm.graph.eliminate_dead_code()
     gm.recompile()
-    step = next((n for n, a in zip(_inputs(gm), arguments, strict=True) if a == timestep), None)
-    program = Program(gm, tuple(_inputs(gm)), tuple(arguments), step, None, traced.output)
+    inputs = tuple(_inputs(gm))
+    named = dict(zip(reversed(arguments), reversed(inputs), strict=True))
+    program = Program(
+        gm=gm,
+        inputs=inputs,
+        arguments=tuple(arguments),
+        timestep_argument=timestep_argument,
+        timestep_input=None if timestep_argument is None else named[timestep_argument],
+        sample=None,
+        output=traced.output,
+    )
     return program, guards
 
 

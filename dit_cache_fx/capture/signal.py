@@ -186,9 +186,9 @@ def _timed(program: Program, node: fx.Node) -> bool:
 
 
 def _timestep_argument(program: Program) -> str:
-    if program.timestep is None:
+    if program.timestep_argument is None:
         raise CaptureError("the graph does not take the timestep: use signal='input'")
-    return program.arguments[program.inputs.index(program.timestep)]
+    return program.timestep_argument
 
 
 def _unknown(signal: str, reason: str) -> CaptureError:

@@ -70,7 +70,7 @@ class Backend(LifeCycle):
         outlined = outlined_graph(
             gm, example_inputs, self._blocks, self._timestep, piece.whole, frame
         )
-        place = outlined.timestep_place
+        position = outlined.timestep_position
         if outlined.lists:
             graph = CachedGraph(self._shared, compile_graph, outlined, piece)
             self._graphs.add(graph)
@@ -78,8 +78,8 @@ class Backend(LifeCycle):
         compiled = compile_graph(gm, example_inputs)
         if piece.whole:
             self._shared.uncached(NO_BLOCKS, again=False)
-        elif piece.first and place is not None:
-            return NotingGraph(self._shared, compiled, place, piece)
+        elif piece.first and position is not None:
+            return NotingGraph(self._shared, compiled, position, piece)
         return compiled
 
     # --- life cycle --------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def outlined_graph(
         number_step=number_step,
         given=tuple(i for i in range(len(example_inputs)) if i not in own),
         dynamic=len(tensors) < len(example_inputs),
-        timestep=step,
+        timestep_argument=step,
         constant=None if step is not None or named is None else frame.numbers.get(named),
     )
 

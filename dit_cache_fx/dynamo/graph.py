@@ -153,15 +153,15 @@ class CachedGraph:
 
     def _value(self, inputs: Sequence[Input]) -> TimestepValue | None:
         """The step's timestep: set by the user, among the inputs, or told by an earlier piece."""
-        place = self._outlined.timestep_place
+        position = self._outlined.timestep_position
         value: TimestepValue | None = None
         explicit = self._shared.host.tracker.session.explicit
         if not self._piece.first:
             value = self._shared.timesteps.get(self._piece.function)
         if explicit is not None:
             value = float(explicit)
-        elif value is None and place is not None:
-            value = timestep_value(inputs[place])  # type: ignore[arg-type]
+        elif value is None and position is not None:
+            value = timestep_value(inputs[position])  # type: ignore[arg-type]
         elif value is None:
             value = self._shared.constant(self._outlined.constant)
         if value is None:
@@ -262,17 +262,17 @@ class CachedGraph:
 class NotingGraph:
     """A piece without blocks that is given the timestep: it tells the pieces behind it."""
 
-    def __init__(self, shared: Shared, compiled: Compiled, place: int, piece: Piece) -> None:
+    def __init__(self, shared: Shared, compiled: Compiled, position: int, piece: Piece) -> None:
         self._shared = shared
         self._compiled = compiled
-        self._place = place
+        self._position = position
         self._piece = piece
         self._called = False
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         if self._shared.enabled:
             if self._shared.host.tracker.session.explicit is None:
-                self._shared.tell(self._piece, timestep_value(inputs[self._place]))
+                self._shared.tell(self._piece, timestep_value(inputs[self._position]))
             self._shared.uncached(NO_BLOCKS, self._called)
             self._called = True
         return self._compiled(*inputs)

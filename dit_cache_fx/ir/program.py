@@ -3,6 +3,10 @@
 A program is an ATen-level graph over the user's own, live modules: every block is one
 `call_module` (`model.transformer_blocks.7`), so is every layer around the blocks, and the timestep
 is one placeholder. There is no in-place operation in it.
+
+The timestep has four forms: `timestep_argument` is the name of forward's argument, `timestep_input`
+the placeholder of the graph, `timestep_position` its index among the call's tensors, and
+`timestep_value` the number that a call gives.
 """
 
 from __future__ import annotations
@@ -73,7 +77,8 @@ class Program:
     gm: fx.GraphModule
     inputs: tuple[str, ...]  # placeholders of the call's tensors, in order
     arguments: tuple[str, ...]  # for each input, the forward argument that it came in
-    timestep: str | None  # the input that tells the step
+    timestep_argument: str | None  # the forward argument that tells the step
+    timestep_input: str | None  # the input that it came in as
     sample: str | None  # the forward argument that carries the noisy sample
     output: Skeleton
     block_lists: dict[str, int] = field(default_factory=dict)  # list name -> blocks in it
@@ -83,6 +88,12 @@ class Program:
     @property
     def graph(self) -> fx.Graph:
         return self.gm.graph
+
+    @property
+    def timestep_position(self) -> int | None:
+        """Which of the inputs tells the step."""
+        name = self.timestep_input
+        return None if name is None else self.inputs.index(name)
 
     @property
     def model(self) -> nn.Module:

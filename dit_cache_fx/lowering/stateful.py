@@ -84,7 +84,7 @@ class Stateful(nn.Module):
         self.program = one.part.gm
         self.held = variants.held
         self.inputs = program.inputs
-        self.timestep = str(program.timestep)
+        self.timestep_input = str(program.timestep_input)
         self.guards = assertions
         computed = torch.tensor(steps.computed, dtype=torch.float64, device="cpu")
         self.register_buffer("steps", computed, persistent=False)
@@ -111,7 +111,7 @@ class Stateful(nn.Module):
     ) -> tuple[list[torch.Tensor], State]:
         if self.guards is not None:
             self.guards(*(inputs[name] for name in self.inputs))
-        now = inputs[self.timestep].to("cpu", torch.float64).mean()
+        now = inputs[self.timestep_input].to("cpu", torch.float64).mean()
         seen = _print([inputs[name] for name in self.conditioning])
         clock = ClockState.unpack(state["clock"]).advanced(
             now, torch.eq(seen, state["print"]).all()

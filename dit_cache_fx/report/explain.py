@@ -117,13 +117,12 @@ def explain(
 
 def _explained(entry: Lowered, strategy: Strategy, full: bool) -> GraphExplanation:
     program = entry.program
-    timestep = program.timestep
     return GraphExplanation(
         number=entry.serial,
         takes=entry.takes,
         block_lists=dict(program.block_lists),
-        timestep=f"argument {timestep!r}"
-        if timestep
+        timestep=f"argument {program.timestep_argument!r}"
+        if program.timestep_argument
         else "told by an earlier graph, or by the user",
         runs=tuple(_runs(entry, strategy)),
         always_run=tuple(str(call.meta[BLOCK]) for call in program.block_calls()),

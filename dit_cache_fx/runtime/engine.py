@@ -41,10 +41,10 @@ class First(NamedTuple):
 class Engine:
     """Answers the calls of one cached model."""
 
-    def __init__(self, subject: Subject, timestep: str | None) -> None:
+    def __init__(self, subject: Subject, timestep_argument: str | None) -> None:
         self.subject = subject
         self.host = CallLog(subject.strategy)
-        self.graphs = Graphs(subject, timestep, self.host.count)
+        self.graphs = Graphs(subject, timestep_argument, self.host.count)
         #: compiles the graphs where nothing else does; None: they run as they are
         self.step_compiler: StepCompiler | None = None
 
@@ -106,8 +106,9 @@ class Engine:
     ) -> CallEvidence:
         """What tells where a call belongs. Waits for the device where the timestep is on one."""
         explicit, tensors = session.explicit, call.tensors
-        assert entry.timestep is not None
-        read = timestep_value(tensors[entry.timestep]) if explicit is None else float(explicit)
+        position = entry.program.timestep_position
+        assert position is not None
+        read = timestep_value(tensors[position]) if explicit is None else float(explicit)
         return self.host.evidence(session, entry, key, read, tensors)
 
     def _done(self, start: CallStart, found: Found[First]) -> None:
@@ -152,7 +153,7 @@ class Engine:
     def _flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FlatCall:
         arguments = self.subject.signature.bind(args, kwargs)
         self.graphs.learn_timestep(tuple(arguments))
-        return flatten_call(arguments, self.graphs.timestep)
+        return flatten_call(arguments, self.graphs.timestep_argument)
 
     def _run(
         self, entry: Entry, step: Step, call: FlatCall, first: First | None, compiler: Compiler

@@ -149,10 +149,10 @@ class Graphs:
     wait for that.
     """
 
-    def __init__(self, subject: Subject, timestep: str | None, count: StepCount) -> None:
+    def __init__(self, subject: Subject, timestep_argument: str | None, count: StepCount) -> None:
         self.subject = subject
         self.count = count
-        self.timestep = timestep  # the argument's name, once it is known
+        self.timestep_argument = timestep_argument  # once it is known
         self.entries: OrderedDict[InputKey, tuple[Entry, ...]] = OrderedDict()
         self._serial = 0
         self._told: set[str] = set()
@@ -174,8 +174,8 @@ class Graphs:
 
     def learn_timestep(self, arguments: Sequence[str]) -> None:
         """Look for the timestep among a call's arguments: it may have come in by `**kwargs`."""
-        if self.timestep is None:
-            self.timestep = named_timestep(arguments, None)
+        if self.timestep_argument is None:
+            self.timestep_argument = named_timestep(arguments, None)
 
     def find(self, call: FlatCall, key: InputKey, check: Callable[[Entry], _T]) -> Found[_T]:
         """The graph for a call, captured where there is none.
@@ -268,12 +268,12 @@ class Graphs:
     def _capture(self, call: FlatCall) -> Entry:
         model, strategy = self.subject.model, self.subject.strategy
         before = fingerprint(model, ())
-        captured = capture(self.subject, call, self.timestep)
+        captured = capture(self.subject, call, self.timestep_argument)
         self.subject.turns.needed |= bool(captured.recording.settings)
         self._tell_unread(captured.unread)
         after = fingerprint(model, ())
         program = captured.program
-        self.timestep = program.arguments[program.inputs.index(str(program.timestep))]
+        self.timestep_argument = program.timestep_argument
         check_block_ids(strategy, program.block_lists)
         nodes = operations(program.graph)
         run_passes(program, strategy)
