@@ -15,6 +15,7 @@ from dit_cache_fx._torch import (
     exporting,
     not_a_compiled_frame,
     traced_here,
+    unseen,
 )
 from dit_cache_fx.capture import CallSignature, FlatCall
 from dit_cache_fx.life_cycle import LifeCycle
@@ -82,8 +83,9 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
         if torch.compiler.is_dynamo_compiling() or traced_here((*args, *kwargs.values())):
             return self._traced(self._model.forward, args, kwargs)
         callback = dynamo_callback()
-        begin = self._serving if callback is None else self._serving_unseen
-        serving = begin(args, kwargs, callback)
+        serve = CachedModel._serving
+        begin = serve if callback is None else unseen(serve)
+        serving = begin(self, args, kwargs, callback)
         return self._model.forward(*args, **kwargs) if serving is None else drive(serving)
 
     def _traced(self, uncached: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -105,8 +107,6 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
         return self._engine.serve(
             args, kwargs, Compiler(callback) if callback is not None else NOTHING
         )
-
-    _serving_unseen = torch.compiler.disable(_serving)
 
     def _uncached_because(self, args: Any, kwargs: Any) -> str | None:
         if self._model.training:

@@ -23,6 +23,7 @@ from dit_cache_fx._torch import (
     dynamo_callback,
     look_again,
     not_a_compiled_frame,
+    unseen,
     wants_one_graph,
 )
 
@@ -78,7 +79,7 @@ class Turn(NamedTuple):
 def drive(serving: Serving) -> Any:
     """The output of an engine's call, its graphs run by whatever compiler looks on."""
     callback = dynamo_callback()
-    resumed = _resumed_unseen if callback else _resumed
+    resumed = unseen(_resumed) if callback else _resumed
     around = ExitStack()
     turn = resumed(serving.send, None, around)
     while turn.stage is not None:
@@ -102,6 +103,3 @@ def _resumed(resume: Callable[[Any], Stage], value: Any, around: ExitStack) -> T
         return Turn(None, end.value)
     around.enter_context(stage.around())
     return Turn(stage)
-
-
-_resumed_unseen = torch.compiler.disable(_resumed)

@@ -13,8 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from dit_cache_fx._torch import (
-    CANNOT_COMPILE,
     breaks_raise,
+    cannot_compile,
     not_a_compiled_frame,
     signatures_kept,
 )
@@ -81,7 +81,7 @@ class _Whole:
         try:
             with nullcontext() if self._broken else breaks_raise():
                 return self._compiled(*operands)
-        except CANNOT_COMPILE as error:
+        except cannot_compile() as error:
             if self._broken or self._options.get("fullgraph"):
                 raise
             log.info("no single graph for a kind of step, so its blocks one by one: %s", error)
@@ -138,7 +138,7 @@ def watched(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> Ser
     if not (entry.apart if whole else entry.breaks or entry.apart):
         try:
             return (yield from _one_graph(entry, step, call, compiler))
-        except CANNOT_COMPILE as error:
+        except cannot_compile() as error:
             log.info("no single graph, so one for each kind of step: %s", error)
     steps = _whole_steps if whole or entry.apart else _steps
     return (yield from steps(entry, step, call, compiler))
@@ -184,7 +184,7 @@ def _compiled(stage: Stage, first: bool) -> Serving:
     if not first:
         try:
             return (yield stage)
-        except CANNOT_COMPILE as error:
+        except cannot_compile() as error:
             log.info("compiling again: %s", error)
     with signatures_kept():
         return (yield stage)

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import fx, nn
 
-from dit_cache_fx._torch import not_a_compiled_frame
+from dit_cache_fx._torch import constant_result, not_a_compiled_frame
 from dit_cache_fx.capture import (
     Captured,
     FlatCall,
@@ -121,7 +121,7 @@ class Entry(Lowered):
         """The program with the state of a cache context in its buffers."""
         return getattr(self, self._carry(context))  # type: ignore[no-any-return]
 
-    @torch.compiler.assume_constant_result
+    @constant_result
     def _carry(self, context: tuple[str, ...]) -> str:
         """The name of the attribute that holds it: made while a graph is traced, where need be."""
         with self._lowering:
