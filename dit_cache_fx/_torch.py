@@ -62,9 +62,6 @@ from torch.utils._python_dispatch import (
 
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
-#: node.meta key: where "val" is on the meta device, the real one
-DEVICE = "dit_cache_device"
-
 _PROXY, _FAKE = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
 #: kinds of tensors that are not fake
 _REAL = (torch.Tensor, nn.Parameter)
@@ -78,8 +75,10 @@ class OpaqueCall(Protocol):
     def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The outputs, as new tensor objects."""
 
-    def emit(self, graph: Emitter, inputs: Sequence[Any]) -> Sequence[Any]:
-        """Add nodes for the call; one proxy for each output of `run`."""
+    def emit(
+        self, graph: Emitter, inputs: Sequence[Any], outputs: Sequence[torch.Tensor]
+    ) -> Sequence[Any]:
+        """Add nodes for the call; one proxy for each of the `outputs` that `run` gave."""
 
 
 class Emitter:
@@ -123,8 +122,8 @@ def _trace(mode: Any, call: OpaqueCall, tensors: list[torch.Tensor]) -> list[tor
     with disable_proxy_modes_tracing():
         outputs = call.run(tensors)
     inputs = [mode.tracer.unwrap_proxy(t) for t in tensors]
-    for tensor, proxy in zip(outputs, call.emit(Emitter(mode.tracer), inputs), strict=True):
-        proxy.node.meta.update({"val": tensor.to("meta"), DEVICE: tensor.device})
+    proxies = call.emit(Emitter(mode.tracer), inputs, outputs)
+    for tensor, proxy in zip(outputs, proxies, strict=True):
         track_tensor(tensor, proxy, constant=None, tracer=mode.tracer)
     return outputs
 

@@ -73,7 +73,7 @@ class Doubling:
     def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [tensors[0] * 2]
 
-    def emit(self, graph: Emitter, inputs: Sequence[Any]) -> Sequence[Any]:
+    def emit(self, graph: Emitter, inputs: Sequence[Any], outputs: Any) -> Sequence[Any]:
         return [graph.call(double, tuple(inputs), {}, "double")]
 
 

@@ -12,7 +12,8 @@ from torch import fx
 
 from dit_cache_fx import DeepCache, OptionError, Strategy, VerifyError
 from dit_cache_fx.ir.names import CLOCK_NAMES
-from dit_cache_fx.ir.program import BlockId, Program, Region
+from dit_cache_fx.ir.node_meta import BlockId
+from dit_cache_fx.ir.program import Program, Region
 from dit_cache_fx.ir.verify import verify
 from dit_cache_fx.lowering import lower_variants
 from dit_cache_fx.passes import PASSES, manager, run_passes

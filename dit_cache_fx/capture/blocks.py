@@ -9,9 +9,8 @@ from torch import fx
 
 from dit_cache_fx.capture.leaves import BlockList
 from dit_cache_fx.errors import DiscoveryError
+from dit_cache_fx.ir.node_meta import BlockId, mark
 from dit_cache_fx.ir.program import (
-    BLOCK,
-    BlockId,
     Program,
     argument_leaves,
     block_values,
@@ -59,7 +58,7 @@ def mark_blocks(program: Program, lists: Sequence[BlockList], chosen: bool) -> N
         made: dict[int, int] = {}
         for call in f.calls:
             index = int(str(call.target).rpartition(".")[2])
-            call.meta[BLOCK] = BlockId(f.blocks.name, index, made.get(index, 0))
+            mark(call, block=BlockId(f.blocks.name, index, made.get(index, 0)))
             made[index] = made.get(index, 0) + 1
 
 

@@ -18,8 +18,8 @@ from dit_cache_fx.capture.outer_signal import mark_residual, mark_sample
 from dit_cache_fx.capture.record import ModuleCall, Recording
 from dit_cache_fx.capture.trace import Trace, call_kept, trace
 from dit_cache_fx.errors import CaptureError
+from dit_cache_fx.ir.node_meta import mark
 from dit_cache_fx.ir.program import (
-    SIGNAL,
     Program,
     ancestors,
     argument_leaves,
@@ -48,12 +48,12 @@ def mark_input(program: Program, cache_name: str) -> None:
     stream = stream_input(program, first, cache_name)
     if stream is None:
         raise _unknown("input", _NO_STREAM)
-    unchanged(stream).meta[SIGNAL] = True
+    mark(unchanged(stream), signal=True)
 
 
 def mark_conditioning(program: Program, cache_name: str) -> None:
     """Take what the timestep gives to the first block: the smallest such argument."""
-    _conditioning(program, cache_name).meta[SIGNAL] = True
+    mark(_conditioning(program, cache_name), signal=True)
 
 
 def mark_embedding(program: Program, cache_name: str) -> None:
@@ -71,7 +71,7 @@ def mark_embedding(program: Program, cache_name: str) -> None:
     found = [n for n in alone if n in shared] or [n for n in alone if n in made_from]
     if not found:
         raise _unknown("embedding", "nothing of the timestep alone conditions the first block")
-    found[-1].meta[SIGNAL] = True
+    mark(found[-1], signal=True)
 
 
 #: signals that need no look inside the first block
@@ -124,7 +124,7 @@ def mark_modulated(program: Program, made: ModuleCall, cache_name: str) -> None:
         )
     conditioning = [n for n in arguments if n is not stream and _timed(program, n)]
     if not conditioning:
-        unchanged(stream).meta[SIGNAL] = True
+        mark(unchanged(stream), signal=True)
         return
 
     def run(tensors: Any) -> Any:
@@ -166,7 +166,7 @@ def _add(
     needed = ancestors([value], stop=given)
     with program.graph.inserting_before(before):
         new = translated(program.model, traced, program.graph, attributes, given, needed)
-    new[value].meta[SIGNAL] = True
+    mark(new[value], signal=True)
     program.gm = graph_module(program.model, attributes, program.graph, "Captured")
 
 

@@ -21,8 +21,7 @@ from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.record import ModuleCall, Recording
 from dit_cache_fx.capture.scalar_timestep import NumberFactories
 from dit_cache_fx.errors import CaptureError
-from dit_cache_fx.ir.program import KEYS, OUTPUT, PATH
-from dit_cache_fx.ir.within import WITHIN
+from dit_cache_fx.ir.node_meta import mark, mark_tensor
 from dit_cache_fx.values.pytree import (
     Maker,
     Skeleton,
@@ -194,7 +193,9 @@ class _Replay:
     def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return self.made.outputs()
 
-    def emit(self, graph: Emitter, inputs: Sequence[Any]) -> Sequence[Any]:
+    def emit(
+        self, graph: Emitter, inputs: Sequence[Any], outputs: Sequence[torch.Tensor]
+    ) -> Sequence[Any]:
         args, kwargs = unflatten(
             self.inputs,
             inputs,
@@ -203,13 +204,14 @@ class _Replay:
         )
         name = self.made.name
         node = graph.call(call_kept, (self.index, name, args, kwargs), {}, _node_name(name))
-        node.node.meta[WITHIN] = self.made.within
-        outputs = []
+        mark(node.node, within=self.made.within or None)
+        proxies = []
         for index, path in enumerate(key_paths(self.made.skeleton)):
-            output = _follow(node, path)
-            output.node.meta.update({OUTPUT: index, PATH: tuple(key for _, key in path)})
-            outputs.append(output)
-        return outputs
+            proxy, tensor = _follow(node, path), outputs[index]
+            mark_tensor(proxy.node, tensor.to("meta"), tensor.device)
+            mark(proxy.node, output=index, path=tuple(key for _, key in path))
+            proxies.append(proxy)
+        return proxies
 
     def _container(self, graph: Emitter, kind: Any, keys: Any, children: list[Any]) -> Any:
         """A container as an argument: what a graph cannot write down is made by a node of it."""
@@ -220,7 +222,7 @@ class _Replay:
         else:
             maker = self._attribute(graph, self._maker(kind, keys))
             made = graph.call(make_container, (maker, *children), {}, kind.__name__)
-        made.node.meta[KEYS] = keys
+        mark(made.node, keys=keys)
         return made
 
     def _maker(self, kind: Any, keys: Any) -> Maker:

@@ -19,7 +19,8 @@ from dit_cache_fx._torch import (
 )
 from dit_cache_fx.capture.ambient import without_autocast
 from dit_cache_fx.dynamo.inner import Compile
-from dit_cache_fx.ir.within import WITHIN, Within
+from dit_cache_fx.ir.node_meta import meta_of
+from dit_cache_fx.ir.within import Within
 from dit_cache_fx.lowering import CompiledPart, Part
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
@@ -98,7 +99,7 @@ def _inlined(gm: fx.GraphModule, new: dict[fx.Node, Any], graph: fx.Graph, owner
         elif node.op == "get_attr":
             new[node] = graph.get_attr(_kept(owner, _value(gm, str(node.target))))
         elif node.op == "call_module":
-            with _entered(graph, node.meta.get(WITHIN) or Within()):
+            with _entered(graph, meta_of(node).within or Within()):
                 new[node] = _called(gm, node, new, graph, owner)
         else:
             new[node] = graph.node_copy(node, new.__getitem__)

@@ -19,32 +19,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from dit_cache_fx._torch import DEVICE
 from dit_cache_fx.errors import VerifyError
-from dit_cache_fx.ir.within import generate_contexts
+from dit_cache_fx.ir.contexts import generate_contexts
+from dit_cache_fx.ir.node_meta import BlockId, is_block, meta_of
 from dit_cache_fx.values.pytree import Skeleton
 from dit_cache_fx.values.tensor_spec import TensorSpec
-
-#: node.meta keys
-BLOCK = "dit_cache_block"  # on a block's call: its BlockId
-OUTPUT = "dit_cache_output"  # on a value of a block: the index among the block's tensors
-PATH = "dit_cache_path"  # beside it: the keys that lead to it in the block's result
-ORIGIN = "dit_cache_origin"  # on a node that was copied into a run: the name of what it was
-KEYS = "dit_cache_keys"  # on a container that is made as a block's argument: its keys
-SIGNAL = "dit_cache_signal"  # on the value that the strategy's own rule looks at
-
-
-@dataclass(frozen=True, order=True)
-class BlockId:
-    """A call of a block: the attribute path of its list, its place in it, which call of it."""
-
-    list_name: str
-    index: int
-    call: int = 0
-
-    def __str__(self) -> str:
-        again = f" (call {self.call})" if self.call else ""
-        return f"{self.list_name}.{self.index}{again}"
 
 
 @dataclass(frozen=True)
@@ -109,7 +88,7 @@ class Program:
     @property
     def signal(self) -> fx.Node | None:
         """The value that the strategy's own rule looks at."""
-        return next((n for n in self.graph.nodes if SIGNAL in n.meta), None)
+        return next((n for n in self.graph.nodes if meta_of(n).signal), None)
 
     def needs(self) -> dict[fx.Node, frozenset[str]]:
         """For each node the forward arguments that it depends on; the model's own are none."""
@@ -123,7 +102,7 @@ class Program:
 
     def block_calls(self) -> list[fx.Node]:
         """The calls of trunk blocks, in order."""
-        return [node for node in self.graph.nodes if BLOCK in node.meta]
+        return [node for node in self.graph.nodes if is_block(node)]
 
     def outputs_of_blocks(self) -> list[fx.Node]:
         """The model's own results that its blocks take part in, each once."""
@@ -188,7 +167,7 @@ def is_kept(node: fx.Node) -> bool:
 
     A block without readers is one that is never cached, by the user's wish.
     """
-    return node.op in ("placeholder", "output") or BLOCK in node.meta or SIGNAL in node.meta
+    return node.op in ("placeholder", "output") or is_block(node) or meta_of(node).signal
 
 
 def is_view(node: fx.Node) -> bool:
@@ -224,7 +203,7 @@ def _closure(nodes: Iterable[fx.Node], stop: set[fx.Node], step: Any) -> set[fx.
 
 def block_values(call: fx.Node) -> list[fx.Node]:
     """The tensors of a block's result: the call itself, or the items taken from it."""
-    if OUTPUT in call.meta:
+    if meta_of(call).output is not None:
         return [call]
     return [value for item in items_of(call) for value in block_values(item)]
 
@@ -246,9 +225,9 @@ def argument_leaves(call: fx.Node) -> list[tuple[Slot, fx.Node]]:
 
 def _leaves(slot: Slot, value: Any) -> Iterator[tuple[Slot, fx.Node]]:
     children: Iterable[tuple[Any, Any]] = ()
-    if isinstance(value, fx.Node) and KEYS in value.meta:
+    if isinstance(value, fx.Node) and (keys := meta_of(value).keys) is not None:
         parts = [*value.kwargs.values()] or value.args[1:]
-        children = zip(value.meta[KEYS], parts, strict=True)
+        children = zip(keys, parts, strict=True)
     elif isinstance(value, fx.Node):
         if value.op != "get_attr" or spec_of(value) is not None:
             yield slot, value
@@ -262,7 +241,7 @@ def _leaves(slot: Slot, value: Any) -> Iterator[tuple[Slot, fx.Node]]:
 
 def block_call_of(value: fx.Node) -> fx.Node:
     """The block call that a value (or a slice of one) comes from."""
-    while BLOCK not in value.meta:
+    while not is_block(value):
         value = value.all_input_nodes[0]
     return value
 
@@ -288,5 +267,5 @@ def tensor_spec(node: fx.Node) -> TensorSpec:
 
 def device_of(node: fx.Node) -> torch.device:
     """The device of the node's tensor at capture."""
-    device: torch.device = node.meta.get(DEVICE) or node.meta["val"].device
+    device: torch.device = meta_of(node).device or node.meta["val"].device
     return device

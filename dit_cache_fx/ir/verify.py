@@ -11,7 +11,8 @@ from torch import fx
 from dit_cache_fx.errors import VerifyError
 from dit_cache_fx.ir.cached_run import CachedRun, cached_runs, is_cached_run
 from dit_cache_fx.ir.names import CLOCK_NAMES, is_reserved
-from dit_cache_fx.ir.program import BLOCK, Program, Region
+from dit_cache_fx.ir.node_meta import block_of
+from dit_cache_fx.ir.program import Program, Region
 
 
 def verify(program: Program) -> None:
@@ -70,7 +71,7 @@ def _verify_regions(program: Program) -> None:
         missing = [v for v in region.values if v not in names]
         if missing:
             raise VerifyError(f"run {region.index}: no node is called {missing}")
-    listed = {c.meta[BLOCK].list_name for c in program.block_calls()}
+    listed = {block_of(c).list_name for c in program.block_calls()}
     if not listed <= set(program.block_lists):
         raise VerifyError(f"blocks of unknown lists: {sorted(listed)}")
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from dit_cache_fx.ir.node_meta import is_block
 from dit_cache_fx.ir.program import (
-    BLOCK,
     ancestors,
     attributes_of,
     descendants,
@@ -69,7 +69,7 @@ def split_preamble(compute: Part) -> Preamble | None:
     """
     gm = compute.gm
     nodes = list(gm.graph.nodes)
-    behind = descendants(n for n in nodes if BLOCK in n.meta)
+    behind = descendants(n for n in nodes if is_block(n))
     selecting = [n for n in nodes if _depends_on_data(n) and n not in behind]
     if not selecting:
         return None

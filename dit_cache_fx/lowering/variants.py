@@ -12,10 +12,8 @@ from torch import fx
 from dit_cache_fx.ir.cached_run import CachedRun, is_cached_run
 from dit_cache_fx.ir.graph_text import trace_graph
 from dit_cache_fx.ir.names import is_measured
+from dit_cache_fx.ir.node_meta import mark, meta_of
 from dit_cache_fx.ir.program import (
-    BLOCK,
-    ORIGIN,
-    SIGNAL,
     Program,
     ancestors,
     attributes_of,
@@ -168,14 +166,14 @@ class _Side:
         return Part.of(self.program.model, self.attributes, self.graph, self.kind.capitalize())
 
     def _copy(self, node: fx.Node, new: dict[fx.Node, Any]) -> None:
-        origin = node.meta.get(ORIGIN)
+        origin = meta_of(node).origin
         if origin in self.sunk:
             new[node] = self.sunk[origin]
             return
         new[node] = self.graph.node_copy(node, new.__getitem__)
-        new[node].meta.pop(SIGNAL, None)
+        mark(new[node], signal=False)
         if node in self.done:
-            new[node].meta.pop(BLOCK, None)
+            mark(new[node], block=None)
         if origin is not None:
             self.sunk[origin] = new[node]
 

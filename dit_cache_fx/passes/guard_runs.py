@@ -8,8 +8,8 @@ from typing import Any
 from torch import fx
 
 from dit_cache_fx.ir.cached_run import cache_or_compute
+from dit_cache_fx.ir.node_meta import block_of, mark
 from dit_cache_fx.ir.program import (
-    BLOCK,
     Program,
     Region,
     ancestors,
@@ -72,7 +72,7 @@ class _Rewrite:
         program = self.program
         cached = {b for r in program.regions for b in r.blocks}
         roots = [*program.graph.output_node().all_input_nodes]
-        roots += [c for c in program.block_calls() if c.meta[BLOCK] not in cached]
+        roots += [c for c in program.block_calls() if block_of(c) not in cached]
         roots += [program.signal] if program.signal else []
         for region in program.regions:
             starts, operands, _ = self._parts(region)
@@ -94,7 +94,7 @@ class _Rewrite:
         """What the run starts from, its other operands, and its members."""
         program = self.program
         values = [program.node(name) for name in region.values]
-        calls = [c for c in program.block_calls() if c.meta[BLOCK] in region.blocks]
+        calls = [c for c in program.block_calls() if block_of(c) in region.blocks]
         between = descendants(calls) & ancestors([*calls, *values])
         members = between | set(calls)
         starts = [program.node(name) for name in dict.fromkeys(region.inputs) if name]
@@ -121,4 +121,5 @@ class _Rewrite:
             self.new[value] = self.graph.create_node(
                 "call_function", operator.getitem, (run, index), name=name
             )
-            self.new[value].meta.update({k: v for k, v in value.meta.items() if k != BLOCK})
+            self.new[value].meta.update(value.meta)
+            mark(self.new[value], block=None)

@@ -8,9 +8,8 @@ from typing import Any
 from torch import fx
 
 from dit_cache_fx.ir.cached_run import CachedRun, cached_runs, is_cached_run
+from dit_cache_fx.ir.node_meta import is_block, mark
 from dit_cache_fx.ir.program import (
-    BLOCK,
-    ORIGIN,
     Program,
     ancestors,
     attributes_of,
@@ -56,7 +55,7 @@ def _sinkable(graph: fx.Graph) -> set[fx.Node]:
 
 def _is_result(node: fx.Node) -> bool:
     """Whether it is taken from what a block returns: it stays where the block is."""
-    return node.target is operator.getitem and BLOCK in _container(node).meta
+    return node.target is operator.getitem and is_block(_container(node))
 
 
 def _container(node: fx.Node) -> fx.Node:
@@ -96,7 +95,7 @@ def _absorb(
     for node in nodes:
         if node in sunk:
             new[node] = graph.node_copy(node, new.__getitem__)
-            new[node].meta[ORIGIN] = node.name
+            mark(new[node], origin=node.name)
     mapped.update(zip(places[len(head) :], (new[n] for n in run.operands), strict=True))
     graph.output(graph.graph_copy(old.graph, mapped))
     own = {**attributes_of(old, graph), **attributes_of(program.gm, graph)}

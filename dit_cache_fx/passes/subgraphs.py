@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from dit_cache_fx._torch import DEVICE
 from dit_cache_fx.ir.names import held_name, measured_name
+from dit_cache_fx.ir.node_meta import mark_tensor
 from dit_cache_fx.ir.program import (
     Program,
     Region,
@@ -106,11 +106,11 @@ class Subgraphs:
         value = self.program.node(name)
         places = [graph.placeholder(held_name(name, slot)) for slot in range(self.slots)]
         for place in places:
-            place.meta.update({"val": spec_of(value), DEVICE: device_of(value)})
+            mark_tensor(place, spec_of(value), device_of(value))
         for result in _results(self.measures[index]):
             places.append(graph.placeholder(measured_name(name)))
             val = result.meta["val"]
-            places[-1].meta.update({"val": val.to("meta"), DEVICE: val.device})
+            mark_tensor(places[-1], val.to("meta"), val.device)
         return places
 
     def _traced(self, name: str, index: int) -> fx.GraphModule:
