@@ -201,12 +201,11 @@ def like_dynamos(
     held += [n for n, _ in gm.named_buffers(remove_duplicate=False)]
     sources: Any = {name: ConstantSource(name) for name in held}
     gm._param_name_to_source = sources
-    for node in gm.graph.nodes:
-        if node.op == "placeholder":
-            origin = inputs.get(str(node.target))
-            node._dynamo_source = getattr(origin, "_dynamo_source", None)
-            if origin is not None and "tensor_dict" in origin.meta:
-                node.meta["tensor_dict"] = origin.meta["tensor_dict"]
+    for node in gm.graph.find_nodes(op="placeholder"):
+        origin = inputs.get(str(node.target))
+        node._dynamo_source = getattr(origin, "_dynamo_source", None)
+        if origin is not None and "tensor_dict" in origin.meta:
+            node.meta["tensor_dict"] = origin.meta["tensor_dict"]
     return gm
 
 

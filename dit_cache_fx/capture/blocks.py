@@ -66,7 +66,7 @@ def _look(
     program: Program, blocks: BlockList, needs: dict[fx.Node, frozenset[str]], sample: str | None
 ) -> _Found:
     targets = {f"model.{blocks.name}.{i}" for i in range(len(blocks.modules))}
-    calls = tuple(n for n in program.graph.nodes if n.op == "call_module" and n.target in targets)
+    calls = tuple(n for n in program.graph.find_nodes(op="call_module") if n.target in targets)
     union = frozenset().union(*(needs[c] for c in calls))
     return _Found(blocks, calls, union, _fault(blocks, calls, union, sample))
 

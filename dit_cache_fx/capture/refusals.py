@@ -79,7 +79,7 @@ def refuse_written_memory(
 
 def refuse_late_guards(guards: Guards, trunk: set[str]) -> None:
     """Refuse control flow that depends on a cached block's result."""
-    late = [n.target for n in guards.gm.graph.nodes if n.op == "call_module" and n.target in trunk]
+    late = [n.target for n in guards.gm.graph.find_nodes(op="call_module") if n.target in trunk]
     if late:
         raise CaptureError(
             "the model's control flow depends on the result of a cached block "

@@ -134,7 +134,7 @@ def mark_modulated(program: Program, made: ModuleCall, cache_name: str) -> None:
     traced = trace(run, inside.tensors, inside.parts, inside.recording)
     if traced.read:
         raise _unknown("modulated", "the first block's control flow depends on data")
-    places = [n for n in traced.gm.graph.nodes if n.op == "placeholder"]
+    places = traced.gm.graph.find_nodes(op="placeholder")
     given = dict(zip(places, arguments, strict=True))
     _add(program, traced, given, _modulated(traced, given, stream, conditioning), first)
 
@@ -145,11 +145,10 @@ def _modulated(
     """The first value passed to a part of the block that depends on stream and conditioning."""
     of_stream = descendants(p for p, n in given.items() if n is stream)
     of_both = of_stream & descendants(p for p, n in given.items() if n in conditioning)
-    for node in traced.gm.graph.nodes:
-        if node.target is call_kept:
-            value: fx.Node | None = next((n for n in node.all_input_nodes if n in of_both), None)
-            if value is not None:
-                return value
+    for call in traced.gm.graph.find_nodes(op="call_function", target=call_kept):
+        value: fx.Node | None = next((n for n in call.all_input_nodes if n in of_both), None)
+        if value is not None:
+            return value
     raise _unknown(
         "modulated", "no part of the first block takes a value that stream and timestep made"
     )

@@ -103,8 +103,8 @@ def _trace(
 def _refuse_read_after_change(graph: fx.Graph, recording: Recording) -> None:
     """Refuse a model that reads what one of its modules changed in place."""
     order = {node: place for place, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        if node.target is not call_kept or not recording.calls[node.args[0]].mutated:
+    for node in graph.find_nodes(op="call_function", target=call_kept):
+        if not recording.calls[node.args[0]].mutated:
             continue
         copies = [n for n in node.all_input_nodes if n.target is torch.ops.aten.clone.default]
         for source in (s for copy in copies for s in copy.all_input_nodes):

@@ -131,7 +131,7 @@ def outlined_graph(
         others = _other_lists(frame.outer, lists, gm, example_inputs)
         if blocks is None and not _holds_trunk(frame.outer, lists, gm, example_inputs):
             lists = []
-    places = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    places = gm.graph.find_nodes(op="placeholder")
     numbers = [i for i, node in enumerate(places) if node.users and all(map(is_number, node.users))]
     all_tensors = [i for i, v in enumerate(example_inputs) if isinstance(v, torch.Tensor)]
     scalars = {*numbers, *range(len(places))} - ({*all_tensors} - {*numbers})
@@ -251,7 +251,7 @@ def _name_of(
 ) -> str | None:
     """The name of the list that has the parameters of these modules."""
     own = {id(p) for module in modules for p in module.parameters()}
-    places = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    places = gm.graph.find_nodes(op="placeholder")
     paths = [
         ".".join(path_of(dynamo_source(node))[1:]) + "."
         for node, value in zip(places, example_inputs, strict=True)

@@ -46,7 +46,7 @@ class CachedRun:
 
 def cached_runs(graph: fx.Graph) -> list[CachedRun]:
     """The cached runs of a graph, in order."""
-    return [CachedRun.of(n) for n in graph.nodes if is_cached_run(n)]
+    return [CachedRun.of(n) for n in graph.find_nodes(op="call_function", target=cache_or_compute)]
 
 
 def is_cached_run(node: fx.Node) -> bool:

@@ -26,7 +26,7 @@ def lines(gm: fx.GraphModule, name: str, indent: str = "", shapes: bool = False)
         side = _value(gm, node)
         if isinstance(side, fx.GraphModule):
             yield from lines(side, str(node.target), indent + "    ", shapes)
-    inputs = [str(node) for node in nodes if node.op == "placeholder"]
+    inputs = [str(node) for node in gm.graph.find_nodes(op="placeholder")]
     yield f"{indent}{name}({', '.join(inputs)}):"
     for node in nodes:
         if node.op != "placeholder" and not isinstance(_value(gm, node), fx.GraphModule):

@@ -21,6 +21,7 @@ from torch import fx, nn
 
 from dit_cache_fx.errors import VerifyError
 from dit_cache_fx.ir.contexts import generate_contexts
+from dit_cache_fx.ir.copying import body, copy_nodes
 from dit_cache_fx.ir.node_meta import BlockId, is_block, meta_of
 from dit_cache_fx.values.pytree import Skeleton
 from dit_cache_fx.values.tensor_spec import TensorSpec
@@ -102,7 +103,7 @@ class Program:
 
     def block_calls(self) -> list[fx.Node]:
         """The calls of trunk blocks, in order."""
-        return [node for node in self.graph.nodes if is_block(node)]
+        return [node for node in self.graph.find_nodes(op="call_module") if is_block(node)]
 
     def outputs_of_blocks(self) -> list[fx.Node]:
         """The model's own results that its blocks take part in, each once."""
@@ -130,8 +131,9 @@ def graph_module(
 
 def attributes_of(gm: fx.GraphModule, graph: fx.Graph) -> dict[str, Any]:
     """What `graph` reads from `gm` beside the model: constants and subgraphs."""
-    targets = {str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module")}
-    return {t: getattr(gm, t) for t in sorted(targets) if "." not in t and hasattr(gm, t)}
+    reading = [n for op in ("get_attr", "call_module") for n in graph.find_nodes(op=op)]
+    targets = sorted({str(n.target) for n in reading})
+    return {t: getattr(gm, t) for t in targets if "." not in t and hasattr(gm, t)}
 
 
 def inline(
@@ -144,13 +146,12 @@ def inline(
 
     What it reads from itself (constants) is added to `attributes`, where need be by another name.
     """
-    places = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    places = gm.graph.find_nodes(op="placeholder")
     new: dict[fx.Node, fx.Node] = dict(zip(places, inputs, strict=True))
-    for node in gm.graph.nodes:
-        if node.op not in ("placeholder", "output"):
-            new[node] = graph.node_copy(node, new.__getitem__)
-            if node.op == "get_attr" and "." not in str(node.target):
-                new[node].target = _added(attributes, str(node.target), getattr(gm, node.target))
+    copy_nodes(graph, body(gm.graph), new)
+    for node in gm.graph.find_nodes(op="get_attr"):
+        if "." not in node.target:
+            new[node].target = _added(attributes, node.target, getattr(gm, node.target))
     results: Any = gm.graph.output_node().args[0]
     return [new[n] if isinstance(n, fx.Node) else n for n in results]
 

@@ -92,8 +92,9 @@ def padded_start(
         return None
     start = unchanged(start)
     inside = descendants([first])
-    for node in program.graph.nodes:
-        if node in inside and node.target is torch.ops.aten.cat.default:
+    cat = torch.ops.aten.cat.default
+    for node in program.graph.find_nodes(op="call_function", target=cat):
+        if node in inside:
             offset = _offset(node, spec.shape)
             if _shape(node) == joined.shape and offset is not None:
                 return _pad(program, first, start, joined.shape, *offset)

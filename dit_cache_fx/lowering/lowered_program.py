@@ -44,7 +44,7 @@ class Lowered:
     @property
     def takes(self) -> str:
         """What it was captured for: the call's tensors by name and shape."""
-        nodes = [n for n in self.program.graph.nodes if n.op == "placeholder"]
+        nodes = self.program.graph.find_nodes(op="placeholder")
         given = [n for n in nodes if n.name not in self.program.owned]
         return ", ".join(f"{n.name}{list(n.meta['val'].shape)}" for n in given)
 

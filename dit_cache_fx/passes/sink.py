@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from dit_cache_fx.ir.cached_run import CachedRun, cached_runs, is_cached_run
+from dit_cache_fx.ir.copying import add_input, copy_nodes
 from dit_cache_fx.ir.node_meta import is_block, mark
 from dit_cache_fx.ir.program import (
     Program,
@@ -83,19 +84,17 @@ def _absorb(
     read = {n for node in sunk for n in node.all_input_nodes} | set(run.operands)
     outside = [n for n in nodes if n in read and n not in sunk and n not in run.starts]
     old: fx.GraphModule = attributes[run.compute]
-    places = [n for n in old.graph.nodes if n.op == "placeholder"]
+    places = old.graph.find_nodes(op="placeholder")
     head = places[: len(places) - len(run.operands)]
     graph = fx.Graph()
-    mapped = {place: graph.node_copy(place) for place in head}
+    mapped: dict[fx.Node, fx.Node] = {}
+    copy_nodes(graph, head, mapped)
     starts = head[len(head) - len(run.starts) :]
     new = {node: mapped[place] for node, place in zip(run.starts, starts, strict=True)}
-    for node in outside:
-        new[node] = graph.placeholder(node.name)
-        new[node].meta.update(node.meta)
-    for node in nodes:
-        if node in sunk:
-            new[node] = graph.node_copy(node, new.__getitem__)
-            mark(new[node], origin=node.name)
+    new.update((node, add_input(graph, node)) for node in outside)
+    copy_nodes(graph, [n for n in nodes if n in sunk], new)
+    for node in sunk:
+        mark(new[node], origin=node.name)
     mapped.update(zip(places[len(head) :], (new[n] for n in run.operands), strict=True))
     graph.output(graph.graph_copy(old.graph, mapped))
     own = {**attributes_of(old, graph), **attributes_of(program.gm, graph)}

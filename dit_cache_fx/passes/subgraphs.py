@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from dit_cache_fx.ir.copying import add_input, copy_nodes
 from dit_cache_fx.ir.names import held_name, measured_name
 from dit_cache_fx.ir.node_meta import mark_tensor
 from dit_cache_fx.ir.program import (
@@ -53,9 +54,7 @@ class Subgraphs:
     def compute(self, members: set[fx.Node]) -> fx.GraphModule:
         """Runs the blocks; returns the values, then all that is to be held."""
         graph, held, clock, new = self._head([*self.starts, *self.operands])
-        for node in self.program.graph.nodes:
-            if node in members:
-                new[node] = graph.node_copy(node, new.__getitem__)
+        copy_nodes(graph, [n for n in self.program.graph.nodes if n in members], new)
         values = [new[self.program.node(name)] for name in self.region.values]
         kept: list[Any] = []
         for i, value in enumerate(values):
@@ -81,9 +80,7 @@ class Subgraphs:
         graph = fx.Graph()
         held = [self._places(graph, i) for i in self._indexes()]
         clock = [graph.placeholder(name) for name in CLOCK]
-        new = {node: graph.placeholder(node.name) for node in inputs}
-        for node, placeholder in new.items():
-            placeholder.meta.update(node.meta)
+        new = {node: add_input(graph, node) for node in inputs}
         return graph, held, clock, new
 
     def _start(self, graph: fx.Graph, index: int, new: dict[fx.Node, fx.Node]) -> list[fx.Node]:
@@ -166,7 +163,7 @@ class Subgraphs:
         return inline(graph, self.attributes, gm, given)
 
     def _module(self, graph: fx.Graph, side: str) -> fx.GraphModule:
-        read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+        read = {str(n.target) for n in graph.find_nodes(op="get_attr")}
         attributes = {name: value for name, value in self.attributes.items() if name in read}
         name = f"Run{self.region.index}{side}"
         return graph_module(self.program.model, attributes, graph, name)
