@@ -101,7 +101,7 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
             return None
         reason = self._uncached_because(args, kwargs)
         if reason is not None:
-            self._engine.host.warn_once(reason)
+            self._engine.call_log.warn_once(reason)
             self._engine.passed(args, kwargs)
             return None
         return self._engine.serve(
@@ -136,7 +136,7 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
         return sorted({*super().__dir__(), *dir(self._model)})
 
     def __repr__(self) -> str:
-        return f"CachedModel({self._engine.host.strategy.name}, {self._model!r})"
+        return f"CachedModel({self._engine.call_log.strategy.name}, {self._model!r})"
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
@@ -172,7 +172,7 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
     @property
     def cache_state(self) -> nn.ModuleDict:
         """What carries the state through an exported program, one module for each graph."""
-        return self._engine.graphs.carried(self._engine.host.tracker.context)
+        return self._engine.graphs.carried(self._engine.call_log.tracker.context)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CachedModel:
         """A copy of the model, cached in the same way; it holds nothing yet."""
@@ -187,7 +187,7 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
     def _settings(self) -> _Settings:
         compiler = self._engine.step_compiler
         options = None if compiler is None else compiler.options
-        return _Settings(self._enabled, self._host.count.given, options)
+        return _Settings(self._enabled, self._call_log.count.given, options)
 
     def _captured(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -213,8 +213,8 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
     # --- life cycle ----------------------------------------------------------------------------
 
     @property
-    def _host(self) -> CallLog:
-        return self._engine.host
+    def _call_log(self) -> CallLog:
+        return self._engine.call_log
 
     def _lowered(self) -> Sequence[Lowered]:
         return self._engine.graphs.all()

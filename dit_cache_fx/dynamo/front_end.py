@@ -57,7 +57,7 @@ class Backend(LifeCycle):
         if mode is not None or options is not None:
             compile_graph = inner_compiler(self._inner, mode, options)
         if torch.is_grad_enabled() and any(map(_requires_grad, example_inputs)):
-            self._host.warn_once(WANTS_GRADIENTS)
+            self._call_log.warn_once(WANTS_GRADIENTS)
             return compile_graph(gm, example_inputs)
         return self._cached(gm, example_inputs, compile_graph)
 
@@ -85,8 +85,8 @@ class Backend(LifeCycle):
     # --- life cycle --------------------------------------------------------------------------
 
     @property
-    def _host(self) -> CallLog:
-        return self._shared.host
+    def _call_log(self) -> CallLog:
+        return self._shared.call_log
 
     @property
     def _enabled(self) -> bool:  # type: ignore[override]
@@ -104,13 +104,13 @@ class Backend(LifeCycle):
     def reset_states(self) -> None:
         """Forget everything: graphs and counts too."""
         self.clear_states()
-        self._host.forget_calls()
-        self._host.count.forget()
+        self._call_log.forget_calls()
+        self._call_log.count.forget()
         for graph in self._graphs:
             graph.forget()
 
     def __repr__(self) -> str:
-        return f"backend({self._host.strategy!r}, inner={self._inner!r})"
+        return f"backend({self._call_log.strategy!r}, inner={self._inner!r})"
 
 
 def outlined_graph(

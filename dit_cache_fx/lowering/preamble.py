@@ -38,19 +38,19 @@ class Preamble:
 
 
 @dataclass(frozen=True)
-class Separate:
+class CompiledSteps:
     """Variants for a compiler. `preamble`: what the host runs before a computed step."""
 
     variants: Variants
     preamble: Preamble | None
 
 
-def separated(variants: Variants) -> Separate:
+def lower_compiled_steps(variants: Variants) -> CompiledSteps:
     """The variants without what a compiler cannot hold in one graph."""
     preamble = split_preamble(variants.compute)
     if preamble is not None:
         variants = replace(variants, compute=preamble.compute)
-    return Separate(variants, preamble)
+    return CompiledSteps(variants, preamble)
 
 
 def split_preamble(compute: Part) -> Preamble | None:

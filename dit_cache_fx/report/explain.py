@@ -103,14 +103,14 @@ class Explanation:
 
 
 def explain(
-    host: CallLog, entries: Sequence[Lowered], enabled: bool, full: bool = False
+    call_log: CallLog, entries: Sequence[Lowered], enabled: bool, full: bool = False
 ) -> Explanation:
-    """What a host and its graphs do. `full`: with the text of every graph."""
-    strategy = host.strategy
+    """What a cached model's graphs do. `full`: with the text of every graph."""
+    strategy = call_log.strategy
     return Explanation(
         strategy.name or type(strategy).__name__,
         enabled,
-        _decides(strategy, host.course),
+        _decides(strategy, call_log.course),
         tuple(_explained(entry, strategy, full) for entry in entries),
     )
 

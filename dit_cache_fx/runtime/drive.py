@@ -56,7 +56,7 @@ def lasting(results: Results) -> list[torch.Tensor]:
 
 
 @dataclass(frozen=True)
-class Stage:
+class GraphCall:
     """A graph to run, what with, and within which context."""
 
     graph: Callable[..., Results]
@@ -65,13 +65,13 @@ class Stage:
 
 
 #: asks for graphs to be run, gets their results, and returns the call's output
-Serving = Generator[Stage, Results, Any]
+Serving = Generator[GraphCall, Results, Any]
 
 
 class Turn(NamedTuple):
     """Where an engine's call stands: the graph that it asks for; None with the call's output."""
 
-    stage: Stage | None
+    graph_call: GraphCall | None
     output: Any = None
 
 
@@ -82,10 +82,10 @@ def drive(serving: Serving) -> Any:
     resumed = unseen(_resumed) if callback else _resumed
     around = ExitStack()
     turn = resumed(serving.send, None, around)
-    while turn.stage is not None:
+    while turn.graph_call is not None:
         try:
             with torch.no_grad():
-                results = turn.stage.graph(*turn.stage.operands)
+                results = turn.graph_call.graph(*turn.graph_call.operands)
         except BaseException as error:  # the engine may ask for another graph, or let it go on
             look_again(callback)
             turn = resumed(serving.throw, error, around)
@@ -94,12 +94,12 @@ def drive(serving: Serving) -> Any:
     return turn.output
 
 
-def _resumed(resume: Callable[[Any], Stage], value: Any, around: ExitStack) -> Turn:
+def _resumed(resume: Callable[[Any], GraphCall], value: Any, around: ExitStack) -> Turn:
     """The host's part of a call: out of one graph's context, up to and into the next one's."""
     around.close()
     try:
-        stage = resume(value)
+        graph_call = resume(value)
     except StopIteration as end:
         return Turn(None, end.value)
-    around.enter_context(stage.around())
-    return Turn(stage)
+    around.enter_context(graph_call.around())
+    return Turn(graph_call)

@@ -28,11 +28,11 @@ from dit_cache_fx.capture.record import Recording
 from dit_cache_fx.errors import CaptureError, warn
 from dit_cache_fx.ir.program import operations, tensor_spec
 from dit_cache_fx.lowering import (
+    CompiledSteps,
     OneGraph,
-    Separate,
+    lower_compiled_steps,
     lower_one_graph,
     lower_variants,
-    separated,
 )
 from dit_cache_fx.lowering.asserts import assertions
 from dit_cache_fx.lowering.lowered_program import Lowered
@@ -74,7 +74,7 @@ class Entry(Lowered):
     first_runs: FirstRuns = field(default_factory=FirstRuns)  # with each compiler that looks on
     _lowering: threading.RLock = field(default_factory=threading.RLock)
     _one_graph: OneGraph | None = None
-    _separate: Separate | None = None
+    _compiled_steps: CompiledSteps | None = None
 
     def guards(self) -> list[str]:
         guards = self.captured.guards
@@ -92,12 +92,12 @@ class Entry(Lowered):
             return self._one_graph
 
     @property
-    def separate(self) -> Separate:
+    def compiled_steps(self) -> CompiledSteps:
         """The graphs of each kind of step."""
         with self._lowering:
-            if self._separate is None:
-                self._separate = separated(self.variants)
-            return self._separate
+            if self._compiled_steps is None:
+                self._compiled_steps = lower_compiled_steps(self.variants)
+            return self._compiled_steps
 
     def broken(self) -> None:
         """Its blocks cannot be in one graph: let the compiler look at each of them by itself."""
