@@ -184,8 +184,8 @@ class CachedGraph:
             start = call_log.begin(session, evidence, variants.held)
             results = _run(lowered, start.step, tensors)
             outputs = lasting(results[: variants.outputs])
-            kept = lasting([t.contiguous() for t in results[variants.outputs :]])
-            owned = start.step.commit(given, outputs, kept)
+            recorded = lasting([t.contiguous() for t in results[variants.outputs :]])
+            owned = start.step.commit(given, outputs, recorded)
             arguments = lowered.program.arguments
             call_log.done(start, lambda: [arguments[i] for i in lowered.conditioning])
         output: Sequence[Any] = unflatten(lowered.program.output, owned)

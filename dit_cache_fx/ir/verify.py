@@ -99,11 +99,11 @@ def _verify_run(program: Program, run: CachedRun) -> None:
     _verify_results(run, region, where)
     compute, reuse = (_side(program, name, where) for name in (run.compute, run.reuse))
     taken = [len(side.graph.find_nodes(op="placeholder")) for side in (compute, reuse)]
-    held = taken[1] - len(CLOCK_NAMES) - len(run.starts)
+    held = taken[1] - len(CLOCK_NAMES) - len(run.run_inputs)
     if held < 0 or held % max(len(region.values), 1):
         raise VerifyError(
             f"{where}its reuse side takes {taken[1]} operands: no number of held tensors for "
-            f"{len(region.values)} values, the clock and {len(run.starts)} starts"
+            f"{len(region.values)} values, the clock and {len(run.run_inputs)} run inputs"
         )
     if taken[0] != taken[1] + len(run.operands):
         raise VerifyError(

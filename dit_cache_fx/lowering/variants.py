@@ -140,7 +140,7 @@ class _Side:
         self.attributes = attributes_of(program.gm, program.graph)
         self.new: dict[fx.Node, Any] = {}
         self.sunk: dict[str, fx.Node] = {}  # a node that was copied into several runs runs once
-        self.kept: list[fx.Node] = []
+        self.recorded: list[fx.Node] = []
         self.clock = [self.graph.placeholder(name) for name in CLOCK]
         self.held = iter([self.graph.placeholder(name) for name in _held(program)])
         inputs = program.graph.find_nodes(op="placeholder")
@@ -155,7 +155,7 @@ class _Side:
             mark(node, signal=False)
         for node in filter(is_block, self.done):
             mark(self.new[node], block=None)
-        self.graph.output((*(self.new[n] for n in _results(self.program)), *self.kept))
+        self.graph.output((*(self.new[n] for n in _results(self.program)), *self.recorded))
         return Part.of(self.program.model, self.attributes, self.graph, self.kind.capitalize())
 
     def _instead(self, node: fx.Node) -> Any:
@@ -175,7 +175,7 @@ class _Side:
         """Copy one side of a run to the graph; returns the run's values."""
         side: fx.GraphModule = getattr(self.program.gm, getattr(run, self.kind))
         places = side.graph.find_nodes(op="placeholder")
-        inputs = [*run.starts, *(run.operands if self.kind == "compute" else ())]
+        inputs = [*run.run_inputs, *(run.operands if self.kind == "compute" else ())]
         held = [next(self.held) for _ in range(len(places) - len(self.clock) - len(inputs))]
         given = [*held, *self.clock, *(self.new[n] for n in inputs)]
         new: dict[fx.Node, Any] = dict(zip(places, given, strict=True))
@@ -185,5 +185,5 @@ class _Side:
         self.attributes.update(attributes_of(side, side.graph))
         results: Any = side.graph.output_node().args[0]
         values = next(len(r.values) for r in self.program.regions if r.index == run.index)
-        self.kept += [new[n] for n in results[values:]]
+        self.recorded += [new[n] for n in results[values:]]
         return [new[n] for n in results[:values]]

@@ -69,7 +69,7 @@ def _only_operand(node: fx.Node, user: fx.Node) -> bool:
     return (
         is_cached_run(user)
         and node in (run := CachedRun.of(user)).operands
-        and (node not in run.starts)
+        and (node not in run.run_inputs)
     )
 
 
@@ -82,15 +82,15 @@ def _absorb(
     if not sunk:
         return
     read = {n for node in sunk for n in node.all_input_nodes} | set(run.operands)
-    outside = [n for n in nodes if n in read and n not in sunk and n not in run.starts]
+    outside = [n for n in nodes if n in read and n not in sunk and n not in run.run_inputs]
     old: fx.GraphModule = attributes[run.compute]
     places = old.graph.find_nodes(op="placeholder")
     head = places[: len(places) - len(run.operands)]
     graph = fx.Graph()
     mapped: dict[fx.Node, fx.Node] = {}
     copy_nodes(graph, head, mapped)
-    starts = head[len(head) - len(run.starts) :]
-    new = {node: mapped[place] for node, place in zip(run.starts, starts, strict=True)}
+    starts = head[len(head) - len(run.run_inputs) :]
+    new = {node: mapped[place] for node, place in zip(run.run_inputs, starts, strict=True)}
     new.update((node, add_input(graph, node)) for node in outside)
     copy_nodes(graph, [n for n in nodes if n in sunk], new)
     for node in sunk:

@@ -39,13 +39,13 @@ class Subgraphs:
         program: Program,
         region: Region,
         strategy: Strategy,
-        starts: Sequence[fx.Node],
+        run_inputs: Sequence[fx.Node],
         operands: Sequence[fx.Node],
     ) -> None:
         self.program = program
         self.region = region
         self.strategy = strategy
-        self.starts = starts
+        self.run_inputs = run_inputs
         self.operands = operands
         self.attributes = attributes_of(program.gm, program.graph)
         self.slots = strategy.slots()
@@ -53,20 +53,20 @@ class Subgraphs:
 
     def compute(self, members: set[fx.Node]) -> fx.GraphModule:
         """Runs the blocks; returns the values, then all that is to be held."""
-        graph, held, clock, new = self._head([*self.starts, *self.operands])
+        graph, held, clock, new = self._head([*self.run_inputs, *self.operands])
         copy_nodes(graph, [n for n in self.program.graph.nodes if n in members], new)
         values = [new[self.program.node(name)] for name in self.region.values]
-        kept: list[Any] = []
+        recorded: list[Any] = []
         for i, value in enumerate(values):
             given = [*held[i][: self.slots], *clock, value, *self._start(graph, i, new)]
-            kept += self._inlined(graph, self._traced("store", i), given)
-            kept += self._inlined(graph, self.measures[i], given)
-        graph.output((*values, *kept))
+            recorded += self._inlined(graph, self._traced("store", i), given)
+            recorded += self._inlined(graph, self.measures[i], given)
+        graph.output((*values, *recorded))
         return self._module(graph, "Compute")
 
     def reuse(self) -> fx.GraphModule:
         """Returns the values from what is held."""
-        graph, held, clock, new = self._head(self.starts)
+        graph, held, clock, new = self._head(self.run_inputs)
         values: list[Any] = []
         for i in self._indexes():
             given = [*held[i][: self.slots], *clock, *self._start(graph, i, new)]
@@ -88,11 +88,11 @@ class Subgraphs:
         name = self.region.inputs[index]
         if name is None:
             return []
-        start, dtype = self.program.node(name), self._spec(index).dtype
-        if tensor_spec(start).dtype == dtype:
-            return [new[start]]
+        run_input, dtype = self.program.node(name), self._spec(index).dtype
+        if tensor_spec(run_input).dtype == dtype:
+            return [new[run_input]]
         cast = torch.ops.aten._to_copy.default
-        return [graph.call_function(cast, (new[start],), {"dtype": dtype})]
+        return [graph.call_function(cast, (new[run_input],), {"dtype": dtype})]
 
     def _indexes(self) -> range:
         return range(len(self.region.values))

@@ -169,8 +169,8 @@ class Engine:
             results = first.results
         else:
             results = yield from execution.plain(entry, step, call)
-        outputs, kept = results[: entry.variants.outputs], results[entry.variants.outputs :]
-        owned = step.commit(call.tensors, outputs, kept)
+        outputs, recorded = results[: entry.variants.outputs], results[entry.variants.outputs :]
+        owned = step.commit(call.tensors, outputs, recorded)
         return unflatten(entry.program.output, owned)
 
     def _first(self, call: FlatCall, entry: Entry) -> First:

@@ -123,8 +123,8 @@ def compiled_steps(
     given.update(step.compiled_given(part.names))
     graph_call = GraphCall(part.run, part.operands(given), entry.captured.around)
     results = yield from _alone(entry, step, graph_call, compiler)
-    outputs, kept = results[: variants.outputs], results[variants.outputs :]
-    return [*outputs, *(t.contiguous() for t in kept)]  # the strides that it is compiled for
+    outputs, recorded = results[: variants.outputs], results[variants.outputs :]
+    return [*outputs, *(t.contiguous() for t in recorded)]  # the strides that it is compiled for
 
 
 def _alone(entry: Entry, step: Step, graph_call: GraphCall, compiler: Compiler) -> Serving:

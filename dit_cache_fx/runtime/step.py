@@ -193,18 +193,19 @@ class Step:
         self,
         inputs: Sequence[torch.Tensor],
         outputs: Sequence[torch.Tensor],
-        kept: Sequence[torch.Tensor],
+        recorded: Sequence[torch.Tensor],
     ) -> list[torch.Tensor]:
-        """The call has succeeded: hold `kept` of a computed step. Returns what the caller may have.
+        """The call has succeeded: hold what a computed step recorded.
 
-        The caller may change its inputs and its outputs in place: no memory of theirs is held.
+        Returns what the caller may have. It may change inputs and outputs in place: no memory of theirs
+        is held.
         """
         foreign = {storage_key(t) for t in inputs}
         if self._state is not None:
             self._state = tuple(_own(Held.of(t), foreign).tensor for t in self._state)
         self._branch.memory = self._state
         if self.computes:
-            self._hold([_own(Held.of(t), foreign) for t in kept])
+            self._hold([_own(Held.of(t), foreign) for t in recorded])
         own = {storage_key(h.tensor) for h in self._branch.held}
         return [t.clone() if storage_key(t) in own else t for t in outputs]
 
