@@ -22,17 +22,14 @@ from dit_cache_fx.capture.record import ModuleCall, Recording
 from dit_cache_fx.capture.scalar_timestep import NumberFactories
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.node_meta import mark, mark_tensor
-from dit_cache_fx.values.pytree import (
+from dit_cache_fx.values.containers import (
     Maker,
-    Skeleton,
     accessor,
     build,
-    flatten,
     is_constructible,
-    key_paths,
     make_container,
-    unflatten,
 )
+from dit_cache_fx.values.pytree import Skeleton, flatten, key_paths, unflatten
 
 
 def call_kept(index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

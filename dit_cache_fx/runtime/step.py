@@ -197,8 +197,8 @@ class Step:
     ) -> list[torch.Tensor]:
         """The call has succeeded: hold what a computed step recorded.
 
-        Returns what the caller may have. It may change inputs and outputs in place: no memory of theirs
-        is held.
+        Returns what the caller may have. It may change inputs and outputs in place: no memory of
+        theirs is held.
         """
         foreign = {storage_key(t) for t in inputs}
         if self._state is not None:
