@@ -122,4 +122,4 @@ class _Rewrite:
                 "call_function", operator.getitem, (run, index), name=name
             )
             self.new[value].meta.update(value.meta)
-            mark(self.new[value], block=None)
+            mark(self.new[value], block=None, within=None)

@@ -67,10 +67,10 @@ def test_a_copy_has_notes_of_its_own() -> None:
     assert (meta_of(add).origin, meta_of(new[add]).origin) == ("before", "after")
 
 
-def test_an_input_is_no_call_of_a_block_and_no_signal() -> None:
+def test_of_what_makes_a_value_nothing_is_noted_on_an_input_for_it() -> None:
     source, graph = negated(), fx.Graph()
     add = body(source)[0]
-    mark(add, block=BlockId("blocks", 0), signal=True, output=0, path=())
+    mark(add, block=BlockId("blocks", 0), signal=True, output=0, path=(), keys=(0, 1))
     placeholder = add_input(graph, add)
     assert placeholder.name == "add"
     assert meta_of(placeholder) == NodeMeta(output=0, path=())
