@@ -26,7 +26,7 @@ from dit_cache_fx.capture.ambient import Ambient
 from dit_cache_fx.capture.fingerprint import Fingerprint, fingerprint, volatile
 from dit_cache_fx.capture.record import Recording
 from dit_cache_fx.errors import CaptureError, warn
-from dit_cache_fx.ir.program import operations, tensor_spec
+from dit_cache_fx.ir.program import operations
 from dit_cache_fx.lowering import (
     CompiledSteps,
     OneGraph,
@@ -39,10 +39,10 @@ from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.lowering.stateful import Carried, Stateful, fixed_steps
 from dit_cache_fx.passes import run_passes
 from dit_cache_fx.runtime.first_runs import FirstRuns
+from dit_cache_fx.runtime.reasons import WhyCaptured, changes
 from dit_cache_fx.runtime.step_count import StepCount
 from dit_cache_fx.strategies import Strategy, check_block_ids
-from dit_cache_fx.values.pytree import Skeleton, difference
-from dit_cache_fx.values.tensor_spec import TensorSpec
+from dit_cache_fx.values.pytree import Skeleton
 
 #: most input signatures whose graphs are kept at one time
 MAX_CAPTURES = 32
@@ -211,7 +211,8 @@ class Graphs:
         entries = self.entries.get(key, ())
         if len(entries) >= MAX_VARIANTS:
             _refuse_one_for_each_step(entries)
-        because = _Because(self.all(), entries, call)
+        newest = next(((e.program, e.skeleton) for e in reversed(self.all())), None)
+        because = WhyCaptured(call, len(entries), newest)
         log.info("capturing: %s", because)
         with self.subject.turns.of_model():
             entry = self._capture(call)
@@ -252,7 +253,8 @@ class Graphs:
         now = fingerprint(self.subject.model, entry.captured.whole)
         changed = volatile(entry.fingerprint, now) - entry.volatile
         if changed:
-            log.info("the model has changed since the capture: %s", _changes(changed, entry, now))
+            text = changes(changed, entry.fingerprint, now)
+            log.info("the model has changed since the capture: %s", text)
         return bool(changed)
 
     def _tell_unread(self, unread: Sequence[str]) -> None:
@@ -298,43 +300,6 @@ class Graphs:
 def input_key(call: FlatCall) -> InputKey:
     """What two calls must share to run the same graph, torch's own state included."""
     return call.key, Ambient.now()
-
-
-class _Because:
-    """Why a call is captured, as text where it is asked for."""
-
-    def __init__(self, known: Sequence[Entry], same: Sequence[Entry], call: FlatCall) -> None:
-        self._known = known
-        self._same = same
-        self._call = call
-
-    def __str__(self) -> str:
-        if self._same:
-            return f"none of the {len(self._same)} graphs for such inputs is for this call"
-        if not self._known:
-            return "the first call"
-        program = self._known[-1].program
-        was = {name: tensor_spec(program.node(name)) for name in program.inputs}
-        now = dict(zip(self._call.names(), map(TensorSpec.of, self._call.tensors), strict=True))
-        unlike = [
-            f"{name} is {now.get(name)}, was {was.get(name)}"
-            for name in dict.fromkeys((*now, *was))
-            if now.get(name) != was.get(name)
-        ]
-        return "another signature: " + ("; ".join(unlike) or self._other_value())
-
-    def _other_value(self) -> str:
-        told = difference(self._call.skeleton, self._known[-1].skeleton)
-        return told or "torch's state is another one (autocast, attention kernels, default dtype)"
-
-
-def _changes(changed: Iterable[tuple[str, str]], entry: Entry, now: Fingerprint) -> str:
-    before = entry.fingerprint
-    return "; ".join(
-        f"{what} of {path.lstrip('.') or 'the model'}: {before.get((path, what))!r} -> "
-        f"{now.get((path, what))!r}"
-        for path, what in sorted(changed)
-    )
 
 
 def block_bytes(recording: Recording, blocks: Iterable[str]) -> dict[str, int]:
