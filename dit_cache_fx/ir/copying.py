@@ -19,8 +19,8 @@ def copy_nodes(
     """Copy `nodes`, in their order, to the end of `graph`.
 
     `new`: node -> what stands for it in `graph`; the copies are added to it, and a node that it has
-    is not copied again. Where `instead(node)` is not None, that stands for the node: another node, or
-    a list or dict of nodes (then `instead` answers for the nodes that take its items as well).
+    is not copied again. Where `instead(node)` is not None, that stands for the node: another node,
+    or a list or dict of nodes (then `instead` answers for the nodes that take its items as well).
     """
     for node in nodes:
         if node not in new:
