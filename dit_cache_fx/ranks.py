@@ -17,7 +17,7 @@ from torch import nn
 
 from dit_cache_fx import _torch
 from dit_cache_fx.errors import CaptureError, OptionError
-from dit_cache_fx.values.pytree import attributes
+from dit_cache_fx.values.containers import attributes
 from dit_cache_fx.values.wrapped import is_distributed
 
 #: where models note how they are run in parallel, and how deep a mesh may be in there
