@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import (
     FluxTransformer2DModel,
-    LTXVideoTransformer3DModel,
     QwenImageTransformer2DModel,
     WanTransformer3DModel,
 )
@@ -87,18 +86,6 @@ def qwen() -> nn.Module:
     )
 
 
-def ltx() -> nn.Module:
-    return LTXVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        cross_attention_dim=16,
-        num_layers=3,
-        caption_channels=16,
-    )
-
-
 FAMILIES = {
     "flux": Family(flux, (1, 16, 4), flux_more),
     "wan": Family(
@@ -112,18 +99,6 @@ FAMILIES = {
             "img_shapes": [[(1, 4, 4)]],
             "encoder_hidden_states_mask": None,
         },
-    ),
-    "ltx": Family(
-        ltx,
-        (1, 16, 4),
-        lambda: {
-            "encoder_hidden_states": torch.randn(1, 8, 16),
-            "encoder_attention_mask": torch.ones(1, 8),
-            "num_frames": 1,
-            "height": 4,
-            "width": 4,
-        },
-        1000.0,
     ),
 }
 
