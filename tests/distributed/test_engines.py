@@ -25,7 +25,17 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 import dit_cache_fx
-from tests.distributed.models import RULED, SCHEDULED, Call, Run, apart, dit, dit_call, generate
+from tests.distributed.models import (
+    RULED,
+    SCHEDULED,
+    STEPS,
+    Call,
+    Run,
+    apart,
+    dit,
+    dit_call,
+    generate,
+)
 from tests.distributed.pair import WORLD, Pair
 
 Spread = Callable[[nn.Module], nn.Module]
@@ -143,3 +153,18 @@ def test_compiled(pair: Pair, way: str) -> None:
 def test_fully_shard_after_apply(pair: Pair) -> None:
     pair.run(one_and_two, "fsdp", "taylorcache", SCHEDULED["taylorcache"], True)
     pair.run(one_and_two, "fsdp", "teacache", RULED["teacache"], True)
+
+
+def wrapped() -> list[str]:
+    """DDP around the cached model."""
+    one = generate(dit_cache_fx.apply(dit(), "teacache", **RULED["teacache"]))
+    cached = dit_cache_fx.apply(dit(), "teacache", **RULED["teacache"])
+    two = generate(DistributedDataParallel(cached).eval())
+    assert apart(two.outputs, one.outputs) < 1e-5
+    return [f"{r.step} {r.action}" for r in cached.cache_report().timeline]
+
+
+def test_ddp_around_the_cached_model(pair: Pair) -> None:
+    first, second = pair.run(wrapped)
+    assert first == second
+    assert len(first) == STEPS
