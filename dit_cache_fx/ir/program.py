@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from dit_cache_fx._torch import DEVICE
 from dit_cache_fx.errors import VerifyError
+from dit_cache_fx.ir.alone import Alone
 from dit_cache_fx.ir.within import generate_contexts
 from dit_cache_fx.values.pytree import Skeleton
 from dit_cache_fx.values.tensor_spec import TensorSpec
@@ -79,6 +80,7 @@ class Program:
     block_lists: dict[str, int] = field(default_factory=dict)  # list name -> blocks in it
     regions: tuple[Region, ...] = ()
     owned: frozenset[str] = frozenset()  # inputs that are the model's own parameters and buffers
+    alone: Alone | None = None  # where each of its rows is at a step of its own
 
     @property
     def graph(self) -> fx.Graph:

@@ -17,7 +17,7 @@ import torch
 class Scope:
     """What of one cached model is entered right now: its frames, the innermost last.
 
-    A frame is a session, or the name of a branch.
+    A frame is a session, a batch of sessions, or the name of a branch.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Scope:
         self._traced: list[str] = []
 
     def enter(self, frame: object) -> None:
-        """Enter a session or a named branch."""
+        """Enter a session, a batch or a named branch."""
         if isinstance(frame, str):
             self._traced.append(frame)
         if not torch.compiler.is_dynamo_compiling():
@@ -43,8 +43,8 @@ class Scope:
             self._frames.set((*frames[:place], *frames[place + 1 :]))
 
     @property
-    def session(self) -> Any:
-        """The innermost session; None outside of any."""
+    def caller(self) -> Any:
+        """The innermost session or batch; None outside of any."""
         return next((f for f in reversed(self._frames.get()) if not isinstance(f, str)), None)
 
     @property
