@@ -13,14 +13,14 @@ from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.lowering import Separate
 from dit_cache_fx.runtime.batch import Batch
 from dit_cache_fx.runtime.drive import Compiler, Serving
-from dit_cache_fx.runtime.graphs import Entry, RowsOf
+from dit_cache_fx.runtime.graphs import Entry, Found, InputKey, RowsKey, RowsOf, input_key
 from dit_cache_fx.runtime.row_check import check_rows, output_names
 from dit_cache_fx.runtime.row_groups import Group, Row, RowGroups
 from dit_cache_fx.values.pytree import unflatten
 from dit_cache_fx.values.rows import CallRows
 
 if TYPE_CHECKING:
-    from dit_cache_fx.runtime.engine import Engine
+    from dit_cache_fx.runtime.engine import Engine, First
 
 
 class BatchEngine:
@@ -45,12 +45,13 @@ class BatchEngine:
         engine = self._engine
         rows = batch.rows(engine.arguments(args, kwargs))
         calls = [self._call(rows, [place]) for place in range(rows.count)]
-        self._check(rows, calls[0].key)
-        found = [engine.find(call) for call in calls]
+        keys = [input_key(call) for call in calls]
+        self._check(rows, keys[0])
+        found = self._found(calls, keys)
         with batch.locked():
             starts = [
-                engine.begin(session, call, one)
-                for session, call, one in zip(batch.sessions, calls, found, strict=True)
+                engine.begin(session, call, key, one)
+                for session, call, key, one in zip(batch.sessions, calls, keys, found, strict=True)
             ]
             members = [
                 Row(i, call, one.entry, one.shapes, start.step)
@@ -78,6 +79,17 @@ class BatchEngine:
         """The call with these rows alone."""
         return flatten_call(rows.taken(places), self._engine.graphs.timestep)
 
+    def _found(self, calls: Sequence[FlatCall], keys: Sequence[InputKey]) -> list[Found[First]]:
+        """The graph for each row by itself. Where it has no guards, it is for all of its key."""
+        unguarded: dict[InputKey, Found[First]] = {}
+        found = []
+        for call, key in zip(calls, keys, strict=True):
+            one = unguarded.get(key) or self._engine.find(call, key)
+            found.append(one)
+            if one.entry.captured.guards is None:
+                unguarded[key] = Found(one.entry, one.shapes, None)
+        return found
+
     def _check(self, rows: CallRows, key: Hashable) -> None:
         """See whether the model answers rows one by one. `key`: of the first row's call."""
         subject = self._engine.subject
@@ -92,7 +104,9 @@ class BatchEngine:
             return Group(members, one.entry, one.call)
         places = [row.place for row in members]
         call = self._call(rows, [*places, *places[-1:] * (size - len(places))])
-        return Group(members, self._engine.find(call, RowsOf(one.entry, size)).entry, call)
+        key = RowsKey(input_key(call), one.entry.serial)
+        found = self._engine.find(call, key, RowsOf(one.entry, size))
+        return Group(members, found.entry, call)
 
     def _ready(self, compiler: Compiler) -> Callable[[Entry], Separate]:
         """How graphs run: compiled, or as they are."""

@@ -23,7 +23,7 @@ from dit_cache_fx.runtime.call_log import CallLog, CallStart
 from dit_cache_fx.runtime.drive import Compiler, Results, Serving, drive
 from dit_cache_fx.runtime.execution import StepCompiler
 from dit_cache_fx.runtime.generation import as_number, timestep_value
-from dit_cache_fx.runtime.graphs import Entry, Found, Graphs, RowsKey, RowsOf, input_key
+from dit_cache_fx.runtime.graphs import Entry, Found, GraphKey, Graphs, RowsOf, input_key
 from dit_cache_fx.runtime.matching import CallEvidence
 from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.runtime.step import Step
@@ -77,11 +77,12 @@ class Engine:
         if batch is not None:
             return (yield from self.batches.serve(batch, args, kwargs, compiler))
         call = self._flat(args, kwargs)
-        found = self.find(call)
+        key = input_key(call)
+        found = self.find(call, key)
         entry, first = found.entry, found.first
         session = self.host.tracker.session
         with session.lock:
-            start = self.begin(session, call, found)
+            start = self.begin(session, call, key, found)
             step = start.step
             stale = first is None and self._stale(entry, step)
             if not stale:
@@ -95,15 +96,15 @@ class Engine:
         self.outdated(entry)
         return (yield from self.serve(args, kwargs, compiler))
 
-    def find(self, call: FlatCall, rows: RowsOf | None = None) -> Found[First]:
+    def find(self, call: FlatCall, key: GraphKey, rows: RowsOf | None = None) -> Found[First]:
         """The graph for a call, captured where there is none. `rows`: what it has rows of."""
-        key = input_key(call)
-        wanted = key if rows is None else RowsKey(key, rows.one.serial)
-        return self.graphs.find(call, wanted, partial(self._first, call), rows)
+        return self.graphs.find(call, key, partial(self._first, call), rows)
 
-    def begin(self, session: Session, call: FlatCall, found: Found[First]) -> CallStart:
+    def begin(
+        self, session: Session, call: FlatCall, key: Hashable, found: Found[First]
+    ) -> CallStart:
         """Find the place of a call in its session; nothing is noted."""
-        evidence = self._evidence(call, input_key(call), found.entry, session)
+        evidence = self._evidence(call, key, found.entry, session)
         return self.host.begin(session, evidence, found.entry.variants.held, found.shapes)
 
     def outdated(self, entry: Entry) -> None:
@@ -152,7 +153,7 @@ class Engine:
     def captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Entry, FlatCall]:
         """The graph for a call like this, captured and checked where there is none."""
         call = self._flat(args, kwargs)
-        return self.find(call).entry, call
+        return self.find(call, input_key(call)).entry, call
 
     def carried(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a call from inside another graph that is being made, where there is no host.

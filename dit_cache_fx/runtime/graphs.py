@@ -148,7 +148,8 @@ class Entry(Lowered):
             return name
 
 
-class RowsOf(NamedTuple):
+@dataclass(frozen=True)
+class RowsOf:
     """What a graph has rows of: calls that `one` answers by themselves, `count` of them."""
 
     one: Entry

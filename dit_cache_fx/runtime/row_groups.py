@@ -79,7 +79,7 @@ class RowGroups:
             if row.entry.variants.prefix is None:
                 row.step.decide(None)
         looking = [row for row in rows if row.entry.variants.prefix is not None]
-        for group in self._groups(looking, lambda row: None):
+        for group in self._groups(looking, lambda _: None):
             yield from self._decide(group)
 
     def answer(self, rows: Sequence[Row], changed: Callable[[Entry], bool]) -> Serving:
