@@ -7,12 +7,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.runtime.scope import Scope
+from dit_cache_fx.runtime.scope import Scope, Splits
 from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.values.rows import CallRows
 
 
-class Batch:
+class Batch(Splits):
     """Within it a call has a row (in dimension 0) for each of the sessions, in this order.
 
     `cached.batch([session, ...])` makes one. It may be entered again. `shared`: the names of

@@ -160,6 +160,11 @@ class Engine:
 
         The state is carried in buffers; the step is told from the timestep in the graph.
         """
+        if self.host.tracker.scope.splits:
+            raise CaptureError(
+                "a batch of sessions cannot be part of another compiled function or of an exported "
+                "program: compile the cached model by itself"
+            )
         call = self._flat(args, kwargs)
         entry = self.graphs.known(call.key)
         if entry is not None and (autocast() or entry.captured.recording.settings):

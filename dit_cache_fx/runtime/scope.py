@@ -14,6 +14,10 @@ from typing import Any
 import torch
 
 
+class Splits:
+    """The base of what calls are split by, while it is entered."""
+
+
 class Scope:
     """What of one cached model is entered right now: its frames, the innermost last.
 
@@ -23,11 +27,14 @@ class Scope:
     def __init__(self) -> None:
         self._frames: ContextVar[tuple[Any, ...]] = ContextVar("dit_cache_fx", default=())
         self._traced: list[str] = []
+        self._batches: list[object] = []  # as `_traced`: Dynamo guards it
 
     def enter(self, frame: object) -> None:
         """Enter a session, a batch or a named branch."""
         if isinstance(frame, str):
             self._traced.append(frame)
+        elif isinstance(frame, Splits):
+            self._batches.append(frame)
         if not torch.compiler.is_dynamo_compiling():
             self._frames.set((*self._frames.get(), frame))
 
@@ -35,12 +42,19 @@ class Scope:
         """Leave what was entered last of this frame."""
         if isinstance(frame, str) and frame in self._traced:
             self._traced.remove(frame)
+        elif isinstance(frame, Splits) and self._batches:
+            self._batches.pop()
         if torch.compiler.is_dynamo_compiling():
             return
         frames = self._frames.get()
         place = max((i for i, f in enumerate(frames) if f is frame), default=None)
         if place is not None:
             self._frames.set((*frames[:place], *frames[place + 1 :]))
+
+    @property
+    def splits(self) -> bool:
+        """Whether a batch is entered anywhere; Dynamo may ask."""
+        return bool(self._batches)
 
     @property
     def caller(self) -> Any:

@@ -1,12 +1,13 @@
 """Rows: what of a call belongs to one request, taken out of it and put together again.
 
 A tensor among the arguments has rows where its first dimension is as long as there are rows. So has
-a list or tuple of as many items, where nothing in it has. All else is shared.
+a list of as many items, where no tensor in it has. All else is shared.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -39,25 +40,25 @@ _Splitter = Callable[[Sequence[int]], Any]
 
 
 def _splitter(value: Any, count: int) -> _Splitter | None:
-    """How rows are taken out of a value; None where it has none."""
+    """How rows are taken out of a value; None where it has none.
+
+    A tuple is no list of rows: it has parts that mean different things (height and width).
+    """
     if hasattr(value, "dtype") and hasattr(value, "shape"):  # a tensor, or numpy's
         has = len(value.shape) > 0 and value.shape[0] == count
-        return (lambda rows: _picked(value, rows)) if has else None
+        return partial(_picked, value) if has else None
+    if type(value) is list and len(value) == count and not _has_rows(value, count):
+        return lambda rows: [value[i] for i in rows]
     if type(value) not in (dict, list, tuple):
         return _splitter_of_object(value, count)
     children = list(value.values()) if isinstance(value, dict) else list(value)
     splits = [_splitter(child, count) for child in children]
-    if any(splits):
-        return lambda rows: _like(
-            value,
-            [
-                child if split is None else split(rows)
-                for child, split in zip(children, splits, strict=True)
-            ],
-        )
-    if isinstance(value, dict) or len(value) != count:
-        return None
-    return lambda rows: type(value)(value[i] for i in rows)
+    return partial(_taken, value, children, splits) if any(splits) else None
+
+
+def _has_rows(value: Any, count: int) -> bool:
+    """Whether a tensor in it has."""
+    return any(t.ndim > 0 and t.shape[0] == count for t in flatten(value)[0])
 
 
 def _splitter_of_object(value: Any, count: int) -> _Splitter | None:
@@ -66,16 +67,22 @@ def _splitter_of_object(value: Any, count: int) -> _Splitter | None:
     splits = [_splitter(tensor, count) for tensor in tensors]
     if not any(splits):
         return None
-    return lambda rows: unflatten(
-        skeleton,
-        [t if s is None else s(rows) for t, s in zip(tensors, splits, strict=True)],
-    )
+    return lambda rows: unflatten(skeleton, _each(tensors, splits, rows))
 
 
-def _like(container: Any, children: list[Any]) -> Any:
+def _taken(
+    container: Any, children: list[Any], splits: list[_Splitter | None], rows: Sequence[int]
+) -> Any:
+    own = _each(children, splits, rows)
     if isinstance(container, dict):
-        return dict(zip(container, children, strict=True))
-    return type(container)(children)
+        return dict(zip(container, own, strict=True))
+    return type(container)(own)
+
+
+def _each(
+    values: Sequence[Any], splits: Sequence[_Splitter | None], rows: Sequence[int]
+) -> list[Any]:
+    return [v if s is None else s(rows) for v, s in zip(values, splits, strict=True)]
 
 
 def _picked(value: Any, rows: Sequence[int]) -> Any:
