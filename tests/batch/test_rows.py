@@ -57,10 +57,9 @@ SCHEDULED: list[Strategy] = [
 ]
 RULES: list[Strategy] = [
     TeaCache(rel_l1_thresh=0.3),
-    TeaCache(rel_l1_thresh=0.3, signal="conditioning"),
-    TaylorCache(tolerance=0.499),
-    FirstBlockCache(threshold=0.1),
-    EasyCache(threshold=0.3, warmup_steps=1),
+    TeaCache(rel_l1_thresh=1.0, signal="conditioning"),
+    FirstBlockCache(threshold=0.3),
+    EasyCache(threshold=1.0, warmup_steps=1),
 ]
 
 
@@ -73,11 +72,20 @@ def test_by_schedule(strategy: Strategy) -> None:
 
 @pytest.mark.parametrize("strategy", RULES, ids=lambda s: s.name)
 def test_a_rule_is_asked_for_each_row(strategy: Strategy) -> None:
-    serving = Serving(make(ToyDiT), strategy, smooth=True)
-    serving.staggered(ticks=9)
+    serving = Serving(make(ToyDiT), strategy, smooth=True, requests=3, steps=16)
+    serving.staggered(ticks=18)
     computed, reused = serving.same_counts()
     assert computed > 4
     assert reused > 0
+
+
+def test_what_is_measured_is_each_rows_own() -> None:
+    strategy = TaylorCache(tolerance=0.499, max_order=1)
+    serving = Serving(make(ToyDiT), strategy, smooth=True, requests=3, steps=200)
+    serving.staggered(ticks=14)
+    computed, reused = serving.same_counts()
+    assert computed > 4
+    assert reused > 4
 
 
 @pytest.mark.parametrize("mode", MODES)
