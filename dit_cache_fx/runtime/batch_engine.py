@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from dit_cache_fx.capture import FlatCall, flatten_call
-from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.lowering import Separate
+from dit_cache_fx.runtime import execution
 from dit_cache_fx.runtime.batch import Batch
 from dit_cache_fx.runtime.drive import Compiler, Serving
 from dit_cache_fx.runtime.graphs import Entry, Found, InputKey, RowsKey, RowsOf, input_key
-from dit_cache_fx.runtime.row_check import check_rows, output_names
-from dit_cache_fx.runtime.row_groups import Group, Row, RowGroups
-from dit_cache_fx.values.pytree import unflatten
+from dit_cache_fx.runtime.row_check import check_rows
+from dit_cache_fx.runtime.row_groups import Group, Row, answer, decide, output
 from dit_cache_fx.values.rows import CallRows
 
 if TYPE_CHECKING:
@@ -54,19 +51,19 @@ class BatchEngine:
                 for session, call, key, one in zip(batch.sessions, calls, keys, found, strict=True)
             ]
             members = [
-                Row(i, call, one.entry, one.shapes, start.step)
-                for i, (call, one, start) in enumerate(zip(calls, found, starts, strict=True))
+                Row(i, one.entry, start.step, one.shapes)  # masked selections of one size
+                for i, (one, start) in enumerate(zip(found, starts, strict=True))
             ]
-            groups = RowGroups(partial(self._group, rows), self._ready(compiler), compiler)
-            yield from groups.decide(members)
-            changed = yield from groups.answer(members, engine.graphs.stale)
-            if changed is None:
-                output = _output(members)
-                for row, start, one in zip(members, starts, found, strict=True):
-                    row.step.commit(row.call.tensors, [], row.kept)
+            graphs = partial(self._group, rows, found, calls, compiler)
+            yield from decide(members, graphs)
+            outdated = yield from answer(members, graphs)
+            if outdated is None:
+                result = output(members)
+                for row, call, start, one in zip(members, calls, starts, found, strict=True):
+                    row.step.commit(call.tensors, [], row.kept)
                     engine.done(start, one)
-                return output
-        engine.outdated(changed)
+                return result
+        engine.outdated(found[outdated.rows[0].place].entry)
         return (yield from self.serve(batch, args, kwargs, compiler))
 
     def passed(self, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -97,36 +94,40 @@ class BatchEngine:
             check_rows(subject, rows)
             self._checked.add(key)
 
-    def _group(self, rows: CallRows, members: Sequence[Row], size: int) -> Group:
+    def _group(
+        self,
+        rows: CallRows,
+        found: Sequence[Found[First]],
+        calls: Sequence[FlatCall],
+        compiler: Compiler,
+        members: Sequence[Row],
+        size: int,
+    ) -> Group:
         """The graph for rows that have the same one by themselves, padded to so many rows."""
-        one = members[0]
-        if size == 1:
-            return Group(members, one.entry, one.call)
         places = [row.place for row in members]
-        call = self._call(rows, [*places, *places[-1:] * (size - len(places))])
-        key = RowsKey(input_key(call), one.entry.serial)
-        found = self._engine.find(call, key, RowsOf(one.entry, size))
-        return Group(members, found.entry, call)
+        entry, call = found[places[0]].entry, calls[places[0]]
+        if size > 1:
+            call = self._call(rows, [*places, *places[-1:] * (size - len(places))])
+            key = RowsKey(input_key(call), entry.serial)
+            entry = self._engine.find(call, key, RowsOf(entry, size)).entry
+        ready = self._ready(entry, compiler)
+        return Group(
+            members,
+            ready.variants,
+            entry.layout,
+            entry.inputs(call),
+            lambda step, given: execution.decided(entry, step, given, ready, compiler),
+            entry.captured.around,
+            lambda: self._engine.graphs.stale(entry),
+        )
 
-    def _ready(self, compiler: Compiler) -> Callable[[Entry], Separate]:
-        """How graphs run: compiled, or as they are."""
+    def _ready(self, entry: Entry, compiler: Compiler) -> Separate:
+        """How a graph runs: compiled, or as it is."""
         separate = self._engine.step_compiler
         if compiler.looks_on:
-            return lambda entry: entry.separate
-        if separate is not None:
-            return lambda entry: separate.compiled(entry.variants)
-        return lambda entry: Separate(entry.variants, None)
-
-
-def _output(members: Sequence[Row]) -> Any:
-    """The call's output: that of its rows, in their order."""
-    skeleton = members[0].entry.program.output
-    parts = list(zip(*(row.outputs for row in members), strict=True))
-    for name, rows in zip(output_names(skeleton), parts, strict=True):
-        for row in rows:
-            if row.shape[:1] != (1,):
-                raise CaptureError(
-                    f"{name} is {list(row.shape)} for one row: it has no row for each session. "
-                    "Call each session by itself"
-                )
-    return unflatten(skeleton, [torch.cat(rows) for rows in parts])
+            return entry.separate
+        return (
+            Separate(entry.variants, None)
+            if separate is None
+            else separate.compiled(entry.variants)
+        )

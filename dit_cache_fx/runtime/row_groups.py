@@ -2,138 +2,138 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from itertools import islice
+from typing import Any
 
 import torch
 
-from dit_cache_fx.capture import FlatCall, Shapes
-from dit_cache_fx.lowering import Separate
-from dit_cache_fx.runtime import execution
-from dit_cache_fx.runtime.drive import Compiler, Serving, Stage
-from dit_cache_fx.runtime.graphs import Entry
+from dit_cache_fx.errors import CaptureError
+from dit_cache_fx.lowering import Variants
+from dit_cache_fx.lowering.lowered_program import Lowered
+from dit_cache_fx.runtime.drive import Serving, Stage
+from dit_cache_fx.runtime.row_check import output_names
 from dit_cache_fx.runtime.step import Step
-from dit_cache_fx.runtime.together import Together, sizes
+from dit_cache_fx.runtime.together import Layout, Together, sizes
+from dit_cache_fx.values.pytree import unflatten
 
 
 @dataclass(eq=False)
 class Row:
     """The call of one row, as if it were made by itself.
 
-    `entry`: the graph that would answer it. `carried`: what the rule's graph has computed of it.
-    `results`: its outputs, and what is to be held where its step computed.
+    `graph`: what would answer it. `kind`: what else rows must share that are answered together.
+    `carried`: what the rule's graph has computed of it. `results`: its outputs, and what is to be
+    held where its step computed.
     """
 
     place: int
-    call: FlatCall
-    entry: Entry
-    shapes: Shapes
+    graph: Lowered
     step: Step
+    kind: Hashable = None
     carried: dict[str, torch.Tensor] = field(default_factory=dict)
     results: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def outputs(self) -> list[torch.Tensor]:
-        return self.results[: self.entry.variants.outputs]
+        return self.results[: self.graph.variants.outputs]
 
     @property
     def kept(self) -> list[torch.Tensor]:
-        return self.results[self.entry.variants.outputs :]
+        return self.results[self.graph.variants.outputs :]
 
 
-class Group(NamedTuple):
-    """Rows for one graph. `call`: of all of them, and of some more where that is padded."""
+@dataclass(frozen=True)
+class Group:
+    """Rows for one graph.
+
+    `variants`, `around`: the graph, and within what it runs. `layout`: of its rows; None for one
+    row. `given`: the tensors of all rows by name. `decided`: runs the side of a step's kind with
+    them and what is carried. `changed`: whether the model has changed since the graph was made.
+    """
 
     rows: Sequence[Row]
-    entry: Entry
-    call: FlatCall
+    variants: Variants
+    layout: Layout | None
+    given: dict[str, torch.Tensor]
+    decided: Callable[[Step | Together, dict[str, torch.Tensor]], Serving]
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    changed: Callable[[], bool] = lambda: False
 
     @property
     def step(self) -> Step | Together:
         """Their steps as one."""
-        steps, layout = [row.step for row in self.rows], self.entry.layout
-        return steps[0] if layout is None else Together(steps, layout)
+        steps = [row.step for row in self.rows]
+        return steps[0] if self.layout is None else Together(steps, self.layout)
 
-
-class RowGroups:
-    """Runs graphs for groups of rows.
-
-    `found`: the graph for rows that have the same one by themselves, and their call, for a graph of
-    so many rows. `ready`: the graphs of each kind of step, as they run.
-    """
-
-    def __init__(
-        self,
-        found: Callable[[Sequence[Row], int], Group],
-        ready: Callable[[Entry], Separate],
-        compiler: Compiler,
-    ) -> None:
-        self._found = found
-        self._ready = ready
-        self._compiler = compiler
-
-    def decide(self, rows: Sequence[Row]) -> Serving:
-        """Ask the strategy's own rule for each row."""
-        for row in rows:
-            if row.entry.variants.prefix is None:
-                row.step.decide(None)
-        looking = [row for row in rows if row.entry.variants.prefix is not None]
-        for group in self._groups(looking, lambda _: None):
-            yield from self._decide(group)
-
-    def answer(self, rows: Sequence[Row], changed: Callable[[Entry], bool]) -> Serving:
-        """Run the rows, and give whether that was for nothing.
-
-        `changed`: whether a graph is of a model that has changed since; only what computes asks.
-        """
-        groups = list(self._groups(rows, lambda row: row.step.computes))
-        for group in groups:
-            if group.step.computes and changed(group.entry):
-                return group.entry
-        for group in groups:
-            yield from self._answer(group)
-        return None
-
-    def _decide(self, group: Group) -> Serving:
-        entry, call = group.entry, group.call
-        variants = self._ready(entry).variants
-        assert variants.prefix is not None
-        given = variants.prefix.operands(entry.inputs(call))
-        value, *carried = yield Stage(variants.prefix.run, given, entry.captured.around)
-        group.step.decide(value)
-        layout = entry.layout
-        by_row = [dict(zip(variants.carried, carried, strict=True))]
+    def decide(self) -> Serving:
+        """Ask the strategy's own rule, which looks at a value of the model."""
+        prefix, layout = self.variants.prefix, self.layout
+        assert prefix is not None
+        value, *carried = yield Stage(prefix.run, prefix.operands(self.given), self.around)
+        self.step.decide(value)
+        by_row = [dict(zip(self.variants.carried, carried, strict=True))]
         by_row = by_row if layout is None else layout.carried_rows(carried)
-        for row, own in zip(group.rows, by_row, strict=False):
+        for row, own in zip(self.rows, by_row, strict=False):
             row.carried = own
 
-    def _answer(self, group: Group) -> Serving:
-        entry, layout = group.entry, group.entry.layout
-        carried = [row.carried for row in group.rows]
-        given = entry.inputs(group.call)
-        given.update(carried[0] if layout is None else layout.carried_together(carried))
-        ready = self._ready(entry)
-        results = yield from execution.decided(entry, group.step, given, ready, self._compiler)
+    def answer(self) -> Serving:
+        """Run the side of their steps' kind."""
+        layout, carried = self.layout, [row.carried for row in self.rows]
+        more = carried[0] if layout is None else layout.carried_together(carried)
+        results = yield from self.decided(self.step, self.given | more)
         by_row = [list(results)] if layout is None else layout.rows(results)
-        for row, own in zip(group.rows, by_row, strict=False):
+        for row, own in zip(self.rows, by_row, strict=False):
             row.results = own
 
-    def _groups(self, rows: Sequence[Row], kind: Callable[[Row], Hashable]) -> Iterator[Group]:
-        """Rows of one kind whose graph by themselves is the same, in sizes for which there is one.
 
-        Masked selections of one size go together: others would be no rows of one tensor.
-        """
-        alike: dict[Hashable, list[Row]] = {}
-        for row in rows:
-            alike.setdefault((row.entry, row.shapes, kind(row)), []).append(row)
-        for members in alike.values():
-            rest = iter(members)
-            for size in sizes(len(members)):
-                yield self._found(list(_first(rest, size)), size)
+#: the graph for rows that have the same one by themselves, for so many rows
+Found = Callable[[Sequence[Row], int], Group]
 
 
-def _first(rows: Iterable[Row], count: int) -> Iterator[Row]:
-    """At most so many of the rows that are left."""
-    for _, row in zip(range(count), rows, strict=False):
-        yield row
+def decide(rows: Sequence[Row], found: Found) -> Serving:
+    """Ask the strategy's own rule for each row."""
+    looking = [row for row in rows if row.graph.variants.prefix is not None]
+    for row in rows:
+        if row.graph.variants.prefix is None:
+            row.step.decide(None)
+    for group in _groups(looking, found, lambda _: None):
+        yield from group.decide()
+
+
+def answer(rows: Sequence[Row], found: Found) -> Serving:
+    """Run the rows. Returns the group whose graph is out of date, where there is one."""
+    groups = list(_groups(rows, found, lambda row: row.step.computes))
+    for group in groups:
+        if group.step.computes and group.changed():
+            return group
+    for group in groups:
+        yield from group.answer()
+    return None
+
+
+def output(rows: Sequence[Row]) -> Any:
+    """The call's output: that of its rows, in their order."""
+    skeleton = rows[0].graph.program.output
+    parts = list(zip(*(row.outputs for row in rows), strict=True))
+    for name, part in zip(output_names(skeleton), parts, strict=True):
+        for tensor in part:
+            if tensor.shape[:1] != (1,):
+                raise CaptureError(
+                    f"{name} is {list(tensor.shape)} for one row: it has no row for each session. "
+                    "Call each session by itself"
+                )
+    return unflatten(skeleton, [torch.cat(part) for part in parts])
+
+
+def _groups(rows: Sequence[Row], found: Found, kind: Callable[[Row], Hashable]) -> Iterator[Group]:
+    """Rows of one kind whose graph by themselves is the same, in sizes for which there is one."""
+    alike: dict[Hashable, list[Row]] = {}
+    for row in rows:
+        alike.setdefault((row.graph, row.kind, kind(row)), []).append(row)
+    for members in alike.values():
+        rest = iter(members)
+        for size in sizes(len(members)):
+            yield found(list(islice(rest, size)), size)
