@@ -179,10 +179,10 @@ def psnr_of(requests: Sequence[Request], others: Sequence[Request]) -> float:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=48)
-    parser.add_argument("--steps", type=int, default=20, help="of each request")
+    parser.add_argument("--requests", type=int, default=36)
+    parser.add_argument("--steps", type=int, default=16, help="of each request")
     parser.add_argument("--slots", type=int, default=24, help="requests under way at a time")
-    parser.add_argument("--rounds", type=int, default=3, help="the fastest of them counts")
+    parser.add_argument("--rounds", type=int, default=2, help="the fastest of them counts")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

@@ -37,20 +37,23 @@ class Batch(Splits):
     def __repr__(self) -> str:
         return f"<Batch of {len(self.sessions)} sessions>"
 
-    def rows(self, arguments: dict[str, Any]) -> CallRows:
-        """A call by rows. Raises `OptionError` where it cannot be one of these sessions."""
+    def rows(self, arguments: dict[str, Any], own: Collection[str] = ()) -> CallRows:
+        """A call by rows. Raises `OptionError` where it cannot be one of these sessions.
+
+        `own`: which of the arguments are the model's own tensors.
+        """
         self._check_open()
         unknown = self.shared - arguments.keys()
+        given = [name for name in arguments if name.isidentifier() and name not in own]
         if unknown:
-            given = [name for name in arguments if name.isidentifier()]
             raise OptionError("shared", sorted(unknown), f"names of the call's arguments: {given}")
-        rows = CallRows(arguments, len(self.sessions), self.shared)
+        rows = CallRows(arguments, len(self.sessions), self.shared.union(own))
         if not rows.names:
             raise OptionError(
                 "sessions",
                 f"{len(self.sessions)} of them",
                 "one for each row of the call, and no argument has as many rows: "
-                + (", ".join(_sizes(arguments)) or "none is a tensor"),
+                + (", ".join(_sizes({n: arguments[n] for n in given})) or "none is a tensor"),
             )
         return rows
 

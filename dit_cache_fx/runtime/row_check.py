@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,24 +22,35 @@ def check_rows(subject: Subject, rows: CallRows) -> None:
     first row and the last one are tried.
     """
     together, skeleton = flatten(_answer(subject, rows.arguments))
-    tolerance = _tolerance([*together, *flatten(rows.arguments)[0], *subject.model.parameters()])
+    near = tolerance([*together, *flatten(rows.arguments)[0], *subject.model.parameters()])
     for row in sorted({0, rows.count - 1}):
         alone, kind = flatten(_alone(subject, rows, row))
-        if kind != skeleton or len(alone) != len(together):
+        if kind != skeleton:
             raise CaptureError(f"{_split(rows)} The model's output has other parts for one row")
-        for name, one, many in zip(output_names(skeleton), alone, together, strict=True):
-            if many.shape != (rows.count, *one.shape[1:]) or one.shape[:1] != (1,):
-                raise CaptureError(
-                    f"{name} is {list(many.shape)} for {rows.count} rows and {list(one.shape)} for "
-                    "one: it has no row for each session. Call each session by itself"
-                )
-            if not _near(one[0], many[row], tolerance):
-                raise CaptureError(
-                    f"{_split(rows)} Row {row} gives something else in the call than by itself "
-                    f"({name}): the model mixes rows, or one of these has none (name it: "
-                    "shared=('...',)), or what it computes is random. Else call each session by "
-                    "itself"
-                )
+        compare_rows(rows, output_names(skeleton), (together, row), (alone, 0), near)
+
+
+#: outputs of a call, and which row of it is meant
+Outputs = tuple[Sequence[torch.Tensor], int]
+
+
+def compare_rows(
+    rows: CallRows, names: Sequence[str], whole: Outputs, part: Outputs, tolerance: float
+) -> None:
+    """Raise `CaptureError` where a row is something else in the call than in a part of it."""
+    (together, row), (some, place) = whole, part
+    for name, many, few in zip(names, together, some, strict=True):
+        if not few.ndim or many.shape != (rows.count, *few.shape[1:]):
+            raise CaptureError(
+                f"{name} is {list(many.shape)} for {rows.count} rows and {list(few.shape)} for "
+                "fewer: it has no row for each session. Call each session by itself"
+            )
+        if not _near(few[place], many[row], tolerance):
+            raise CaptureError(
+                f"{_split(rows)} Row {row} gives something else in the call than by itself "
+                f"({name}): the model mixes rows, or one of these has none (name it: "
+                "shared=('...',)), or what it computes is random. Else call each session by itself"
+            )
 
 
 def output_names(skeleton: Skeleton) -> list[str]:
@@ -78,7 +89,7 @@ def _near(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
     return bool(((a - b).abs() <= tolerance * largest).all())
 
 
-def _tolerance(tensors: Iterable[torch.Tensor]) -> float:
+def tolerance(tensors: Iterable[torch.Tensor]) -> float:
     """What another batch size may change: half of the digits of the coarsest dtype."""
     kinds = {t.dtype for t in tensors if t.is_floating_point()}
     return math.sqrt(max((torch.finfo(kind).eps for kind in kinds), default=0.0))

@@ -25,15 +25,15 @@ class Row:
     """The call of one row, as if it were made by itself.
 
     `graph`: what would answer it. `kind`: what else rows must share that are answered together.
-    `carried`: what the rule's graph has computed of it. `results`: its outputs, and what is to be
-    held where its step computed.
+    `carried`: what the rule's graph has computed of it; None where that is not known. `results`:
+    its outputs, and what is to be held where its step computed.
     """
 
     place: int
     graph: Lowered
     step: Step
     kind: Hashable = None
-    carried: dict[str, torch.Tensor] = field(default_factory=dict)
+    carried: dict[str, torch.Tensor] | None = None
     results: list[torch.Tensor] = field(default_factory=list)
 
     @property
@@ -70,23 +70,34 @@ class Group:
 
     def decide(self) -> Serving:
         """Ask the strategy's own rule, which looks at a value of the model."""
-        prefix, layout = self.variants.prefix, self.layout
-        assert prefix is not None
-        value, *carried = yield Stage(prefix.run, prefix.operands(self.given), self.around)
+        value, *carried = yield self._prefix()
         self.step.decide(value)
+        by_row: list[dict[str, torch.Tensor] | None]
         by_row = [dict(zip(self.variants.carried, carried, strict=True))]
-        by_row = by_row if layout is None else layout.carried_rows(carried)
+        by_row = by_row if self.layout is None else self.layout.carried_rows(carried)
         for row, own in zip(self.rows, by_row, strict=False):
             row.carried = own
 
     def answer(self) -> Serving:
         """Run the side of their steps' kind."""
-        layout, carried = self.layout, [row.carried for row in self.rows]
-        more = carried[0] if layout is None else layout.carried_together(carried)
+        more = {} if self.variants.prefix is None else (yield from self._carried())
         results = yield from self.decided(self.step, self.given | more)
-        by_row = [list(results)] if layout is None else layout.rows(results)
+        by_row = [list(results)] if self.layout is None else self.layout.rows(results)
         for row, own in zip(self.rows, by_row, strict=False):
             row.results = own
+
+    def _carried(self) -> Serving:
+        """What the rule's graph has computed: of each row by then, else of all of them now."""
+        known, layout = [row.carried for row in self.rows if row.carried is not None], self.layout
+        if len(known) == len(self.rows) and (layout is None or layout.carried is not None):
+            return known[0] if layout is None else layout.carried_together(known)
+        _, *carried = yield self._prefix()
+        return dict(zip(self.variants.carried, carried, strict=True))
+
+    def _prefix(self) -> Stage:
+        prefix = self.variants.prefix
+        assert prefix is not None
+        return Stage(prefix.run, prefix.operands(self.given), self.around)
 
 
 #: the graph for rows that have the same one by themselves, for so many rows

@@ -42,14 +42,15 @@ class Layout:
     """Where the rows are in what a graph of `count` rows takes and gives; in outputs: in front.
 
     `alone`: what one row by itself holds. `signal`: in what a rule looks at; `carried`: in what
-    the rule's graph has computed for the others. None: nothing there depends on rows.
+    the rule's graph has computed for the others. None: nothing there depends on rows. There is no
+    `carried` where it cannot be told (rows and tokens in one dimension).
     """
 
     count: int
     outputs: int
     alone: Mapping[str, TensorSpec]
     held: Mapping[str, RowPlace]
-    carried: Mapping[str, RowPlace | None]
+    carried: Mapping[str, RowPlace | None] | None
     signal: RowPlace | None
 
     @staticmethod
@@ -67,7 +68,7 @@ class Layout:
             many.variants.outputs,
             alone,
             {name: place_of(name, alone[name], spec, count) for name, spec in held.items()},
-            {name: _place(name, one, many, count) for name in many.variants.carried},
+            _carried(one, many, count),
             None if signal is None else _place(signal.name, one, many, count),
         )
 
@@ -77,8 +78,10 @@ class Layout:
         split = [p.split(t) for p, t in zip(places, results, strict=False)]
         return [[rows[i] for rows in split] for i in range(self.count)]
 
-    def carried_rows(self, carried: Results) -> list[dict[str, torch.Tensor]]:
+    def carried_rows(self, carried: Results) -> list[dict[str, torch.Tensor] | None]:
         """What the rule's graph has computed, of each row."""
+        if self.carried is None:
+            return [None] * self.count
         split = {
             name: [tensor] * self.count if place is None else place.split(tensor)
             for (name, place), tensor in zip(self.carried.items(), carried, strict=True)
@@ -89,6 +92,7 @@ class Layout:
         self, rows: Sequence[Mapping[str, torch.Tensor]]
     ) -> dict[str, torch.Tensor]:
         """The same for all rows."""
+        assert self.carried is not None
         filled = self.filled(rows)
         return {
             name: filled[0][name] if place is None else place.joined([r[name] for r in filled])
@@ -98,6 +102,13 @@ class Layout:
     def filled(self, rows: Sequence[_T]) -> list[_T]:
         """As many as the graph has rows: the last one stands for the rest."""
         return [*rows, *[rows[-1]] * (self.count - len(rows))]
+
+
+def _carried(one: Lowered, many: Lowered, count: int) -> dict[str, RowPlace | None] | None:
+    try:
+        return {name: _place(name, one, many, count) for name in many.variants.carried}
+    except CaptureError:
+        return None
 
 
 def _place(name: str, one: Lowered, many: Lowered, count: int) -> RowPlace | None:
