@@ -16,6 +16,9 @@ from dit_cache_fx.runtime.row_check import check_rows
 from dit_cache_fx.runtime.row_groups import Group, Row, answer, decide, output
 from dit_cache_fx.values.rows import CallRows
 
+#: most kinds of calls that are known to be right by rows
+MAX_CHECKED = 1024
+
 if TYPE_CHECKING:
     from dit_cache_fx.runtime.engine import Engine, First
 
@@ -92,6 +95,8 @@ class BatchEngine:
         subject = self._engine.subject
         if subject.check and rows.count > 1 and key not in self._checked:
             check_rows(subject, rows)
+            if len(self._checked) >= MAX_CHECKED:
+                self._checked.clear()
             self._checked.add(key)
 
     def _group(

@@ -141,11 +141,13 @@ class Together:
         """What the graph reads of `names`: what is held, and the clocks, which are beside it."""
         held = self._layout.filled([step.held(names) for step in self._steps])
         clock = self._layout.filled([step.clock(names) for step in self._steps])
-        device = next(iter(self._layout.alone.values())).device
+        device = next((spec.device for spec in self._layout.alone.values()), None)
         places = self._layout.held
         joined = {name: places[name].joined([h[name] for h in held]) for name in held[0]}
         stacked = {name: torch.stack([c[name] for c in clock]) for name in clock[0]}
-        return joined | {name: tensor.to(device) for name, tensor in stacked.items()}
+        return joined | {
+            name: tensor.to(device or tensor.device) for name, tensor in stacked.items()
+        }
 
     compiled_given = given
 
