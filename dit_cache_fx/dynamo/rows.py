@@ -20,7 +20,7 @@ from dit_cache_fx.ir.alone import Alone
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.runtime.batch import Batch
 from dit_cache_fx.runtime.call_log import CallLog, CallStart
-from dit_cache_fx.runtime.drive import Serving, Stage, lasting
+from dit_cache_fx.runtime.drive import GraphCall, Serving, lasting
 from dit_cache_fx.runtime.generation import TimestepValue
 from dit_cache_fx.runtime.row_check import compare_rows, tolerance
 from dit_cache_fx.runtime.row_groups import Group, Row, answer, decide, output
@@ -117,8 +117,8 @@ class RowCall:
 class RowAnswers:
     """Answers calls of one of Dynamo's graphs by rows."""
 
-    def __init__(self, host: CallLog, outlined: Outlined, lower: Lower) -> None:
-        self._host = host
+    def __init__(self, call_log: CallLog, outlined: Outlined, lower: Lower) -> None:
+        self._call_log = call_log
         self._outlined = outlined
         self._graphs = RowGraphs(lower)
         self._checked: set[Hashable] = set()
@@ -165,14 +165,16 @@ class RowAnswers:
             result: Sequence[Any] = output(rows)
             for row, start, own in zip(rows, starts, tensors, strict=True):
                 start.step.commit(own, [], row.kept)
-                self._host.done(start, lambda: [one.program.arguments[i] for i in one.conditioning])
+                self._call_log.done(
+                    start, lambda: [one.program.arguments[i] for i in one.conditioning]
+                )
         return result
 
     def _begin(
         self, session: Session, one: Lowered, value: TimestepValue, tensors: Sequence[Any]
     ) -> CallStart:
-        evidence = self._host.evidence(session, one, one.signature, value, tensors)
-        return self._host.begin(session, evidence, one.variants.held)
+        evidence = self._call_log.evidence(session, one, one.signature, value, tensors)
+        return self._call_log.begin(session, evidence, one.variants.held)
 
     def _group(
         self, call: RowCall, members: Sequence[Row], size: int, given: list[Input], key: Hashable
@@ -189,7 +191,7 @@ class RowAnswers:
         def decided(step: Step | Together, given: dict[str, torch.Tensor]) -> Serving:
             part = variants.compute if step.computes else variants.reuse
             given.update(step.compiled_given(part.names))
-            return (yield Stage(part.run, part.operands(given)))
+            return (yield GraphCall(part.run, part.operands(given)))
 
         return Group(members, variants, layout, named, decided)
 
@@ -219,10 +221,10 @@ def _answer(outlined: Outlined, inputs: Sequence[Input]) -> list[torch.Tensor]:
 
 def _run(serving: Serving) -> None:
     """Run what is asked for, without a compiler that looks on."""
-    stage = next(serving, None)
-    while stage is not None:
-        results = lasting(stage.graph(*stage.operands))
+    call = next(serving, None)
+    while call is not None:
+        results = lasting(call.graph(*call.operands))
         try:
-            stage = serving.send(results)
+            call = serving.send(results)
         except StopIteration:
             return

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dit_cache_fx.capture import FlatCall, flatten_call
-from dit_cache_fx.lowering import Separate
+from dit_cache_fx.lowering import CompiledSteps
 from dit_cache_fx.runtime import execution
 from dit_cache_fx.runtime.batch import Batch
 from dit_cache_fx.runtime.drive import Compiler, Serving
@@ -50,8 +50,8 @@ class BatchEngine:
         found = self._found(calls, keys)
         with batch.locked():
             starts = [
-                engine.begin(session, call, key, one)
-                for session, call, key, one in zip(batch.sessions, calls, keys, found, strict=True)
+                engine.begin(session, call, one)
+                for session, call, one in zip(batch.sessions, calls, found, strict=True)
             ]
             members = [
                 Row(i, one.entry, start.step, one.shapes)  # masked selections of one size
@@ -77,7 +77,7 @@ class BatchEngine:
 
     def _call(self, rows: CallRows, places: Sequence[int]) -> FlatCall:
         """The call with these rows alone."""
-        return flatten_call(rows.taken(places), self._engine.graphs.timestep)
+        return flatten_call(rows.taken(places), self._engine.graphs.timestep_argument)
 
     def _found(self, calls: Sequence[FlatCall], keys: Sequence[InputKey]) -> list[Found[First]]:
         """The graph for each row by itself. Where it has no guards, it is for all of its key."""
@@ -126,13 +126,11 @@ class BatchEngine:
             lambda: self._engine.graphs.stale(entry),
         )
 
-    def _ready(self, entry: Entry, compiler: Compiler) -> Separate:
+    def _ready(self, entry: Entry, compiler: Compiler) -> CompiledSteps:
         """How a graph runs: compiled, or as it is."""
-        separate = self._engine.step_compiler
         if compiler.looks_on:
-            return entry.separate
-        return (
-            Separate(entry.variants, None)
-            if separate is None
-            else separate.compiled(entry.variants)
-        )
+            return entry.compiled_steps
+        step_compiler = self._engine.step_compiler
+        if step_compiler is None:
+            return CompiledSteps(entry.variants, None)
+        return step_compiler.compiled(entry.variants)

@@ -43,11 +43,11 @@ class First(NamedTuple):
 class Engine:
     """Answers the calls of one cached model."""
 
-    def __init__(self, subject: Subject, timestep: str | None) -> None:
+    def __init__(self, subject: Subject, timestep_argument: str | None) -> None:
         self.subject = subject
-        self.host = CallLog(subject.strategy)
+        self.call_log = CallLog(subject.strategy)
         self.batches = BatchEngine(self)
-        self.graphs = Graphs(subject, timestep, self.host.count)
+        self.graphs = Graphs(subject, timestep_argument, self.call_log.count)
         #: compiles the graphs where nothing else does; None: they run as they are
         self.step_compiler: StepCompiler | None = None
 
@@ -55,16 +55,16 @@ class Engine:
 
     def clear_states(self) -> None:
         """Forget what is held and where the generation stands; keep the graphs."""
-        self.host.tracker.clear()
+        self.call_log.tracker.clear()
         self.graphs.forget_carried()
 
     def reset_states(self) -> None:
         """Forget everything, graphs and counts included."""
         self.clear_states()
-        self.host.count.forget()
+        self.call_log.count.forget()
         self.graphs.clear()
         self.batches.forget()
-        self.host.forget_calls()
+        self.call_log.forget_calls()
 
     # --- a call ------------------------------------------------------------------------------
 
@@ -73,16 +73,16 @@ class Engine:
 
         Nothing of the call is noted when it raises.
         """
-        batch = self.host.tracker.batch
+        batch = self.call_log.tracker.batch
         if batch is not None:
             return (yield from self.batches.serve(batch, args, kwargs, compiler))
         call = self._flat(args, kwargs)
         key = input_key(call)
         found = self.find(call, key)
         entry, first = found.entry, found.first
-        session = self.host.tracker.session
+        session = self.call_log.tracker.session
         with session.lock:
-            start = self.begin(session, call, key, found)
+            start = self.begin(session, call, found)
             step = start.step
             stale = first is None and self._stale(entry, step)
             if not stale:
@@ -100,42 +100,41 @@ class Engine:
         """The graph for a call, captured where there is none. `rows`: what it has rows of."""
         return self.graphs.find(call, key, partial(self._first, call), rows)
 
-    def begin(
-        self, session: Session, call: FlatCall, key: Hashable, found: Found[First]
-    ) -> CallStart:
+    def begin(self, session: Session, call: FlatCall, found: Found[First]) -> CallStart:
         """Find the place of a call in its session; nothing is noted."""
-        evidence = self._evidence(call, key, found.entry, session)
-        return self.host.begin(session, evidence, found.entry.variants.held, found.shapes)
+        evidence = self._evidence(call, found.entry.key, found.entry, session)
+        return self.call_log.begin(session, evidence, found.entry.variants.held, found.shapes)
 
     def outdated(self, entry: Entry) -> None:
         """The model has changed since a graph was captured: forget all."""
         if self.graphs.outdated(entry):  # else another thread has seen it
             log.info("capturing again")
-            self.host.tracker.forget()
+            self.call_log.tracker.forget()
 
     def passed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note a call that the model itself answers: it is a step of its generation."""
-        batch = self.host.tracker.batch
+        batch = self.call_log.tracker.batch
         if batch is not None:
             self.batches.passed(batch, args, kwargs)
         else:
-            self.passed_in(self.host.tracker.session, self._flat(args, kwargs))
+            self.passed_in(self.call_log.tracker.session, self._flat(args, kwargs))
 
     def passed_in(self, session: Session, call: FlatCall) -> None:
         """The same for a call of this session."""
         entry = self.graphs.known(call.key)
         if entry is not None:
             with session.lock:
-                self.host.passed(session, self._evidence(call, input_key(call), entry, session))
+                self.call_log.passed(session, self._evidence(call, input_key(call), entry, session))
 
     def _evidence(
         self, call: FlatCall, key: Hashable, entry: Entry, session: Session
     ) -> CallEvidence:
         """What tells where a call belongs. Waits for the device where the timestep is on one."""
         explicit, tensors = session.explicit, call.tensors
-        assert entry.timestep is not None
-        read = timestep_value(tensors[entry.timestep]) if explicit is None else float(explicit)
-        return self.host.evidence(session, entry, key, read, tensors)
+        position = entry.program.timestep_position
+        assert position is not None
+        read = timestep_value(tensors[position]) if explicit is None else float(explicit)
+        return self.call_log.evidence(session, entry, key, read, tensors)
 
     def done(self, start: CallStart, found: Found[First]) -> None:
         """Note a call that has succeeded."""
@@ -144,7 +143,7 @@ class Engine:
             entry.served.add(as_number(start.placement.call.value))
         arguments = entry.program.arguments
         captured = None if found.first is None else found.because
-        self.host.done(start, lambda: [arguments[i] for i in entry.conditioning], captured)
+        self.call_log.done(start, lambda: [arguments[i] for i in entry.conditioning], captured)
 
     def _stale(self, entry: Entry, step: Step) -> bool:
         """Whether a computed step's graph is of a model that has changed since."""
@@ -160,7 +159,7 @@ class Engine:
 
         The state is carried in buffers; the step is told from the timestep in the graph.
         """
-        if self.host.tracker.scope.splits:
+        if self.call_log.tracker.scope.splits:
             raise CaptureError(
                 "a batch of sessions cannot be part of another compiled function or of an exported "
                 "program: compile the cached model by itself"
@@ -179,35 +178,35 @@ class Engine:
                 "and no graph was captured for a call like this: call the cached model once with "
                 "these arguments before"
             )
-        outputs = entry.carried_in(self.host.tracker.context)(entry.inputs(call))
+        outputs = entry.carried_in(self.call_log.tracker.context)(entry.inputs(call))
         return unflatten(entry.program.output, outputs)
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name."""
         arguments = self.subject.signature.bind(args, kwargs)
-        self.graphs.learn_timestep(tuple(arguments))
+        self.graphs.learn_timestep(arguments)
         return arguments
 
     def _flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FlatCall:
-        return flatten_call(self.arguments(args, kwargs), self.graphs.timestep)
+        return flatten_call(self.arguments(args, kwargs), self.graphs.timestep_argument)
 
     def _run(
         self, entry: Entry, step: Step, call: FlatCall, first: First | None, compiler: Compiler
     ) -> Serving:
-        separate = self.step_compiler
+        step_compiler = self.step_compiler
         if compiler.looks_on:
             results = yield from execution.watched(entry, step, call, compiler)
-        elif separate is not None:
-            compiled_variants = separate.compiled(entry.variants)
-            results = yield from execution.separate(entry, step, call, compiled_variants)
+        elif step_compiler is not None:
+            compiled_variants = step_compiler.compiled(entry.variants)
+            results = yield from execution.compiled_steps(entry, step, call, compiled_variants)
         elif first is not None:
             assert isinstance(first.step, Step)
             step.follow(first.step)
             results = first.results
         else:
             results = yield from execution.plain(entry, step, call)
-        outputs, kept = results[: entry.variants.outputs], results[entry.variants.outputs :]
-        owned = step.commit(call.tensors, outputs, kept)
+        outputs, recorded = results[: entry.variants.outputs], results[entry.variants.outputs :]
+        owned = step.commit(call.tensors, outputs, recorded)
         return unflatten(entry.program.output, owned)
 
     def _first(self, call: FlatCall, entry: Entry) -> First:
@@ -251,7 +250,7 @@ class Engine:
 
     def _new_step(self, entry: Entry) -> Step | Together:
         """The first step of a branch that holds nothing, or of several of them."""
-        layout, strategy = entry.layout, self.host.strategy
+        layout, strategy = entry.layout, self.call_log.strategy
         if layout is None:
             return Step(strategy, Branch(), 0, entry.variants.held)
         steps = [Step(strategy, Branch(), 0, layout.alone) for _ in range(layout.count)]

@@ -13,7 +13,7 @@ import torch
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.lowering import Variants
 from dit_cache_fx.lowering.lowered_program import Lowered
-from dit_cache_fx.runtime.drive import Serving, Stage
+from dit_cache_fx.runtime.drive import GraphCall, Serving
 from dit_cache_fx.runtime.row_check import output_names
 from dit_cache_fx.runtime.step import Step
 from dit_cache_fx.runtime.together import Layout, Together, sizes
@@ -94,10 +94,10 @@ class Group:
         _, *carried = yield self._prefix()
         return dict(zip(self.variants.carried, carried, strict=True))
 
-    def _prefix(self) -> Stage:
+    def _prefix(self) -> GraphCall:
         prefix = self.variants.prefix
         assert prefix is not None
-        return Stage(prefix.run, prefix.operands(self.given), self.around)
+        return GraphCall(prefix.run, prefix.operands(self.given), self.around)
 
 
 #: the graph for rows that have the same one by themselves, for so many rows

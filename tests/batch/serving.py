@@ -94,6 +94,11 @@ class Serving:
             if live:
                 self.step(*live)
 
+    def actions(self, request: int) -> list[str]:
+        """What was done on each step of a request's generation."""
+        with self.sessions[request]:
+            return [record.action for record in self.cached.cache_report().timeline]
+
     def same_counts(self) -> tuple[int, int]:
         """Calls computed and reused, which are the same alone."""
         batched, alone = (c.cache_report() for c in (self.cached, self.alone))
