@@ -84,9 +84,12 @@ def _split(rows: CallRows) -> str:
 def _near(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
     if not (one.is_floating_point() or one.is_complex()):
         return torch.equal(one, other)
-    a, b = one.nan_to_num(), other.nan_to_num()
-    largest = b.abs().max() if b.numel() else torch.zeros(())
-    return bool(((a - b).abs() <= tolerance * largest).all())
+    kind = torch.promote_types(one.dtype, torch.float32)
+    a, b = one.to(kind).nan_to_num(), other.to(kind).nan_to_num()
+    apart = a - b
+    largest = b.abs().max() if b.numel() else torch.zeros((), device=b.device)
+    everywhere = (apart.abs() <= tolerance * largest).all()
+    return bool(everywhere & (apart.norm() <= tolerance / 2 * b.norm()))
 
 
 def tolerance(tensors: Iterable[torch.Tensor]) -> float:
