@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from dit_cache_fx.ir.program import (
     spec_of,
     tensor_spec,
 )
-from dit_cache_fx.strategies import CLOCK, Clock, Strategy, alone
+from dit_cache_fx.strategies import CLOCK, Clock, Strategy, without_ranks
 from dit_cache_fx.strategies.traced import agree, refused, traced
+from dit_cache_fx.values.rows import RowPlace
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
 
@@ -117,19 +118,29 @@ class Subgraphs:
         given = ["value"] * (name != "reuse") + ["start"] * (start is not None)
         slots, end = self.slots, self.slots + len(CLOCK)
 
+        alone = self.program.alone
+        own = held_name(self.region.values[index], 0)
+        one = spec if alone is None else alone.spec(own)
+
         def flat(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
             named = dict(zip(given, tensors[end:], strict=True))
             clock = Clock(*tensors[slots:end])
-            return self._called(strategy, name, tensors[:slots], named, clock, spec)
+            return self._called(strategy, name, tensors[:slots], named, clock, one)
 
         specs = {f"held[{i}]": spec for i in range(slots)}
         specs |= {f"clock.{name}": spec for name, spec in CLOCK.items()}
-        return traced(strategy, name, flat, specs | dict.fromkeys(given, spec))
+        specs |= dict.fromkeys(given, spec)
+        if alone is None:
+            return traced(strategy, name, flat, specs)
+        specs |= {f"clock.{n}": alone.clock(s, spec.device) for n, s in CLOCK.items()}
+        place = alone.place(own, spec)
+        places = [None if spec_name.startswith("clock.") else place for spec_name in specs]
+        return traced(strategy, name, _by_row(flat, places, name != "measure"), specs)
 
     def _strategy(self, index: int) -> Strategy:
         """What is computed of a distributed tensor is of all of it already."""
         spread = is_spread(self.program.node(self.region.values[index]))
-        return alone(self.strategy) if spread else self.strategy
+        return without_ranks(self.strategy) if spread else self.strategy
 
     def _called(
         self,
@@ -175,6 +186,23 @@ class Subgraphs:
         attributes = {name: value for name, value in self.attributes.items() if name in read}
         name = f"Run{self.region.index}{side}"
         return graph_module(self.program.model, attributes, graph, name)
+
+
+def _by_row(
+    function: Callable[..., Sequence[torch.Tensor]], places: Sequence[RowPlace | None], back: bool
+) -> Callable[..., Sequence[torch.Tensor]]:
+    """A function of one row for several. `places`: of the rows in its tensors; None: in front.
+
+    `back`: its results are as its first tensor; else their rows stay in front.
+    """
+
+    def mapped(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+        rows = [t if p is None else p.in_front(t) for t, p in zip(tensors, places, strict=True)]
+        results: Sequence[torch.Tensor] = torch.vmap(function)(*rows)
+        place = places[0] if back else None
+        return results if place is None else [place.put_back(t) for t in results]
+
+    return mapped
 
 
 def _results(gm: fx.GraphModule) -> list[fx.Node]:

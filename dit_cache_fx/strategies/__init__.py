@@ -1,6 +1,6 @@
 """The strategies. A strategy of your own is a subclass of `Strategy`: pass an object."""
 
-from dit_cache_fx.strategies.base import NumSteps, RuleState, Strategy, alone, spread_over
+from dit_cache_fx.strategies.base import NumSteps, RuleState, Strategy, spread_over, without_ranks
 from dit_cache_fx.strategies.block_ids import ALIASES, check_block_ids, never_cached
 from dit_cache_fx.strategies.clock import CLOCK, Clock
 from dit_cache_fx.strategies.course import Course
@@ -34,9 +34,9 @@ __all__ = [
     "Strategy",
     "TaylorCache",
     "TeaCache",
-    "alone",
     "check_block_ids",
     "make_strategy",
     "never_cached",
     "spread_over",
+    "without_ranks",
 ]

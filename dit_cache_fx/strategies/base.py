@@ -300,7 +300,7 @@ def spread_over(strategy: _S, ranks: Ranks | None) -> _S:
     return strategy if ranks is None or strategy.ranks is not None else _with(strategy, ranks)
 
 
-def alone(strategy: _S) -> _S:
+def without_ranks(strategy: _S) -> _S:
     """The strategy for values that need no other process."""
     return strategy if strategy.ranks is None else _with(strategy, None)
 
