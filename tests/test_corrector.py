@@ -247,7 +247,7 @@ def test_a_reused_step_of_order_1_runs_no_more_than_one_of_order_2() -> None:
 def clock(distance: float, computed: int, gap: Sequence[float] = (), reach: float = 0) -> Clock:
     filled = [*gap, *[0.0] * (MOMENTS - len(gap))]
     return Clock(
-        *(torch.tensor(v, dtype=torch.float64) for v in (distance, computed, filled, reach))
+        *(torch.tensor(v, dtype=torch.float64) for v in (distance, computed, filled, reach, [0, 0]))
     )
 
 

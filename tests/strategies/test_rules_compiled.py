@@ -32,7 +32,7 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "magnitudes": ("magcache", {"mag_ratios": [1.02] * 24, "num_steps": 10}),
     "rate": ("easycache", {"threshold": 0.8, "warmup_steps": 2, "num_steps": 10}),
-    "tolerance": ("taylorcache", {"tolerance": 0.5, "max_order": 1}),
+    "tolerance": ("taylorcache", {"tolerance": 0.02, "max_order": 1}),
 }
 GIVEN = calls(10, span=60.0)
 
