@@ -146,29 +146,26 @@ class EvenTimesteps(Schedule):
 
 @dataclass(frozen=True)
 class EvenNoise(EvenAndLast):
-    """As many computed steps as `EvenAndLast` has, evenly spaced in timestep, and the last.
+    """As many computed steps as `EvenAndLast` has, evenly spaced in timestep.
 
-    They are spaced towards the generation's end, one step behind the last timestep. So the last gap
-    is the shortest: nothing comes after it that could make up for its error. As long as the
-    timesteps are not known, they are the steps of `EvenAndLast`.
+    As long as the timesteps are not known, they are the steps of `EvenAndLast`.
     """
 
     def placed(self, timesteps: Sequence[float]) -> Schedule:
         steps = len(timesteps)
         count = sum(self.computes(step, steps) for step in range(1, steps))
-        end = 2 * timesteps[-1] - timesteps[-2] if steps > 1 else None
-        return ListedSteps(evenly_spaced(timesteps, count + 1, end))
+        return ListedSteps(evenly_spaced(timesteps, count + 1))
 
 
-def evenly_spaced(places: Sequence[float], count: int, end: float | None = None) -> frozenset[int]:
+def evenly_spaced(places: Sequence[float], count: int) -> frozenset[int]:
     """The indexes of `count` places, evenly spaced from the first place to the last.
 
     Where there are not as many, the indexes of all. Of two places that are equally near the first
-    is taken. `end`: they are spaced towards this place behind the last, which is one of them still.
+    is taken.
     """
     if count >= len(places):
         return frozenset(range(len(places)))
-    first, last = places[0], places[-1] if end is None else end
+    first, last = places[0], places[-1]
     ends = {0, len(places) - 1} if count > 1 else {0}
     free = {i: place for i, place in enumerate(places) if i not in ends}
     for i in range(1, count - 1):
