@@ -9,8 +9,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# the theme's advertisement of its successor
+export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test test-all check bench dist
+.PHONY: demo test test-all check bench dist docs docs-serve
 
 demo: $(INSTALLED)
 	$(BIN)/python -m examples.digits.demo
@@ -45,10 +47,18 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m mkdocs build --strict --quiet
+
+# The documentation with the API reference: in site/, or at http://127.0.0.1:8000
+docs: $(INSTALLED)
+	$(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(INSTALLED)
+	$(BIN)/python -m mkdocs serve
 
 $(INSTALLED): pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable '.[test,examples]'
+	$(BIN)/pip install --quiet --editable '.[test,examples,docs]'
 	touch $@
