@@ -16,19 +16,23 @@ MOMENTS = 8
 
 
 class Clock(NamedTuple):
-    """Where a step stands in its generation; float64 tensors.
+    """The place of a step in its generation, as float64 tensors.
 
-    `distance` (of no dimensions): from the last computed step to this one, in steps, or along the
-    strategy's own axis. `computed` (of no dimensions): computed steps before this one.
-
-    `gap` ([MOMENTS]), for a computed step: item i is the sum of `dt * distance**i` over the steps
-    that were reused since the last computed step, each with its own distance, divided by the sum of
-    `dt` over the steps that will be reused up to the next computed one. All are 0 where no steps
-    were or none will be. `dt`: how far the timestep moves from the step to the next one (a step is
-    1 where timesteps are not known).
-
-    `reach` (of no dimensions): the distance between the last computed step and the one before it; 0
-    where there are no two.
+    Attributes:
+        distance (`Tensor`):
+            No dimensions. From the last computed step to this one, in steps, or along the
+            strategy's own axis.
+        computed (`Tensor`):
+            No dimensions. The number of computed steps before this one.
+        gap (`Tensor`):
+            Shape `[MOMENTS]` (8), used on a computed step. Item i is the sum of `dt * distance**i`
+            over the steps reused since the last computed step, each with its own distance, divided
+            by the sum of `dt` over the steps to be reused until the next computed one. All items
+            are 0 where no steps were or none will be reused. `dt` is the distance that the timestep
+            moves from the step to the next one (1 where the timesteps are not known).
+        reach (`Tensor`):
+            No dimensions. The distance between the last computed step and the one before it; 0
+            where there are not two.
     """
 
     distance: Tensor

@@ -19,10 +19,15 @@ class NewtonCache(TaylorCache):
     """TaylorCache with the derivatives of the parabola through the last three computed values.
 
     The published differences of order 2 are those of the middle of an interval, taken for those of
-    its end, and are off where two intervals are not of one length. With Newton's divided
-    differences (`s` and `s_old` the slopes over the last two intervals, of lengths g and g_old)
+    its end. They are off where two intervals differ in length. With Newton's divided differences
+    (`s` and `s_old` the slopes over the last two intervals, of lengths g and g_old)
     `D[2] = 2 (s - s_old) / (g + g_old)` and `D[1] = s + D[2] g / 2`, at the newest computed value.
-    The rest is TaylorCache's, and with order 1 they are the same. At most order 2.
+    The rest is TaylorCache's, and with order 1 the two are the same.
+
+    The options are those of `TaylorCache`, with orders of at most 2.
+
+    Example:
+        >>> dit_cache_fx.apply(model, "newtoncache", computed_steps=10)
     """
 
     name: ClassVar[str] = "newtoncache"
