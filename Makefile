@@ -47,9 +47,10 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m mkdocs build --strict --quiet
+	$(MAKE) docs
 
-# The documentation with the API reference: in site/, or at http://127.0.0.1:8000
+# The documentation with the API reference: in site/, or at http://127.0.0.1:8000. A link or an
+# anchor that leads nowhere fails (with --quiet it would not)
 docs: $(INSTALLED)
 	$(BIN)/python -m mkdocs build --strict
 
