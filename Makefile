@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # the theme's advertisement of its successor
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test test-all check bench dist docs docs-serve
+.PHONY: demo test test-all check bench dist
 
 demo: $(INSTALLED)
 	$(BIN)/python -m examples.digits.demo
@@ -49,6 +49,7 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(MAKE) docs
 
+.PHONY: docs docs-serve
 # The documentation with the API reference: in site/, or at http://127.0.0.1:8000. A link or an
 # anchor that leads nowhere fails (with --quiet it would not)
 docs: $(INSTALLED)
