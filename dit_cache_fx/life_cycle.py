@@ -133,17 +133,24 @@ class LifeCycle:
         return self._call_log.tracker.new_session()
 
     def batch(self, sessions: Sequence[Session], *, shared: Collection[str] = ()) -> Batch:
-        """Calls within have a row (in dimension 0) for each session, in this order.
+        """Return a context whose calls have a row (in dimension 0) for each session, in this order.
 
-            with cached.batch([first, second]):
-                noise = cached(torch.cat([a, b]), torch.tensor([900.0, 40.0]), prompts)
+        The requests may be at different steps. Rows that compute run as one batch, rows that reuse
+        as another, each with its own state; the outputs are in the caller's order. An argument has
+        rows if its first dimension is the number of sessions (or if it is a list of as many items).
 
-        The requests may stand at different steps: rows that compute run as one batch, rows that
-        reuse as another, each with its own state. The outputs are in the caller's order. An
-        argument has rows where its first dimension is the number of sessions (so has a list of as
-        many items); `shared` names arguments that have none all the same.
+        Args:
+            sessions (`Sequence[Session]`):
+                The session of each row.
+            shared (`Collection[str]`, defaults to `()`):
+                The names of arguments that have no rows although their size says so.
 
-        Raises `OptionError` for sessions that are not open, not of this model, or there twice.
+        Raises:
+            OptionError: A session is closed, of another model, or given twice.
+
+        Example:
+            >>> with cached.batch([first, second]):
+            ...     noise = cached(torch.cat([a, b]), torch.tensor([900.0, 40.0]), prompts)
         """
         return Batch(self._call_log.tracker.scope, sessions, shared)
 
