@@ -92,6 +92,8 @@ class Strategy:
     #: whether its rule computes by itself where a signal or a change is no number, and goes on
     #: from the next step; else such a step computes, and the rule's state begins again
     bears_nans: ClassVar[bool] = False
+    #: whether `Clock.gap` fades towards a generation's end
+    fading: ClassVar[bool] = False
     #: whether one run of everything from the sample to the output is cached, not runs of blocks
     whole_model: ClassVar[bool] = False
 
@@ -129,7 +131,9 @@ class Strategy:
                 The timesteps of its calls.
         """
         course = Course(self.plan, num_steps, timesteps)
-        return replace(course, ruled=self.has_rule, by_timestep=self.by_timestep)
+        return replace(
+            course, ruled=self.has_rule, by_timestep=self.by_timestep, fading=self.fading
+        )
 
     def scheduled(self, step: int, num_steps: int | None = None) -> bool:
         """Whether a step is computed whatever the rule decides.
@@ -242,10 +246,10 @@ class Strategy:
         always run at the model's head add to their stream), or the "sample", the model's noisy
         input.
 
-        The others are "distance" and "computed", as in `Clock`, and "measured", one row for each
-        held value: the result of `measure` on the newest computed step. A rule that looks at no
-        value of the model is asked on the CPU, and nothing is read from the device on a reused
-        step.
+        The others are fields of `Clock` ("distance", "computed", "way"), and "measured", one row
+        for each held value: the result of `measure` on the newest computed step. A rule that looks
+        at no value of the model is asked on the CPU, and nothing is read from the device on a
+        reused step.
         """
         return "modulated"
 

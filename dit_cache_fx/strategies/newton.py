@@ -16,34 +16,74 @@ from dit_cache_fx.strategies.taylorcache import TaylorCache, slope
 
 @dataclass(frozen=True, kw_only=True)
 class NewtonCache(TaylorCache):
-    """TaylorCache with the derivatives of the parabola through the last three computed values.
+    """TaylorCache with the parabola through the last three computed values, and its corrector on.
 
     The published differences of order 2 are those of the middle of an interval, taken for those of
     its end. They are off where two intervals differ in length. With Newton's divided differences
-    (`s` and `s_old` the slopes over the last two intervals, of lengths g and g_old)
-    `D[2] = 2 (s - s_old) / (g + g_old)` and `D[1] = s + D[2] g / 2`, at the newest computed value.
-    The rest is TaylorCache's, and with order 1 the two are the same.
+    (`s` and `s_old` the slopes over the last two intervals, of lengths g and g_old, and `b = (s -
+    s_old) / (g + g_old)`) the derivatives at the newest computed value are `D[2] = 2 b` and `D[1] =
+    s + b g`. Computed values scatter more than a parabola so far ahead bears, so predictions follow
+    only a share of its bend: `curvature * b` instead of b. With order 1 they are TaylorCache's.
 
-    The options are those of `TaylorCache`, with orders of at most 2.
+    The corrector is TaylorCache's with two changes. `I(k)`, the values between two computed ones,
+    lies on the same parabola, not on the line: `x_p + s d + b d (d - g)` at distance d from p. And
+    the share that is put right fades: `corrector * (1 - coming / left)`, where the timestep moves
+    by `coming` up to the next computed step, and by `left` up to the end of the generation. The
+    sampler of a denoising flow makes up for the rest by itself, since its model sees the sample as
+    it is: for all of it in the last interval.
+
+    The other options are those of `TaylorCache`, with orders of at most 2.
+
+    Args:
+        corrector (`float`, defaults to `1.0`):
+            The share of a past error to put right, from 0 (off) to 2.
+        curvature (`float`, defaults to `0.5`):
+            The share of the parabola's bend to follow, from 0 (a line) to 1 (the parabola).
 
     Example:
         >>> dit_cache_fx.apply(model, "newtoncache", computed_steps=10)
     """
 
+    corrector: float = 1.0
+    curvature: float = 0.5
+
     name: ClassVar[str] = "newtoncache"
+    fading: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if max(self.orders) > 2:
             raise OptionError("max_order", self.max_order, "at most 2 here")
+        value = self.curvature
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 <= value <= 1:
+            raise OptionError("curvature", value, "a share from 0 (a line) to 1 (the parabola)")
 
     def differences(self, value: Tensor, held: Sequence[Tensor], clock: Clock) -> list[Tensor]:
         if len(held) < 3:
             return super().differences(value, held, clock)
-        last, first, second = held
-        now, before = slope(value, last, clock), first - second * (clock.reach / 2)
-        known = (clock.computed > 1) & (clock.distance > 0)
-        bend = (now - before) / torch.where(known, clock.distance + clock.reach, torch.inf)
-        again = (clock.computed > 0) & (clock.distance == 0)
+        now = slope(value, held[0], clock)
+        bend = self.curvature * second_difference(value, held, clock)
         new = (now + bend * clock.distance, 2 * bend)
+        again = (clock.computed > 0) & (clock.distance == 0)
         return [value, *(torch.where(again, a, b) for a, b in zip(held[1:], new, strict=True))]
+
+    def interpolated(self, value: Tensor, held: Sequence[Tensor], clock: Clock) -> Tensor:
+        line = super().interpolated(value, held, clock)
+        if len(held) < 2:
+            return line
+        bend = second_difference(value, held, clock)
+        return line + bend * (clock.gap[2] - clock.gap[1] * clock.distance)
+
+
+def second_difference(value: Tensor, held: Sequence[Tensor], clock: Clock) -> Tensor:
+    """Newton's second divided difference of the last three computed values; 0 of fewer.
+
+    `held`: of the computed step before; from its derivatives follows the slope up to there.
+    """
+    last, first, *second = held
+    before = first - second[0] * (clock.reach / 2) if second else first
+    known = (clock.computed > 1) & (clock.distance > 0)
+    return (slope(value, last, clock) - before) / torch.where(
+        known, clock.distance + clock.reach, torch.inf
+    )
