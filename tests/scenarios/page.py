@@ -1,18 +1,18 @@
 """Makes `docs/scenarios.md`: `python -m tests.scenarios.page`.
 
-It runs every scenario's test, and writes what they gave.
+It runs every scenario's test, and writes what they gave. Takes some minutes.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from tests.scenarios.registry import OWN, ROOT, SCENARIOS, SECTIONS, Scenario
-from tests.support.table import line, versions
 
 PAGE = ROOT / "docs" / "scenarios.md"
 COLUMNS = ("scenario", "source", "what went wrong there", "here", "test")
@@ -74,6 +74,16 @@ def page(outcomes: Mapping[Scenario, str]) -> str:
         lines += ["", f"## {title}", "", line(COLUMNS), line(["---"] * len(COLUMNS))]
         lines += [row(scenario, outcomes[scenario]) for scenario in scenarios]
     return "\n".join(lines) + "\n"
+
+
+def line(cells: Iterable[str]) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def versions() -> str:
+    """Which versions the page is of. Nothing is imported for it: pytest wants to do that."""
+    return f"torch {version('torch').split('+')[0]}, diffusers {version('diffusers')}, on a CPU."
 
 
 def _count(outcomes: Mapping[Scenario, str]) -> str:
