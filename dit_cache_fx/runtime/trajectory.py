@@ -168,7 +168,7 @@ class Trajectory(NamedTuple):
 
         A model may be called on a given picture, at timestep 0, before its sampler starts.
         """
-        if self.move or self.value is None:
+        if self.move or self.explicit or self.value is None:
             return False
         span = 1.0 if as_number(value) <= 1 else 1000.0
         return movement(self.value, value)[0] > span / 2
