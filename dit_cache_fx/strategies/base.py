@@ -68,7 +68,7 @@ class Strategy:
             The blocks that always run: for each block list, their indices. Name a list as the model
             does; "double_blocks" and "single_blocks" are the first and the second list.
         process_group (`ProcessGroup | DeviceMesh`, *optional*):
-            The processes that run the model together (by context, tensor or data parallelism), which
+            The processes that run the model together (by context, tensor or data parallelism) and
             must decide alike. When None, they are found where the model's weights or the call's
             tensors are DTensors, and from the parallel configuration of diffusers.
 
