@@ -89,7 +89,7 @@ class LifeCycle:
     def timesteps(self, timesteps: Timesteps | None) -> None:
         if timesteps is not None and not callable(timesteps):
             timesteps = checked_timesteps(timesteps)
-        self._host.count.given_timesteps = timesteps
+        self._host.count.given_timesteps, self._host.count.exact = timesteps, False
 
     def enable(self) -> None:
         """Cache from the next call on."""

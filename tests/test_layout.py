@@ -27,6 +27,7 @@ LAYERS = (
     "life_cycle",
     "cached_model",
     "forward_patch",
+    "pipeline",
     "api",
     "export",
     "dynamo",

@@ -123,7 +123,7 @@ class Generation:
     def begun(position: StepPosition, count: StepCount) -> Generation:
         """One that begins with a call at this position."""
         course = count.course(None if position.explicit else as_number(position.value))
-        return Generation(position, course, course.num_steps if count.is_told else None)
+        return Generation(position, course, count.told_steps(course))
 
     def apart(self, position: StepPosition, branch: object) -> Generation:
         """One for a branch that others have left behind at this position."""

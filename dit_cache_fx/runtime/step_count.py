@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from dit_cache_fx.errors import warn
@@ -12,7 +12,7 @@ from dit_cache_fx.strategies.timesteps import (
     Timesteps,
     checked_timesteps,
     contradicted,
-    from_call,
+    place_of,
     told_timesteps,
 )
 
@@ -26,23 +26,32 @@ _OTHER = (
     "the timesteps that were told are not those of the calls, so what goes by them goes by the "
     f"step's index: {_HINT}, asked once the sampler has them"
 )
+_ALL = (
+    "the schedule computes all {} steps of a generation: in so few there is nothing to gain from a "
+    "cache, and the run is as fast without it (fewer computed steps, by computed_steps=, cost "
+    "quality)"
+)
 
 
 class StepCount:
     """Steps and timesteps: as set on the cached model, else as the options say, else as learnt.
 
-    `given`, `given_timesteps`: what is set on the cached model. `counted`, `learnt`: the steps and
-    the timesteps of the newest generation that has ended (one that was broken off counts as it
-    ended).
+    `given`, `given_timesteps`: what is set on the cached model. `began`: of the timesteps of a run
+    that several models share, where one of them begins at an index, the index of the run's first;
+    None where a model has its runs alone. `exact`: each step of a run has one of the timesteps that
+    are told. `counted`, `learnt`: the steps and the timesteps of the newest generation that has
+    ended (one that was broken off counts as it ended).
     """
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
         self.given: int | None = None
         self.given_timesteps: Timesteps | None = None
+        self.began: Callable[[Sequence[float], int], int] | None = None
+        self.exact = False
         self.counted: int | None = None
         self.learnt: tuple[float, ...] | None = None
-        self._warned: set[str] = set()
+        self.warned: set[str] = set()
 
     def ended(self, steps: int, values: Sequence[float]) -> None:
         """A generation has ended. `values`: the timesteps of its calls, as far as each was seen."""
@@ -91,12 +100,26 @@ class StepCount:
         """The steps of a generation that begins with this timestep (None: it cannot be told)."""
         told = self.told_course()
         if told.timesteps is None:
-            return self._learnt_course(told.num_steps, value)
-        if value is None:
-            return told
-        left = from_call(told.timesteps, value)
-        number = len(left) if told.num_steps == len(told.timesteps) else told.num_steps
-        return self.strategy.course(number, left)
+            course = self._learnt_course(told.num_steps, value)
+        elif value is None:
+            course = told
+        else:
+            course = self._left(told.timesteps, told.num_steps, value)
+        if course.gains_nothing:
+            self._warn_once(_ALL.format(len(course.before) + (course.num_steps or 0)))
+        return course
+
+    def told_steps(self, course: Course) -> int | None:
+        """How many steps a generation of this course has, where that is said and not learnt."""
+        said = self.exact and course.timesteps is not None and not course.learnt
+        return course.num_steps if said or self.is_told else None
+
+    def _left(self, told: tuple[float, ...], number: int | None, value: float) -> Course:
+        """The steps from a first call on: images are made of later ones, runs gone on with."""
+        at = place_of(told, value) or 0
+        begin = at if self.began is None else self.began(told, at)
+        number = len(told) - at if number == len(told) else number
+        return replace(self.strategy.course(number, told[at:]), before=told[begin:at])
 
     def _learnt_course(self, number: int | None, value: float | None) -> Course:
         learnt = self.learnt
@@ -134,6 +157,6 @@ class StepCount:
             self._warn_once(message)
 
     def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
+        if message not in self.warned:
+            self.warned.add(message)
             warn(message)

@@ -46,8 +46,13 @@ def from_call(timesteps: Sequence[float], value: float) -> tuple[float, ...]:
 
     All of them where none is like the call's, in no unit in which models take timesteps.
     """
-    starts = [_nearest(timesteps, scale * value + shift) for scale, shift in _UNITS]
-    return tuple(timesteps[min((s for s in starts if s is not None), default=0) :])
+    return tuple(timesteps[place_of(timesteps, value) or 0 :])
+
+
+def place_of(timesteps: Sequence[float], value: float) -> int | None:
+    """The index of the one that a call has; None where none is like it, in any unit."""
+    places = [_nearest(timesteps, scale * value + shift) for scale, shift in _UNITS]
+    return min((place for place in places if place is not None), default=None)
 
 
 def contradicted(timesteps: Sequence[float], first: float, second: float) -> bool:
