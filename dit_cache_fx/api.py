@@ -26,6 +26,8 @@ from dit_cache_fx.runtime.engine import Engine
 from dit_cache_fx.strategies import ALIASES, Strategy, check_block_ids, make_strategy
 
 PipelineT = TypeVar("PipelineT")
+#: the arguments of `apply` that are not the strategy's, and their defaults
+_OTHERS = {"blocks": None, "timestep": None, "check": True}
 
 
 @overload
@@ -91,12 +93,18 @@ def apply(
     if isinstance(model, nn.Module):
         return _apply_to_model(model, strategy, options, **arguments)
 
-    def cache(one: nn.Module, chosen: str | Strategy, **own: Any) -> CachedModel:
-        named = {name: own.pop(name, value) for name, value in arguments.items()}
-        return _apply_to_model(one, chosen, own, **named)
-
-    cache_pipeline(model, strategy, options, cache)
+    apply_to_pipeline(model, strategy, {**arguments, **options})
     return model
+
+
+def apply_to_pipeline(pipe: Any, strategy: str | Strategy, options: dict[str, Any]) -> None:
+    """`apply` on a pipeline, which may be an nn.Module itself. `options`: everything else."""
+
+    def cache(model: nn.Module, chosen: str | Strategy, **own: Any) -> CachedModel:
+        named = {name: own.pop(name, value) for name, value in _OTHERS.items()}
+        return _apply_to_model(model, chosen, own, **named)
+
+    cache_pipeline(pipe, strategy, options, cache)
 
 
 @overload

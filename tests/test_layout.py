@@ -32,6 +32,7 @@ LAYERS = (
     "export",
     "dynamo",
     "helpers",
+    "integrations",
     "__init__",
 )
 

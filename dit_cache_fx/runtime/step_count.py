@@ -78,16 +78,20 @@ class StepCount:
         """Whether the user says how many steps there are."""
         return self.given is not None or self.strategy.num_steps is not None
 
-    def told_timesteps(self) -> tuple[float, ...] | None:
-        """The timesteps. Raises `OptionError` where the option's function gives something else."""
+    def told_timesteps(self, own: Timesteps | None = None) -> tuple[float, ...] | None:
+        """The timesteps. Raises `OptionError` where the option's function gives something else.
+
+        `own`: those of one request, which go before all others.
+        """
         option = self.strategy.timesteps if self.given_timesteps is None else self.given_timesteps
+        option = option if own is None else own
         if callable(option):
             return told_timesteps(option)
         return None if option is None else checked_timesteps(option)
 
-    def told_course(self) -> Course:
+    def told_course(self, own: Timesteps | None = None) -> Course:
         """A generation's steps by what the user says alone."""
-        number, timesteps = self.told(), self.told_timesteps()
+        number, timesteps = self.told(), self.told_timesteps(own)
         if number is None and timesteps is not None:
             number = len(timesteps)
         if number is not None and self.strategy.plan is not None:
@@ -96,9 +100,12 @@ class StepCount:
 
     # --- for a generation ------------------------------------------------------------------------
 
-    def course(self, value: float | None) -> Course:
-        """The steps of a generation that begins with this timestep (None: it cannot be told)."""
-        told = self.told_course()
+    def course(self, value: float | None, own: Timesteps | None = None) -> Course:
+        """The steps of a generation that begins with this timestep (None: it cannot be told).
+
+        `own`: the timesteps of its request alone.
+        """
+        told = self.told_course(own)
         if told.timesteps is None:
             course = self._learnt_course(told.num_steps, value)
         elif value is None:
@@ -109,9 +116,9 @@ class StepCount:
             self._warn_once(_ALL.format(len(course.before) + (course.num_steps or 0)))
         return course
 
-    def told_steps(self, course: Course) -> int | None:
+    def told_steps(self, course: Course, own: bool = False) -> int | None:
         """How many steps a generation of this course has, where that is said and not learnt."""
-        said = self.exact and course.timesteps is not None and not course.learnt
+        said = (self.exact or own) and course.timesteps is not None and not course.learnt
         return course.num_steps if said or self.is_told else None
 
     def _left(self, told: tuple[float, ...], number: int | None, value: float) -> Course:

@@ -33,6 +33,11 @@ def checked_timesteps(value: Any, name: str = "timesteps") -> tuple[float, ...]:
     return tuple(n for n in numbers if n is not None)
 
 
+def given_timesteps(value: Timesteps | None) -> Timesteps | None:
+    """What a user sets: numbers that are checked, or a function that is asked later."""
+    return value if value is None or callable(value) else checked_timesteps(value)
+
+
 def told_timesteps(function: Callable[[], Any]) -> tuple[float, ...] | None:
     """What a function tells; None where it does not know yet (None, or nothing in it)."""
     value = function()
