@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check bench
+.PHONY: demo test check bench gpu
 
 demo: $(INSTALLED)
 	$(BIN)/python -m examples.digits.demo
@@ -20,6 +20,14 @@ bench: $(INSTALLED)
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	$(BIN)/pip install --quiet --no-deps $(ANGELSLIM)
 	$(BIN)/python -m benchmarks
+
+# Everything that needs a CUDA device: its tests, then its tables for docs/benchmarks.md
+gpu: $(INSTALLED)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "no CUDA device")'
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	$(BIN)/pip install --quiet --no-deps $(ANGELSLIM)
+	$(BIN)/python -m benchmarks --devices cuda,cuda-28
 
 test: check
 	$(BIN)/python -m pytest -n auto

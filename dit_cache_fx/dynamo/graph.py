@@ -22,7 +22,7 @@ from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.passes import run_passes
 from dit_cache_fx.runtime.call_log import CallLog
 from dit_cache_fx.runtime.drive import lasting
-from dit_cache_fx.runtime.generation import TimestepValue, timestep_value
+from dit_cache_fx.runtime.generation import TimestepValue
 from dit_cache_fx.runtime.graphs import block_bytes
 from dit_cache_fx.runtime.step import Step
 from dit_cache_fx.strategies import check_block_ids
@@ -161,7 +161,7 @@ class CachedGraph:
         if explicit is not None:
             value = float(explicit)
         elif value is None and place is not None:
-            value = timestep_value(inputs[place])  # type: ignore[arg-type]
+            value = self._shared.host.read(inputs[place])  # type: ignore[arg-type]
         elif value is None:
             value = self._shared.constant(self._outlined.constant)
         if value is None:
@@ -272,7 +272,7 @@ class NotingGraph:
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         if self._shared.enabled:
             if self._shared.host.tracker.session.explicit is None:
-                self._shared.tell(self._piece, timestep_value(inputs[self._place]))
+                self._shared.tell(self._piece, self._shared.host.read(inputs[self._place]))
             self._shared.uncached(NO_BLOCKS, self._called)
             self._called = True
         return self._compiled(*inputs)

@@ -21,7 +21,7 @@ from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.call_log import CallLog, CallStart
 from dit_cache_fx.runtime.drive import Compiler, Results, Serving, drive
 from dit_cache_fx.runtime.execution import StepCompiler
-from dit_cache_fx.runtime.generation import as_number, timestep_value
+from dit_cache_fx.runtime.generation import as_number
 from dit_cache_fx.runtime.graphs import Entry, Found, Graphs, input_key
 from dit_cache_fx.runtime.matching import CallEvidence
 from dit_cache_fx.runtime.session import Session
@@ -107,7 +107,7 @@ class Engine:
         """What tells where a call belongs. Waits for the device where the timestep is on one."""
         explicit, tensors = session.explicit, call.tensors
         assert entry.timestep is not None
-        read = timestep_value(tensors[entry.timestep]) if explicit is None else float(explicit)
+        read = self.host.read(tensors[entry.timestep]) if explicit is None else float(explicit)
         return self.host.evidence(session, entry, key, read, tensors)
 
     def _done(self, start: CallStart, found: Found[First]) -> None:

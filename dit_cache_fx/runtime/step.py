@@ -83,7 +83,8 @@ class Step:
                 own = self._held()
                 given[name] = own[place] if own else spec.zeros()
         for name, value in self._clock(names).items():
-            given[name] = value.to(next(iter(self._specs.values())).device)
+            # without a wait: the host's memory is read before this returns
+            given[name] = value.to(next(iter(self._specs.values())).device, non_blocking=True)
         return given
 
     def one_graph_given(
