@@ -108,7 +108,7 @@ class Engine:
         explicit, tensors = session.explicit, call.tensors
         assert entry.timestep is not None
         read = self.host.read(tensors[entry.timestep]) if explicit is None else float(explicit)
-        return self.host.evidence(session, entry, key, read, tensors)
+        return self.host.evidence(session, entry, (key, entry.hooks.now()), read, tensors)
 
     def _done(self, start: CallStart, found: Found[First]) -> None:
         entry = found.entry

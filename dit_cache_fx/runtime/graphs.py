@@ -39,6 +39,7 @@ from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.lowering.stateful import Carried, Stateful, fixed_steps
 from dit_cache_fx.passes import run_passes
 from dit_cache_fx.runtime.first_runs import FirstRuns
+from dit_cache_fx.runtime.hooked import Hooks
 from dit_cache_fx.runtime.step_count import StepCount
 from dit_cache_fx.strategies import Strategy, check_block_ids
 from dit_cache_fx.values.pytree import Skeleton, difference
@@ -67,6 +68,7 @@ class Entry(Lowered):
     volatile: frozenset[tuple[str, str]]  # what of it the forward changes by itself
     count: StepCount
     skeleton: Skeleton  # of the call that it was captured from
+    hooks: Hooks
     breaks: bool = False  # its blocks cannot be compiled as one graph
     apart: bool = False  # it was compiled as one graph for each kind of step
     carried: dict[tuple[str, ...], Carried] = field(default_factory=dict)  # by cache context
@@ -290,6 +292,7 @@ class Graphs:
             volatile(before, after),
             self.count,
             call.skeleton,
+            Hooks(model),
         )
         log.info("captured %s", entry)
         return entry
