@@ -460,8 +460,8 @@ _BY_NUMBER = {int(getattr(SDPBackend, name)): name for name in _ATTENTION}
 
 def attention_backends() -> tuple[str, ...]:
     """Names of the `SDPBackend`s that attention may use, the preferred one first."""
-    ordered = (_BY_NUMBER[number] for number in torch._C._get_sdp_priority_order())
-    return tuple(name for name in ordered if _ATTENTION[name]())
+    ordered = [_BY_NUMBER[number] for number in torch._C._get_sdp_priority_order()]
+    return tuple([name for name in ordered if _ATTENTION[name]()])
 
 
 def use_attention_backends(names: Sequence[str]) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from dit_cache_fx.capture.ambient import without_autocast
+from dit_cache_fx.capture.ambient import autocast, without_autocast
 from dit_cache_fx.capture.check import compare
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.leaves import BlockList, candidate_lists, named_list
@@ -100,12 +100,17 @@ class Captured:
     newest: tuple[TensorIdentity, Shapes] | None = None
     unread: Sequence[str] = ()  # attributes that forward sets for others, in words
 
-    @contextmanager
-    def around(self) -> Iterator[None]:
+    def around(self) -> AbstractContextManager[None]:
         """Within it the graphs may run: without autocast, with what forward sets on its modules.
 
         Threads share the modules: where something is set there, no other graph runs meanwhile.
         """
+        if self.recording.settings or autocast():
+            return self._around()
+        return self.turns.beside()
+
+    @contextmanager
+    def _around(self) -> Iterator[None]:
         settings = self.recording.settings
         turn = self.turns.alone() if settings else self.turns.beside()
         with turn, without_autocast(), applied(settings):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,8 +12,7 @@ from dit_cache_fx.capture.callable import called_as, takes_anything
 from dit_cache_fx.values.pytree import Skeleton, flatten, key_paths, unflatten
 
 
-@dataclass(frozen=True)
-class FlatCall:
+class FlatCall(NamedTuple):
     """One call of the model, as tensors and a skeleton of everything else."""
 
     tensors: list[torch.Tensor]
@@ -24,7 +22,7 @@ class FlatCall:
     @property
     def key(self) -> Hashable:
         """Tree structure, non-tensor values, and each tensor's shape, dtype and device."""
-        return self.skeleton, tuple((t.shape, t.dtype, t.device) for t in self.tensors)
+        return self.skeleton, tuple([(t.shape, t.dtype, t.device) for t in self.tensors])
 
     def names(self) -> list[str]:
         """A Python identifier for each tensor: the argument's name, then the path inside it."""

@@ -13,7 +13,7 @@ is hidden from it, and so is the loop of `drive`, as a sampler's loop is.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -54,8 +54,7 @@ def lasting(results: Results) -> list[torch.Tensor]:
     return [t.clone() if t.is_cuda else t for t in results]
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
     """A graph to run, what with, and within which context."""
 
     graph: Callable[..., Results]
@@ -68,10 +67,14 @@ Serving = Generator[Stage, Results, Any]
 
 
 class Turn(NamedTuple):
-    """Where an engine's call stands: the graph that it asks for; None with the call's output."""
+    """Where an engine's call stands: the graph that it asks for; None with the call's output.
+
+    `within`: the graph's context, which is entered.
+    """
 
     stage: Stage | None
     output: Any = None
+    within: AbstractContextManager[Any] | None = None
 
 
 @not_a_compiled_frame
@@ -79,29 +82,32 @@ def drive(serving: Serving) -> Any:
     """The output of an engine's call, its graphs run by whatever compiler looks on."""
     callback = dynamo_callback()
     resumed = _resumed_unseen if callback else _resumed
-    around = ExitStack()
-    turn = resumed(serving.send, None, around)
+    turn = resumed(serving.send, None, None)
     while turn.stage is not None:
         try:
-            with torch.no_grad():
+            with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
                 results = turn.stage.graph(*turn.stage.operands)
         except BaseException as error:  # the engine may ask for another graph, or let it go on
             look_again(callback)
-            turn = resumed(serving.throw, error, around)
+            turn = resumed(serving.throw, error, turn.within)
         else:
-            turn = resumed(serving.send, results, around)
+            turn = resumed(serving.send, results, turn.within)
     return turn.output
 
 
-def _resumed(resume: Callable[[Any], Stage], value: Any, around: ExitStack) -> Turn:
+def _resumed(
+    resume: Callable[[Any], Stage], value: Any, within: AbstractContextManager[Any] | None
+) -> Turn:
     """The host's part of a call: out of one graph's context, up to and into the next one's."""
-    around.close()
+    if within is not None:
+        within.__exit__(None, None, None)
     try:
         stage = resume(value)
     except StopIteration as end:
         return Turn(None, end.value)
-    around.enter_context(stage.around())
-    return Turn(stage)
+    within = stage.around()
+    within.__enter__()
+    return Turn(stage, None, within)
 
 
 _resumed_unseen = torch.compiler.disable(_resumed)

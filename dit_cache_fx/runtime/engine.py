@@ -75,7 +75,7 @@ class Engine:
         entry, first = found.entry, found.first
         session = self.host.tracker.session
         with session.lock:
-            evidence = self._evidence(call, key, entry, session)
+            evidence = self._evidence(call, entry.key, entry, session)
             start = self.host.begin(session, evidence, entry.variants.held, found.shapes)
             step = start.step
             stale = first is None and self._stale(entry, step)
@@ -151,7 +151,7 @@ class Engine:
 
     def _flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FlatCall:
         arguments = self.subject.signature.bind(args, kwargs)
-        self.graphs.learn_timestep(tuple(arguments))
+        self.graphs.learn_timestep(arguments)
         return flatten_call(arguments, self.graphs.timestep)
 
     def _run(

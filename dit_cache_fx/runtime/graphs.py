@@ -77,6 +77,7 @@ class Entry(Lowered):
     _lowering: threading.RLock = field(default_factory=threading.RLock)
     _one_graph: OneGraph | None = None
     _separate: Separate | None = None
+    key: InputKey | None = None  # one object for all its calls: to compare it costs nothing
 
     def guards(self) -> list[str]:
         guards = self.captured.guards
@@ -157,6 +158,7 @@ class Graphs:
         self.timestep = timestep  # the argument's name, once it is known
         self.entries: OrderedDict[InputKey, tuple[Entry, ...]] = OrderedDict()
         self._serial = 0
+        self._newest: Entry | None = None  # that answered a call
         self._told: set[str] = set()
         self._capturing = threading.RLock()
         self._lock = threading.RLock()  # of `entries`, held for a moment
@@ -174,10 +176,10 @@ class Graphs:
                 self.entries.clear()
             return known
 
-    def learn_timestep(self, arguments: Sequence[str]) -> None:
+    def learn_timestep(self, arguments: Iterable[str]) -> None:
         """Look for the timestep among a call's arguments: it may have come in by `**kwargs`."""
         if self.timestep is None:
-            self.timestep = named_timestep(arguments, None)
+            self.timestep = named_timestep(tuple(arguments), None)
 
     def find(self, call: FlatCall, key: InputKey, check: Callable[[Entry], _T]) -> Found[_T]:
         """The graph for a call, captured where there is none.
@@ -202,7 +204,10 @@ class Graphs:
 
     def _used(self, key: InputKey, entry: Entry) -> None:
         """The newest is the last."""
+        if entry is self._newest:
+            return
         with self._lock:
+            self._newest = entry
             entries = self.entries.get(key, ())
             if entry in entries:
                 self.entries.move_to_end(key)
@@ -222,6 +227,7 @@ class Graphs:
         with self._lock:
             self.entries[key] = (*self.entries.get(key, ())[1 - MAX_VARIANTS :], entry)
             self.entries.move_to_end(key)
+            self._newest, entry.key = entry, key
             while len(self.entries) > MAX_CAPTURES:
                 self.entries.popitem(last=False)
         guards = entry.captured.guards

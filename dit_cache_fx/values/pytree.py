@@ -97,13 +97,14 @@ def _flatten(value: Any, tensors: list[torch.Tensor]) -> Skeleton:
     items = _items(value)
     if items is None:
         return Identity(value)
-    return Container(
-        type(value), tuple(k for k, _ in items), tuple(_flatten(v, tensors) for _, v in items)
-    )
+    children = [_flatten(child, tensors) for _, child in items]
+    return Container(type(value), tuple([key for key, _ in items]), tuple(children))
 
 
 def _items(value: Any) -> list[tuple[Any, Any]] | None:
     """The children of a container with their keys; None for what is not one."""
+    if type(value) is dict:  # as the arguments of every call
+        return list(value.items())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [(f.name, getattr(value, f.name, None)) for f in dataclasses.fields(value)]
     if isinstance(value, _MAPPINGS):
