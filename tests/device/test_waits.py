@@ -82,7 +82,7 @@ def test_waits_of_a_step(
         pytest.skip("a compiled graph takes its inputs on one device")
     cached = cached_on(device, strategy, options)
     first, *later = [c.waits for c in generations(cached, device, on_cpu, told)]
-    assert first <= 1  # the next generation: another sample may be compared
+    assert first <= 1 + allowed  # the next generation's prompt is another tensor: it is compared
     assert max(later) <= allowed, later
 
 
