@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from dit_cache_fx.errors import warn
+from dit_cache_fx.errors import OptionError, warn
 from dit_cache_fx.strategies import Course, Strategy
 from dit_cache_fx.strategies.schedule import check_num_steps
 from dit_cache_fx.strategies.timesteps import (
@@ -95,8 +95,22 @@ class StepCount:
         if number is None and timesteps is not None:
             number = len(timesteps)
         if number is not None and self.strategy.plan is not None:
-            self.strategy.plan.check(number)
+            self._check(number, known=not self.exact and own is None)
         return self.strategy.course(number, timesteps)
+
+    def _check(self, number: int, known: bool) -> None:
+        """Look whether the schedule can be followed in so many steps.
+
+        It raises where the user has `known` the number beforehand. A run that turns out shorter
+        computes all of its steps.
+        """
+        assert self.strategy.plan is not None
+        try:
+            self.strategy.plan.check(number)
+        except OptionError:
+            if known:
+                raise
+            self._warn_once(_ALL.format(number))
 
     # --- for a generation ------------------------------------------------------------------------
 

@@ -122,6 +122,19 @@ def test_quality_leaves_none_out_of_eight() -> None:
         run(SD3, pipe, steps=8)
 
 
+def test_a_run_shorter_than_the_number_of_computed_steps_computes_them_all() -> None:
+    pipe = dit_cache_fx.apply(SD3.build(), "taylorcache", computed_steps=6)
+    with pytest.warns(DitCacheWarning, match="computes all 4 steps"):
+        run(SD3, pipe, steps=4)
+    assert steps_of(pipe.transformer) == [0, 1, 2, 3]
+    run(SD3, pipe, steps=9)
+    assert len(steps_of(pipe.transformer)) == 6
+    pipe.transformer.num_steps = 4  # the user says so beforehand
+    pipe.transformer.timesteps = pipe.scheduler.timesteps[:4]
+    with refused("computed_steps=6: .* from 1 to 4"):
+        run(SD3, pipe, steps=4)
+
+
 def test_steps_that_the_user_lists_are_not_judged() -> None:
     pipe = dit_cache_fx.apply(SD3.build(), "taylorcache", no_cache_steps=range(4))
     run(SD3, pipe, steps=4)

@@ -48,14 +48,14 @@ def planned(pipe: WanPipeline, **options: Any) -> list[int]:
         {"schedule": EvenTimesteps(5)},
         {"schedule": "fast"},
         {"compute_ratio": 0.3},
-        {"no_cache_steps": {0, 4, 9, 15}},
+        {"no_cache_steps": {0, 3, 6, 10}},
     ],
     ids=str,
 )
 def test_the_plan_is_the_runs(options: dict[str, Any]) -> None:
     """Of each run, from the first one on, also where another number of steps follows."""
     pipe = dit_cache_fx.apply(WAN22.build(), "taylorcache", **options)
-    for steps, seed in ((20, 0), (24, 1), (20, 2)):
+    for steps, seed in ((12, 0), (14, 1), (12, 2)):
         run(WAN22, pipe, steps=steps, seed=seed)
         assert 0 < boundary_of(pipe) < steps
         assert computed(pipe) == planned(pipe, **options)
