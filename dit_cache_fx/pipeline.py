@@ -100,7 +100,7 @@ def cache_pipeline(
             made[name] = cache(model, choice.strategy, **choice.options)
     if not made:
         raise OptionError(*next(iter(own.items())), "nothing is left to be cached")
-    share_run([cached._host for cached in made.values()], PipelineTimesteps(pipe))
+    share_run([cached._call_log for cached in made.values()], PipelineTimesteps(pipe))
     for name, cached in made.items():  # all of them, or none
         setattr(pipe, name, cached)
 

@@ -23,7 +23,8 @@ from dit_cache_fx.capture.side_effects import unnoticed
 from dit_cache_fx.capture.signature import CallSignature, FlatCall, unflatten_call
 from dit_cache_fx.capture.turns import Turns
 from dit_cache_fx.ir.graph_text import short
-from dit_cache_fx.ir.program import OUTPUT, BlockId, Program, block_values
+from dit_cache_fx.ir.node_meta import BlockId, meta_of
+from dit_cache_fx.ir.program import Program, block_values
 from dit_cache_fx.strategies import Strategy, never_cached
 from dit_cache_fx.strategies.signals import value_of
 from dit_cache_fx.values.identity import TensorIdentity
@@ -201,7 +202,7 @@ def not_held(program: Program, recording: Recording) -> frozenset[str]:
         if name not in calls:
             calls[name] = iter([c for c in recording.calls if c.name == name])
         made = next(calls[name])
-        missing += [v.name for v in block_values(node) if v.meta[OUTPUT] not in made.values]
+        missing += [v.name for v in block_values(node) if meta_of(v).output not in made.values]
     return frozenset(missing)
 
 

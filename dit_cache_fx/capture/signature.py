@@ -105,19 +105,19 @@ class CallSignature:
         return forward(*positional, **keyword)
 
 
-def flatten_call(arguments: dict[str, Any], timestep: str | None) -> FlatCall:
+def flatten_call(arguments: dict[str, Any], timestep_argument: str | None) -> FlatCall:
     """Flatten named arguments; a timestep given as a number or an array becomes a tensor.
 
     It would be a constant of the graph and every step another signature. An int becomes int64 and a
     float float64: a tensor of no dimensions does not take part in type promotion, so it acts as the
     number does. What comes from numpy has a dtype.
     """
-    value = arguments.get(timestep) if timestep is not None else None
+    value = None if timestep_argument is None else arguments.get(timestep_argument)
     number = value if _is_number(value) else None
-    if timestep is not None and number is not None:
+    if timestep_argument is not None and number is not None:
         tensors, _ = flatten(arguments)
         device = tensors[0].device if tensors else None
-        arguments = {**arguments, timestep: _as_tensor(number, device)}
+        arguments = {**arguments, timestep_argument: _as_tensor(number, device)}
     tensors, skeleton = flatten(arguments)
     return FlatCall(tensors, skeleton, number)
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from dit_cache_fx.capture.attributes import TORCHS, is_plain
-from dit_cache_fx.values.pytree import attributes
+from dit_cache_fx.values.containers import attributes
 
 #: how far is looked from a variable or an attribute, and at how many holders of values in all
 _DEPTH, _MOST = 4, 50_000

@@ -23,6 +23,7 @@ from dit_cache_fx._torch import (
     dynamo_callback,
     look_again,
     not_a_compiled_frame,
+    unseen,
     wants_one_graph,
 )
 
@@ -54,7 +55,7 @@ def lasting(results: Results) -> list[torch.Tensor]:
     return [t.clone() if t.is_cuda else t for t in results]
 
 
-class Stage(NamedTuple):
+class GraphCall(NamedTuple):
     """A graph to run, what with, and within which context."""
 
     graph: Callable[..., Results]
@@ -63,7 +64,7 @@ class Stage(NamedTuple):
 
 
 #: asks for graphs to be run, gets their results, and returns the call's output
-Serving = Generator[Stage, Results, Any]
+Serving = Generator[GraphCall, Results, Any]
 
 
 class Turn(NamedTuple):
@@ -72,7 +73,7 @@ class Turn(NamedTuple):
     `within`: the graph's context, which is entered.
     """
 
-    stage: Stage | None
+    graph_call: GraphCall | None
     output: Any = None
     within: AbstractContextManager[Any] | None = None
 
@@ -81,12 +82,12 @@ class Turn(NamedTuple):
 def drive(serving: Serving) -> Any:
     """The output of an engine's call, its graphs run by whatever compiler looks on."""
     callback = dynamo_callback()
-    resumed = _resumed_unseen if callback else _resumed
+    resumed = unseen(_resumed) if callback else _resumed
     turn = resumed(serving.send, None, None)
-    while turn.stage is not None:
+    while turn.graph_call is not None:
         try:
             with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-                results = turn.stage.graph(*turn.stage.operands)
+                results = turn.graph_call.graph(*turn.graph_call.operands)
         except BaseException as error:  # the engine may ask for another graph, or let it go on
             look_again(callback)
             turn = resumed(serving.throw, error, turn.within)
@@ -96,18 +97,15 @@ def drive(serving: Serving) -> Any:
 
 
 def _resumed(
-    resume: Callable[[Any], Stage], value: Any, within: AbstractContextManager[Any] | None
+    resume: Callable[[Any], GraphCall], value: Any, within: AbstractContextManager[Any] | None
 ) -> Turn:
     """The host's part of a call: out of one graph's context, up to and into the next one's."""
     if within is not None:
         within.__exit__(None, None, None)
     try:
-        stage = resume(value)
+        graph_call = resume(value)
     except StopIteration as end:
         return Turn(None, end.value)
-    within = stage.around()
+    within = graph_call.around()
     within.__enter__()
-    return Turn(stage, None, within)
-
-
-_resumed_unseen = torch.compiler.disable(_resumed)
+    return Turn(graph_call, None, within)

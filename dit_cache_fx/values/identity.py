@@ -11,7 +11,7 @@ from weakref import ref
 import torch
 
 from dit_cache_fx.values.checksum import checksum
-from dit_cache_fx.values.pytree import attributes
+from dit_cache_fx.values.containers import attributes
 
 
 def version(tensor: torch.Tensor) -> int:

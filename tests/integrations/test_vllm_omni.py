@@ -157,7 +157,7 @@ def test_the_engines_configuration(module: Any) -> None:
     config = Config({"rel_l1_thresh": 0.2}, strategy="teacache", no_cache_steps={0})
     backend, engine = module.DitCacheBackend(config), Engine()
     backend.enable(engine)
-    strategy = engine.transformer._host.strategy
+    strategy = engine.transformer._call_log.strategy
     assert (strategy.name, strategy.rel_l1_thresh) == ("teacache", 0.2)
     assert backend.config is config
     own = module.DitCacheBackend({"strategy": DeepCache(no_cache_steps={0})})

@@ -74,7 +74,7 @@ def test_image_to_image_begins_later() -> None:
 def test_the_users_own_timesteps_and_number_go_before_the_pipelines() -> None:
     told = [1000.0 - 10 * i for i in range(6)]
     pipe = dit_cache_fx.apply(FLUX.build(), "deepcache", computed_steps=2, timesteps=told)
-    assert pipe.transformer._host.count.told_timesteps() == tuple(told)
+    assert pipe.transformer._call_log.count.told_timesteps() == tuple(told)
     dit_cache_fx.restore(pipe)
     dit_cache_fx.apply(pipe, TaylorCache(computed_steps=3))
     run(FLUX, pipe, steps=8)
@@ -189,7 +189,7 @@ def test_the_cache_keeps_no_pipeline_alive() -> None:
     gc.collect()
     assert gone() is None
     # a pipeline that was made from it has its scheduler
-    assert cached._host.count.told_timesteps() == tuple(scheduler.timesteps.tolist())
+    assert cached._call_log.count.told_timesteps() == tuple(scheduler.timesteps.tolist())
 
 
 def test_copies_of_a_pipeline_are_apart() -> None:
@@ -212,7 +212,7 @@ def test_options_of_one_transformer() -> None:
         check=False,
         transformer_2={"computed_steps": 5, "blocks": ["blocks"]},
     )
-    first, second = (t._host.strategy for t in (pipe.transformer, pipe.transformer_2))
+    first, second = (t._call_log.strategy for t in (pipe.transformer, pipe.transformer_2))
     assert (first.schedule, first.computed_steps, first.max_order) == ("fast", None, 1)
     assert (second.schedule, second.computed_steps, second.max_order) == (None, 5, 1)
     assert pipe.transformer_2._engine.subject.blocks == ("blocks",)
@@ -225,7 +225,7 @@ def test_a_strategy_of_one_transformer() -> None:
     pipe = dit_cache_fx.apply(
         WAN22.build(), "taylorcache", schedule="fast", max_order=1, transformer_2=own
     )
-    first, second = (t._host.strategy for t in (pipe.transformer, pipe.transformer_2))
+    first, second = (t._call_log.strategy for t in (pipe.transformer, pipe.transformer_2))
     assert (first.name, first.no_cache_block_id) == ("taylorcache", None)
     assert (second.name, second.schedule) == ("deepcache", "fast")
     assert second.no_cache_block_id == {"blocks": {1}}
@@ -234,8 +234,8 @@ def test_a_strategy_of_one_transformer() -> None:
 def test_options_beside_an_object() -> None:
     common = TaylorCache(schedule="fast", max_order=1)
     pipe = dit_cache_fx.apply(WAN22.build(), common, transformer_2={"compute_ratio": 0.5})
-    second = pipe.transformer_2._host.strategy
-    assert pipe.transformer._host.strategy is common
+    second = pipe.transformer_2._call_log.strategy
+    assert pipe.transformer._call_log.strategy is common
     assert (second.schedule, second.compute_ratio, second.max_order) == (None, 0.5, 1)
 
 
@@ -307,7 +307,7 @@ def test_applied_twice() -> None:
     with refused(r"its transformer is cached already: dit_cache_fx.restore\(pipe\) first"):
         dit_cache_fx.apply(pipe, "taylorcache", no_cache_steps={0})
     dit_cache_fx.apply(dit_cache_fx.restore(pipe), "taylorcache", no_cache_steps={0})
-    assert pipe.transformer._host.strategy.name == "taylorcache"
+    assert pipe.transformer._call_log.strategy.name == "taylorcache"
 
 
 def test_mixed_with_caching_by_hand_and_with_diffusers_caches() -> None:
