@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # the theme's advertisement of its successor
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test test-all check bench dist
+.PHONY: demo test test-all check bench dist gpu
 
 demo: $(INSTALLED)
 	$(BIN)/python -m examples.digits.demo
@@ -22,6 +22,14 @@ bench: $(INSTALLED)
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	$(BIN)/pip install --quiet --no-deps $(ANGELSLIM)
 	$(BIN)/python -m benchmarks
+
+# Everything that needs a CUDA device: its tests, then its tables for docs/benchmarks.md
+gpu: $(INSTALLED)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "no CUDA device")'
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	$(BIN)/pip install --quiet --no-deps $(ANGELSLIM)
+	$(BIN)/python -m benchmarks --devices cuda,cuda-28
 
 test: check
 	$(BIN)/python -m pytest -n auto

@@ -24,9 +24,14 @@ from benchmarks.run import MODELS, Results, Settings, compile_times, measure
 from benchmarks.systems import ROWS
 
 ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "benchmarks" / "results"
+#: by name what a run is: the device, the models' size, the steps
 DEVICES = {
-    "cpu": Settings(ROOT / "benchmarks" / "results"),
-    "cuda": Settings(ROOT / "benchmarks" / "results", device="cuda", size="cuda", dtype="bfloat16"),
+    "cpu": Settings(FOLDER),
+    "cuda": Settings(FOLDER, device="cuda", size="cuda", dtype="bfloat16"),
+    "cuda-28": Settings(
+        FOLDER, device="cuda", size="cuda", dtype="bfloat16", schedule=(28, 6, 25, 4)
+    ),
 }
 QUICK_SYSTEMS = ("eager", "compiled", "limit", "apply", "apply-compile", "backend")
 
@@ -34,16 +39,20 @@ QUICK_SYSTEMS = ("eager", "compiled", "limit", "apply", "apply-compile", "backen
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 1 where nothing could be measured."""
     options = _parser().parse_args(arguments)
-    sections = []
-    for settings in _settings(options):
-        data = {} if options.report else measure(settings)
+    chosen = options.devices or ["cpu", *["cuda", "cuda-28"] * torch.cuda.is_available()]
+    settings = _settings(options)
+    for name in chosen:
+        if not options.report:
+            measure(settings[name])
         if options.compile_time and not options.report:
-            _keep_compile_times(settings, options.compile_time)
-        if not settings.file.exists():
-            continue
-        data = json.loads(settings.file.read_text())
-        plot(data, options.docs / "img")
-        sections.append(table.report(data, "python -m benchmarks"))
+            _keep_compile_times(settings[name], options.compile_time)
+    sections = []
+    for name, one in settings.items():  # what other runs have measured stays on the page
+        if one.file.exists() and (name in chosen or not options.quick):
+            data = json.loads(one.file.read_text())
+            sections.append(table.report(data, "python -m benchmarks"))
+            if name in chosen:
+                plot(data, options.docs / "img")
     if not sections:
         return 1
     table.write(options.docs / "benchmarks.md", sections)
@@ -51,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _settings(options: argparse.Namespace) -> list[Settings]:
-    devices = options.devices or ["cpu", *["cuda"] * torch.cuda.is_available()]
+def _settings(options: argparse.Namespace) -> dict[str, Settings]:
+    """Of every run, by name, with what was asked for."""
     chosen = {
         "models": options.models,
         "systems": options.systems,
@@ -62,7 +71,7 @@ def _settings(options: argparse.Namespace) -> list[Settings]:
         "fresh": options.fresh,
     }
     if options.quick:
-        options.docs = options.docs or ROOT / "benchmarks" / "results" / "quick"
+        options.docs = options.docs or FOLDER / "quick"
         chosen |= {"folder": options.docs, "size": "tiny", "generations": 2}
         chosen |= {
             "schedule": (8, 3, 7, 2),
@@ -73,7 +82,7 @@ def _settings(options: argparse.Namespace) -> list[Settings]:
         if options.systems == list(ROWS):
             chosen["systems"] = QUICK_SYSTEMS
     options.docs = options.docs or ROOT / "docs"
-    return [replace(DEVICES[device], **chosen) for device in devices]
+    return {name: replace(settings, **chosen) for name, settings in DEVICES.items()}
 
 
 def _keep_compile_times(settings: Settings, repeats: int) -> None:
@@ -91,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--models", type=_names(MODELS), default=list(MODELS))
     parser.add_argument("--systems", type=_names(ROWS), default=list(ROWS), help=", ".join(ROWS))
-    parser.add_argument("--devices", type=_names(DEVICES), help="cpu, cuda")
+    parser.add_argument("--devices", type=_names(DEVICES), help=", ".join(DEVICES))
     parser.add_argument("--generations", type=int, default=3, help="timed generations of each")
     parser.add_argument("--threads", type=int, default=2, help="of each system on the CPU")
     parser.add_argument("--live", type=int, default=0, help="workers held at once (0: what fits)")

@@ -8,6 +8,15 @@ from typing import Any
 
 from benchmarks.systems import ROWS
 
+#: a run of another number of steps has it in its name
+STEPS = 50
+
+
+def run_name(settings: dict[str, Any]) -> str:
+    """What the files of a run are called by: its device, and its steps where they are others."""
+    usual = settings["steps"] == STEPS or settings["size"] == "tiny"
+    return settings["device"] if usual else f"{settings['device']}-{settings['steps']}"
+
 
 @dataclass(frozen=True)
 class Figures:

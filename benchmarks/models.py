@@ -287,8 +287,9 @@ SHAPES: dict[str, dict[str, Callable[[], Shape]]] = {
     "dit": {
         "tiny": partial(dit, 2, 2, 16, 4, 1),
         "cpu": partial(dit, 10, 6, 64, 16, 1),
-        "cuda": partial(dit, 28, 16, 72, 16, 2),
+        "cuda": partial(dit, 28, 16, 72, 16, 1),
     },
+    "dit8": {"cuda": partial(dit, 28, 16, 72, 16, 8)},
     # for the time that compiling takes: many blocks, little to compute
     "flux24": {
         "tiny": partial(flux, 2, 2, 2, 16, 4, 8, 32),

@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import Figures, figures, physical_limit
+from benchmarks.figures import Figures, figures, physical_limit, run_name
 
 COLOURS = {"uncached": "#9e9e9e", "ours": "#1b6ca8", "peer": "#d98c3f", "limit": "#444444"}
 
 
 def plot(data: dict[str, Any], folder: Path) -> list[Path]:
-    """`bench_<device>_<model>.png` for each model that has figures."""
+    """`bench_<run>_<model>.png` for each model that has figures."""
     files = []
     for name, entry in data["models"].items():
         measured = figures(entry["rows"], data["settings"])
         rows = [row for row in measured if row.seconds and row.kind != "limit"]
         if rows:
-            file = folder / f"bench_{data['settings']['device']}_{name}.png"
+            file = folder / f"bench_{run_name(data['settings'])}_{name}.png"
             limit = physical_limit(entry["rows"], data["settings"])
             _picture(entry["title"], rows, limit, data["settings"], file)
             files.append(file)

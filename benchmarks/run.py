@@ -21,12 +21,13 @@ from typing import Any
 import torch
 
 from benchmarks import peers
-from benchmarks.models import shape
+from benchmarks.figures import run_name
+from benchmarks.models import SHAPES, shape
 from benchmarks.systems import ROWS
 from benchmarks.worker import Bench, Job, Result, reason, serve
 from dit_cache_fx import interval_schedule
 
-MODELS = ("flux", "hunyuan", "dit")
+MODELS = ("flux", "hunyuan", "dit", "dit8")
 #: whose time to compile is measured on a model of many blocks
 COMPILERS = ("compiled", "apply-compile", "apply-steps", "backend")
 FAILED = "failed"
@@ -58,7 +59,7 @@ class Settings:
     @property
     def file(self) -> Path:
         """The JSON with everything measured."""
-        return self.folder / f"{self.device}.json"
+        return self.folder / f"{run_name(_told(self))}.json"
 
     def job(self, model: str, system: str) -> Job:
         steps, dtype = self.schedule[0], self.dtype
@@ -119,7 +120,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     """Measure what is not measured yet; all results, those of earlier runs included."""
     results = Results.open(settings)
     (settings.folder / "scratch").mkdir(parents=True, exist_ok=True)
-    for model in settings.models:
+    for model in (m for m in settings.models if settings.size in SHAPES[m]):
         results.data["models"].setdefault(model, {"rows": {}})["title"] = shape(
             model, settings.size
         ).title

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.figures import Figures, best, figures, physical_limit
+from benchmarks.figures import STEPS, Figures, best, figures, physical_limit, run_name
 from benchmarks.systems import ROWS
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -45,7 +45,7 @@ def report(data: dict[str, Any], command: str) -> str:
     versions = ", ".join(f"{name} {v}" for name, v in machine["peers"].items())
     threads = f", {machine['threads']} threads" if "threads" in machine else ""
     lines = [
-        f"## {machine['device']}",
+        f"## {machine['device']}{_of_steps(settings)}",
         "",
         f"{settings['dtype']}{threads}; Python {machine['python']}, PyTorch {machine['torch']}, "
         f"{versions}; compiled with {settings['inner']}. Command: `{command}`.",
@@ -54,9 +54,13 @@ def report(data: dict[str, Any], command: str) -> str:
     ]
     for name, entry in data["models"].items():
         lines += [f"### {entry['title']}", "", *model_table(entry["rows"], settings), ""]
-        lines += [f"![{name}](img/bench_{settings['device']}_{name}.png)", ""]
+        lines += [f"![{name}](img/bench_{run_name(settings)}_{name}.png)", ""]
     lines += _compile_times(data.get("compile_times", {}))
     return "\n".join(lines)
+
+
+def _of_steps(settings: dict[str, Any]) -> str:
+    return "" if settings["steps"] == STEPS else f", {settings['steps']} steps"
 
 
 def model_table(rows: dict[str, Any], settings: dict[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
 """Step caching for Diffusion Transformers as a compiler pass."""
 
-from dit_cache_fx.api import apply
+from dit_cache_fx.api import apply, restore
 from dit_cache_fx.cached_model import CachedModel
 from dit_cache_fx.dynamo import Backend, backend
 from dit_cache_fx.errors import (
@@ -86,4 +86,5 @@ __all__ = [
     "export",
     "interval_schedule",
     "load",
+    "restore",
 ]

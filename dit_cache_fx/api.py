@@ -1,10 +1,10 @@
-"""`apply`: composes the stages, nothing else."""
+"""`apply` composes the stages; `restore` undoes it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from torch import nn
 
@@ -21,10 +21,16 @@ from dit_cache_fx.capture.callable import positional_names
 from dit_cache_fx.capture.leaves import LISTS, Blocks, listed
 from dit_cache_fx.errors import DiscoveryError, OptionError
 from dit_cache_fx.forward_patch import installed_on
+from dit_cache_fx.pipeline import behind, cache_pipeline, restore_pipeline, uncached
 from dit_cache_fx.runtime.engine import Engine
 from dit_cache_fx.strategies import ALIASES, Strategy, check_block_ids, make_strategy
 
+PipelineT = TypeVar("PipelineT")
+#: the arguments of `apply` that are not the strategy's, and their defaults
+_OTHERS = {"blocks": None, "timestep": None, "check": True}
 
+
+@overload
 def apply(
     model: nn.Module,
     strategy: str | Strategy,
@@ -33,15 +39,42 @@ def apply(
     timestep: str | None = None,
     check: bool = True,
     **options: Any,
-) -> CachedModel:
+) -> CachedModel: ...
+
+
+@overload
+def apply(
+    model: PipelineT,
+    strategy: str | Strategy,
+    *,
+    blocks: Blocks | None = None,
+    timestep: str | None = None,
+    check: bool = True,
+    **options: Any,
+) -> PipelineT: ...
+
+
+def apply(
+    model: Any,
+    strategy: str | Strategy,
+    *,
+    blocks: Blocks | None = None,
+    timestep: str | None = None,
+    check: bool = True,
+    **options: Any,
+) -> Any:
     """Return a cached model, called exactly as `model`; `model` itself stays as it is.
 
     The two share their weights and their blocks. The first call of each input signature captures a
     graph.
 
+    A pipeline is given back itself, with a cached model in the place of its `transformer` (and of
+    `transformer_2`, where it has one). They go by the timesteps of `pipe.scheduler`. Two of them
+    share the steps of a run, whichever makes them. `restore` puts the originals back.
+
     Args:
-        model (`nn.Module`):
-            A diffusion transformer in evaluation mode.
+        model (`nn.Module` or a pipeline):
+            A diffusion transformer in evaluation mode, or a pipeline that holds one.
         strategy (`str | Strategy`):
             "deepcache", "teacache", "taylorcache", "newtoncache", "hicache", "foca", "exponential",
             "firstblockcache" (also "dbcache"), "magcache" or "easycache", with `options`; or a
@@ -56,6 +89,8 @@ def apply(
             changes something around its blocks that they may read, the blocks run once more.
         options (`Any`):
             The options of the strategy, where `strategy` is a name: see the classes of these names.
+            For a pipeline also by a transformer's name what differs for that one:
+            `transformer_2={"schedule": "quality"}`, or False to leave it uncached.
 
     Raises:
         OptionError: An argument cannot work. The text says what would.
@@ -66,18 +101,54 @@ def apply(
         ...     pipe.transformer, "taylorcache", schedule="quality", num_steps=50
         ... )
     """
+    arguments: dict[str, Any] = {"blocks": blocks, "timestep": timestep, "check": check}
+    if isinstance(model, nn.Module):
+        return _apply_to_model(model, strategy, options, **arguments)
+
+    apply_to_pipeline(model, strategy, {**arguments, **options})
+    return model
+
+
+def apply_to_pipeline(pipe: Any, strategy: str | Strategy, options: dict[str, Any]) -> None:
+    """`apply` on a pipeline, which may be an nn.Module itself. `options`: everything else."""
+
+    def cache(model: nn.Module, chosen: str | Strategy, **own: Any) -> CachedModel:
+        named = {name: own.pop(name, value) for name, value in _OTHERS.items()}
+        return _apply_to_model(model, chosen, own, **named)
+
+    cache_pipeline(pipe, strategy, options, cache)
+
+
+@overload
+def restore(model: CachedModel) -> nn.Module: ...
+
+
+@overload
+def restore(model: PipelineT) -> PipelineT: ...
+
+
+def restore(model: Any) -> Any:
+    """The model behind a cached one; a pipeline itself, with its original transformers again.
+
+    What was held is freed.
+    """
     if not isinstance(model, nn.Module):
-        raise OptionError("model", model, "an nn.Module")
-    if is_compiled(model):
-        raise OptionError("model", type(model).__name__, "apply first, then torch.compile")
-    for given in (model, original(model)):
-        if vars(given).get("_compiled_call_impl") is not None:
-            raise OptionError(
-                "model",
-                type(model).__name__,
-                "model.compile() was called on it, which a cached model would not go through: "
-                "apply to a model that is not compiled, then call cached.compile()",
-            )
+        restore_pipeline(model)
+        return model
+    cached = behind(model)
+    return uncached(cached) if isinstance(cached, CachedModel) else model
+
+
+def _apply_to_model(
+    model: nn.Module,
+    strategy: str | Strategy,
+    options: dict[str, Any],
+    *,
+    blocks: Blocks | None,
+    timestep: str | None,
+    check: bool,
+) -> CachedModel:
+    _check_callable(model)
     model = original(model)
     if installed_on(model) is not None:
         raise OptionError("model", type(model).__name__, "a helper is enabled on it: disable() it")
@@ -102,6 +173,25 @@ def apply(
     names = None if blocks is None else tuple(b.name for b in lists)
     _check_ids_early(chosen, lists, known=blocks is not None)
     return _cached(model, chosen, names, timestep, check)
+
+
+def _check_callable(model: nn.Module) -> None:
+    """Raise where calls would not go through a cached model, or would through another cache."""
+    name = type(model).__name__
+    if is_compiled(model):
+        raise OptionError("model", name, "apply first, then torch.compile")
+    for given in (model, original(model)):
+        if vars(given).get("_compiled_call_impl") is not None:
+            raise OptionError(
+                "model",
+                name,
+                "model.compile() was called on it, which a cached model would not go through: "
+                "apply to a model that is not compiled, then call cached.compile()",
+            )
+    if getattr(original(model), "is_cache_enabled", False) is True:
+        raise OptionError(
+            "model", name, "a cache of diffusers is enabled on it: call its disable_cache() first"
+        )
 
 
 def _cached(

@@ -17,7 +17,7 @@ from dit_cache_fx.runtime.call_log import CallLog
 from dit_cache_fx.runtime.scope import CacheContext
 from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.strategies.schedule import check_num_steps
-from dit_cache_fx.strategies.timesteps import Timesteps, checked_timesteps
+from dit_cache_fx.strategies.timesteps import Timesteps, given_timesteps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,9 +105,8 @@ class LifeCycle:
 
     @timesteps.setter
     def timesteps(self, timesteps: Timesteps | None) -> None:
-        if timesteps is not None and not callable(timesteps):
-            timesteps = checked_timesteps(timesteps)
-        self._call_log.count.given_timesteps = timesteps
+        count = self._call_log.count
+        count.given_timesteps, count.exact = given_timesteps(timesteps), False
 
     def enable(self) -> None:
         """Cache from the next call on."""

@@ -16,7 +16,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 
 from benchmarks.__main__ import main
-from benchmarks.figures import figures, physical_limit
+from benchmarks.figures import figures, physical_limit, run_name
 from benchmarks.run import Settings, measure
 from benchmarks.systems import ROWS
 from benchmarks.table import write
@@ -115,3 +115,16 @@ def test_writing_keeps_what_is_around(tmp_path: Path) -> None:
     assert "second" in file.read_text()
     assert "first" not in file.read_text()
     assert file.read_text().endswith("\nby hand\n")
+
+
+def test_a_run_of_another_number_of_steps_has_files_of_its_own() -> None:
+    told = {"device": "cuda", "size": "cuda", "steps": 50}
+    assert run_name(told) == "cuda"
+    assert run_name({**told, "steps": 28}) == "cuda-28"
+
+
+def test_what_other_runs_have_measured_stays_on_the_page(tmp_path: Path) -> None:
+    assert main(["--report", "--devices", "cuda-28", "--docs", str(tmp_path)]) == 0
+    page = (tmp_path / "benchmarks.md").read_text()
+    assert "## AMD EPYC" in page
+    assert "### FLUX-shaped" in page

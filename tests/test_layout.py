@@ -29,10 +29,12 @@ LAYERS = (
     "life_cycle",
     "cached_model",
     "forward_patch",
+    "pipeline",
     "api",
     "export",
     "dynamo",
     "helpers",
+    "integrations",
     "__init__",
 )
 

@@ -243,11 +243,11 @@ def test_a_strategy_of_ones_own_has_the_options() -> None:
 
 
 def test_the_report_says_what_the_schedule_is() -> None:
-    cached = toy(schedule="balanced", num_steps=6)
-    run(cached, 6)
+    cached = toy(schedule="balanced", num_steps=12)
+    run(cached, 12)
     report = cached.cache_report()
-    assert (report.schedule, report.num_steps) == ("balanced", 6)
-    assert "schedule: balanced, for 6 steps" in str(report)
+    assert (report.schedule, report.num_steps) == ("balanced", 12)
+    assert "schedule: balanced, for 12 steps" in str(report)
     assert toy(compute_ratio=0.5).cache_report().schedule == "compute_ratio 0.5"
     assert toy(no_cache_steps={0, 2}).cache_report().schedule == ""
     assert toy("teacache", rel_l1_thresh=0.1).cache_report().schedule == ""

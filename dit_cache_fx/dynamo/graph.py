@@ -26,7 +26,7 @@ from dit_cache_fx.ranks import Ranks
 from dit_cache_fx.runtime.batch import Batch
 from dit_cache_fx.runtime.call_log import CallLog
 from dit_cache_fx.runtime.drive import lasting
-from dit_cache_fx.runtime.generation import TimestepValue, timestep_value
+from dit_cache_fx.runtime.generation import TimestepValue
 from dit_cache_fx.runtime.graphs import block_bytes
 from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.runtime.step import Step
@@ -186,7 +186,7 @@ class CachedGraph:
         if explicit is not None:
             value = float(explicit)
         elif value is None and position is not None:
-            value = timestep_value(inputs[position])  # type: ignore[arg-type]
+            value = self._shared.call_log.read(inputs[position])  # type: ignore[arg-type]
         elif value is None:
             value = self._shared.constant(self._outlined.constant)
         if value is None:
@@ -318,7 +318,8 @@ class NotingGraph:
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         if self._shared.enabled:
             if self._shared.call_log.tracker.session.explicit is None:
-                self._shared.tell(self._piece, timestep_value(inputs[self._position]))
+                value = self._shared.call_log.read(inputs[self._position])
+                self._shared.tell(self._piece, value)
             self._shared.uncached(NO_BLOCKS, self._called)
             self._called = True
         return self._compiled(*inputs)

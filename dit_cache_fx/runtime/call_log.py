@@ -12,7 +12,7 @@ import torch
 from dit_cache_fx.errors import warn
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.runtime.branches import Branch
-from dit_cache_fx.runtime.generation import TimestepValue, as_number
+from dit_cache_fx.runtime.generation import TimestepValue, as_number, timestep_value
 from dit_cache_fx.runtime.matching import CallEvidence
 from dit_cache_fx.runtime.placement import Placement, place
 from dit_cache_fx.runtime.session import MAX_BRANCHES, Session
@@ -21,6 +21,7 @@ from dit_cache_fx.runtime.step_count import StepCount
 from dit_cache_fx.runtime.tracker import Tracker
 from dit_cache_fx.runtime.trajectory import SampleProbe
 from dit_cache_fx.strategies import Course, Strategy
+from dit_cache_fx.values.host_copies import HostCopies, is_on_host
 from dit_cache_fx.values.identity import TensorIdentity
 
 _CROWDED = (
@@ -101,6 +102,7 @@ class CallLog:
         self.count = StepCount(strategy)
         self.tracker = Tracker(self.count)
         self.calls = {"computed": 0, "reused": 0}
+        self._copies = HostCopies()
         self._warned: set[str] = set()
 
     @property
@@ -128,6 +130,14 @@ class CallLog:
             warn(f"not cached: {reason}")
 
     # --- a call ------------------------------------------------------------------------------
+
+    def read(self, timestep: torch.Tensor) -> TimestepValue:
+        """The values of a timestep tensor.
+
+        Waits for the device where it is on one, unless it is a part of a tensor that was read.
+        """
+        known = None if is_on_host(timestep) else self._copies.value(timestep)
+        return timestep_value(timestep) if known is None else known
 
     def evidence(
         self,

@@ -23,7 +23,7 @@ from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.call_log import CallLog, CallStart
 from dit_cache_fx.runtime.drive import Compiler, Results, Serving, drive
 from dit_cache_fx.runtime.execution import StepCompiler
-from dit_cache_fx.runtime.generation import as_number, timestep_value
+from dit_cache_fx.runtime.generation import as_number
 from dit_cache_fx.runtime.graphs import Entry, Found, GraphKey, Graphs, RowsOf, input_key
 from dit_cache_fx.runtime.matching import CallEvidence
 from dit_cache_fx.runtime.session import Session
@@ -135,8 +135,9 @@ class Engine:
         explicit, tensors = session.explicit, call.tensors
         position = entry.program.timestep_position
         assert position is not None
-        read = timestep_value(tensors[position]) if explicit is None else float(explicit)
-        return self.call_log.evidence(session, entry, key, read, tensors)
+        read = self.call_log.read(tensors[position]) if explicit is None else float(explicit)
+        hooked = (key, entry.hooks.now())
+        return self.call_log.evidence(session, entry, hooked, read, tensors)
 
     def done(self, start: CallStart, found: Found[First]) -> None:
         """Note a call that has succeeded."""

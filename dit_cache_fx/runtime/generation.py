@@ -9,6 +9,7 @@ import torch
 
 from dit_cache_fx.runtime.step_count import StepCount
 from dit_cache_fx.strategies import Course
+from dit_cache_fx.strategies.timesteps import Timesteps
 from dit_cache_fx.values.wrapped import whole
 
 #: a timestep as a number; where its elements differ, all of them: float64 [n] on the CPU
@@ -134,10 +135,13 @@ class Generation:
     origin: Generation | None = None
 
     @staticmethod
-    def begun(position: StepPosition, count: StepCount) -> Generation:
-        """One that begins with a call at this position."""
-        course = count.course(None if position.explicit else as_number(position.value))
-        return Generation(position, course, course.num_steps if count.is_told else None)
+    def begun(
+        position: StepPosition, count: StepCount, timesteps: Timesteps | None = None
+    ) -> Generation:
+        """One that begins with a call at this position. `timesteps`: those of its request alone."""
+        value = None if position.explicit else as_number(position.value)
+        course = count.course(value, timesteps)
+        return Generation(position, course, count.told_steps(course, own=timesteps is not None))
 
     def apart(self, position: StepPosition, branch: object) -> Generation:
         """One for a branch that others have left behind at this position."""

@@ -41,6 +41,7 @@ from dit_cache_fx.lowering.stateful import Carried, Stateful, fixed_steps
 from dit_cache_fx.passes import run_passes
 from dit_cache_fx.ranks import found
 from dit_cache_fx.runtime.first_runs import FirstRuns
+from dit_cache_fx.runtime.hooked import Hooks
 from dit_cache_fx.runtime.reasons import WhyCaptured, changes
 from dit_cache_fx.runtime.step_count import StepCount
 from dit_cache_fx.runtime.together import Layout
@@ -82,6 +83,7 @@ class Entry(Lowered):
     volatile: frozenset[tuple[str, str]]  # what of it the forward changes by itself
     count: StepCount
     skeleton: Skeleton  # of the call that it was captured from
+    hooks: Hooks
     breaks: bool = False  # its blocks cannot be compiled as one graph
     apart: bool = False  # it was compiled as one graph for each kind of step
     carried: dict[tuple[str, ...], Carried] = field(default_factory=dict)  # by cache context
@@ -342,6 +344,7 @@ class Graphs:
             volatile(before, after),
             self.count,
             call.skeleton,
+            Hooks(model),
         )
         entry.apart = captured.spread  # `cond` takes no distributed tensors
         entry.layout = None if rows is None else Layout.of(rows.one, entry, rows.count)

@@ -181,7 +181,7 @@ def _new_branch(
             return Placement(call, branch, newest, position, trajectory, course, new=True)
     position = StepPosition(call.value, explicit=call.explicit)
     session.end(count)  # its steps are learnt before the next one is planned
-    generation = Generation.begun(position, count)
+    generation = Generation.begun(position, count, session.timesteps)
     if (
         left is not None
         and left.position.index == 0

@@ -12,6 +12,7 @@ from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.generation import Generation
 from dit_cache_fx.runtime.scope import Scope
 from dit_cache_fx.runtime.step_count import StepCount
+from dit_cache_fx.strategies.timesteps import Timesteps, given_timesteps
 
 #: most branches of a session whose tensors are held at one time
 MAX_BRANCHES = 8
@@ -46,6 +47,7 @@ class Session:
         self.calls = 0
         self.starved = 0  # calls on end that computed for want of state
         self.captured = 0  # calls on end that needed a graph of their own
+        self._timesteps: Timesteps | None = None
 
     def __enter__(self) -> Session:
         if self._closed:
@@ -59,6 +61,19 @@ class Session:
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{self.bytes_held} bytes held"
         return f"<Session, {state}>"
+
+    @property
+    def timesteps(self) -> Timesteps | None:
+        """The timesteps of this request's steps, one for each; None where the model's own hold.
+
+        Set them before the request begins: a sequence, tensor or array, or a function that is asked
+        at a generation's first call. A request of another number of steps has its own plan by them.
+        """
+        return self._timesteps
+
+    @timesteps.setter
+    def timesteps(self, timesteps: Timesteps | None) -> None:
+        self._timesteps = given_timesteps(timesteps)
 
     @property
     def closed(self) -> bool:

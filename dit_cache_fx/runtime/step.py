@@ -80,7 +80,8 @@ class Step:
         """
         given = self.held(names)
         for name, value in self.clock(names).items():
-            given[name] = value.to(next(iter(self._specs.values())).device)
+            # without a wait: the host's memory is read before this returns
+            given[name] = value.to(next(iter(self._specs.values())).device, non_blocking=True)
         return given
 
     def held(self, names: Collection[str]) -> dict[str, torch.Tensor]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from dit_cache_fx.errors import warn
+from dit_cache_fx.errors import OptionError, warn
 from dit_cache_fx.strategies import Course, Strategy
 from dit_cache_fx.strategies.schedule import check_num_steps
 from dit_cache_fx.strategies.timesteps import (
     Timesteps,
     checked_timesteps,
     contradicted,
-    from_call,
+    place_of,
     told_timesteps,
 )
 
@@ -26,23 +26,32 @@ _OTHER = (
     "the timesteps that were told are not those of the calls, so what goes by them goes by the "
     f"step's index: {_HINT}, asked once the sampler has them"
 )
+_ALL = (
+    "the schedule computes all {} steps of a generation: in so few there is nothing to gain from a "
+    "cache, and the run is as fast without it (fewer computed steps, by computed_steps=, cost "
+    "quality)"
+)
 
 
 class StepCount:
     """Steps and timesteps: as set on the cached model, else as the options say, else as learnt.
 
-    `given`, `given_timesteps`: what is set on the cached model. `counted`, `learnt`: the steps and
-    the timesteps of the newest generation that has ended (one that was broken off counts as it
-    ended).
+    `given`, `given_timesteps`: what is set on the cached model. `began`: of the timesteps of a run
+    that several models share, where one of them begins at an index, the index of the run's first;
+    None where a model has its runs alone. `exact`: each step of a run has one of the timesteps that
+    are told. `counted`, `learnt`: the steps and the timesteps of the newest generation that has
+    ended (one that was broken off counts as it ended).
     """
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
         self.given: int | None = None
         self.given_timesteps: Timesteps | None = None
+        self.began: Callable[[Sequence[float], int], int] | None = None
+        self.exact = False
         self.counted: int | None = None
         self.learnt: tuple[float, ...] | None = None
-        self._warned: set[str] = set()
+        self.warned: set[str] = set()
 
     def ended(self, steps: int, values: Sequence[float]) -> None:
         """A generation has ended. `values`: the timesteps of its calls, as far as each was seen."""
@@ -69,34 +78,69 @@ class StepCount:
         """Whether the user says how many steps there are."""
         return self.given is not None or self.strategy.num_steps is not None
 
-    def told_timesteps(self) -> tuple[float, ...] | None:
-        """The timesteps. Raises `OptionError` where the option's function gives something else."""
+    def told_timesteps(self, own: Timesteps | None = None) -> tuple[float, ...] | None:
+        """The timesteps. Raises `OptionError` where the option's function gives something else.
+
+        `own`: those of one request, which go before all others.
+        """
         option = self.strategy.timesteps if self.given_timesteps is None else self.given_timesteps
+        option = option if own is None else own
         if callable(option):
             return told_timesteps(option)
         return None if option is None else checked_timesteps(option)
 
-    def told_course(self) -> Course:
+    def told_course(self, own: Timesteps | None = None) -> Course:
         """A generation's steps by what the user says alone."""
-        number, timesteps = self.told(), self.told_timesteps()
+        number, timesteps = self.told(), self.told_timesteps(own)
         if number is None and timesteps is not None:
             number = len(timesteps)
         if number is not None and self.strategy.plan is not None:
-            self.strategy.plan.check(number)
+            self._check(number, known=not self.exact and own is None)
         return self.strategy.course(number, timesteps)
+
+    def _check(self, number: int, known: bool) -> None:
+        """Look whether the schedule can be followed in so many steps.
+
+        It raises where the user has `known` the number beforehand. A run that turns out shorter
+        computes all of its steps.
+        """
+        assert self.strategy.plan is not None
+        try:
+            self.strategy.plan.check(number)
+        except OptionError:
+            if known:
+                raise
+            self._warn_once(_ALL.format(number))
 
     # --- for a generation ------------------------------------------------------------------------
 
-    def course(self, value: float | None) -> Course:
-        """The steps of a generation that begins with this timestep (None: it cannot be told)."""
-        told = self.told_course()
+    def course(self, value: float | None, own: Timesteps | None = None) -> Course:
+        """The steps of a generation that begins with this timestep (None: it cannot be told).
+
+        `own`: the timesteps of its request alone.
+        """
+        told = self.told_course(own)
         if told.timesteps is None:
-            return self._learnt_course(told.num_steps, value)
-        if value is None:
-            return told
-        left = from_call(told.timesteps, value)
-        number = len(left) if told.num_steps == len(told.timesteps) else told.num_steps
-        return self.strategy.course(number, left)
+            course = self._learnt_course(told.num_steps, value)
+        elif value is None:
+            course = told
+        else:
+            course = self._left(told.timesteps, told.num_steps, value)
+        if course.gains_nothing:
+            self._warn_once(_ALL.format(len(course.before) + (course.num_steps or 0)))
+        return course
+
+    def told_steps(self, course: Course, own: bool = False) -> int | None:
+        """How many steps a generation of this course has, where that is said and not learnt."""
+        said = (self.exact or own) and course.timesteps is not None and not course.learnt
+        return course.num_steps if said or self.is_told else None
+
+    def _left(self, told: tuple[float, ...], number: int | None, value: float) -> Course:
+        """The steps from a first call on: images are made of later ones, runs gone on with."""
+        at = place_of(told, value) or 0
+        begin = at if self.began is None else self.began(told, at)
+        number = len(told) - at if number == len(told) else number
+        return replace(self.strategy.course(number, told[at:]), before=told[begin:at])
 
     def _learnt_course(self, number: int | None, value: float | None) -> Course:
         learnt = self.learnt
@@ -134,6 +178,6 @@ class StepCount:
             self._warn_once(message)
 
     def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
+        if message not in self.warned:
+            self.warned.add(message)
             warn(message)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from dit_cache_fx.strategies.clock import MOMENTS
-from dit_cache_fx.strategies.schedule import USUAL_STEPS, Schedule
+from dit_cache_fx.strategies.schedule import USUAL_STEPS, Later, Schedule
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,7 +16,8 @@ class Course:
 
     `plan`: which are computed (None: a rule alone decides). `num_steps`: how many there are.
     `timesteps`: those of its calls, one for each step; `learnt`: they are those of the generation
-    before. `ruled`: a rule decides beside the plan. `by_timestep`: distances are differences of
+    before. `before`: the timesteps of the steps of its run that another model made (the plan is the
+    run's). `ruled`: a rule decides beside the plan. `by_timestep`: distances are differences of
     timesteps, in steps of the average length, not numbers of steps. `fading`: `Clock.gap` fades
     with the share of the remaining way that the coming interval takes.
     """
@@ -25,6 +26,7 @@ class Course:
     num_steps: int | None = None
     timesteps: tuple[float, ...] | None = None
     learnt: bool = False
+    before: tuple[float, ...] = ()
     ruled: bool = False
     by_timestep: bool = False
     fading: bool = False
@@ -44,6 +46,16 @@ class Course:
     def covers(self, step: int) -> bool:
         """Whether there are timesteps, as many as it takes for this step."""
         return self.timesteps is not None and step < len(self.timesteps)
+
+    @property
+    def gains_nothing(self) -> bool:
+        """Whether a schedule that goes by the number of steps computes every step of the run."""
+        if self.num_steps is None or self.plan is None or not self.plan.sets_share:
+            return False
+        whole = replace(self, timesteps=None, before=())
+        if self.timesteps is not None:
+            whole = replace(self, timesteps=(*self.before, *self.timesteps), before=())
+        return all(map(whole.computes, range(self.num_steps + len(self.before))))
 
     # --- where the steps stand -------------------------------------------------------------------
 
@@ -137,4 +149,5 @@ class Course:
     @cached_property
     def _placed(self) -> Schedule | None:
         assert self.timesteps is not None
-        return self.plan and self.plan.placed(self.timesteps)
+        placed = self.plan and self.plan.placed((*self.before, *self.timesteps))
+        return placed and (Later(placed, len(self.before)) if self.before else placed)

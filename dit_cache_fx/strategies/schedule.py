@@ -37,6 +37,8 @@ class Schedule:
     needs_num_steps: ClassVar[bool] = True
     #: whether it is meant for generations whose timesteps are known
     needs_timesteps: ClassVar[bool] = False
+    #: whether it chooses by itself how many steps are computed, of however many there are
+    sets_share: ClassVar[bool] = False
 
     def computes(self, step: int, num_steps: int | None) -> bool:
         """Whether a step computes in full. Step 0 always does.
@@ -100,6 +102,18 @@ class ListedSteps(Schedule):
 
 
 @dataclass(frozen=True)
+class Later(Schedule):
+    """The rest of a run's schedule, whose first `steps` steps are another model's."""
+
+    of: Schedule
+    steps: int
+
+    def computes(self, step: int, num_steps: int | None) -> bool:
+        number = None if num_steps is None else num_steps + self.steps
+        return step == 0 or self.of.computes(step + self.steps, number)
+
+
+@dataclass(frozen=True)
 class EvenSteps(Schedule):
     """A share of the steps, evenly spaced: step 0, and each where `step * ratio` passes an integer.
 
@@ -143,6 +157,8 @@ class EvenAndLast(Schedule):
 
     ratio: float
     more: int = 6
+
+    sets_share: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_ratio("ratio", self.ratio)

@@ -33,6 +33,11 @@ def checked_timesteps(value: Any, name: str = "timesteps") -> tuple[float, ...]:
     return tuple(n for n in numbers if n is not None)
 
 
+def given_timesteps(value: Timesteps | None) -> Timesteps | None:
+    """What a user sets: numbers that are checked, or a function that is asked later."""
+    return value if value is None or callable(value) else checked_timesteps(value)
+
+
 def told_timesteps(function: Callable[[], Any]) -> tuple[float, ...] | None:
     """What a function tells; None where it does not know yet (None, or nothing in it)."""
     value = function()
@@ -46,8 +51,13 @@ def from_call(timesteps: Sequence[float], value: float) -> tuple[float, ...]:
 
     All of them where none is like the call's, in no unit in which models take timesteps.
     """
-    starts = [_nearest(timesteps, scale * value + shift) for scale, shift in _UNITS]
-    return tuple(timesteps[min((s for s in starts if s is not None), default=0) :])
+    return tuple(timesteps[place_of(timesteps, value) or 0 :])
+
+
+def place_of(timesteps: Sequence[float], value: float) -> int | None:
+    """The index of the one that a call has; None where none is like it, in any unit."""
+    places = [_nearest(timesteps, scale * value + shift) for scale, shift in _UNITS]
+    return min((place for place in places if place is not None), default=None)
 
 
 def contradicted(timesteps: Sequence[float], first: float, second: float) -> bool:

@@ -1,0 +1,1 @@
+"""What other programs need to use this package; each module is imported by its own name only."""

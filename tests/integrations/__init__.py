@@ -1,0 +1,1 @@
+"""What other programs call this package through."""
