@@ -305,6 +305,10 @@ def dynamo_source(node: fx.Node) -> str:
     return str(name() if callable(name) else name)
 
 
+#: `torch.tensor` of a number that varies is this one in Dynamo's graph
+dynamos_tensor: Callable[..., torch.Tensor] = torch._refs.tensor
+
+
 def not_a_compiled_frame(function: _F) -> _F:
     """Mark a function that `torch.compile` must not make code of; it looks at what it calls.
 

@@ -33,6 +33,7 @@ from dit_cache_fx._torch import (
     breaks_raise,
     compiled_frame,
     dynamo_callback,
+    dynamos_tensor,
     emit_autocast,
     emit_end_of_autocast,
     emit_node,
@@ -613,6 +614,21 @@ def test_the_frame_that_dynamo_compiles() -> None:
     torch.compile(lambda x, t: x * t, backend=note)(torch.ones(1), 3)
     assert frames[2].numbers == {"t": 3.0}
     assert compiled_frame() == ((), None, False, {})
+
+
+def test_a_tensor_of_a_number_that_varies_is_made_by_a_function_of_its_own() -> None:
+    graphs: list[fx.GraphModule] = []
+
+    def note(gm: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> fx.GraphModule:
+        graphs.append(gm)
+        return gm
+
+    torch._dynamo.reset()
+    function = torch.compile(lambda x, t: x * torch.tensor([t]), backend=note)
+    for number in (1.5, 2.5):
+        function(torch.ones(1), number)
+    assert dynamos_tensor in {n.target for n in graphs[-1].graph.nodes}
+    assert dynamos_tensor([torch.tensor(1.5, dtype=torch.float64)]).dtype is torch.float64
 
 
 def test_dynamo_stops_where_it_raises_unless_it_is_told() -> None:

@@ -150,6 +150,7 @@ class _Outliner:
         call = graph.call_module(name, tuple(new[n] for n in inputs))
         for label, node in self._labelled(group):
             new[node] = graph.call_function(operator.getitem, (call, label))
+            new[node].meta.update(node.meta)
 
     def _placed(self, group: Group, module: nn.Module, nested: bool) -> str:
         """Put an outlined module into its place; returns its name there."""
