@@ -193,7 +193,7 @@ def test_an_argument_that_the_model_changes() -> None:
         assert torch.equal(model(**inputs, log=log), want(**inputs, log=wanted)), step
         assert torch.equal(log, wanted), step
     assert log[0] != 0
-        assert actions(cache)[-1] == "C"
+    assert actions(cache)[-1] == "C"
     assert len(cache.cache_report().captures) == 1
 
 
