@@ -79,6 +79,7 @@ class Program:
     block_lists: dict[str, int] = field(default_factory=dict)  # list name -> blocks in it
     regions: tuple[Region, ...] = ()
     owned: frozenset[str] = frozenset()  # inputs that are the model's own parameters and buffers
+    beside: frozenset[str] = frozenset()  # the arguments of samples beside it (sound, of a video)
 
     @property
     def graph(self) -> fx.Graph:
