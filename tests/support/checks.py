@@ -285,7 +285,7 @@ def look_further(seen: Seen) -> list[str]:
         graph = _cell(seen.one_graph)
         if graph.startswith("no") and not seen.itself_is_one_graph():
             graph = f"{graph} The model without a cache is no single graph either."
-        return [_cell(seen.others), graph]
+        return [_cell(seen.others), graph, *look_compiled(seen)]
 
 
 def look_compiled(seen: Seen) -> list[str]:
