@@ -276,8 +276,18 @@ def compiled_frame() -> CompiledFrame:
         arguments = (*arguments, *inspect.signature(outer.forward).parameters)
     owner = tx.f_locals.get("self")
     resumed = owner is None and _RESUMED.match(code.co_name) is not None
-    inner = outer is not None and owner is not outer and not resumed
+    its_own = owner is outer and code in _codes(getattr(outer, "forward", None))
+    inner = outer is not None and not its_own and not resumed
     return CompiledFrame(arguments, outer, inner, _numbers(tx.f_locals))
+
+
+def _codes(function: Any) -> list[Any]:
+    """The code of a function, and of the functions that it wraps."""
+    found = []
+    while function is not None:
+        found.append(getattr(function, "__code__", None))
+        function = getattr(function, "__wrapped__", None) or getattr(function, "func", None)
+    return found
 
 
 def _numbers(given: Mapping[str, Any]) -> dict[str, float]:
