@@ -56,6 +56,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import (
     _disable_current_modes,
     _get_current_dispatch_mode_stack,
+    is_traceable_wrapper_subclass,
 )
 
 from dit_cache_fx.values.tensor_spec import TensorSpec
@@ -491,6 +492,11 @@ def emit_autocast(graph: fx.Graph, device: str, dtype: torch.dtype, cache: bool)
 def emit_end_of_autocast(graph: fx.Graph, entered: fx.Node) -> None:
     """Add the node that leaves it."""
     graph.call_function(_exit_autocast, (entered,))
+
+
+def is_subclass(value: object) -> bool:
+    """Whether it is a tensor made of others, that says by itself what operators do (int8)."""
+    return isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value)
 
 
 def modes() -> tuple[str, ...]:

@@ -40,6 +40,7 @@ from dit_cache_fx._torch import (
     exporting,
     fakes,
     inductor_compiler,
+    is_subclass,
     like_dynamos,
     look_again,
     modes,
@@ -58,6 +59,7 @@ from dit_cache_fx._torch import (
 )
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.values.tensor_spec import TensorSpec
+from tests.pipelines.int8 import Int8Weight
 
 PACKAGE = Path(dit_cache_fx.__file__).parent
 
@@ -727,3 +729,11 @@ def test_autocast_is_written_as_dynamo_writes_it() -> None:
     for run in (gm, fx.Interpreter(gm).run):
         inside, outside = run(torch.ones(2, 2))
         assert (inside.dtype, outside.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_what_a_tensor_is_made_of_others_is() -> None:
+    weight = Int8Weight.of(torch.ones(2, 2))
+    assert is_subclass(weight)
+    assert is_subclass(torch.nn.Parameter(weight, requires_grad=False))
+    assert not is_subclass(torch.nn.Parameter(torch.ones(2)))
+    assert not is_subclass(3)

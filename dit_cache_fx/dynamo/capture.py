@@ -19,6 +19,7 @@ from dit_cache_fx.capture.record import Recording, record
 from dit_cache_fx.capture.scalar_timestep import NumberFactories
 from dit_cache_fx.capture.signal import mark_signal, parts_of
 from dit_cache_fx.capture.trace import trace
+from dit_cache_fx.dynamo.outline import LEAVES
 from dit_cache_fx.dynamo.reads import Checked, Reads
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.program import Program, ancestors, spec_of
@@ -94,6 +95,7 @@ def capture_graph(outlined: Outlined, inputs: Sequence[Input], strategy: Strateg
         tensors = [value for value in faked if isinstance(value, torch.Tensor)]
         call = flatten_call(dict(zip(outlined.names, tensors, strict=True)), None)
         members = _members(outlined.lists)
+        kept = {**members, **_leaves(outlined.gm)}
         looks_inside = value_of(strategy) == "modulated"
         opened = [blocks.modules[0] for blocks in outlined.lists] if looks_inside else []
         parts = {m: parts_of(m, members[m]) for m in opened if m in members}
@@ -108,10 +110,10 @@ def capture_graph(outlined: Outlined, inputs: Sequence[Input], strategy: Strateg
             raise CaptureError("the graph reads a value that depends on random numbers")
         try:
             versions = [version(t) for t in tensors]
-            recording = record(lambda: run(tensors), members, set(members), opened=parts)
+            recording = record(lambda: run(tensors), kept, set(members), opened=parts)
             changed = [i for i, t in enumerate(tensors) if version(t) != versions[i]]
             _refuse_changed_by_blocks(recording, [tensors[i] for i in changed])
-            traced = trace(_returning(run, changed), tensors, members, recording)
+            traced = trace(_returning(run, changed), tensors, kept, recording)
         except Exception as error:
             raise CaptureError(f"the graph of the model cannot be traced: {error}") from error
         program, guards = normal_form(outlined.gm, traced, call, outlined.timestep)
@@ -174,3 +176,7 @@ def _sample(program: Program, order: Sequence[str]) -> str | None:
 
 def _members(lists: Sequence[BlockList]) -> dict[nn.Module, str]:
     return {m: f"{blocks.name}.{i}" for blocks in lists for i, m in enumerate(blocks.modules)}
+
+
+def _leaves(gm: fx.GraphModule) -> dict[nn.Module, str]:
+    return {m: f"{LEAVES}.{n}" for n, m in getattr(gm, LEAVES, nn.Module()).named_children()}

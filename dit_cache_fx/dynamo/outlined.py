@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from dit_cache_fx._torch import CompiledFrame, dynamo_source
+from dit_cache_fx._torch import CompiledFrame, dynamo_source, is_subclass
 from dit_cache_fx.capture import BlockList, flatten_call, guessed_timestep, named_timestep
 from dit_cache_fx.capture.blocks import is_composite
 from dit_cache_fx.capture.leaves import candidate_lists
@@ -51,7 +51,9 @@ def outlined_graph(
     moving = None if step is None else origins[names.index(step)]
     read_apart, reads = cut(gm, {places[i] for i in numbers}, moving)
     read = 0 if reads is None else reads.count
-    outlined, found = outline(read_apart)
+    subclasses = {places[i].name for i in own if is_subclass(example_inputs[i])}
+    opaque = [n for n in read_apart.graph.nodes if n.name in subclasses]
+    outlined, found = outline(read_apart, opaque)
     lists, others = _trunk_lists(found, gm, example_inputs, blocks, whole, frame)
     return Outlined(
         dynamos=gm,

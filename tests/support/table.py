@@ -1,7 +1,7 @@
 """Makes `docs/support.md`: `python -m tests.support.table`.
 
-With `--check` it compares instead, and fails where the page says something else. Takes about ten
-minutes, most of them for compiling.
+With `--check` it compares instead, and fails where the page says something else. Takes a
+quarter of an hour and more, most of it for compiling.
 """
 
 from __future__ import annotations
