@@ -53,6 +53,7 @@ class Outlined:
     origins: tuple[fx.Node, ...]
     owned: frozenset[str]
     constant: float | None
+    numbers_beside: frozenset[tuple[str, float]]  # those that the function was called with
     elsewhere: Mapping[str, int]
     order: tuple[str, ...]
     given: tuple[int, ...]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from dit_cache_fx.dynamo.capture import Input, Outlined, capture_graph
 from dit_cache_fx.dynamo.inner import Compile
@@ -17,6 +21,10 @@ from dit_cache_fx.passes import run_passes
 from dit_cache_fx.runtime.graphs import block_bytes
 from dit_cache_fx.strategies import check_block_ids
 from dit_cache_fx.values.pytree import Identity
+from dit_cache_fx.values.tensor_spec import TensorSpec
+
+#: a number in the code of a graph
+_NUMBER = re.compile(r"(?<![\w.])\d+\.?\d*(?:e[+-]?\d+)?")
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +65,7 @@ def lower(
         ready,
         nodes,
         block_bytes(traced.recording, traced.blocks),
-        shared.serial(_identity(ready)),
+        shared.serial(_identity(ready, outlined)),
         traced.changed,
     )
     shared.programs.add(entry)
@@ -65,13 +73,23 @@ def lower(
     return entry
 
 
-def _identity(variants: Variants) -> Hashable:
-    """What tells programs apart: the code of their graphs, the constants in it, what is held."""
+def _identity(variants: Variants, outlined: Outlined) -> Hashable:
+    """What tells programs apart: the code of their graphs, the constants in it, what is held.
+
+    A timestep that is a constant is another one in each of its graphs, and so is what the code
+    makes of it; they are told apart by the other numbers that the model was called with.
+    """
     parts = [p for p in (variants.prefix, variants.compute, variants.reuse) if p is not None]
-    code = tuple(part.gm.code for part in parts)
-    constants = tuple(
-        Identity(getattr(part.gm, str(node.target)))
+    moves = outlined.constant is not None
+    code = tuple(_NUMBER.sub("0", part.gm.code) if moves else part.gm.code for part in parts)
+    values = (
+        getattr(part.gm, str(node.target))
         for part in parts
         for node in part.gm.graph.find_nodes(op="get_attr")
     )
-    return code, constants, tuple(variants.held.items())
+    constants = tuple(_form(value) if moves else Identity(value) for value in values)
+    return code, constants, tuple(variants.held.items()), outlined.numbers_beside if moves else None
+
+
+def _form(value: Any) -> Hashable:
+    return TensorSpec.of(value) if isinstance(value, torch.Tensor) else Identity(value)

@@ -72,6 +72,7 @@ def outlined_graph(
         dynamic=len(tensors) < len(example_inputs) + read,
         timestep=step,
         constant=None if step is not None or named is None else frame.numbers.get(named),
+        numbers_beside=frozenset((n, v) for n, v in frame.numbers.items() if n != named),
         reads=reads,
         asks=any(is_read(n) and not is_number(n) for n in gm.graph.nodes),
     )
