@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import _inductor as inductor
 from torch import fx, nn
+from torch._C._dynamo import eval_frame
 from torch._C._dynamo.eval_frame import get_eval_frame_callback, set_eval_frame
 from torch._dynamo import exc as dynamo_errors
 from torch._dynamo.eval_frame import skip_code
@@ -347,9 +348,24 @@ def breaks_raise() -> Any:
     """A context in which `torch.compile` raises where it would break a graph.
 
     `fullgraph=True` does that too, and counts the frames of all threads in one place: calls from
-    several threads at a time can fail then ("found no compiled frames").
+    several threads at a time can fail then ("found no compiled frames"; see `frame_is_compiled`).
     """
     return torch._dynamo.error_on_graph_break(True)
+
+
+@not_a_compiled_frame
+def frame_is_compiled() -> None:
+    """Tell `torch.compile(fullgraph=True)` that a frame of the call under way was compiled.
+
+    It counts the frames of all threads in one place, where a call that ends can begin the count of
+    another one anew: that one then raises ("found no compiled frames").
+    """
+    count = getattr(eval_frame, "set_fullgraph_compiled_frame_count", None)
+    if count is None:
+        return
+    before = count(-1)  # it takes a number only where nobody counts, which is -1
+    if before >= 0:
+        count(max(before, 1))
 
 
 def wants_one_graph(callback: object) -> bool:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch import fx, nn
+from torch._C._dynamo import eval_frame
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd import frontend_utils
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -39,6 +40,7 @@ from dit_cache_fx._torch import (
     emit_node,
     exporting,
     fakes,
+    frame_is_compiled,
     inductor_compiler,
     is_subclass,
     like_dynamos,
@@ -737,3 +739,14 @@ def test_what_a_tensor_is_made_of_others_is() -> None:
     assert is_subclass(torch.nn.Parameter(weight, requires_grad=False))
     assert not is_subclass(torch.nn.Parameter(torch.ones(2)))
     assert not is_subclass(3)
+
+
+def test_a_count_of_frames_is_set_where_there_is_none() -> None:
+    count = eval_frame.set_fullgraph_compiled_frame_count
+    assert [count(-1), count(0), count(2), count(-1)] == [-1, -1, 0, 0]
+    frame_is_compiled()
+    assert count(-1) == -1  # nobody counts
+    for before, after in ((0, 1), (3, 3)):
+        count(before)
+        frame_is_compiled()
+        assert count(-1) == after

@@ -21,6 +21,7 @@ import torch
 
 from dit_cache_fx._torch import (
     dynamo_callback,
+    frame_is_compiled,
     look_again,
     not_a_compiled_frame,
     wants_one_graph,
@@ -90,6 +91,8 @@ def drive(serving: Serving) -> Any:
             turn = resumed(serving.throw, error, around)
         else:
             turn = resumed(serving.send, results, around)
+    if wants_one_graph(callback):
+        frame_is_compiled()
     return turn.output
 
 
