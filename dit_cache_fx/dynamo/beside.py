@@ -27,7 +27,7 @@ class NotingGraph:
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         if self._shared.enabled:
-            if self._shared.host.tracker.session.explicit is None:
+            if self._shared.call_log.tracker.session.explicit is None:
                 self._shared.tell(self._piece, timestep_value(inputs[self._place]))
             self._shared.uncached(NO_BLOCKS, self._called)
             self._called = True
@@ -69,18 +69,18 @@ class PassingGraph:
         """The newest cached graph for tensors like these."""
         outlined = self._outlined
         own = {n: TensorSpec.of(t) for n, t in tensors.items() if n not in outlined.owned}
-        specs = {s for s in own.items() if s[0] != outlined.timestep or s[1].shape}
+        specs = {s for s in own.items() if s[0] != outlined.timestep_argument or s[1].shape}
         like = [p for p in [*self._shared.programs] if p.signature == specs]
         return max(like, key=lambda lowered: lowered.serial, default=None)
 
     def _count(
         self, lowered: Lowered, value: TimestepValue, tensors: Mapping[str, torch.Tensor]
     ) -> None:
-        host = self._shared.host
-        session = host.tracker.session
+        call_log = self._shared.call_log
+        session = call_log.tracker.session
         none = torch.empty(0)  # in the places of the model's own, which tell nothing
         given = [tensors.get(name, none) for name in lowered.program.inputs]
         with session.lock:
             derived = not self._piece.first
-            call = host.evidence(session, lowered, lowered.signature, value, given, derived)
-            host.passed(session, call)
+            call = call_log.evidence(session, lowered, lowered.signature, value, given, derived)
+            call_log.passed(session, call)

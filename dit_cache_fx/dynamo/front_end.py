@@ -62,7 +62,7 @@ class Backend(LifeCycle):
         outlined = outlined_graph(
             gm, example_inputs, self._blocks, self._timestep, piece.whole, frame
         )
-        place = outlined.timestep_place
+        position = outlined.timestep_position
         wanted = torch.is_grad_enabled() and any(map(_requires_grad, example_inputs))
         if outlined.lists and not wanted:
             # what reads values is compiled for what Dynamo knows of them now
@@ -72,20 +72,20 @@ class Backend(LifeCycle):
             return graph
         compiled = compile_graph(gm, example_inputs)
         if wanted:
-            self._host.warn_once(WANTS_GRADIENTS)
+            self._call_log.warn_once(WANTS_GRADIENTS)
         if outlined.lists:
             return PassingGraph(self._shared, compiled, outlined, piece)
         if piece.whole and not wanted:
             self._shared.uncached(NO_BLOCKS, again=False)
-        elif piece.first and place is not None:
-            return NotingGraph(self._shared, compiled, place, piece)
+        elif piece.first and position is not None:
+            return NotingGraph(self._shared, compiled, position, piece)
         return compiled
 
     # --- life cycle --------------------------------------------------------------------------
 
     @property
-    def _host(self) -> CallLog:
-        return self._shared.host
+    def _call_log(self) -> CallLog:
+        return self._shared.call_log
 
     @property
     def _enabled(self) -> bool:  # type: ignore[override]
@@ -103,13 +103,13 @@ class Backend(LifeCycle):
     def reset_states(self) -> None:
         """Forget everything: graphs and counts too."""
         self.clear_states()
-        self._host.forget_calls()
-        self._host.count.forget()
+        self._call_log.forget_calls()
+        self._call_log.count.forget()
         for graph in self._graphs:
             graph.forget()
 
     def __repr__(self) -> str:
-        return f"backend({self._host.strategy!r}, inner={self._inner!r})"
+        return f"backend({self._call_log.strategy!r}, inner={self._inner!r})"
 
 
 def _requires_grad(value: object) -> bool:

@@ -115,19 +115,21 @@ class CachedGraph:
     def _serve(
         self, lowered: Entry, value: TimestepValue, tensors: Sequence[torch.Tensor]
     ) -> Sequence[Any]:
-        host, variants = self._shared.host, lowered.variants
-        session = host.tracker.session
+        call_log, variants = self._shared.call_log, lowered.variants
+        session = call_log.tracker.session
         given = [tensors[i] for i in lowered.given]
         with session.lock, torch.no_grad():
             derived = not self._piece.first
-            evidence = host.evidence(session, lowered, lowered.signature, value, tensors, derived)
-            start = host.begin(session, evidence, variants.held)
+            evidence = call_log.evidence(
+                session, lowered, lowered.signature, value, tensors, derived
+            )
+            start = call_log.begin(session, evidence, variants.held)
             results = _run(lowered, start.step, tensors)
             outputs = lasting(results[: variants.outputs])
-            kept = lasting([t.contiguous() for t in results[variants.outputs :]])
-            owned = start.step.commit(given, outputs, kept)
+            recorded = lasting([t.contiguous() for t in results[variants.outputs :]])
+            owned = start.step.commit(given, outputs, recorded)
             arguments = lowered.program.arguments
-            host.done(start, lambda: [arguments[i] for i in lowered.conditioning])
+            call_log.done(start, lambda: [arguments[i] for i in lowered.conditioning])
             output, changed = unflatten(lowered.program.output, owned)
             for place, tensor in zip(lowered.changed, changed, strict=True):
                 tensors[place].copy_(tensor)

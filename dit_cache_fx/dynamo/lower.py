@@ -47,7 +47,7 @@ def lower(
 
     Raises `CaptureError` or `DiscoveryError` where there can be none.
     """
-    strategy = shared.host.strategy
+    strategy = shared.call_log.strategy
     traced = capture_graph(outlined, inputs, strategy)
     program = traced.program
     check_block_ids(strategy, {**program.block_lists, **outlined.elsewhere})

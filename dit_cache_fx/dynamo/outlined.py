@@ -32,7 +32,7 @@ def outlined_graph(
 
     Raises `OptionError` where the lists that the user named are not in a `whole` graph.
     """
-    places = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    places = gm.graph.find_nodes(op="placeholder")
     numbers = {i for i, node in enumerate(places) if node.users and all(map(is_number, node.users))}
     all_tensors = {i for i, v in enumerate(example_inputs) if isinstance(v, torch.Tensor)}
     scalars = {*range(len(places))} - (all_tensors - numbers)
@@ -70,7 +70,7 @@ def outlined_graph(
         number_step=number_step,
         given=tuple(i for i in range(len(example_inputs) + read) if i not in own),
         dynamic=len(tensors) < len(example_inputs) + read,
-        timestep=step,
+        timestep_argument=step,
         constant=None if step is not None or named is None else frame.numbers.get(named),
         numbers_beside=frozenset((n, v) for n, v in frame.numbers.items() if n != named),
         reads=reads,
@@ -180,7 +180,7 @@ def _name_of(
 ) -> str | None:
     """The name of the list that has the parameters of these modules."""
     own = {id(p) for module in modules for p in module.parameters()}
-    places = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    places = gm.graph.find_nodes(op="placeholder")
     paths = [
         ".".join(path_of(dynamo_source(node))[1:]) + "."
         for node, value in zip(places, example_inputs, strict=True)

@@ -17,6 +17,7 @@ from dit_cache_fx._torch import dynamo_source, dynamos_tensor
 from dit_cache_fx.dynamo.outline import outer_member
 from dit_cache_fx.dynamo.sources import Path, module_calls, path_of
 from dit_cache_fx.errors import CaptureError
+from dit_cache_fx.ir.copying import copy_nodes
 from dit_cache_fx.ir.program import ancestors
 from dit_cache_fx.values.random_state import RandomState
 
@@ -121,23 +122,24 @@ def _name(node: fx.Node) -> str:
 
 def _given(gm: fx.GraphModule, apart: list[fx.Node], moving: list[fx.Node]) -> fx.GraphModule:
     graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
-    places = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    new.update((node, graph.node_copy(node)) for node in places)
+    places = gm.graph.find_nodes(op="placeholder")
+
+    def number(node: fx.Node) -> fx.Node | None:
+        if node not in moving:
+            return None
+        made = graph.call_function(as_number, (new[node.all_input_nodes[0]],))
+        made.meta.update(node.meta)
+        return made
+
+    copy_nodes(graph, places, new)
     new.update((node, graph.placeholder(f"read_{i}")) for i, node in enumerate(apart))
-    for node in gm.graph.nodes:
-        if node in moving:
-            new[node] = graph.call_function(as_number, (new[node.args[0]],))
-            new[node].meta.update(node.meta)
-        elif node not in new:
-            new[node] = graph.node_copy(node, new.__getitem__)
+    copy_nodes(graph, gm.graph.nodes, new, number)
     return fx.GraphModule(gm, graph)
 
 
 def _reading(gm: fx.GraphModule, reads: list[fx.Node]) -> fx.GraphModule:
     graph, new, needed = fx.Graph(), dict[fx.Node, fx.Node](), ancestors(reads)
-    for node in gm.graph.nodes:
-        if node in needed or node.op == "placeholder":
-            new[node] = graph.node_copy(node, new.__getitem__)
+    copy_nodes(graph, [n for n in gm.graph.nodes if n in needed or n.op == "placeholder"], new)
     graph.output([new[node] for node in reads])
     return fx.GraphModule(gm, graph)
 
@@ -149,7 +151,7 @@ class Checked(fx.Interpreter):
     """
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        made = torch.tensor if target is dynamos_tensor else target
+        made = torch.tensor if target is dynamos_tensor() else target
         return super().call_function(made, args, kwargs)
 
     def run_node(self, node: fx.Node) -> Any:

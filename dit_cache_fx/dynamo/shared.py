@@ -34,7 +34,7 @@ class Shared:
     `programs`: those of the graphs that there are.
     """
 
-    host: CallLog
+    call_log: CallLog
     enabled: bool = True
     serials: dict[Hashable, int] = field(default_factory=dict)  # of programs
     timesteps: dict[Hashable, TimestepValue] = field(default_factory=dict)
@@ -74,16 +74,16 @@ class Shared:
         if self.warned or (self.split and (self.caches or not again)):
             return
         self.warned = True
-        self.host.warn_once(f"{_SPLIT}; {reason}" if self.split else reason)
+        self.call_log.warn_once(f"{_SPLIT}; {reason}" if self.split else reason)
 
 
 def step_value(
     shared: Shared, outlined: Outlined, piece: Piece, inputs: Sequence[Input]
 ) -> TimestepValue | None:
     """The timestep of a call: set by the user, among its inputs, or told by an earlier piece."""
-    place = outlined.timestep_place
+    place = outlined.timestep_position
     value: TimestepValue | None = None
-    explicit = shared.host.tracker.session.explicit
+    explicit = shared.call_log.tracker.session.explicit
     if not piece.first:
         value = shared.timesteps.get(piece.function)
     if explicit is not None:
