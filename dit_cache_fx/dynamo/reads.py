@@ -156,6 +156,11 @@ class Checked(fx.Interpreter):
 
     def run_node(self, node: fx.Node) -> Any:
         result, wanted = super().run_node(node), node.meta.get("example_value")
-        if isinstance(wanted, torch.Tensor) and getattr(result, "dtype", None) != wanted.dtype:
-            raise CaptureError(f"{node} is {result.dtype} where the timestep is no number")
+        if isinstance(result, torch.Tensor) and isinstance(wanted, torch.Tensor):
+            _refuse_other_dtype(node, result, wanted)
         return result
+
+
+def _refuse_other_dtype(node: fx.Node, result: torch.Tensor, wanted: torch.Tensor) -> None:
+    if result.dtype != wanted.dtype:
+        raise CaptureError(f"{node} is {result.dtype} where the timestep is no number")
