@@ -182,7 +182,8 @@ class Seen:
         said = [str(w.message) for w in caught if issubclass(w.category, DitCacheWarning)]
         if said:
             errors = [error_of(a, b) for a, b in zip(outputs, self.subject.exact, strict=True)]
-            raise Fault(said[0] if max(errors) <= CLOSE else f"not cached, and off by {errors}")
+            reason = said[0].partition(";")[0]
+            raise Fault(reason if max(errors) <= CLOSE else f"not cached, and off by {errors}")
         self._refuse_unlike(outputs, counts)
 
     def _refuse_unlike(self, outputs: Outputs, _: Counts) -> None:
