@@ -15,6 +15,7 @@ from dit_cache_fx.errors import (
 from dit_cache_fx.export import Exported, Runner, export, load
 from dit_cache_fx.report.cache_report import CacheReport, CaptureReport
 from dit_cache_fx.report.explain import Explanation
+from dit_cache_fx.runtime.batch import Batch
 from dit_cache_fx.runtime.call_log import StepRecord
 from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.strategies import (
@@ -46,6 +47,7 @@ __version__ = "0.1.0"
 __all__ = [
     "TEACACHE_COEFFICIENTS",
     "Backend",
+    "Batch",
     "CacheReport",
     "CachedModel",
     "CaptureError",

@@ -114,7 +114,7 @@ def capture_graph(outlined: Outlined, inputs: Sequence[Input], strategy: Strateg
             recording = record(lambda: run(tensors), kept, set(members), opened=parts)
             changed = [i for i, t in enumerate(tensors) if version(t) != versions[i]]
             _refuse_changed_by_blocks(recording, [tensors[i] for i in changed])
-            traced = trace(_returning(run, changed), tensors, kept, recording)
+            traced = trace(_returning(run, changed) if changed else run, tensors, kept, recording)
         except Exception as error:
             raise CaptureError(f"the graph of the model cannot be traced: {error}") from error
         program, guards = normal_form(outlined.gm, traced, call, outlined.timestep_argument)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +15,16 @@ from dit_cache_fx.dynamo.inner import Compile
 from dit_cache_fx.dynamo.lower import Entry, lower
 from dit_cache_fx.dynamo.parts import flat
 from dit_cache_fx.dynamo.reads import as_number
+from dit_cache_fx.dynamo.rows import RowAnswers
+from dit_cache_fx.dynamo.run_step import run_step
 from dit_cache_fx.dynamo.shared import Compiled, Shared, step_value
 from dit_cache_fx.errors import CaptureError, DiscoveryError
-from dit_cache_fx.lowering import Part
+from dit_cache_fx.ir.alone import Alone
 from dit_cache_fx.lowering.lowered_program import Lowered
+from dit_cache_fx.runtime.batch import Batch
 from dit_cache_fx.runtime.drive import lasting
 from dit_cache_fx.runtime.generation import TimestepValue
-from dit_cache_fx.runtime.step import Step
+from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.values.identity import storage_key
 from dit_cache_fx.values.pytree import unflatten
 
@@ -33,6 +36,14 @@ MAX_VALUES = 8
 _NO_TIMESTEP = (
     "the timestep is no tensor input of the compiled graph. Pass it as a tensor (a number is a "
     "constant there), name it (timestep='...'), or set cur_timestep"
+)
+_SPLIT_BATCH = (
+    "Dynamo splits the model (TORCH_LOGS=graph_breaks tells where), and a batch of sessions needs "
+    "it in one graph: dit_cache_fx.apply(model, ...) can capture it, or call each session by itself"
+)
+_READ_BATCH = (
+    "the model reads a value out of its tensors (.item()) or changes one in place, which is of all "
+    "rows of a batch of sessions together: call each session by itself"
 )
 _SHARED = "the model changes a tensor in place that lies in the memory of another one it is given"
 _TOO_MANY_VALUES = (
@@ -60,11 +71,15 @@ class CachedGraph:
         self._dynamos = plain  # its graph as it was, where that is compiled already
         self._plain: OrderedDict[Hashable, Compiled] = OrderedDict()
         self._making = threading.RLock()  # of entries and plain graphs, each is made once
+        self._rows = RowAnswers(shared.call_log, outlined, self._lower_rows)
         self._reason = ""  # why it is not cached
         self._called = False
 
     def __call__(self, *given: Input) -> Sequence[Any]:
         inputs = self._inputs(given)
+        batch = self._shared.call_log.tracker.batch
+        if batch is not None and self._shared.enabled:
+            return self._serve_rows(batch, inputs)
         key = self._key(inputs)
         value = self._value(inputs) if self._shared.enabled else None
         entry = None if value is None else self._entry(key, inputs)
@@ -78,11 +93,13 @@ class CachedGraph:
 
     def lowered(self) -> list[Lowered]:
         """The graphs that there are."""
-        return [entry for entry in [*self._entries.values()] if entry is not None]
+        found = [entry for entry in [*self._entries.values()] if entry is not None]
+        return found + self._rows.lowered()
 
     def forget(self) -> None:
         """Forget them."""
         self._entries.clear()
+        self._rows.forget()
 
     # --- a call ------------------------------------------------------------------------------
 
@@ -106,8 +123,10 @@ class CachedGraph:
             for v in given
         )
 
-    def _value(self, inputs: Sequence[Input]) -> TimestepValue | None:
-        value = step_value(self._shared, self._outlined, self._piece, inputs)
+    def _value(
+        self, inputs: Sequence[Input], session: Session | None = None
+    ) -> TimestepValue | None:
+        value = step_value(self._shared, self._outlined, self._piece, inputs, session)
         if value is None:
             self._missed(_NO_TIMESTEP)
         return value
@@ -124,16 +143,33 @@ class CachedGraph:
                 session, lowered, lowered.signature, value, tensors, derived
             )
             start = call_log.begin(session, evidence, variants.held)
-            results = _run(lowered, start.step, tensors)
+            results = run_step(lowered, start.step, tensors)
             outputs = lasting(results[: variants.outputs])
             recorded = lasting([t.contiguous() for t in results[variants.outputs :]])
             owned = start.step.commit(given, outputs, recorded)
             arguments = lowered.program.arguments
             call_log.done(start, lambda: [arguments[i] for i in lowered.conditioning])
-            output, changed = unflatten(lowered.program.output, owned)
-            for place, tensor in zip(lowered.changed, changed, strict=True):
-                tensors[place].copy_(tensor)
+            output: Any = unflatten(lowered.program.output, owned)
+            if lowered.changed:
+                output, changed = output
+                for place, tensor in zip(lowered.changed, changed, strict=True):
+                    tensors[place].copy_(tensor)
         return output  # type: ignore[no-any-return]
+
+    def _serve_rows(self, batch: Batch, inputs: Sequence[Input]) -> Sequence[Any]:
+        """Answer a call whose rows belong to different sessions."""
+        if not self._piece.whole:
+            raise CaptureError(_SPLIT_BATCH)
+        if self._outlined.asks:
+            raise CaptureError(_READ_BATCH)
+
+        def value(session: Session, given: Sequence[Input]) -> TimestepValue:
+            found = self._value(given, session)
+            if found is None:
+                raise CaptureError(_NO_TIMESTEP)
+            return found
+
+        return self._rows(batch, inputs, self._key, value)
 
     def _uncached(self, inputs: list[Input]) -> Sequence[Any]:
         key, step = self._key(inputs), self._outlined.number_step
@@ -186,33 +222,15 @@ class CachedGraph:
         like = self._key(inputs[: len(inputs) - self._outlined.read])
         return sum(key[: len(like)] == like for key in self._entries)  # type: ignore
 
+    def _lower_rows(self, inputs: Sequence[Input], alone: Alone | None = None) -> Entry:
+        entry = lower(self._outlined, inputs, self._shared, self._compile, alone)
+        if entry.changed:
+            raise CaptureError(_READ_BATCH)
+        return entry
+
     def _missed(self, reason: str) -> None:
         self._shared.uncached(reason, self._called)
         self._called = True
-
-
-def _run(lowered: Lowered, step: Step, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """Run the graph of the step's kind; what it reads of the inputs is picked by name."""
-    variants, made = lowered.variants, dict[str, torch.Tensor]()
-    value: torch.Tensor | None = None
-    if variants.prefix is not None:
-        value, *carried = _call(lowered, variants.prefix, tensors, made)
-        made.update(zip(variants.carried, carried, strict=True))
-        value = lasting([value])[0]
-    step.decide(value)
-    part = variants.compute if step.computes else variants.reuse
-    made.update(step.compiled_given(part.names))
-    return _call(lowered, part, tensors, made)
-
-
-def _call(
-    lowered: Lowered,
-    part: Part,
-    tensors: Sequence[torch.Tensor],
-    made: Mapping[str, torch.Tensor],
-) -> Sequence[torch.Tensor]:
-    places = lowered.places
-    return part.run(*(tensors[places[n]] if n in places else made[n] for n in part.names))
 
 
 def _shares_changed(entry: Entry, tensors: Sequence[torch.Tensor]) -> bool:

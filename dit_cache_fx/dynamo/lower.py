@@ -14,6 +14,7 @@ from dit_cache_fx.dynamo.capture import Input, Outlined, capture_graph
 from dit_cache_fx.dynamo.inner import Compile
 from dit_cache_fx.dynamo.parts import compiled_part
 from dit_cache_fx.dynamo.shared import Shared
+from dit_cache_fx.ir.alone import Alone
 from dit_cache_fx.ir.program import operations
 from dit_cache_fx.lowering import Part, Variants, lower_variants
 from dit_cache_fx.lowering.lowered_program import Lowered
@@ -33,15 +34,19 @@ log = logging.getLogger(__name__)
 class Entry(Lowered):
     """Graphs that answer calls of Dynamo's graph.
 
-    `changed`: which of its tensors the graph changes in place. Behind the output the graphs give
-    what is in these afterwards.
+    `changed`: which of its tensors the graph changes in place. Where there are any, the graphs give
+    the output and what is in these afterwards.
     """
 
     changed: tuple[int, ...] = ()
 
 
 def lower(
-    outlined: Outlined, inputs: Sequence[Input], shared: Shared, compile_graph: Compile
+    outlined: Outlined,
+    inputs: Sequence[Input],
+    shared: Shared,
+    compile_graph: Compile,
+    alone: Alone | None = None,
 ) -> Entry:
     """The graphs for inputs like these, which `compile_graph` compiles when they are called first.
 
@@ -52,6 +57,7 @@ def lower(
     program = traced.program
     check_block_ids(strategy, {**program.block_lists, **outlined.elsewhere})
     nodes = operations(program.graph)
+    program.alone = alone
     run_passes(program, strategy)
     variants = lower_variants(program)
     origins = dict(zip(program.inputs, outlined.origins, strict=True))

@@ -12,6 +12,7 @@ from dit_cache_fx.dynamo.capture import Input, Outlined
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.runtime.call_log import CallLog
 from dit_cache_fx.runtime.generation import TimestepValue, timestep_value
+from dit_cache_fx.runtime.session import Session
 
 NO_BLOCKS = (
     "no block list found in the compiled graph (an nn.ModuleList whose members are called one "
@@ -78,12 +79,16 @@ class Shared:
 
 
 def step_value(
-    shared: Shared, outlined: Outlined, piece: Piece, inputs: Sequence[Input]
+    shared: Shared,
+    outlined: Outlined,
+    piece: Piece,
+    inputs: Sequence[Input],
+    session: Session | None = None,
 ) -> TimestepValue | None:
     """The timestep of a call: set by the user, among its inputs, or told by an earlier piece."""
     place = outlined.timestep_position
     value: TimestepValue | None = None
-    explicit = shared.call_log.tracker.session.explicit
+    explicit = (session or shared.call_log.tracker.session).explicit
     if not piece.first:
         value = shared.timesteps.get(piece.function)
     if explicit is not None:

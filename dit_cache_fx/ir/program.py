@@ -20,6 +20,7 @@ import torch
 from torch import fx, nn
 
 from dit_cache_fx.errors import VerifyError
+from dit_cache_fx.ir.alone import Alone
 from dit_cache_fx.ir.contexts import generate_contexts
 from dit_cache_fx.ir.copying import body, copy_nodes
 from dit_cache_fx.ir.node_meta import BlockId, is_block, meta_of
@@ -65,6 +66,7 @@ class Program:
     regions: tuple[Region, ...] = ()
     owned: frozenset[str] = frozenset()  # inputs that are the model's own parameters and buffers
     beside: frozenset[str] = frozenset()  # the arguments of samples beside it (sound, of a video)
+    alone: Alone | None = None  # where each of its rows is at a step of its own
 
     @property
     def graph(self) -> fx.Graph:
