@@ -17,6 +17,7 @@ from dit_cache_fx.dynamo.outlined import outlined_graph
 from dit_cache_fx.dynamo.shared import NO_BLOCKS, Compiled, Shared
 from dit_cache_fx.life_cycle import LifeCycle
 from dit_cache_fx.lowering.lowered_program import Lowered
+from dit_cache_fx.ranks import found
 from dit_cache_fx.runtime.call_log import WANTS_GRADIENTS, CallLog
 from dit_cache_fx.strategies import Strategy
 
@@ -58,6 +59,9 @@ class Backend(LifeCycle):
     ) -> Compiled:
         piece, frame = piece_of(gm), compiled_frame()
         piece = piece._replace(whole=piece.whole and not frame.inner)
+        if self._shared.ranks is None:
+            tensors = [value for value in example_inputs if isinstance(value, torch.Tensor)]
+            self._shared.ranks = found(frame.outer, tensors)
         self._shared.split |= not piece.whole
         outlined = outlined_graph(
             gm, example_inputs, self._blocks, self._timestep, piece.whole, frame

@@ -142,7 +142,7 @@ class CachedGraph:
             evidence = call_log.evidence(
                 session, lowered, lowered.signature, value, tensors, derived
             )
-            start = call_log.begin(session, evidence, variants.held)
+            start = call_log.begin(session, evidence, lowered)
             results = run_step(lowered, start.step, tensors)
             outputs = lasting(results[: variants.outputs])
             recorded = lasting([t.contiguous() for t in results[variants.outputs :]])

@@ -14,15 +14,22 @@ from dit_cache_fx.dynamo.capture import Input, Outlined, capture_graph
 from dit_cache_fx.dynamo.inner import Compile
 from dit_cache_fx.dynamo.parts import compiled_part
 from dit_cache_fx.dynamo.shared import Shared
+from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.alone import Alone
 from dit_cache_fx.ir.program import operations
 from dit_cache_fx.lowering import Part, Variants, lower_variants
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.passes import run_passes
 from dit_cache_fx.runtime.graphs import block_bytes
-from dit_cache_fx.strategies import check_block_ids
+from dit_cache_fx.strategies import check_block_ids, spread_over
 from dit_cache_fx.values.pytree import Identity
 from dit_cache_fx.values.tensor_spec import TensorSpec
+from dit_cache_fx.values.wrapped import is_distributed
+
+_DISTRIBUTED = (
+    "the call has distributed tensors (DTensor), and a backend makes none; use "
+    "dit_cache_fx.apply(model, ...), then torch.compile or compile_steps()"
+)
 
 #: a number in the code of a graph
 _NUMBER = re.compile(r"(?<![\w.])\d+\.?\d*(?:e[+-]?\d+)?")
@@ -52,7 +59,10 @@ def lower(
 
     Raises `CaptureError` or `DiscoveryError` where there can be none.
     """
-    strategy = shared.call_log.strategy
+    strategy = spread_over(shared.call_log.strategy, shared.ranks)
+    given = [inputs[i] for i in outlined.given if i < len(inputs)]
+    if any(isinstance(v, torch.Tensor) and is_distributed(v) for v in given):
+        raise CaptureError(_DISTRIBUTED)
     traced = capture_graph(outlined, inputs, strategy)
     program = traced.program
     check_block_ids(strategy, {**program.block_lists, **outlined.elsewhere})
@@ -72,6 +82,7 @@ def lower(
         nodes,
         block_bytes(traced.recording, traced.blocks),
         shared.serial(_identity(ready, outlined)),
+        strategy,
         traced.changed,
     )
     shared.programs.add(entry)

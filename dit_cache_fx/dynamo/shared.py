@@ -10,6 +10,7 @@ from weakref import WeakSet
 from dit_cache_fx._torch import Piece
 from dit_cache_fx.dynamo.capture import Input, Outlined
 from dit_cache_fx.lowering.lowered_program import Lowered
+from dit_cache_fx.ranks import Ranks
 from dit_cache_fx.runtime.call_log import CallLog
 from dit_cache_fx.runtime.generation import TimestepValue, timestep_value
 from dit_cache_fx.runtime.session import Session
@@ -32,7 +33,8 @@ class Shared:
 
     `timesteps`: by the function that Dynamo has split, the timestep that its first piece was given.
     `split`: there was a piece that is not the whole of its function. `caches`: a graph is cached.
-    `programs`: those of the graphs that there are.
+    `programs`: those of the graphs that there are. `ranks`: the processes that the model is spread
+    over.
     """
 
     call_log: CallLog
@@ -44,6 +46,7 @@ class Shared:
     caches: bool = False
     warned: bool = False
     first_constant: float | None = None
+    ranks: Ranks | None = None
 
     def serial(self, program: Hashable) -> int:
         """The number of a program: what is held with one graph of it is right for another one.
