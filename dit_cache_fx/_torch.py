@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import fx, nn
+from torch._C._dynamo import eval_frame
 from torch._C._dynamo.eval_frame import (
     _FrameAction,
     _FrameExecStrategy,
@@ -58,6 +59,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import (
     _disable_current_modes,
     _get_current_dispatch_mode_stack,
+    is_traceable_wrapper_subclass,
 )
 
 from dit_cache_fx.values.tensor_spec import TensorSpec
@@ -283,8 +285,18 @@ def compiled_frame() -> CompiledFrame:
         arguments = (*arguments, *inspect.signature(outer.forward).parameters)
     owner = tx.f_locals.get("self")
     resumed = owner is None and _RESUMED.match(code.co_name) is not None
-    inner = outer is not None and owner is not outer and not resumed
+    its_own = owner is outer and code in _codes(getattr(outer, "forward", None))
+    inner = outer is not None and not its_own and not resumed
     return CompiledFrame(arguments, outer, inner, _numbers(tx.f_locals))
+
+
+def _codes(function: Any) -> list[Any]:
+    """The code of a function, and of the functions that it wraps."""
+    found = []
+    while function is not None:
+        found.append(getattr(function, "__code__", None))
+        function = getattr(function, "__wrapped__", None) or getattr(function, "func", None)
+    return found
 
 
 def _numbers(given: Mapping[str, Any]) -> dict[str, float]:
@@ -310,6 +322,14 @@ def dynamo_source(node: fx.Node) -> str:
     source = getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", "")
     return str(name() if callable(name) else name)
+
+
+def dynamos_tensor() -> Callable[..., torch.Tensor]:
+    """What `torch.tensor` of a number that varies is in Dynamo's graph."""
+    import torch._refs
+
+    made: Callable[..., torch.Tensor] = torch._refs.tensor
+    return made
 
 
 def not_a_compiled_frame(function: _F) -> _F:
@@ -363,11 +383,26 @@ def breaks_raise() -> Any:
     """A context in which `torch.compile` raises where it would break a graph.
 
     `fullgraph=True` does that too, and counts the frames of all threads in one place: calls from
-    several threads at a time can fail then ("found no compiled frames").
+    several threads at a time can fail then ("found no compiled frames"; see `frame_is_compiled`).
     """
     import torch._dynamo
 
     return torch._dynamo.error_on_graph_break(True)
+
+
+@not_a_compiled_frame
+def frame_is_compiled() -> None:
+    """Tell `torch.compile(fullgraph=True)` that a frame of the call under way was compiled.
+
+    It counts the frames of all threads in one place, where a call that ends can begin the count of
+    another one anew: that one then raises ("found no compiled frames").
+    """
+    count = getattr(eval_frame, "set_fullgraph_compiled_frame_count", None)
+    if count is None:
+        return
+    before = count(-1)  # it takes a number only where nobody counts, which is -1
+    if before >= 0:
+        count(max(before, 1))
 
 
 def wants_one_graph(callback: object) -> bool:
@@ -514,6 +549,11 @@ def emit_autocast(graph: fx.Graph, device: str, dtype: torch.dtype, cache: bool)
 def emit_end_of_autocast(graph: fx.Graph, entered: fx.Node) -> None:
     """Add the node that leaves it."""
     graph.call_function(_exit_autocast, (entered,))
+
+
+def is_subclass(value: object) -> bool:
+    """Whether it is a tensor made of others, that says by itself what operators do (int8)."""
+    return isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value)
 
 
 def modes() -> tuple[str, ...]:

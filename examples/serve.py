@@ -24,13 +24,13 @@ if not __package__:  # run as a file: make the repository root importable
 
 import dit_cache_fx
 from examples.digits import checkpoint
-from examples.digits.model import DigitsDiT, modulate
+from examples.flow.model import DiT, modulate
 
 SIZES = (16, 24, 32)
 Answer = Callable[[Sequence["Request"]], Tensor]  # requests of one size -> velocity [B, 1, H, H]
 
 
-class AnySizeDiT(DigitsDiT):
+class AnySizeDiT(DiT):
     """The demo's model for pictures of any even size: its positions are stretched."""
 
     def forward(self, x: Tensor, timestep: Tensor, y: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     torch.set_num_threads(1)
-    model = AnySizeDiT()
+    model = checkpoint.untrained(AnySizeDiT)
     model.load_state_dict(checkpoint.load().state_dict())
     systems = servers(model.eval())
     answers: dict[str, list[Request]] = {}

@@ -335,3 +335,52 @@ def test_a_second_timestep_is_no_conditioning() -> None:
     for step in range(4):
         cached(x=sample(0, step), timestep=time(step), text=TEXT, r_timestep=time(step + 1))
     assert [r.action for r in cached.cache_report().timeline] == ["computed"] + 3 * ["reused"]
+
+
+class SoundDiT(ToyDiT):
+    """Denoises two samples in one call."""
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor, sound: Tensor) -> Any:  # type: ignore[override]
+        h = torch.cat([self.embed(x), self.embed(sound)], dim=1)
+        h = self.head(self.trunk(h, self.condition(timestep, text)))
+        return h[:, : x.shape[1]], h[:, x.shape[1] :]
+
+
+def test_a_second_sample_is_no_conditioning() -> None:
+    """What the model gives back in its shape moves with the steps."""
+    cached = dit_cache_fx.apply(make(SoundDiT), "deepcache", no_cache_steps={0, 3})
+    for step in range(6):
+        sound = sample(1, step)[:, :3]
+        cached(x=sample(0, step), timestep=time(step), text=TEXT, sound=sound)
+    actions = [r.action for r in cached.cache_report().timeline]
+    assert actions == ["computed", "reused", "reused", "computed", "reused", "reused"]
+
+
+def test_conditioning_shaped_like_the_only_sample_is_conditioning() -> None:
+    class Edited(ToyDiT):
+        def forward(self, x: Tensor, timestep: Tensor, text: Tensor, image: Tensor) -> Any:  # type: ignore[override]
+            return super().forward(x + image, timestep, text)
+
+    cached = dit_cache_fx.apply(make(Edited), "deepcache", no_cache_steps={0})
+    for step in range(2):
+        for image in (sample(1, 0), sample(2, 0)):
+            cached(x=sample(0, step), timestep=time(step), text=TEXT, image=image)
+    branches = [(r.branch, r.action) for r in cached.cache_report().timeline]
+    assert branches == [(0, "computed"), (1, "computed"), (0, "reused"), (1, "reused")]
+
+
+def test_a_second_timestep_is_known_by_the_name_of_the_first() -> None:
+    class TwoTimesDiT(ToyDiT):
+        def forward(  # type: ignore[override]
+            self, x: Tensor, x_time: Tensor, text: Tensor, sound_time: Tensor
+        ) -> Any:
+            return super().forward(x, x_time + sound_time, text)
+
+    cached = dit_cache_fx.apply(
+        make(TwoTimesDiT), "deepcache", timestep="x_time", no_cache_steps={0}
+    )
+    for step in range(3):
+        times = {"x_time": time(step), "sound_time": time(step) / 2}
+        cached(x=sample(0, step), text=TEXT, **times)
+    actions = [r.action for r in cached.cache_report().timeline]
+    assert actions == ["computed", "reused", "reused"]

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._C._dynamo import eval_frame
 
 import dit_cache_fx
 from dit_cache_fx._torch import dynamo_callback, not_a_compiled_frame, signatures_kept
@@ -743,3 +744,23 @@ def test_an_export_is_one_even_if_another_thread_has_cleared_its_flag(
     program = torch.export.export(Outer(), tuple(given.values()), strict=strict)
     targets = {str(n.target) for n in program.graph.nodes}
     assert "cond" in targets
+
+
+def test_a_call_in_one_graph_whose_count_of_frames_another_thread_has_begun_anew() -> None:
+    """`fullgraph=True` counts the frames of all threads in one place."""
+
+    def begin_anew() -> None:
+        eval_frame.set_fullgraph_compiled_frame_count(-1)  # as a call does twice when it ends
+        eval_frame.set_fullgraph_compiled_frame_count(0)
+
+    def disturbed(gm: fx.GraphModule, given: Sequence[Tensor]) -> Callable[..., Any]:
+        def run(*operands: Tensor) -> Any:
+            elsewhere(begin_anew)
+            return gm(*operands)
+
+        return run
+
+    cached = dit_cache_fx.apply(make(ToyDiT), "deepcache", no_cache_steps=STEPS)
+    compiled = torch.compile(cached, backend=disturbed, fullgraph=True)
+    want = dit_cache_fx.apply(make(ToyDiT), "deepcache", no_cache_steps=STEPS)
+    assert same(steps(compiled), steps(want))

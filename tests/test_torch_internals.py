@@ -14,6 +14,7 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch import fx, nn
+from torch._C._dynamo import eval_frame
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd import frontend_utils
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -37,12 +38,15 @@ from dit_cache_fx._torch import (
     compiled_frame,
     constant_result,
     dynamo_callback,
+    dynamos_tensor,
     emit_autocast,
     emit_end_of_autocast,
     emit_node,
     exporting,
     fakes,
+    frame_is_compiled,
     inductor_compiler,
+    is_subclass,
     like_dynamos,
     look_again,
     members,
@@ -64,6 +68,7 @@ from dit_cache_fx._torch import (
 )
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.values.tensor_spec import TensorSpec
+from tests.pipelines.int8 import Int8Weight
 
 PACKAGE = Path(dit_cache_fx.__file__).parent
 
@@ -659,6 +664,21 @@ def test_the_frame_that_dynamo_compiles() -> None:
     assert compiled_frame() == ((), None, False, {})
 
 
+def test_a_tensor_of_a_number_that_varies_is_made_by_a_function_of_its_own() -> None:
+    graphs: list[fx.GraphModule] = []
+
+    def note(gm: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> fx.GraphModule:
+        graphs.append(gm)
+        return gm
+
+    torch._dynamo.reset()
+    function = torch.compile(lambda x, t: x * torch.tensor([t]), backend=note)
+    for number in (1.5, 2.5):
+        function(torch.ones(1), number)
+    assert dynamos_tensor() in {n.target for n in graphs[-1].graph.nodes}
+    assert dynamos_tensor()([torch.tensor(1.5, dtype=torch.float64)]).dtype is torch.float64
+
+
 def test_dynamo_stops_where_it_raises_unless_it_is_told() -> None:
     """So `look_again` is needed, and does it."""
     compiled: list[bool] = []
@@ -755,6 +775,25 @@ def test_autocast_is_written_as_dynamo_writes_it() -> None:
     for run in (gm, fx.Interpreter(gm).run):
         inside, outside = run(torch.ones(2, 2))
         assert (inside.dtype, outside.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_what_a_tensor_is_made_of_others_is() -> None:
+    weight = Int8Weight.of(torch.ones(2, 2))
+    assert is_subclass(weight)
+    assert is_subclass(torch.nn.Parameter(weight, requires_grad=False))
+    assert not is_subclass(torch.nn.Parameter(torch.ones(2)))
+    assert not is_subclass(3)
+
+
+def test_a_count_of_frames_is_set_where_there_is_none() -> None:
+    count = eval_frame.set_fullgraph_compiled_frame_count
+    assert [count(-1), count(0), count(2), count(-1)] == [-1, -1, 0, 0]
+    frame_is_compiled()
+    assert count(-1) == -1  # nobody counts
+    for before, after in ((0, 1), (3, 3)):
+        count(before)
+        frame_is_compiled()
+        assert count(-1) == after
 
 
 # --- several processes ----------------------------------------------------------------------------

@@ -60,6 +60,7 @@ def mark_blocks(program: Program, lists: Sequence[BlockList], chosen: bool) -> N
             index = int(str(call.target).rpartition(".")[2])
             mark(call, block=BlockId(f.blocks.name, index, made.get(index, 0)))
             made[index] = made.get(index, 0) + 1
+    program.beside = _beside(program)
 
 
 def _look(
@@ -122,6 +123,23 @@ def _sample(program: Program) -> str | None:
         if spec is not None and spec.ndim > 1 and spec.shape == shape:
             return argument
     return inputs[0][1] if inputs else None
+
+
+def _beside(program: Program) -> frozenset[str]:
+    """The arguments of the form of the model's other results: samples of their own."""
+    results = program.outputs_of_blocks()[1:]
+    others = [(spec.shape, spec.dtype) for n in results if (spec := spec_of(n)) is not None]
+    given = {
+        argument: (spec.shape, spec.dtype)
+        for name, argument in zip(program.inputs, program.arguments, strict=True)
+        if name != program.timestep_input
+        and name not in program.owned
+        and argument != program.sample
+        if (spec := spec_of(program.node(name))) is not None and spec.ndim > 1
+        if program.arguments.count(argument) == 1
+    }
+    found = (next((a for a, own in given.items() if own == other), None) for other in others)
+    return frozenset(argument for argument in found if argument is not None)
 
 
 def _position(program: Program, node: fx.Node) -> int:

@@ -30,9 +30,14 @@ def named_timestep(parameters: Sequence[str], given: str | None, more: bool = Fa
     return next((name for name in NAMES if name in parameters), None)
 
 
-def tells_time(argument: str) -> bool:
-    """Whether an argument is called as timesteps are, so that it moves with the steps."""
-    return argument in NAMES or bool(_WORDS.intersection(argument.split("_")))
+def tells_time(argument: str, timestep: str | None = None) -> bool:
+    """Whether an argument is called as timesteps are, so that it moves with the steps.
+
+    Where the timestep is called otherwise (`image_time`), its last word tells too.
+    """
+    words = argument.split("_")
+    alike = timestep is not None and words[-1] == timestep.split("_")[-1]
+    return argument in NAMES or alike or bool(_WORDS.intersection(words))
 
 
 def guessed_timestep(call: FlatCall) -> str:

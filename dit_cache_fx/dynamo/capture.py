@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,10 +19,13 @@ from dit_cache_fx.capture.record import Recording, record
 from dit_cache_fx.capture.scalar_timestep import NumberFactories
 from dit_cache_fx.capture.signal import mark_signal, parts_of
 from dit_cache_fx.capture.trace import trace
+from dit_cache_fx.dynamo.outline import LEAVES
+from dit_cache_fx.dynamo.reads import Checked, Reads
 from dit_cache_fx.errors import CaptureError
-from dit_cache_fx.ir.program import Program, spec_of
+from dit_cache_fx.ir.program import Program, ancestors, spec_of
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.strategies.signals import value_of
+from dit_cache_fx.values.identity import storage_key, version
 
 #: Dynamo's graph takes tensors and, where shapes are dynamic, numbers
 Input = torch.Tensor | int | float
@@ -50,6 +53,7 @@ class Outlined:
     origins: tuple[fx.Node, ...]
     owned: frozenset[str]
     constant: float | None
+    numbers_beside: frozenset[tuple[str, float]]  # those that the function was called with
     elsewhere: Mapping[str, int]
     order: tuple[str, ...]
     given: tuple[int, ...]
@@ -57,6 +61,13 @@ class Outlined:
     number_step: int | None
     dynamic: bool  # some inputs are sizes
     timestep_argument: str | None
+    reads: Reads | None  # gives the inputs of `gm` that Dynamo's graph reads out of tensors
+    asks: bool  # Dynamo's graph reads such values, whether or not they can be read apart
+
+    @property
+    def read(self) -> int:
+        """How many inputs of `gm` are read out of tensors: the last ones."""
+        return 0 if self.reads is None else self.reads.count
 
     @cached_property
     def timestep_position(self) -> int | None:
@@ -73,6 +84,7 @@ class Traced:
     program: Program
     recording: Recording
     blocks: tuple[str, ...]
+    changed: tuple[int, ...]  # which of the tensors the graph changes in place
 
 
 def capture_graph(outlined: Outlined, inputs: Sequence[Input], strategy: Strategy) -> Traced:
@@ -84,6 +96,7 @@ def capture_graph(outlined: Outlined, inputs: Sequence[Input], strategy: Strateg
         tensors = [value for value in faked if isinstance(value, torch.Tensor)]
         call = flatten_call(dict(zip(outlined.names, tensors, strict=True)), None)
         members = _members(outlined.lists)
+        kept = {**members, **_leaves(outlined.gm)}
         looks_inside = value_of(strategy) == "modulated"
         opened = [blocks.modules[0] for blocks in outlined.lists] if looks_inside else []
         parts = {m: parts_of(m, members[m]) for m in opened if m in members}
@@ -91,12 +104,17 @@ def capture_graph(outlined: Outlined, inputs: Sequence[Input], strategy: Strateg
         def run(given: Sequence[torch.Tensor]) -> Any:
             rest = iter(given)
             values = [next(rest) if isinstance(v, torch.Tensor) else v for v in inputs]
-            with NumberFactories():
-                return outlined.gm(*values)
+            with NumberFactories(0.0):  # what Dynamo lets vary is a plain number
+                return Checked(outlined.gm).run(*values)
 
+        if outlined.reads is not None and outlined.reads.random:
+            raise CaptureError("the graph reads a value that depends on random numbers")
         try:
-            recording = record(lambda: run(tensors), members, set(members), opened=parts)
-            traced = trace(run, tensors, members, recording)
+            versions = [version(t) for t in tensors]
+            recording = record(lambda: run(tensors), kept, set(members), opened=parts)
+            changed = [i for i, t in enumerate(tensors) if version(t) != versions[i]]
+            _refuse_changed_by_blocks(recording, [tensors[i] for i in changed])
+            traced = trace(_returning(run, changed) if changed else run, tensors, kept, recording)
         except Exception as error:
             raise CaptureError(f"the graph of the model cannot be traced: {error}") from error
         program, guards = normal_form(outlined.gm, traced, call, outlined.timestep_argument)
@@ -105,9 +123,36 @@ def capture_graph(outlined: Outlined, inputs: Sequence[Input], strategy: Strateg
         program.owned = outlined.owned
         program.sample = _sample(program, outlined.order)
         mark_blocks(program, outlined.lists, outlined.chosen)
+        _refuse_changed_after_blocks(program, len(changed))
         mark_signal(program, strategy, recording)
     blocks = {str(node.target).removeprefix("model.") for node in program.block_calls()}
-    return Traced(program, recording, tuple(sorted(blocks)))
+    return Traced(program, recording, tuple(sorted(blocks)), tuple(changed))
+
+
+def _returning(
+    run: Callable[[Sequence[torch.Tensor]], Any], changed: Sequence[int]
+) -> Callable[[Sequence[torch.Tensor]], Any]:
+    """`run`, which gives its output and what is in the tensors that it changes in place."""
+
+    def run_apart(tensors: Sequence[torch.Tensor]) -> Any:
+        own = [t.clone() if i in changed else t for i, t in enumerate(tensors)]
+        return run(own), [own[i] for i in changed]
+
+    return run_apart
+
+
+def _refuse_changed_by_blocks(recording: Recording, tensors: Sequence[torch.Tensor]) -> None:
+    theirs = {place for made in recording.calls for place in made.changed}
+    if theirs & {storage_key(t) for t in tensors}:
+        raise CaptureError("a block changes a tensor in place that the model is given")
+
+
+def _refuse_changed_after_blocks(program: Program, changed: int) -> None:
+    """Refuse a graph that writes what its blocks made into tensors that it is given."""
+    outputs: Any = program.graph.output_node().args[0]
+    needed = ancestors(n for n in outputs[len(outputs) - changed :] if isinstance(n, fx.Node))
+    if any(node in needed for node in program.block_calls()):
+        raise CaptureError("the model changes a tensor that it is given by what its blocks made")
 
 
 def _sample(program: Program, order: Sequence[str]) -> str | None:
@@ -132,3 +177,7 @@ def _sample(program: Program, order: Sequence[str]) -> str | None:
 
 def _members(lists: Sequence[BlockList]) -> dict[nn.Module, str]:
     return {m: f"{blocks.name}.{i}" for blocks in lists for i, m in enumerate(blocks.modules)}
+
+
+def _leaves(gm: fx.GraphModule) -> dict[nn.Module, str]:
+    return {m: f"{LEAVES}.{n}" for n, m in getattr(gm, LEAVES, nn.Module()).named_children()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -17,6 +17,8 @@ from dit_cache_fx.ir.copying import copy_nodes
 
 #: which of a node's module calls its group is
 Chooser = Callable[[Sequence[ModuleCall]], ModuleCall | None]
+#: where single operations that are calls lie
+LEAVES = "leaves"
 _OPERATIONS = ("call_function", "call_method", "call_module")
 
 
@@ -39,7 +41,9 @@ class Group:
         return [node for node in self.nodes if not inside.issuperset(node.users)]
 
 
-def outline(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[BlockList]]:
+def outline(
+    gm: fx.GraphModule, opaque: Collection[fx.Node] = ()
+) -> tuple[fx.GraphModule, list[BlockList]]:
     """Dynamo's graph with each member of a module list as one call, and those lists.
 
     Before (nodes of `blocks[0]`, of `blocks[1]`):
@@ -56,8 +60,10 @@ def outline(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[BlockList]]:
 
     A block gives a dict of tensors. Its keys are the same for what is made at the same place of the
     source by every block of a list. The parts of a block are submodules of it in the same way.
+
+    What reads inputs that are `opaque` (quantised weights) is a call too, of `leaves.(its name)`.
     """
-    outliner = _Outliner(gm)
+    outliner = _Outliner(gm, opaque)
     graph = outliner.rewritten(gm.graph.nodes, outer_member, ())
     outlined = fx.GraphModule(outliner.owner, graph, "Outlined")
     return outlined, _lists(outliner.members)
@@ -98,8 +104,9 @@ def is_number(node: fx.Node) -> bool:
 
 
 class _Outliner:
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, opaque: Collection[fx.Node]) -> None:
         self.gm = gm
+        self.opaque = opaque
         #: of all outlined modules, and of what the graphs read
         self.owner = fx.GraphModule(nn.Module(), fx.Graph())
         self.members: dict[Path, dict[int, nn.Module]] = {}
@@ -120,6 +127,8 @@ class _Outliner:
         for item in _segments(list(nodes), choose):
             if isinstance(item, Group):
                 self._call(graph, item, new, nested=group is not None)
+            elif group is None and any(n in self.opaque for n in item.all_input_nodes):
+                self._alone(graph, item, new)
             else:
                 self._copy(graph, item, new)
         if group is not None:
@@ -149,6 +158,19 @@ class _Outliner:
         call = graph.call_module(name, tuple(new[n] for n in inputs))
         for label, node in self._labelled(group):
             new[node] = graph.call_function(operator.getitem, (call, label))
+            new[node].meta.update(node.meta)
+
+    def _alone(self, graph: fx.Graph, node: fx.Node, new: dict[fx.Node, fx.Node]) -> None:
+        """One operation as a call."""
+        group = Group(ModuleCall(node.name, ()), [node])
+        inputs = group.inputs()
+        name = f"{LEAVES}.{node.name}"
+        inside = self.rewritten(group.nodes, _no_call, inputs, group)
+        self.owner.add_submodule(name, fx.GraphModule(self.owner, inside, "Leaf"))
+        call = graph.call_module(name, tuple(new[n] for n in inputs))
+        for label, made in self._labelled(group):
+            new[made] = graph.call_function(operator.getitem, (call, label))
+            new[made].meta.update(made.meta)
 
     def _placed(self, group: Group, module: nn.Module, nested: bool) -> str:
         """Put an outlined module into its place; returns its name there."""

@@ -65,6 +65,7 @@ class Program:
     block_lists: dict[str, int] = field(default_factory=dict)  # list name -> blocks in it
     regions: tuple[Region, ...] = ()
     owned: frozenset[str] = frozenset()  # inputs that are the model's own parameters and buffers
+    beside: frozenset[str] = frozenset()  # the arguments of samples beside it (sound, of a video)
     alone: Alone | None = None  # where each of its rows is at a step of its own
 
     @property

@@ -97,13 +97,15 @@ class Lowered:
 
     @cached_property
     def conditioning(self) -> list[int]:
-        """Which of the call's tensors are neither a timestep's, the sample's nor the model's.
+        """Which of the call's tensors are neither a timestep's, a sample's nor the model's.
 
-        A model may take more than one timestep: both ends of a step, say.
+        A model may take more than one timestep (both ends of a step) and more than one sample
+        (a video and its sound), and gives as many back.
         """
         program = self.program
-        moving = {program.sample, program.timestep_argument}
-        moving |= {a for a in program.arguments if tells_time(a)}
+        step = program.timestep_argument
+        times = {argument for argument in program.arguments if tells_time(argument, step)}
+        moving = {program.sample, step, *program.beside, *times}
         return [i for i in self.given if program.arguments[i] not in moving]
 
 

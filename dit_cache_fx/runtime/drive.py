@@ -21,6 +21,7 @@ import torch
 
 from dit_cache_fx._torch import (
     dynamo_callback,
+    frame_is_compiled,
     look_again,
     not_a_compiled_frame,
     unseen,
@@ -93,6 +94,8 @@ def drive(serving: Serving) -> Any:
             turn = resumed(serving.throw, error, turn.within)
         else:
             turn = resumed(serving.send, results, turn.within)
+    if wants_one_graph(callback):
+        frame_is_compiled()
     return turn.output
 
 

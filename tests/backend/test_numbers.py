@@ -92,6 +92,38 @@ def test_numbers_that_must_stay_constants_are_named() -> None:
     warned(steps, "no tensor input .* Pass it as a tensor")
 
 
+class ScaledDiT(NumberedDiT):
+    """Takes another number, which is a constant too."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, timestep: float, text: Tensor, scale: float = 1.0
+    ) -> Any:
+        return super().forward(x * scale, timestep / 7, text)
+
+
+@pytest.mark.parametrize("way", ["full", "tensor", "times"])
+def test_numbers_that_must_stay_constants_with_the_index_set(way: str) -> None:
+    """Each step has a graph of its own, and what one holds is right for the next."""
+    cache = cache_of()
+    model = torch.compile(make(ScaledDiT, way=way), backend=cache, dynamic=False)
+    by_hand = ByHand(make(ScaledDiT, way=way), ["blocks"])
+    for step, inputs in enumerate(generation(int)):
+        cache.cur_timestep = step
+        assert torch.equal(model(**inputs), by_hand(step in STEPS, **inputs)), step
+    assert actions(cache) == "CCrrCr"
+
+
+def test_what_is_held_with_another_constant_is_not_used() -> None:
+    cache = cache_of()
+    model = torch.compile(make(ScaledDiT, way="full"), backend=cache, dynamic=False)
+    inside = make(ScaledDiT, way="full")
+    for step, inputs in enumerate(generation(int)[:3]):
+        cache.cur_timestep = step
+        for scale in (1.0, 2.0):
+            assert torch.equal(model(**inputs, scale=scale), inside(**inputs, scale=scale))
+    assert set(actions(cache)) == {"C"}
+
+
 class OwnTimeDiT(ToyDiT):
     """Makes the timestep inside."""
 

@@ -98,7 +98,20 @@ def test_a_list_of_another_piece_is_no_wrong_name() -> None:
     compare(model, ByHand(make(RefinedDiT), ["blocks"]))
 
 
-@pytest.mark.parametrize("kind", [BrokenTrunkDiT, BareTrunkDiT])
+class OwnMethodDiT(BareTrunkDiT):
+    """The same; the first function that is compiled is a method of the model itself."""
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Any:
+        for _ in range(2):
+            torch._dynamo.graph_break()
+            x = self.halved(x)
+        return super().forward(x, timestep, text)
+
+    def halved(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+@pytest.mark.parametrize("kind", [BrokenTrunkDiT, BareTrunkDiT, OwnMethodDiT])
 @pytest.mark.parametrize("never", [None, {"blocks": {1}}])
 def test_a_refiner_is_no_trunk_where_the_trunk_is_split(
     kind: Callable[..., nn.Module], never: Any

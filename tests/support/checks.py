@@ -182,7 +182,8 @@ class Seen:
         said = [str(w.message) for w in caught if issubclass(w.category, DitCacheWarning)]
         if said:
             errors = [error_of(a, b) for a, b in zip(outputs, self.subject.exact, strict=True)]
-            raise Fault(said[0] if max(errors) <= CLOSE else f"not cached, and off by {errors}")
+            reason = said[0].partition(";")[0]
+            raise Fault(reason if max(errors) <= CLOSE else f"not cached, and off by {errors}")
         self._refuse_unlike(outputs, counts)
 
     def _refuse_unlike(self, outputs: Outputs, _: Counts) -> None:
@@ -285,7 +286,7 @@ def look_further(seen: Seen) -> list[str]:
         graph = _cell(seen.one_graph)
         if graph.startswith("no") and not seen.itself_is_one_graph():
             graph = f"{graph} The model without a cache is no single graph either."
-        return [_cell(seen.others), graph]
+        return [_cell(seen.others), graph, *look_compiled(seen)]
 
 
 def look_compiled(seen: Seen) -> list[str]:

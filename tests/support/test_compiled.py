@@ -21,16 +21,16 @@ from tests.support.case import SupportCase
 from tests.support.checks import CLOSE, COMPUTED, Seen, error_of
 from tests.support.classes import SUPPORT
 
-#: views among the inputs, values read out of constants, a refiner in a piece of its own
+#: views among the inputs, values read out of constants, a piece that changes what it is given
 SOME = (
     "AllegroTransformer3DModel",
     "CosmosTransformer3DModel",
-    "HunyuanImageTransformer2DModel",
+    "GlmImageTransformer2DModel",
 )
-#: Dynamo splits these inside the trunk
+#: Dynamo splits these inside the trunk: their forward has a loop that breaks the graph, so that
+#: Dynamo gives up all of it and compiles each block, or what is in it, by itself
 SPLIT = frozenset(
     {
-        "GlmImageTransformer2DModel",
         "HiDreamImageTransformer2DModel",
         "HunyuanImageTransformer2DModel",
         "HunyuanVideo15Transformer3DModel",
@@ -125,7 +125,15 @@ def test_torch_compile_in_one_graph(case: SupportCase) -> None:
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("name", ["ChromaTransformer2DModel", "FluxTransformer2DModel"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ChromaTransformer2DModel",
+        "FluxTransformer2DModel",
+        "HunyuanVideoTransformer3DModel",
+        "LTX2VideoTransformer3DModel",
+    ],
+)
 def test_backend_with_inductor(name: str) -> None:
     seen = Seen(next(c for c in SUPPORT if c.name == name))
     cache = dit_cache_fx.backend("deepcache", no_cache_steps=COMPUTED)

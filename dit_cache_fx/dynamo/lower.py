@@ -1,0 +1,112 @@
+"""From Dynamo's graph, called with tensors of certain shapes, to graphs that answer its calls."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dit_cache_fx.dynamo.capture import Input, Outlined, capture_graph
+from dit_cache_fx.dynamo.inner import Compile
+from dit_cache_fx.dynamo.parts import compiled_part
+from dit_cache_fx.dynamo.shared import Shared
+from dit_cache_fx.errors import CaptureError
+from dit_cache_fx.ir.alone import Alone
+from dit_cache_fx.ir.program import operations
+from dit_cache_fx.lowering import Part, Variants, lower_variants
+from dit_cache_fx.lowering.lowered_program import Lowered
+from dit_cache_fx.passes import run_passes
+from dit_cache_fx.runtime.graphs import block_bytes
+from dit_cache_fx.strategies import check_block_ids, spread_over
+from dit_cache_fx.values.pytree import Identity
+from dit_cache_fx.values.tensor_spec import TensorSpec
+from dit_cache_fx.values.wrapped import is_distributed
+
+_DISTRIBUTED = (
+    "the call has distributed tensors (DTensor), and a backend makes none; use "
+    "dit_cache_fx.apply(model, ...), then torch.compile or compile_steps()"
+)
+
+#: a number in the code of a graph
+_NUMBER = re.compile(r"(?<![\w.])\d+\.?\d*(?:e[+-]?\d+)?")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Entry(Lowered):
+    """Graphs that answer calls of Dynamo's graph.
+
+    `changed`: which of its tensors the graph changes in place. Where there are any, the graphs give
+    the output and what is in these afterwards.
+    """
+
+    changed: tuple[int, ...] = ()
+
+
+def lower(
+    outlined: Outlined,
+    inputs: Sequence[Input],
+    shared: Shared,
+    compile_graph: Compile,
+    alone: Alone | None = None,
+) -> Entry:
+    """The graphs for inputs like these, which `compile_graph` compiles when they are called first.
+
+    Raises `CaptureError` or `DiscoveryError` where there can be none.
+    """
+    strategy = spread_over(shared.call_log.strategy, shared.ranks)
+    given = [inputs[i] for i in outlined.given if i < len(inputs)]
+    if any(isinstance(v, torch.Tensor) and is_distributed(v) for v in given):
+        raise CaptureError(_DISTRIBUTED)
+    traced = capture_graph(outlined, inputs, strategy)
+    program = traced.program
+    check_block_ids(strategy, {**program.block_lists, **outlined.elsewhere})
+    nodes = operations(program.graph)
+    program.alone = alone
+    run_passes(program, strategy)
+    variants = lower_variants(program)
+    origins = dict(zip(program.inputs, outlined.origins, strict=True))
+
+    def compiled(part: Part) -> Part:
+        return compiled_part(part, compile_graph, variants.held, outlined.dynamos, origins)
+
+    ready = variants.mapped(compiled)
+    entry = Entry(
+        program,
+        ready,
+        nodes,
+        block_bytes(traced.recording, traced.blocks),
+        shared.serial(_identity(ready, outlined)),
+        strategy,
+        traced.changed,
+    )
+    shared.programs.add(entry)
+    log.info("captured %s", entry)
+    return entry
+
+
+def _identity(variants: Variants, outlined: Outlined) -> Hashable:
+    """What tells programs apart: the code of their graphs, the constants in it, what is held.
+
+    A timestep that is a constant is another one in each of its graphs, and so is what the code
+    makes of it; they are told apart by the other numbers that the model was called with.
+    """
+    parts = [p for p in (variants.prefix, variants.compute, variants.reuse) if p is not None]
+    moves = outlined.constant is not None
+    code = tuple(_NUMBER.sub("0", part.gm.code) if moves else part.gm.code for part in parts)
+    values = (
+        getattr(part.gm, str(node.target))
+        for part in parts
+        for node in part.gm.graph.find_nodes(op="get_attr")
+    )
+    constants = tuple(_form(value) if moves else Identity(value) for value in values)
+    return code, constants, tuple(variants.held.items()), outlined.numbers_beside if moves else None
+
+
+def _form(value: Any) -> Hashable:
+    return TensorSpec.of(value) if isinstance(value, torch.Tensor) else Identity(value)

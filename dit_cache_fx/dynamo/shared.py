@@ -1,0 +1,105 @@
+"""What all graphs of one backend have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakSet
+
+from dit_cache_fx._torch import Piece
+from dit_cache_fx.dynamo.capture import Input, Outlined
+from dit_cache_fx.lowering.lowered_program import Lowered
+from dit_cache_fx.ranks import Ranks
+from dit_cache_fx.runtime.call_log import CallLog
+from dit_cache_fx.runtime.generation import TimestepValue
+from dit_cache_fx.runtime.session import Session
+
+NO_BLOCKS = (
+    "no block list found in the compiled graph (an nn.ModuleList whose members are called one "
+    "after another)"
+)
+_SPLIT = (
+    "Dynamo splits the model (TORCH_LOGS=graph_breaks tells where) and no piece can be cached, but "
+    "dit_cache_fx.apply(model, ...) can capture it"
+)
+
+Compiled = Callable[..., Sequence[Any]]
+
+
+@dataclass
+class Shared:
+    """What the graphs of a backend know of each other.
+
+    `timesteps`: by the function that Dynamo has split, the timestep that its first piece was given.
+    `split`: there was a piece that is not the whole of its function. `caches`: a graph is cached.
+    `programs`: those of the graphs that there are. `ranks`: the processes that the model is spread
+    over.
+    """
+
+    call_log: CallLog
+    enabled: bool = True
+    serials: dict[Hashable, int] = field(default_factory=dict)  # of programs
+    timesteps: dict[Hashable, TimestepValue] = field(default_factory=dict)
+    programs: WeakSet[Lowered] = field(default_factory=WeakSet)
+    split: bool = False
+    caches: bool = False
+    warned: bool = False
+    first_constant: float | None = None
+    ranks: Ranks | None = None
+
+    def serial(self, program: Hashable) -> int:
+        """The number of a program: what is held with one graph of it is right for another one.
+
+        Threads that wait for one compilation of Dynamo get a graph each.
+        """
+        return self.serials.setdefault(program, len(self.serials) + 1)
+
+    def tell(self, piece: Piece, value: TimestepValue) -> None:
+        """Note the timestep of a piece for those behind it."""
+        if not piece.whole:
+            self.timesteps[piece.function] = value
+
+    def constant(self, value: float | None) -> float | None:
+        """A timestep that is a constant of a graph; None for any other than the first one.
+
+        Dynamo lets a number vary from its second value on. Where it must not, each step has a
+        graph of its own, and there is nothing to reuse.
+        """
+        if self.first_constant is None:
+            self.first_constant = value
+        return value if value == self.first_constant else None
+
+    def uncached(self, reason: str, again: bool) -> None:
+        """A graph is not cached: warn, once. Of a split model only where no piece is cached.
+
+        That is known when a graph is called `again`: by then all pieces were compiled.
+        """
+        if self.warned or (self.split and (self.caches or not again)):
+            return
+        self.warned = True
+        self.call_log.warn_once(f"{_SPLIT}; {reason}" if self.split else reason)
+
+
+def step_value(
+    shared: Shared,
+    outlined: Outlined,
+    piece: Piece,
+    inputs: Sequence[Input],
+    session: Session | None = None,
+) -> TimestepValue | None:
+    """The timestep of a call: set by the user, among its inputs, or told by an earlier piece."""
+    place = outlined.timestep_position
+    value: TimestepValue | None = None
+    explicit = (session or shared.call_log.tracker.session).explicit
+    if not piece.first:
+        value = shared.timesteps.get(piece.function)
+    if explicit is not None:
+        value = float(explicit)
+    elif value is None and place is not None:
+        value = shared.call_log.read(inputs[place])  # type: ignore[arg-type]
+    elif value is None:
+        value = shared.constant(outlined.constant)
+    if value is not None and piece.first:
+        shared.tell(piece, value)
+    return value
