@@ -28,6 +28,7 @@ LAYERS = (
     "cached_model",
     "forward_patch",
     "api",
+    "calibration",
     "export",
     "dynamo",
     "helpers",

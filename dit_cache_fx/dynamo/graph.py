@@ -16,7 +16,7 @@ from dit_cache_fx.dynamo.capture import Input, Outlined, capture_graph
 from dit_cache_fx.dynamo.inner import Compile
 from dit_cache_fx.dynamo.parts import compiled_part, flat
 from dit_cache_fx.errors import CaptureError, DiscoveryError
-from dit_cache_fx.ir.program import operations
+from dit_cache_fx.ir.program import operations, tensor_spec
 from dit_cache_fx.lowering import Part, Variants, lower_variants
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.passes import run_passes
@@ -26,6 +26,7 @@ from dit_cache_fx.runtime.generation import TimestepValue, timestep_value
 from dit_cache_fx.runtime.graphs import block_bytes
 from dit_cache_fx.runtime.step import Step
 from dit_cache_fx.strategies import check_block_ids
+from dit_cache_fx.strategies.calibrated import check_graph
 from dit_cache_fx.values.pytree import Identity, unflatten
 
 #: most shapes of one graph with dynamic shapes whose variants are kept
@@ -238,7 +239,10 @@ class CachedGraph:
         strategy, outlined = self._shared.host.strategy, self._outlined
         traced = capture_graph(outlined, inputs, strategy)
         program = traced.program
-        check_block_ids(strategy, {**program.block_lists, **outlined.elsewhere})
+        lists = {**program.block_lists, **outlined.elsewhere}
+        check_block_ids(strategy, lists)
+        owned = [program.node(name) for name in sorted(program.owned) if self._piece.whole]
+        check_graph(strategy, lists, [tensor_spec(node).shape for node in owned])
         nodes = operations(program.graph)
         run_passes(program, strategy)
         variants = lower_variants(program)

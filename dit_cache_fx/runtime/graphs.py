@@ -6,7 +6,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -26,7 +26,7 @@ from dit_cache_fx.capture.ambient import Ambient
 from dit_cache_fx.capture.fingerprint import Fingerprint, fingerprint, volatile
 from dit_cache_fx.capture.record import Recording
 from dit_cache_fx.errors import CaptureError, warn
-from dit_cache_fx.ir.program import operations, tensor_spec
+from dit_cache_fx.ir.program import Program, operations, tensor_spec
 from dit_cache_fx.lowering import (
     OneGraph,
     Separate,
@@ -67,6 +67,7 @@ class Entry(Lowered):
     volatile: frozenset[tuple[str, str]]  # what of it the forward changes by itself
     count: StepCount
     skeleton: Skeleton  # of the call that it was captured from
+    untouched: Program | None = None  # before the passes, where other strategies need it
     breaks: bool = False  # its blocks cannot be compiled as one graph
     apart: bool = False  # it was compiled as one graph for each kind of step
     carried: dict[tuple[str, ...], Carried] = field(default_factory=dict)  # by cache context
@@ -75,6 +76,25 @@ class Entry(Lowered):
     _lowering: threading.RLock = field(default_factory=threading.RLock)
     _one_graph: OneGraph | None = None
     _separate: Separate | None = None
+
+    def lowered_for(self, strategy: Strategy, count: StepCount) -> Entry:
+        """The same capture, lowered for another strategy that reads the same of the model."""
+        assert self.untouched is not None
+        program = self.untouched.copied()
+        run_passes(program, strategy)
+        return Entry(
+            program,
+            lower_variants(program),
+            self.nodes,
+            self.block_bytes,
+            self.serial,
+            replace(self.captured, program=program),
+            strategy,
+            self.fingerprint,
+            self.volatile,
+            count,
+            self.skeleton,
+        )
 
     def guards(self) -> list[str]:
         guards = self.captured.guards
@@ -113,7 +133,7 @@ class Entry(Lowered):
         names = [self.program.inputs[i] for i in self.conditioning] if check_conditioning else []
         guards, accepted = self.captured.guards, self.captured.accepted.copy()
         asserted = None if guards is None else assertions(guards, accepted)
-        course = self.count.told_course()
+        course = self.count.lasting_course()
         steps = fixed_steps(self.strategy, course.num_steps, course.timesteps)
         return Stateful(self.program, self.variants, self.strategy, asserted, names, steps, course)
 
@@ -154,6 +174,7 @@ class Graphs:
         self.count = count
         self.timestep = timestep  # the argument's name, once it is known
         self.entries: OrderedDict[InputKey, tuple[Entry, ...]] = OrderedDict()
+        self.keep_programs = False  # as they are before the passes, for other strategies
         self._serial = 0
         self._told: set[str] = set()
         self._capturing = threading.RLock()
@@ -217,14 +238,18 @@ class Graphs:
             entry = self._capture(call)
         with self.subject.turns.of_model():  # it is known now whether forward sets attributes
             first = check(entry)
+        self.keep(key, entry)
+        guards = entry.captured.guards
+        shapes = () if guards is None else guards.shapes(guards.expected)
+        return Found(entry, shapes, first, because)
+
+    def keep(self, key: InputKey, entry: Entry) -> None:
+        """Know a graph, the newest of its signature; what is too many is dropped."""
         with self._lock:
             self.entries[key] = (*self.entries.get(key, ())[1 - MAX_VARIANTS :], entry)
             self.entries.move_to_end(key)
             while len(self.entries) > MAX_CAPTURES:
                 self.entries.popitem(last=False)
-        guards = entry.captured.guards
-        shapes = () if guards is None else guards.shapes(guards.expected)
-        return Found(entry, shapes, first, because)
 
     def all(self) -> list[Entry]:
         """Every graph, the newest last."""
@@ -276,6 +301,7 @@ class Graphs:
         self.timestep = program.arguments[program.inputs.index(str(program.timestep))]
         check_block_ids(strategy, program.block_lists)
         nodes = operations(program.graph)
+        untouched = program.copied() if self.keep_programs else None
         run_passes(program, strategy)
         self._serial += 1
         entry = Entry(
@@ -290,6 +316,7 @@ class Graphs:
             volatile(before, after),
             self.count,
             call.skeleton,
+            untouched=untouched,
         )
         log.info("captured %s", entry)
         return entry

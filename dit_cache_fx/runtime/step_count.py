@@ -96,15 +96,36 @@ class StepCount:
             return told
         left = from_call(told.timesteps, value)
         number = len(left) if told.num_steps == len(told.timesteps) else told.num_steps
-        return self.strategy.course(number, left)
+        return self._remarked(self.strategy.course(number, left))
 
     def _learnt_course(self, number: int | None, value: float | None) -> Course:
-        learnt = self.learnt
-        known = learnt is not None and learnt[0] == value and number in (None, len(learnt))
-        if not known:
-            self._warn_where_needed(_UNKNOWN)
-        course = self.strategy.course(number or self.counted, learnt if known else None)
-        return replace(course, learnt=known)
+        """By the timesteps of the generation before, or those that the plan was made for."""
+        for known in (self.learnt, self._meant):
+            if known is not None and known[0] == value and number in (None, len(known)):
+                course = self.strategy.course(len(known), known)
+                return self._remarked(replace(course, learnt=True))
+        self._warn_where_needed(_UNKNOWN)
+        return self.strategy.course(number or self.counted)
+
+    def lasting_course(self) -> Course:
+        """The steps of every generation of a program that nobody tells anything later."""
+        told, meant = self.told_course(), self._meant
+        if told.timesteps is not None or meant is None or told.num_steps not in (None, len(meant)):
+            return told
+        return self.strategy.course(len(meant), meant)
+
+    @property
+    def _meant(self) -> tuple[float, ...] | None:
+        plan = self.strategy.plan
+        return None if plan is None else plan.meant_for
+
+    def _remarked(self, course: Course) -> Course:
+        """The course, with what a user should know of it said once."""
+        if course.plan is not None and course.timesteps is not None:
+            remark = course.plan.remark(course.timesteps)
+            if remark is not None:
+                self._warn_once(remark)
+        return course
 
     def on_way(self, course: Course, values: Sequence[float], step: int, value: float) -> Course:
         """The course at a call; one that turns out to be another's knows no timesteps.
@@ -116,7 +137,8 @@ class StepCount:
         if not course.covers(step):
             self._warn_where_needed(_SHORT)
         elif step == 1 and len(values) == 1 and self._is_anothers(course, (values[0], value)):
-            return replace(course, timesteps=None)
+            plan = course.plan and course.plan.otherwise()
+            return replace(course, timesteps=None, plan=plan)
         return course
 
     def _is_anothers(self, course: Course, values: tuple[float, float]) -> bool:
