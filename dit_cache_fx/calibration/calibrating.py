@@ -121,7 +121,7 @@ class _Calibrating:
     def _tell(self) -> None:
         """How long it will take."""
         runs, steps, seconds = len(self._runs), len(self._reference.timesteps), 0.0
-        each = generations(_USUAL, 2, runs)
+        each = generations(_USUAL, runs)
         total = (runs - 1) + each * len(self._numbers)
         for number in self._numbers:
             seconds += each * (number / steps + _OVERHEAD) * self._reference.seconds
@@ -179,7 +179,7 @@ class _Calibrating:
         if not isinstance(values, Sequence) or len(values) != len(self._runs):
             raise OptionError(name, repr(values)[:60], expected)
         found = [
-            fmean(psnr(result_of(value, name, whole.batch), whole, reference.peak, name))
+            fmean(psnr(result_of(value, name, 1, expected), whole, reference.peak, name))
             for value, whole in zip(values, reference.results, strict=True)
         ]
         return fmean(found)

@@ -58,8 +58,8 @@ def predictors(own: Strategy, timesteps: Sequence[float]) -> list[Strategy]:
         "no_cache_block_id": own.no_cache_block_id,
     }
     tried: list[Strategy] = [TaylorCache(**common), *_own(own)]
-    for kind, order in kinds:
-        for corrector in (0.0, 0.5, 1.0):
+    for corrector in (0.5, 1.0, 0.0):
+        for kind, order in kinds:
             for axis in axes:
                 tried.append(kind(max_order=order, corrector=corrector, axis=axis, **common))
     once: dict[str, Strategy] = {}
@@ -121,8 +121,11 @@ def _for_count(
     ]
     usable = [p for p in others if linear(p)]
     always += [Candidate(p, even, EVEN_TIMESTEP) for p in others if not linear(p)]
-    if recorded is None or count == steps:
-        return _once([*always, *(Candidate(p, even, EVEN_TIMESTEP) for p in usable)])
+    if count == steps:
+        return always[:1]
+    if recorded is None:
+        placed = [Candidate(p, even, EVEN_TIMESTEP) for p in usable[: 2 * JUDGED]]
+        return _once([*always, *placed])
     starts = [even, index, *found]
     masks = torch.stack([_mask(start, steps) for start in starts])
     scored = [(p, recorded.score(p, masks)) for p in usable]

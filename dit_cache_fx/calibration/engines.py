@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from dit_cache_fx.cached_model import CachedModel
+from dit_cache_fx.calibration.probe import probe
 from dit_cache_fx.capture import FlatCall
 from dit_cache_fx.runtime.call_log import CallLog
 from dit_cache_fx.runtime.drive import Compiler, Serving
@@ -82,18 +83,18 @@ class CandidateEngine(Engine):
         subject = replace(origin.subject, strategy=predictor)
         super().__init__(subject, origin.graphs.timestep)
         self.graphs = _Relowered(origin, self.graphs)
-        self.called = False
-        self.start: torch.Tensor | None = None  # the first call's sample
+        self._called = False
+        self.start: torch.Tensor | None = None  # elements of the first call's sample
 
     def follow(self, strategy: Strategy) -> None:
         """Begin anew with a strategy that has the same predictor."""
-        self.host, self.called, self.start = CallLog(strategy), False, None
+        self.host, self._called, self.start = CallLog(strategy), False, None
 
     def serve(self, args: tuple[Any, ...], kwargs: dict[str, Any], compiler: Compiler) -> Serving:
         output = yield from super().serve(args, kwargs, compiler)
-        if not self.called:
-            call = self._flat(args, kwargs)
-            self.called, self.start = True, _sample(self.graphs, call)
+        if not self._called:
+            sample = _sample(self.graphs, self._flat(args, kwargs))
+            self._called, self.start = True, None if sample is None else probe(sample)
         return output
 
 

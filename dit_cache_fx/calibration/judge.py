@@ -11,12 +11,12 @@ from dit_cache_fx.cached_model import CachedModel
 from dit_cache_fx.calibration.candidates import Candidate, describe
 from dit_cache_fx.calibration.engines import CandidateEngine, answering
 from dit_cache_fx.calibration.progress import Progress
-from dit_cache_fx.calibration.record import probe
 from dit_cache_fx.calibration.reference import Reference, Run
 from dit_cache_fx.calibration.results import psnr, result_of
 
-#: the share of the runs in each round, and how many candidates beside the presets take part
-ROUNDS = ((1 / 6, math.inf), (1 / 2, 4), (1, 2))
+#: the share of the runs that each round goes up to, and how many candidates beside the best preset
+#: take part; all candidates do in the first
+ROUNDS = ((0.15, math.inf), (0.4, 4), (1, 2))
 #: dB that a candidate must gain over a preset where too few samples tell how sure that is
 LEAST_GAIN = 0.3
 #: samples from which on their spread tells
@@ -71,11 +71,13 @@ class Judge:
         engine.follow(
             replace(predictor, no_cache_steps=candidate.steps, timesteps=reference.timesteps)
         )
-        with answering(self._cached, engine):
-            value = self._runs[run]()
+        try:
+            with answering(self._cached, engine):
+                value = self._runs[run]()
+        finally:
+            engine.clear_states()
         self._progress.advance(f"{len(candidate.steps)} steps")
-        if engine.start is not None:
-            reference.check_start(run, probe(engine.start))
+        reference.check_start(run, engine.start)
         whole = reference.results[run]
         return psnr(result_of(value, name, whole.batch), whole, reference.peak, name)
 
@@ -86,23 +88,24 @@ class Judge:
         return self._engines[key]
 
 
-def generations(candidates: int, presets: int, runs: int) -> int:
-    """How many generations it takes to judge so many candidates, `presets` of them presets."""
+def generations(candidates: int, runs: int) -> int:
+    """How many generations it takes to judge so many candidates."""
     total, before = 0, 0
     for share, most in ROUNDS:
         upto = math.ceil(share * runs)
-        total += int(min(candidates, presets + most)) * (upto - before)
+        total += int(min(candidates, 1 + most)) * (upto - before)
         before = upto
     return total
 
 
-def leading(judged: Sequence[Judged], most: float) -> list[Judged]:
-    """The presets, and the best of the others."""
-    presets = [entry for entry in judged if entry.candidate.preset]
-    others = [entry for entry in judged if not entry.candidate.preset]
-    if most < len(others):
-        others = sorted(others, key=lambda entry: -entry.mean)[: int(most)]
-    return [*presets, *others]
+def leading(judged: Sequence[Judged], most: float) -> Sequence[Judged]:
+    """All of them, or the best preset and the best `most` of the others."""
+    if math.isinf(most):
+        return judged
+    ranked = sorted(judged, key=lambda entry: -entry.mean)
+    presets = [entry for entry in ranked if entry.candidate.preset]
+    others = [entry for entry in ranked if not entry.candidate.preset]
+    return [*presets[:1], *others[: int(most)]]
 
 
 def winner(judged: Sequence[Judged], runs: int) -> Judged | None:

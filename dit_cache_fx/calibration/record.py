@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from dit_cache_fx.calibration.engines import Call
+from dit_cache_fx.calibration.probe import probe
 from dit_cache_fx.runtime.generation import Generation
 
-#: elements of one call that are kept, over all of its samples
-MAX_ELEMENTS = 2**16
 #: steps of a generation that are kept: its newest
 MAX_STEPS = 128
 #: samples of a generation that are kept
@@ -89,15 +88,6 @@ class Recorder:
         """Those of the generations whose steps are all there, and all alike."""
         found = [_trajectory(steps) for steps in self._generations.values()]
         return [trajectory for trajectory in found if trajectory is not None]
-
-
-def probe(tensor: Tensor) -> Tensor:
-    """Elements of each sample: float32 [samples, elements] on the CPU."""
-    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    rows = tensor.detach().reshape(tensor.shape[0] if tensor.ndim > 1 else 1, -1)
-    most = max(1, MAX_ELEMENTS // rows.shape[0])
-    stride = -(-rows.shape[1] // most) | 1  # odd: not one column of a picture
-    return rows[:, ::stride].to("cpu", torch.float32, copy=True)
 
 
 def _trajectory(steps: _Steps) -> Trajectory | None:

@@ -12,7 +12,7 @@ import torch
 from dit_cache_fx.cached_model import CachedModel
 from dit_cache_fx.calibration.engines import RecordingEngine, answering
 from dit_cache_fx.calibration.record import Recorder, Trajectory
-from dit_cache_fx.calibration.results import MOST_DB, Result, psnr, result_of
+from dit_cache_fx.calibration.results import Result, peak_of, psnr, result_of
 from dit_cache_fx.errors import OptionError
 from dit_cache_fx.runtime.call_log import CallLog
 from dit_cache_fx.strategies import DeepCache
@@ -47,7 +47,7 @@ class Reference:
     @property
     def peak(self) -> float:
         """The range of the results' numbers."""
-        return max(result.range for result in self.results)
+        return peak_of(self.results)
 
     def record(self) -> None:
         """Run the next one with every step computed.
@@ -57,14 +57,20 @@ class Reference:
         """
         name, recorder = f"runs[{len(self.results)}]", Recorder()
         self.engine.host, self.engine.listener = CallLog(self._strategy), recorder
-        with answering(self._cached, self.engine):
-            value = self._runs[len(self.results)]()
+        try:
+            with answering(self._cached, self.engine):
+                value = self._runs[len(self.results)]()
+        finally:
+            self.engine.clear_states()
         found = recorder.timesteps
         if not found:
             raise OptionError(name, "no call of the cached model", _NOT_CALLED)
         self.timesteps = self.timesteps or found[0]
         self._check_timesteps(name, found)
-        self.results.append(result_of(value, name, recorder.batch))
+        result = result_of(value, name, recorder.batch)
+        if not all(bool(t.isfinite().all()) for t in result.tensors):
+            raise OptionError(name, "results that are not finite", "numbers, with no step reused")
+        self.results.append(result)
         self.trajectories += recorder.trajectories()
         self._starts.append(recorder.start)
 
@@ -74,8 +80,8 @@ class Reference:
         with answering(self._cached, None):
             again = result_of(self._runs[0](), "runs[0]", self.results[0].batch)
         self.seconds = time.perf_counter() - began
-        same = fmean(psnr(again, self.results[0], self.results[0].range, "runs[0]"))
-        if same < min(_SAME_DB, MOST_DB):
+        same = fmean(psnr(again, self.results[0], self.peak, "runs[0]"))
+        if same < _SAME_DB:
             told = f"results that are {same:.1f} dB apart when it is called twice"
             raise OptionError("runs[0]", told, _SAME_EACH_TIME)
 

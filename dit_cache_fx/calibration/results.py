@@ -34,26 +34,26 @@ class Result:
     peak: float
     batch: int = 1
 
-    @property
-    def range(self) -> float:
-        """From the smallest to the largest number."""
-        if self.peak:
-            return self.peak
-        return max(float(t.max()) for t in self.tensors) - min(float(t.min()) for t in self.tensors)
+
+def peak_of(results: Sequence[Result]) -> float:
+    """The range of the numbers in results: 255 for 8-bit pictures, else from least to largest."""
+    tensors = [tensor for result in results for tensor in result.tensors]
+    wide = max(float(t.max()) for t in tensors) - min(float(t.min()) for t in tensors)
+    return max(result.peak for result in results) or wide
 
 
-def result_of(value: Any, name: str, batch: int = 1) -> Result:
+def result_of(value: Any, name: str, batch: int = 1, expected: str = _EXPECTED) -> Result:
     """What the run called `name` has returned. `batch`: samples in a call of the model.
 
     Raises `OptionError` where it is nothing or holds no numbers.
     """
     found = list(_arrays(value))
     if not found:
-        raise OptionError(name, _short(value), _EXPECTED)
+        raise OptionError(name, _short(value), expected)
     bytes_alone = all(t.dtype == torch.uint8 for t in found)
     tensors = tuple(_real(t) for t in found)
     if not all(t.numel() for t in tensors):
-        raise OptionError(name, _short(value), _EXPECTED)
+        raise OptionError(name, _short(value), expected)
     return Result(tensors, 255.0 if bytes_alone else 0.0, batch)
 
 
@@ -119,5 +119,5 @@ def _picture(picture: Any) -> Tensor:
     return values.reshape(height, width, -1)
 
 
-def _short(value: Any) -> str:
-    return repr(value)[:60]
+def _short(value: Any) -> Any:
+    return value if value is None else repr(value)[:60]

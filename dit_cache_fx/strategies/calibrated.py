@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
 from dit_cache_fx.errors import OptionError
 from dit_cache_fx.strategies.base import Strategy
 from dit_cache_fx.strategies.model_signature import ModelSignature
-from dit_cache_fx.strategies.schedule import EvenTimesteps, ListedSteps, Schedule
+from dit_cache_fx.strategies.schedule import EvenSteps, ListedSteps, Schedule
 from dit_cache_fx.strategies.timesteps import ROUNDED, UNITS
 
 #: a timestep this many times smaller than the calibrated ones is in another unit
@@ -25,7 +25,9 @@ class CalibratedSteps(Schedule):
 
     In a generation of other timesteps, or of another number, each computed step goes to the step
     that is nearest in timestep (the noise level), of those that are not taken yet; the last one to
-    the last. Where only the number of steps is known, they go by the share of the way.
+    the last. Where only the number of steps is known, they go by the share of the way. Where a
+    generation turns out to have other timesteps than it began with, the same share of its steps is
+    computed, evenly spaced.
 
     `steps`: their indexes. `timesteps`: of the calibrated generation's calls, as the model was
     given them. `model`: the model that they are for.
@@ -52,7 +54,7 @@ class CalibratedSteps(Schedule):
         return ListedSteps(self.steps if self._is_for(timesteps) else self._carried(timesteps))
 
     def otherwise(self) -> Schedule:
-        return EvenTimesteps(len(self.steps))
+        return EvenSteps(len(self.steps) / len(self.timesteps))
 
     def remark(self, timesteps: Sequence[float]) -> str | None:
         if self._is_for(timesteps):
@@ -83,21 +85,20 @@ class CalibratedSteps(Schedule):
         if own is None:  # in no unit that is known: from the first to the last
             scale = (timesteps[-1] - timesteps[0]) / (self.timesteps[-1] - self.timesteps[0] or 1)
             own = [timesteps[0] + scale * (t - self.timesteps[0]) for t in self.timesteps]
-        way = 1 if timesteps[-1] > timesteps[0] else -1
-        before = timesteps[0] - (timesteps[1] - timesteps[0]) / 2
+        way, half = 1 if timesteps[-1] > timesteps[0] else -1, (timesteps[1] - timesteps[0]) / 2
         last = len(self.timesteps) - 1
-        ends = {0, len(timesteps) - 1} if last in self.steps else {0}
-        targets = [own[s] for s in self._later if s != last and way * (own[s] - before) >= 0]
-        return _nearest(targets, timesteps, ends)
+        left = [own[s] for s in sorted(self.steps) if way * (own[s] - timesteps[0] + half) >= 0]
+        ends = {0}
+        if last in self.steps:  # it goes to the last one, wherever that is
+            ends, left = {0, len(timesteps) - 1}, left[:-1]
+        if left and way * (left[0] - timesteps[0] - half) <= 0:  # the first is taken for it
+            left = left[1:]
+        return _nearest(left, timesteps, ends)
 
     @property
     def _later(self) -> list[int]:
         """The computed steps behind the first."""
         return sorted(self.steps - {0})
-
-    def to_json(self) -> dict[str, Any]:
-        """The steps and timesteps as a dict of JSON values."""
-        return {"steps": sorted(self.steps), "timesteps": list(self.timesteps)}
 
 
 def _nearest(targets: Sequence[float], places: Sequence[float], taken: set[int]) -> frozenset[int]:
@@ -117,7 +118,7 @@ def _in_units(timesteps: Sequence[float]) -> list[list[float]]:
 def _covers(own: Sequence[float], timesteps: Sequence[float]) -> bool:
     """Whether timesteps go the way of others, in their range and unit."""
     way, other = own[-1] - own[0], timesteps[-1] - timesteps[0]
-    slack = max(_longest(own), _longest(timesteps))
+    slack = 2 * max(_longest(own), _longest(timesteps))
     inside = min(own) - slack <= min(timesteps) and max(timesteps) <= max(own) + slack
     one_unit = abs(way) <= _OTHER_UNIT * abs(other)
     return way * other > 0 and inside and one_unit
