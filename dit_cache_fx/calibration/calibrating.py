@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import Any
@@ -145,10 +146,10 @@ class _Calibrating:
             judged = [Judged(candidate) for candidate in tried[number]]
             try:
                 judge.judge(judged)
+                rows += self._row(number, judged, self._plain)
             except KeyboardInterrupt:
                 rows += self._row(number, judged, plain=None)
                 raise
-            rows += self._row(number, judged, self._plain)
 
     def _row(self, number: int, judged: Sequence[Judged], plain: Plain | None) -> list[Row]:
         best = winner(judged, len(self._runs))
@@ -209,8 +210,17 @@ def _checked_numbers(computed: Any) -> list[int]:
     expected = "how many steps are computed in full: integers from 1, at least one"
     if not isinstance(numbers, Iterable) or isinstance(numbers, str):
         raise OptionError("computed", computed, expected)
-    found = list(numbers)
-    right = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in found)
-    if not found or not right:
+    found = [_number(number) for number in numbers]
+    if not found or min(found) < 1:
         raise OptionError("computed", computed, expected)
     return sorted(set(found))
+
+
+def _number(value: Any) -> int:
+    """The value as an integer; 0 where it is none."""
+    if isinstance(value, bool):
+        return 0
+    try:
+        return operator.index(value)
+    except TypeError:
+        return 0

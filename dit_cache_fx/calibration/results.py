@@ -24,7 +24,7 @@ _EXPECTED = (
 
 @dataclass(frozen=True)
 class Result:
-    """What a run has returned. `tensors`: float64 on the CPU.
+    """What a run has returned. `tensors`: on the CPU, as they were.
 
     `peak`: the range of 8-bit pictures, else 0. `batch`: samples in a call of the model; where the
     first dimension of a tensor fits it, that tells the samples, else each tensor is one.
@@ -69,7 +69,7 @@ def psnr(result: Result, reference: Result, peak: float, name: str) -> list[floa
     return [
         _db(error, peak)
         for a, b in zip(result.tensors, reference.tensors, strict=True)
-        for error in _mean_squares(a - b, reference.batch)
+        for error in _mean_squares(a.double() - b.double(), reference.batch)
     ]
 
 
@@ -90,7 +90,7 @@ def _db(error: float, peak: float) -> float:
 
 def _real(tensor: Tensor) -> Tensor:
     tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return tensor.detach().to("cpu", torch.float64)
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _arrays(value: Any) -> Iterator[Tensor]:
