@@ -2,6 +2,9 @@
 
 `opaque` is an operator that `make_fx` and `functionalize` do not look into: it becomes one node of
 the graph, whatever runs behind it. The means are those of torch's own higher-order operators.
+
+Importing the compiler takes a second, which `import torch` does not: what belongs to Dynamo, to
+Inductor and to symbolic shapes is imported where it is used.
 """
 
 from __future__ import annotations
@@ -12,19 +15,20 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from os import PathLike
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from torch import _inductor as inductor
 from torch import fx, nn
-from torch._C._dynamo.eval_frame import get_eval_frame_callback, set_eval_frame
-from torch._dynamo import exc as dynamo_errors
-from torch._dynamo.eval_frame import skip_code
-from torch._dynamo.source import ConstantSource
-from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._dynamo.variables import functions as dynamo_functions
+from torch._C._dynamo.eval_frame import (
+    _FrameAction,
+    _FrameExecStrategy,
+    get_eval_frame_callback,
+    set_code_exec_strategy,
+    set_eval_frame,
+)
 from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensorMode
@@ -34,7 +38,6 @@ from torch._subclasses.fake_tensor import (
     is_fake,
 )
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
-from torch.export import _trace as export_trace
 from torch.fx.experimental.proxy_tensor import (
     ProxyTorchDispatchMode,
     PythonKeyTracer,
@@ -44,7 +47,6 @@ from torch.fx.experimental.proxy_tensor import (
     track_tensor,
     track_tensor_tree,
 )
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.attention import SDPBackend, _sdpa_kernel
 from torch.overrides import (
     TorchFunctionMode,
@@ -60,9 +62,6 @@ from torch.utils._python_dispatch import (
 
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
-#: node.meta key: where "val" is on the meta device, the real one
-DEVICE = "dit_cache_device"
-
 _PROXY, _FAKE = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
 #: kinds of tensors that are not fake
 _REAL = (torch.Tensor, nn.Parameter)
@@ -76,8 +75,10 @@ class OpaqueCall(Protocol):
     def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The outputs, as new tensor objects."""
 
-    def emit(self, graph: Emitter, inputs: Sequence[Any]) -> Sequence[Any]:
-        """Add nodes for the call; one proxy for each output of `run`."""
+    def emit(
+        self, graph: Emitter, inputs: Sequence[Any], outputs: Sequence[torch.Tensor]
+    ) -> Sequence[Any]:
+        """Add nodes for the call; one proxy for each of the `outputs` that `run` gave."""
 
 
 class Emitter:
@@ -121,8 +122,8 @@ def _trace(mode: Any, call: OpaqueCall, tensors: list[torch.Tensor]) -> list[tor
     with disable_proxy_modes_tracing():
         outputs = call.run(tensors)
     inputs = [mode.tracer.unwrap_proxy(t) for t in tensors]
-    for tensor, proxy in zip(outputs, call.emit(Emitter(mode.tracer), inputs), strict=True):
-        proxy.node.meta.update({"val": tensor.to("meta"), DEVICE: tensor.device})
+    proxies = call.emit(Emitter(mode.tracer), inputs, outputs)
+    for tensor, proxy in zip(outputs, proxies, strict=True):
         track_tensor(tensor, proxy, constant=None, tracer=mode.tracer)
     return outputs
 
@@ -157,12 +158,11 @@ def emit_node(target: Callable[..., Any], args: Any, kwargs: Any, name: str) -> 
     return True
 
 
-#: what code raises that needs a tensor's values where there are none (`trace_shapes`)
-READS_DATA = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    GuardOnDataDependentSymNode,
-)
+def reads_data() -> tuple[type[Exception], ...]:
+    """What code raises that needs a tensor's values where there are none (`trace_shapes`)."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    return DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode
 
 
 def trace_shapes(
@@ -194,17 +194,18 @@ def like_dynamos(
     not copy them). AOTAutograd wants a source for every tensor that the graph holds by itself
     (constants of the model's code): each gets one of its own.
     """
+    from torch._dynamo.source import ConstantSource
+
     gm.meta.update(dynamos.meta)
     held = [n for n, _ in gm.named_parameters(remove_duplicate=False)]
     held += [n for n, _ in gm.named_buffers(remove_duplicate=False)]
     sources: Any = {name: ConstantSource(name) for name in held}
     gm._param_name_to_source = sources
-    for node in gm.graph.nodes:
-        if node.op == "placeholder":
-            origin = inputs.get(str(node.target))
-            node._dynamo_source = getattr(origin, "_dynamo_source", None)
-            if origin is not None and "tensor_dict" in origin.meta:
-                node.meta["tensor_dict"] = origin.meta["tensor_dict"]
+    for node in gm.graph.find_nodes(op="placeholder"):
+        origin = inputs.get(str(node.target))
+        node._dynamo_source = getattr(origin, "_dynamo_source", None)
+        if origin is not None and "tensor_dict" in origin.meta:
+            node.meta["tensor_dict"] = origin.meta["tensor_dict"]
     return gm
 
 
@@ -216,11 +217,15 @@ def inductor_compiler(mode: str | None, options: dict[str, Any]) -> Callable[...
 
 def known_backends() -> list[str]:
     """Every backend name that `torch.compile` takes."""
+    import torch._dynamo
+
     return list(torch._dynamo.list_backends(exclude_tags=()))
 
 
 def lookup_backend(backend: Any) -> Callable[..., Any]:
     """The backend of a name; a callable is one itself."""
+    import torch._dynamo
+
     function: Callable[..., Any] = torch._dynamo.lookup_backend(backend)
     return function
 
@@ -266,6 +271,8 @@ class CompiledFrame(NamedTuple):
 
 def compiled_frame() -> CompiledFrame:
     """What Dynamo compiles while it calls a backend; nothing is known of it anywhere else."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
     try:
         tx: Any = InstructionTranslator.current_tx().output.root_tx
     except AttributeError:
@@ -311,18 +318,42 @@ def not_a_compiled_frame(function: _F) -> _F:
     As for `Module.__call__`, this is about frames: within another compiled function it is traced.
     """
     code: Any = function.__code__
-    skip_code(code)
+    set_code_exec_strategy(code, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.DEFAULT))
     return function
 
 
-#: what `torch.compile` raises for a graph that it, or its backend, cannot make
-CANNOT_COMPILE = (
-    dynamo_errors.Unsupported,
-    dynamo_errors.UncapturedHigherOrderOpError,
-    dynamo_errors.UserError,
-    dynamo_errors.TorchRuntimeError,
-    dynamo_errors.BackendCompilerFailed,
-)
+def constant_result(function: _F) -> _F:
+    """Mark a function whose result is a constant of what `torch.compile` traces.
+
+    As `torch.compiler.assume_constant_result`, which imports Dynamo.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@cache
+@not_a_compiled_frame
+def unseen(function: _F) -> _F:
+    """The function, hidden from `torch.compile` with all that it calls; no method of an object.
+
+    Made at the first call, since it imports Dynamo, and once, since calls wait for it.
+    """
+    hidden: _F = torch.compiler.disable(function)
+    return hidden
+
+
+def cannot_compile() -> tuple[type[Exception], ...]:
+    """What `torch.compile` raises for a graph that it, or its backend, cannot make."""
+    from torch._dynamo import exc
+
+    return (
+        exc.Unsupported,
+        exc.UncapturedHigherOrderOpError,
+        exc.UserError,
+        exc.TorchRuntimeError,
+        exc.BackendCompilerFailed,
+    )
+
 
 #: what `torch.compile` has set to look at frames: None where it does not
 dynamo_callback = get_eval_frame_callback
@@ -334,6 +365,8 @@ def breaks_raise() -> Any:
     `fullgraph=True` does that too, and counts the frames of all threads in one place: calls from
     several threads at a time can fail then ("found no compiled frames").
     """
+    import torch._dynamo
+
     return torch._dynamo.error_on_graph_break(True)
 
 
@@ -357,6 +390,8 @@ def signatures_kept() -> Iterator[None]:
     This is a patch of a class of Dynamo, for all threads: stay in it only to compile. Threads that
     are in it at a time share one patch; the last one to leave takes it out.
     """
+    from torch._dynamo.variables import functions as dynamo_functions
+
     variable = getattr(dynamo_functions, "InspectSignatureVariable", None)
     if variable is None or "call_function" not in vars(variable):
         yield
@@ -377,6 +412,8 @@ def signatures_kept() -> Iterator[None]:
 
 def _signatures_apart(remembered: Callable[..., Any]) -> Any:
     """Dynamo's `inspect.signature`, which remembers nothing in a branch."""
+
+    from torch._dynamo.variables import functions as dynamo_functions
 
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         within = tx.output.current_tracer.parent is not None
@@ -408,7 +445,7 @@ def trace_text(name: str, text: Callable[[], str]) -> None:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def exporting() -> bool:
     """Whether `torch.export` is at work in this thread.
 
@@ -418,7 +455,7 @@ def exporting() -> bool:
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back
-        if frame.f_globals is vars(export_trace):
+        if frame.f_globals.get("__name__") == "torch.export._trace":
             return True
     return False
 
@@ -460,8 +497,8 @@ _BY_NUMBER = {int(getattr(SDPBackend, name)): name for name in _ATTENTION}
 
 def attention_backends() -> tuple[str, ...]:
     """Names of the `SDPBackend`s that attention may use, the preferred one first."""
-    ordered = (_BY_NUMBER[number] for number in torch._C._get_sdp_priority_order())
-    return tuple(name for name in ordered if _ATTENTION[name]())
+    ordered = [_BY_NUMBER[number] for number in torch._C._get_sdp_priority_order()]
+    return tuple([name for name in ordered if _ATTENTION[name]()])
 
 
 def use_attention_backends(names: Sequence[str]) -> None:
@@ -539,11 +576,15 @@ def aoti_package(
     configs: dict[str, Any],
 ) -> None:
     """Compile a program with AOTInductor into a `.pt2` file, with metadata."""
+    from torch import _inductor as inductor
+
     options = {**configs, "aot_inductor.metadata": metadata}
     inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
 
 
 def aoti_load(path: str | PathLike[str]) -> tuple[Any, dict[str, str]]:
     """What a `.pt2` file holds, as a function, and its metadata."""
+    from torch import _inductor as inductor
+
     function = inductor.aoti_load_package(str(path))
     return function, dict(function.get_metadata())

@@ -103,8 +103,8 @@ def _cached(
 ) -> CachedModel:
     """A model whose arguments were looked at: a copy of a cached one is made in the same way."""
     signature = _signature(model, timestep)
-    step = named_timestep(signature.parameters, timestep, more=signature.open)
-    engine = Engine(Subject(model, signature, blocks, strategy, check), step)
+    argument = named_timestep(signature.parameters, timestep, more=signature.open)
+    engine = Engine(Subject(model, signature, blocks, strategy, check), argument)
     again = partial(_cached, strategy=strategy, blocks=blocks, timestep=timestep, check=check)
     return CachedModel(model, engine, again)
 

@@ -15,6 +15,7 @@ from dit_cache_fx._torch import (
     exporting,
     not_a_compiled_frame,
     traced_here,
+    unseen,
 )
 from dit_cache_fx.capture import CallSignature, FlatCall
 from dit_cache_fx.life_cycle import LifeCycle
@@ -82,8 +83,9 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
         if torch.compiler.is_dynamo_compiling() or traced_here((*args, *kwargs.values())):
             return self._traced(self._model.forward, args, kwargs)
         callback = dynamo_callback()
-        begin = self._serving if callback is None else self._serving_unseen
-        serving = begin(args, kwargs, callback)
+        serve = CachedModel._serving
+        begin = serve if callback is None else unseen(serve)
+        serving = begin(self, args, kwargs, callback)
         return self._model.forward(*args, **kwargs) if serving is None else drive(serving)
 
     def _traced(self, uncached: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -99,14 +101,12 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
             return None
         reason = self._uncached_because(args, kwargs)
         if reason is not None:
-            self._engine.host.warn_once(reason)
+            self._engine.call_log.warn_once(reason)
             self._engine.passed(args, kwargs)
             return None
         return self._engine.serve(
             args, kwargs, Compiler(callback) if callback is not None else NOTHING
         )
-
-    _serving_unseen = torch.compiler.disable(_serving)
 
     def _uncached_because(self, args: Any, kwargs: Any) -> str | None:
         if self._model.training:
@@ -136,7 +136,7 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
         return sorted({*super().__dir__(), *dir(self._model)})
 
     def __repr__(self) -> str:
-        return f"CachedModel({self._engine.host.strategy.name}, {self._model!r})"
+        return f"CachedModel({self._engine.call_log.strategy.name}, {self._model!r})"
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
@@ -172,7 +172,7 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
     @property
     def cache_state(self) -> nn.ModuleDict:
         """What carries the state through an exported program, one module for each graph."""
-        return self._engine.graphs.carried(self._engine.host.tracker.context)
+        return self._engine.graphs.carried(self._engine.call_log.tracker.context)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CachedModel:
         """A copy of the model, cached in the same way; it holds nothing yet."""
@@ -187,7 +187,7 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
     def _settings(self) -> _Settings:
         compiler = self._engine.step_compiler
         options = None if compiler is None else compiler.options
-        return _Settings(self._enabled, self._host.count.given, options)
+        return _Settings(self._enabled, self._call_log.count.given, options)
 
     def _captured(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -213,8 +213,8 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
     # --- life cycle ----------------------------------------------------------------------------
 
     @property
-    def _host(self) -> CallLog:
-        return self._engine.host
+    def _call_log(self) -> CallLog:
+        return self._engine.call_log
 
     def _lowered(self) -> Sequence[Lowered]:
         return self._engine.graphs.all()

@@ -53,10 +53,9 @@ def export(
     entry, call, signature = cached._captured(tuple(args), dict(kwargs or {}))
     stateful = entry.stateful(check_conditioning)
     specs = {n: TensorSpec.of(t) for n, t in zip(stateful.inputs, call.tensors, strict=True)}
-    assert entry.timestep is not None
-    timestep = entry.program.arguments[entry.timestep]
+    timestep_argument = entry.program.timestep_argument
     state = {name: TensorSpec.of(t) for name, t in stateful.initial().items()}
-    form = CallForm(signature, timestep, call.skeleton, specs, entry.program.output, state)
+    form = CallForm(signature, timestep_argument, call.skeleton, specs, entry.program.output, state)
     inputs = dict(zip(specs, call.tensors, strict=True))
     try:
         with torch.no_grad(), entry.captured.around():
@@ -85,7 +84,7 @@ class CallForm:
     """How a program is called: what of a call is fixed, and what it and its state are made of."""
 
     signature: CallSignature
-    timestep: str
+    timestep_argument: str | None
     skeleton: Skeleton
     inputs: dict[str, TensorSpec]
     output: Skeleton
@@ -97,7 +96,7 @@ class CallForm:
 
     def tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """The inputs of a call by name. Raises `OptionError` where it is not of this form."""
-        call = flatten_call(self.signature.bind(args, kwargs), self.timestep)
+        call = flatten_call(self.signature.bind(args, kwargs), self.timestep_argument)
         if call.skeleton != self.skeleton:
             raise OptionError("arguments", call.names(), "those that the program was exported with")
         for (name, spec), tensor in zip(self.inputs.items(), call.tensors, strict=True):

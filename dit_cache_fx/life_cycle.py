@@ -28,7 +28,7 @@ class LifeCycle:
     _enabled: bool
 
     @property
-    def _host(self) -> CallLog:
+    def _call_log(self) -> CallLog:
         raise NotImplementedError
 
     def _lowered(self) -> Sequence[Lowered]:
@@ -37,7 +37,7 @@ class LifeCycle:
 
     def clear_states(self) -> None:
         """Forget what is held and where the generation stands; keep the graphs."""
-        self._host.tracker.clear()
+        self._call_log.tracker.clear()
 
     def reset_states(self) -> None:
         """Forget everything: graphs and counts too."""
@@ -46,7 +46,7 @@ class LifeCycle:
     @property
     def cur_timestep(self) -> int:
         """The step index: as set, else that of the newest call."""
-        session = self._host.tracker.session
+        session = self._call_log.tracker.session
         if session.explicit is not None:
             return session.explicit
         return 0 if session.newest is None else session.newest.position.index
@@ -55,7 +55,7 @@ class LifeCycle:
     def cur_timestep(self, step: int | None) -> None:
         if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
             raise OptionError("cur_timestep", step, "a step index: an integer from 0, or None")
-        self._host.tracker.session.explicit = step
+        self._call_log.tracker.session.explicit = step
 
     @property
     def num_steps(self) -> int | None:
@@ -63,14 +63,14 @@ class LifeCycle:
 
         Set it before a generation begins. It goes before the option of this name.
         """
-        given = self._host.count.given
-        return self._host.num_steps if given is None else given
+        given = self._call_log.count.given
+        return self._call_log.num_steps if given is None else given
 
     @num_steps.setter
     def num_steps(self, number: int | None) -> None:
         if number is not None:
             check_num_steps(number)
-        self._host.count.given = number
+        self._call_log.count.given = number
 
     @property
     def timesteps(self) -> tuple[float, ...] | None:
@@ -79,17 +79,17 @@ class LifeCycle:
         Set them before a generation begins: a sequence, tensor or array, or a function that is
         asked at a generation's first call. They go before the option of this name.
         """
-        given = self._host.count.given_timesteps
+        given = self._call_log.count.given_timesteps
         if isinstance(given, tuple):
             return given
-        course = self._host.course
+        course = self._call_log.course
         return None if course is None else course.timesteps
 
     @timesteps.setter
     def timesteps(self, timesteps: Timesteps | None) -> None:
         if timesteps is not None and not callable(timesteps):
             timesteps = checked_timesteps(timesteps)
-        self._host.count.given_timesteps = timesteps
+        self._call_log.count.given_timesteps = timesteps
 
     def enable(self) -> None:
         """Cache from the next call on."""
@@ -111,7 +111,7 @@ class LifeCycle:
         It holds a generation and branches of its own, and is freed when it is closed or dropped.
         There may be any number. Without a session each thread has one.
         """
-        return self._host.tracker.new_session()
+        return self._call_log.tracker.new_session()
 
     def cache_context(self, name: str, **more: Any) -> AbstractContextManager[None]:
         """Calls within belong to the CFG branch `name`, which has a state of its own.
@@ -124,21 +124,21 @@ class LifeCycle:
         """
         if not isinstance(name, str):
             raise OptionError("name", name, "the name of a branch, such as 'cond'")
-        return CacheContext(self._host.tracker.scope, name, self._own_context(name, more))
+        return CacheContext(self._call_log.tracker.scope, name, self._own_context(name, more))
 
     def _own_context(self, name: str, more: dict[str, Any]) -> AbstractContextManager[Any] | None:
         return None
 
     def cache_report(self) -> CacheReport:
         """What is cached, what it holds, what the last generation did."""
-        return report(self._host, self._lowered(), self._enabled)
+        return report(self._call_log, self._lowered(), self._enabled)
 
     def explain(self, full: bool = False) -> Explanation:
         """What was found in the model, what is held of it, and what a reused step still runs.
 
         To be printed. `full`: with the text of every graph.
         """
-        return explain(self._host, self._lowered(), self._enabled, full)
+        return explain(self._call_log, self._lowered(), self._enabled, full)
 
     def plot(self, path: str | PathLike[str] | None = None) -> Figure:
         """The last generation as a picture: what was done with each block on each step.

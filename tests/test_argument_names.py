@@ -28,7 +28,7 @@ NAMES = [
     "fresh",
     "lost",
     "clock",
-    "print",
+    "checksum",
     "held_model_blocks_2_0",
     "state_0",
     "model",
@@ -112,7 +112,12 @@ def test_any_name_in_compiled_steps(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "strategy"),
-    [("clock", "taylorcache"), ("print", "taylorcache"), ("forced", "rule"), ("state_0", "rule")],
+    [
+        ("clock", "taylorcache"),
+        ("checksum", "taylorcache"),
+        ("forced", "rule"),
+        ("state_0", "rule"),
+    ],
 )
 def test_any_name_in_an_exported_program(name: str, strategy: str) -> None:
     kind, options = STRATEGIES[strategy]
@@ -171,7 +176,7 @@ def test_every_operand_of_the_cache_is_reserved() -> None:
         state_name(2),
         measured_name("h"),
         "clock",
-        "print",
+        "checksum",
     }
     assert all(map(is_reserved, own))
     assert not any(map(is_reserved, ("timestep", "x", "model_distance", *ClockState._fields[1:3])))

@@ -203,7 +203,7 @@ def test_branches_of_guidance() -> None:
 
 
 def held_by(cached: CachedModel) -> list[Any]:
-    (session,) = cached._engine.host.tracker.sessions()
+    (session,) = cached._engine.call_log.tracker.sessions()
     return session.branches[0].held
 
 

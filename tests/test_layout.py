@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +70,12 @@ def arrows_up() -> list[str]:
 
 def test_every_file_belongs_to_a_layer() -> None:
     assert {layer(name) for name, _ in files()} == set(LAYERS)
+
+
+def test_the_page_has_a_line_for_each_layer_in_this_order() -> None:
+    page = (PACKAGE.parent / "docs" / "layout.md").read_text()
+    table = page[page.index("| room |") :].split("\n\n")[0]
+    assert tuple(re.findall(r"^\| `(\w+)` \|", table, re.M)) == LAYERS
 
 
 def test_no_import_runs_up() -> None:

@@ -87,11 +87,11 @@ def bytes_freed_by_clearing(cached: CachedModel) -> int:
 
 
 def branches_of(cached: CachedModel) -> int:
-    return sum(len(s.branches) for s in cached._engine.host.tracker.sessions())
+    return sum(len(s.branches) for s in cached._engine.call_log.tracker.sessions())
 
 
 def evidence_of(cached: CachedModel) -> list[Tensor]:
-    branches = [b for s in cached._engine.host.tracker.sessions() for b in s.branches]
+    branches = [b for s in cached._engine.call_log.tracker.sessions() for b in s.branches]
     probes = [b.trajectory.sample.values for b in branches if b.trajectory.sample is not None]
     checksums = [t for b in branches for t in b.conditioning._checksums if t is not None]
     return probes + checksums

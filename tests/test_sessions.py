@@ -93,7 +93,7 @@ def test_ten_thousand_sessions_do_not_grow() -> None:
             session.close()
     del session
     gc.collect()
-    assert len(cache._engine.host.tracker.sessions()) == 1
+    assert len(cache._engine.call_log.tracker.sessions()) == 1
 
 
 def test_what_a_session_holds_is_freed_when_it_is_closed_or_dropped() -> None:

@@ -6,6 +6,7 @@ Every step is computed here, and is compared with the model, bit by bit.
 from __future__ import annotations
 
 import functools
+import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -517,6 +518,15 @@ class GlobalBlock(Block):
         return super().forward(h, CONTEXT["condition"])
 
 
+class Monitor(threading.Thread):
+    """A thread that keeps a number; it need not run for that."""
+
+    woken = 0
+
+
+MONITOR = Monitor()
+
+
 class GlobalDiT(ToyDiT):
     """The conditioning reaches the blocks by a variable of the module, and stays there."""
 
@@ -674,6 +684,21 @@ def test_blocks_run_once_where_nothing_around_them_changes() -> None:
     model = make(ToyDiT)
     with runs_of(model.blocks) as counts:
         results(eager(model))
+    assert counts == [len(STEPS)] * 3
+
+
+def test_a_thread_that_notes_something_is_not_the_models_doing() -> None:
+    """Such as the monitor of progress bars, which notes when it woke up last."""
+
+    class Watched(ToyDiT):
+        def trunk(self, h: Tensor, c: Tensor) -> Tensor:
+            MONITOR.woken += 1
+            return super().trunk(h, c)
+
+    model = make(Watched)
+    with runs_of(model.blocks) as counts:
+        results(eager(model))
+    assert MONITOR.woken > 0
     assert counts == [len(STEPS)] * 3
 
 

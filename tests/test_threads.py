@@ -268,7 +268,7 @@ def test_one_graph_is_lowered_and_compiled_once(apart: bool) -> None:
     @torch.compiler.disable
     def serving(callback: Any) -> Any:
         step = Step(strategy, Branch(), 0, entry.variants.held)
-        watched.append(entry.separate if apart else entry.one_graph)
+        watched.append(entry.compiled_steps if apart else entry.one_graph)
         return execution.watched(entry, step, call, Compiler(callback))
 
     @not_a_compiled_frame
@@ -682,7 +682,7 @@ def test_a_helpers_model_answers_two_threads_from_its_cache() -> None:
     for given in (inputs(0), other):
         model(**given)
     assert helper.cached is not None
-    calls = helper.cached._engine.host.calls
+    calls = helper.cached._engine.call_log.calls
     before = sum(calls.values())
     todo = [partial(model, **other)]
 

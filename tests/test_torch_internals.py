@@ -22,8 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_cache_fx
 from dit_cache_fx._torch import (
-    CANNOT_COMPILE,
-    READS_DATA,
     CompiledFrame,
     Emitter,
     Piece,
@@ -31,7 +29,9 @@ from dit_cache_fx._torch import (
     aoti_package,
     attention_backends,
     breaks_raise,
+    cannot_compile,
     compiled_frame,
+    constant_result,
     dynamo_callback,
     emit_autocast,
     emit_end_of_autocast,
@@ -45,11 +45,13 @@ from dit_cache_fx._torch import (
     not_a_compiled_frame,
     opaque,
     piece_of,
+    reads_data,
     signatures_kept,
     trace_functional,
     trace_shapes,
     trace_text,
     traced_here,
+    unseen,
     untraced,
     use_attention_backends,
     wants_one_graph,
@@ -71,7 +73,7 @@ class Doubling:
     def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [tensors[0] * 2]
 
-    def emit(self, graph: Emitter, inputs: Sequence[Any]) -> Sequence[Any]:
+    def emit(self, graph: Emitter, inputs: Sequence[Any], outputs: Any) -> Sequence[Any]:
         return [graph.call(double, tuple(inputs), {}, "double")]
 
 
@@ -157,9 +159,9 @@ def test_a_function_mode_can_be_left_for_a_while() -> None:
 def test_values_that_are_not_there_have_errors_of_their_own() -> None:
     spec = TensorSpec(torch.Size([2]), torch.float32, torch.device("cpu"))
     for read in (lambda x: [x * float(x[0])], lambda x: [x if x.sum() > 0 else -x]):
-        with pytest.raises(READS_DATA):
+        with pytest.raises(reads_data()):
             trace_shapes(read, [spec])
-    with pytest.raises(READS_DATA):
+    with pytest.raises(reads_data()):
         trace_shapes(lambda x: [x.nonzero()], [spec])
 
 
@@ -290,6 +292,43 @@ def test_what_is_not_a_compiled_frame_is_traced_within_another_one() -> None:
 
 
 @new_compiler
+def test_what_is_unseen_runs_as_it_is_with_all_that_it_calls() -> None:
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        return x.sin()
+
+    def hidden(x: torch.Tensor) -> torch.Tensor:
+        return inner(x) + 1
+
+    @not_a_compiled_frame
+    def outer(x: torch.Tensor) -> torch.Tensor:
+        return inner(unseen(hidden)(x))
+
+    frames, x = Frames(), torch.ones(2)
+    assert torch.equal(torch.compile(outer, backend=frames)(x), (x.sin() + 1).sin())
+    assert frames.seen == [["sin"]]
+    assert unseen(hidden) is unseen(hidden)
+
+
+@new_compiler
+def test_a_constant_result_is_asked_for_while_a_graph_is_made() -> None:
+    calls: list[str] = []
+
+    @constant_result
+    def name() -> str:
+        calls.append("asked")
+        return "sin"
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x.sin() if name() == "sin" else x.cos()
+
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(torch.ones(2)), torch.ones(2).sin())
+    asked = len(calls)
+    compiled(torch.ones(2))
+    assert len(calls) == asked > 0
+
+
+@new_compiler
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_the_callback_tells_who_looks_on(fullgraph: bool) -> None:
     seen: list[Any] = []
@@ -345,14 +384,14 @@ def _refuses(gm: fx.GraphModule, inputs: Any) -> Any:
     ids=["break", "break in a branch", "wrong operation", "backend"],
 )
 def test_what_cannot_be_compiled_raises_one_of_these(function: Any, backend: Any) -> None:
-    with pytest.raises(CANNOT_COMPILE):
+    with pytest.raises(cannot_compile()):
         torch.compile(function, backend=backend, fullgraph=True)(torch.ones(2, 3))
 
 
 @new_compiler
 def test_a_break_raises_without_fullgraph() -> None:
     compiled = torch.compile(_breaks, backend="eager")
-    with pytest.raises(CANNOT_COMPILE), breaks_raise():
+    with pytest.raises(cannot_compile()), breaks_raise():
         compiled(torch.ones(2))
     torch._dynamo.reset()
     assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 2.0))
@@ -388,7 +427,7 @@ def test_signatures_are_kept_apart_in_the_branches_of_cond() -> None:
 @new_compiler
 def test_signatures_kept_is_still_needed() -> None:
     """When this fails, torch has been mended: `signatures_kept` can go once 2.13 is not served."""
-    with pytest.raises(CANNOT_COMPILE):
+    with pytest.raises(cannot_compile()):
         _compile_both_branches()
 
 
@@ -635,7 +674,7 @@ def test_dynamo_stops_where_it_raises_unless_it_is_told() -> None:
         callback = dynamo_callback()
         try:
             return breaks(x)
-        except CANNOT_COMPILE:
+        except cannot_compile():
             if again:
                 look_again(callback)
             return works(x)

@@ -12,7 +12,8 @@ from torch import fx
 
 from dit_cache_fx import DeepCache, OptionError, Strategy, VerifyError
 from dit_cache_fx.ir.names import CLOCK_NAMES
-from dit_cache_fx.ir.program import BlockId, Program, Region
+from dit_cache_fx.ir.node_meta import BlockId, mark
+from dit_cache_fx.ir.program import Program, Region
 from dit_cache_fx.ir.verify import verify
 from dit_cache_fx.lowering import lower_variants
 from dit_cache_fx.passes import PASSES, manager, run_passes
@@ -31,6 +32,30 @@ def test_an_in_place_operator_is_refused() -> None:
     add = next(n for n in program.graph.nodes if n.target is torch.ops.aten.add.Tensor)
     add.target = torch.ops.aten.add_.Tensor
     with pytest.raises(VerifyError, match=r"changes a tensor in place: aten\.add_\.Tensor"):
+        verify(program)
+
+
+@pytest.mark.parametrize(
+    ("notes", "told"),
+    [
+        ({"block": BlockId("blocks", 7)}, r"noted as a call of blocks\.7, and is no call"),
+        ({"keys": ("a", "b", "c")}, "has 1 parts and 3 keys"),
+    ],
+    ids=["block", "keys"],
+)
+def test_notes_on_the_wrong_node_are_refused(notes: dict[str, Any], told: str) -> None:
+    program = captured(DEEP)
+    add = next(n for n in program.graph.nodes if n.target is torch.ops.aten.add.Tensor)
+    mark(add, **notes)
+    with pytest.raises(VerifyError, match=told):
+        verify(program)
+
+
+def test_two_signals_are_refused() -> None:
+    program = captured(DEEP)
+    for call in program.block_calls()[:2]:
+        mark(call, signal=True)
+    with pytest.raises(VerifyError, match="more than one value is the rule's signal"):
         verify(program)
 
 

@@ -21,7 +21,7 @@ from dit_cache_fx.capture import FlatCall
 from dit_cache_fx.runtime.call_log import CallLog
 from dit_cache_fx.runtime.drive import Compiler, Serving
 from dit_cache_fx.runtime.engine import Engine
-from dit_cache_fx.runtime.generation import Generation
+from dit_cache_fx.runtime.generation import Generation, as_number
 from dit_cache_fx.runtime.graphs import Entry, Found, Graphs, InputKey
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.values.pytree import flatten
@@ -58,21 +58,22 @@ class RecordingEngine(Engine):
     """Answers as its strategy says, and tells `listener` of every call."""
 
     def __init__(self, like: Engine, strategy: Strategy, listener: Callable[[Call], None]) -> None:
-        super().__init__(replace(like.subject, strategy=strategy), like.graphs.timestep)
+        super().__init__(replace(like.subject, strategy=strategy), like.graphs.timestep_argument)
         self.graphs.keep_programs = True
         self.listener = listener
         self._newest: tuple[int, int] | None = None  # the call that was told last
 
     def serve(self, args: tuple[Any, ...], kwargs: dict[str, Any], compiler: Compiler) -> Serving:
-        session, call = self.host.tracker.session, self._flat(args, kwargs)
+        session, call = self.call_log.tracker.session, self._flat(args, kwargs)
         output = yield from super().serve(args, kwargs, compiler)
         this = (id(session), session.calls)
         if this != self._newest and session.newest is not None:
             self._newest = this
-            record, sample = session.records[-1][0], _sample(self.graphs, call)
+            position, sample = session.newest.position, _sample(self.graphs, call)
             found = [t for t in flatten(output)[0] if t.is_floating_point()]
             made = found[0] if found else None
-            self.listener(Call(session.newest, record.step, record.timestep, sample, made))
+            timestep = as_number(position.value)
+            self.listener(Call(session.newest, position.index, timestep, sample, made))
         return output
 
 
@@ -81,14 +82,14 @@ class CandidateEngine(Engine):
 
     def __init__(self, origin: Engine, predictor: Strategy) -> None:
         subject = replace(origin.subject, strategy=predictor)
-        super().__init__(subject, origin.graphs.timestep)
+        super().__init__(subject, origin.graphs.timestep_argument)
         self.graphs = _Relowered(origin, self.graphs)
         self._called = False
         self.start: torch.Tensor | None = None  # elements of the first call's sample
 
     def follow(self, strategy: Strategy) -> None:
         """Begin anew with a strategy that has the same predictor."""
-        self.host, self._called, self.start = CallLog(strategy), False, None
+        self.call_log, self._called, self.start = CallLog(strategy), False, None
 
     def serve(self, args: tuple[Any, ...], kwargs: dict[str, Any], compiler: Compiler) -> Serving:
         output = yield from super().serve(args, kwargs, compiler)
@@ -108,7 +109,7 @@ class _Relowered(Graphs):
     """The graphs of `origin`, lowered for another strategy."""
 
     def __init__(self, origin: Engine, own: Graphs) -> None:
-        super().__init__(own.subject, own.timestep, own.count)
+        super().__init__(own.subject, own.timestep_argument, own.count)
         self._origin = origin
 
     def find(self, call: FlatCall, key: InputKey, check: Callable[[Entry], _T]) -> Found[_T]:
@@ -116,7 +117,7 @@ class _Relowered(Graphs):
         if found is not None:
             return found
         known = self._origin.graphs.find(call, key, partial(self._origin._first, call))
-        self.timestep = self._origin.graphs.timestep
+        self.timestep_argument = self._origin.graphs.timestep_argument
         entry = known.entry.lowered_for(self.subject.strategy, self.count)
         self.keep(key, entry)
         return Found(entry, known.shapes, None)

@@ -56,7 +56,7 @@ class Reference:
         timesteps than the runs before.
         """
         name, recorder = f"runs[{len(self.results)}]", Recorder()
-        self.engine.host, self.engine.listener = CallLog(self._strategy), recorder
+        self.engine.call_log, self.engine.listener = CallLog(self._strategy), recorder
         try:
             with answering(self._cached, self.engine):
                 value = self._runs[len(self.results)]()

@@ -46,11 +46,8 @@ _DEVICE_TYPES = ("cpu",) if _ACCELERATOR is None else ("cpu", _ACCELERATOR.type)
 
 def autocast() -> tuple[tuple[str, torch.dtype], ...]:
     """The device types for which autocast is on, and its dtypes."""
-    return tuple(
-        (kind, torch.get_autocast_dtype(kind))
-        for kind in _DEVICE_TYPES
-        if torch.is_autocast_enabled(kind)
-    )
+    on = [kind for kind in _DEVICE_TYPES if torch.is_autocast_enabled(kind)]
+    return tuple([(kind, torch.get_autocast_dtype(kind)) for kind in on])
 
 
 @contextmanager

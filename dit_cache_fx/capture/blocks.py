@@ -9,9 +9,8 @@ from torch import fx
 
 from dit_cache_fx.capture.leaves import BlockList
 from dit_cache_fx.errors import DiscoveryError
+from dit_cache_fx.ir.node_meta import BlockId, mark
 from dit_cache_fx.ir.program import (
-    BLOCK,
-    BlockId,
     Program,
     argument_leaves,
     block_values,
@@ -59,7 +58,7 @@ def mark_blocks(program: Program, lists: Sequence[BlockList], chosen: bool) -> N
         made: dict[int, int] = {}
         for call in f.calls:
             index = int(str(call.target).rpartition(".")[2])
-            call.meta[BLOCK] = BlockId(f.blocks.name, index, made.get(index, 0))
+            mark(call, block=BlockId(f.blocks.name, index, made.get(index, 0)))
             made[index] = made.get(index, 0) + 1
 
 
@@ -67,7 +66,7 @@ def _look(
     program: Program, blocks: BlockList, needs: dict[fx.Node, frozenset[str]], sample: str | None
 ) -> _Found:
     targets = {f"model.{blocks.name}.{i}" for i in range(len(blocks.modules))}
-    calls = tuple(n for n in program.graph.nodes if n.op == "call_module" and n.target in targets)
+    calls = tuple(n for n in program.graph.find_nodes(op="call_module") if n.target in targets)
     union = frozenset().union(*(needs[c] for c in calls))
     return _Found(blocks, calls, union, _fault(blocks, calls, union, sample))
 
@@ -111,11 +110,10 @@ def _carries_stream(call: fx.Node) -> bool:
 
 def _sample(program: Program) -> str | None:
     """The argument that carries the noisy sample: shaped like the output, or the first one."""
-    step = program.timestep
     inputs = [
         (program.node(name), argument)
         for name, argument in zip(program.inputs, program.arguments, strict=True)
-        if name != step and name not in program.owned
+        if name != program.timestep_input and name not in program.owned
     ]
     output = program.graph.output_node().all_input_nodes
     shape = spec.shape if output and (spec := spec_of(output[0])) is not None else None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from dit_cache_fx.capture.ambient import without_autocast
+from dit_cache_fx.capture.ambient import autocast, without_autocast
 from dit_cache_fx.capture.check import compare
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.leaves import BlockList, candidate_lists, named_list
@@ -23,7 +23,8 @@ from dit_cache_fx.capture.side_effects import unnoticed
 from dit_cache_fx.capture.signature import CallSignature, FlatCall, unflatten_call
 from dit_cache_fx.capture.turns import Turns
 from dit_cache_fx.ir.graph_text import short
-from dit_cache_fx.ir.program import OUTPUT, BlockId, Program, block_values
+from dit_cache_fx.ir.node_meta import BlockId, meta_of
+from dit_cache_fx.ir.program import Program, block_values
 from dit_cache_fx.strategies import Strategy, never_cached
 from dit_cache_fx.strategies.signals import value_of
 from dit_cache_fx.values.identity import TensorIdentity
@@ -100,12 +101,17 @@ class Captured:
     newest: tuple[TensorIdentity, Shapes] | None = None
     unread: Sequence[str] = ()  # attributes that forward sets for others, in words
 
-    @contextmanager
-    def around(self) -> Iterator[None]:
+    def around(self) -> AbstractContextManager[None]:
         """Within it the graphs may run: without autocast, with what forward sets on its modules.
 
         Threads share the modules: where something is set there, no other graph runs meanwhile.
         """
+        if self.recording.settings or autocast():
+            return self._around()
+        return self.turns.beside()
+
+    @contextmanager
+    def _around(self) -> Iterator[None]:
         settings = self.recording.settings
         turn = self.turns.alone() if settings else self.turns.beside()
         with turn, without_autocast(), applied(settings):
@@ -196,7 +202,7 @@ def not_held(program: Program, recording: Recording) -> frozenset[str]:
         if name not in calls:
             calls[name] = iter([c for c in recording.calls if c.name == name])
         made = next(calls[name])
-        missing += [v.name for v in block_values(node) if v.meta[OUTPUT] not in made.values]
+        missing += [v.name for v in block_values(node) if meta_of(v).output not in made.values]
     return frozenset(missing)
 
 

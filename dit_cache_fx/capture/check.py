@@ -26,7 +26,7 @@ from dit_cache_fx.values.identity import alike
 from dit_cache_fx.values.pytree import Skeleton, constants, flatten, unflatten
 
 
-class _Print(NamedTuple):
+class _Checksum(NamedTuple):
     """What tells two tensors apart, without keeping them."""
 
     kind: str
@@ -43,12 +43,12 @@ class _Place(NamedTuple):
 
 @dataclass
 class _Run:
-    """The block calls of a run and prints of the tensors that it showed."""
+    """The block calls of a run and checksums of the tensors that it showed."""
 
     calls: list[str] = field(default_factory=list)
     states: list[Ambient] = field(default_factory=list)  # of torch, at each call
     constants: list[list[Any]] = field(default_factory=list)  # of each call, what is no tensor
-    prints: dict[_Place, _Print] = field(default_factory=dict)
+    checksums: dict[_Place, _Checksum] = field(default_factory=dict)
     samples: Samples = field(default_factory=Samples)
     wanted: _Place | None = None
     tensor: torch.Tensor | None = None
@@ -56,7 +56,7 @@ class _Run:
     def show(self, call: int | None, tensors: Sequence[torch.Tensor]) -> None:
         for index, tensor in enumerate(tensors):
             place = _Place(call, index)
-            self.prints[place] = _print(tensor)
+            self.checksums[place] = _checksum(tensor)
             if place == self.wanted:
                 self.tensor = tensor
 
@@ -87,9 +87,9 @@ def compare(
         _compare_samples(
             want, got, lambda: _run(graph, blocks, recording, _Run(samples=Samples(True)))
         )
-    place = next((p for p in want.prints if want.prints[p] != got.prints.get(p)), None)
+    place = next((p for p in want.checksums if want.checksums[p] != got.checksums.get(p)), None)
     if place is None:
-        return None if len(want.prints) == len(got.prints) else "it passes more tensors"
+        return None if len(want.checksums) == len(got.checksums) else "it passes more tensors"
     a = _run(model, blocks, recording, _Run(wanted=place)).tensor
     b = _run(graph, blocks, recording, _Run(wanted=place)).tensor
     where = "output" if place.call is None else f"input of block {want.calls[place.call]}"
@@ -132,7 +132,7 @@ def refusable(model: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def second_inputs(
-    tensors: Sequence[torch.Tensor], timestep: int, sample: Sequence[int]
+    tensors: Sequence[torch.Tensor], timestep_position: int, sample: Sequence[int]
 ) -> Iterator[list[torch.Tensor]]:
     """Inputs that differ from the capture's: first all of them, then only what changes each step.
 
@@ -146,7 +146,7 @@ def second_inputs(
             if tensors[i].is_floating_point():
                 noise = torch.randn(tensors[i].shape, generator=generator, device="cpu")
                 changed[i] = noise.to(tensors[i])
-        changed[timestep] = _another_timestep(tensors[timestep])
+        changed[timestep_position] = _another_timestep(tensors[timestep_position])
         yield changed
 
 
@@ -200,9 +200,9 @@ def stand_in(made: ModuleCall, index: int, inputs: Sequence[torch.Tensor]) -> li
     return outputs
 
 
-def _print(tensor: torch.Tensor) -> _Print:
+def _checksum(tensor: torch.Tensor) -> _Checksum:
     first, second = checksum(tensor).tolist()
-    return _Print(_kind(tensor), first, second)
+    return _Checksum(_kind(tensor), first, second)
 
 
 def _kind(tensor: torch.Tensor) -> str:

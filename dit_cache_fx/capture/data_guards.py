@@ -125,7 +125,9 @@ class _ListRead:
         self.value = self._func(tensors[0])
         return []
 
-    def emit(self, graph: Emitter, inputs: Sequence[Any]) -> Sequence[Any]:
+    def emit(
+        self, graph: Emitter, inputs: Sequence[Any], outputs: Sequence[torch.Tensor]
+    ) -> Sequence[Any]:
         if isinstance(inputs[0], fx.Proxy):
             graph.call(read_list, (inputs[0],), {}, "read_list")
             self._read.append(self._list)

@@ -49,9 +49,10 @@ from dit_cache_fx.values.pytree import constants
 log = logging.getLogger(__name__)
 
 
-def capture(subject: Subject, call: FlatCall, timestep: str | None) -> Captured:
+def capture(subject: Subject, call: FlatCall, timestep_argument: str | None) -> Captured:
     """Capture the model for calls like `call`; its blocks run once, for this call's own answer.
 
+    `timestep_argument`: None where it is to be found; the program has what it is.
     Raises `DiscoveryError` where blocks or timestep cannot be told, `CaptureError` where the graph
     cannot be made or differs from the model.
     """
@@ -61,7 +62,7 @@ def capture(subject: Subject, call: FlatCall, timestep: str | None) -> Captured:
         kept = kept_modules(subject.model, lists)
         recording, unread = _recorded(subject, call, tensors, lists, kept)
         with unnoticed(subject.model), without_dispatch_modes():
-            captured = _traced(subject, call, tensors, lists, kept, recording, timestep)
+            captured = _traced(subject, call, tensors, lists, kept, recording, timestep_argument)
             captured.unread = unread
             if subject.check:
                 with _explained("the captured graph fails where the model does not"):
@@ -76,15 +77,16 @@ def _traced(
     lists: Sequence[BlockList],
     kept: dict[nn.Module, str],
     recording: Recording,
-    timestep: str | None,
+    timestep_argument: str | None,
 ) -> Captured:
     """The graph of a recorded call, its blocks marked."""
     members = {m: kept[m] for blocks in lists for m in blocks.modules}
     with _explained("the model's own code (outside its blocks and layers) cannot be traced"):
         traced = trace(lambda inputs: subject.run(call, inputs), tensors, kept, recording)
-    step = timestep if timestep is not None else guessed_timestep(call)
-    require_timestep(call, step)
-    program, guards = normal_form(subject.model, traced, call, step)
+    if timestep_argument is None:
+        timestep_argument = guessed_timestep(call)
+    require_timestep(call, timestep_argument)
+    program, guards = normal_form(subject.model, traced, call, timestep_argument)
     refuse_read_number(call, program, guards)
     mark_blocks(program, lists, chosen=subject.blocks is not None)
     mark_signal(program, subject.strategy, recording)
@@ -168,11 +170,12 @@ def _check(
     subject: Subject, captured: Captured, call: FlatCall, tensors: Sequence[torch.Tensor]
 ) -> None:
     program = captured.program
-    step = program.inputs.index(str(program.timestep))
+    position = program.timestep_position
+    assert position is not None
     if call.number is not None:
-        _check_number(subject, captured, call, tensors, step)
+        _check_number(subject, captured, call, tensors, position)
     sample = [i for i, a in enumerate(program.arguments) if a == program.sample]
-    for inputs in second_inputs(tensors, step, sample):
+    for inputs in second_inputs(tensors, position, sample):
         if not _guards_hold(captured, inputs):
             continue
         try:
@@ -196,11 +199,11 @@ def _check_number(
     captured: Captured,
     call: FlatCall,
     tensors: Sequence[torch.Tensor],
-    step: int,
+    timestep_position: int,
 ) -> None:
     """The graph takes the timestep as a tensor: that must act as the number does."""
     numbered: list[Any] = [*tensors]
-    numbered[step] = call.number
+    numbered[timestep_position] = call.number
     arguments = unflatten_call(call.skeleton, numbered)
     difference = compare(
         lambda: subject.answer(call, arguments),

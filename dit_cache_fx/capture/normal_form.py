@@ -12,6 +12,7 @@ from torch import fx, nn
 from dit_cache_fx.capture.data_guards import READS, read_count, read_list, read_shape
 from dit_cache_fx.capture.signature import FlatCall
 from dit_cache_fx.capture.trace import Trace, call_kept
+from dit_cache_fx.ir.copying import add_input, body, copy_nodes
 from dit_cache_fx.ir.graph_text import short
 from dit_cache_fx.ir.names import unreserved
 from dit_cache_fx.ir.program import Program, ancestors, graph_module
@@ -54,7 +55,7 @@ class Guards:
 
 
 def normal_form(
-    model: nn.Module, traced: Trace, call: FlatCall, timestep: str | None
+    model: nn.Module, traced: Trace, call: FlatCall, timestep_argument: str | None
 ) -> tuple[Program, Guards | None]:
     """The program and the guards of a trace. Raises `CaptureError` where a guard needs a block."""
     names, arguments = call.names(), call.arguments_of()
@@ -64,33 +65,39 @@ def normal_form(
     gm = graph_module(model, attributes, graph, "Captured")
     gm.graph.eliminate_dead_code()
     gm.recompile()
-    step = next((n for n, a in zip(_inputs(gm), arguments, strict=True) if a == timestep), None)
-    program = Program(gm, tuple(_inputs(gm)), tuple(arguments), step, None, traced.output)
+    inputs = tuple(_inputs(gm))
+    named = dict(zip(reversed(arguments), reversed(inputs), strict=True))
+    program = Program(
+        gm=gm,
+        inputs=inputs,
+        arguments=tuple(arguments),
+        timestep_argument=timestep_argument,
+        timestep_input=None if timestep_argument is None else named[timestep_argument],
+        sample=None,
+        output=traced.output,
+    )
     return program, guards
 
 
 def _inputs(gm: fx.GraphModule) -> list[str]:
-    return [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+    return [n.name for n in gm.graph.find_nodes(op="placeholder")]
 
 
 def _rewrite(
     model: nn.Module, traced: Trace, names: Sequence[str], attributes: dict[str, Any]
 ) -> fx.Graph:
     graph = fx.Graph()
-    nodes = traced.gm.graph.nodes
-    places = [n for n in nodes if n.op == "placeholder"]
-    given = {n: _placeholder(graph, name) for n, name in zip(places, names, strict=True)}
-    for node, placeholder in given.items():
-        placeholder.meta.update(node.meta)
-    new = translated(model, traced, graph, attributes, given, set(nodes))
+    places = traced.gm.graph.find_nodes(op="placeholder")
+    given = {n: _placeholder(graph, n, name) for n, name in zip(places, names, strict=True)}
+    new = translated(model, traced, graph, attributes, given, set(body(traced.gm.graph)))
     output = traced.gm.graph.output_node()
     graph.output(fx.map_arg(output.args[0], new.__getitem__))
     return graph
 
 
-def _placeholder(graph: fx.Graph, name: str) -> fx.Node:
+def _placeholder(graph: fx.Graph, traced: fx.Node, name: str) -> fx.Node:
     """An input whose name is an identifier, unlike all others and unlike the cache's operands."""
-    node = graph.placeholder(unreserved(name))
+    node = add_input(graph, traced, unreserved(name))
     node.target = node.name
     return node
 
@@ -109,26 +116,25 @@ def translated(
     """
     new = dict(given)
     live = _live_tensors(model)
-    for node in traced.gm.graph.nodes:
-        if node not in needed or node in new or node.op == "output":
-            continue
+
+    def translation(node: fx.Node) -> fx.Node:
+        if node.target in _IDENTITIES:
+            return new[node.all_input_nodes[0]]
+        args: Any
+        args, kwargs = fx.map_arg((node.args, node.kwargs), new.__getitem__)
         if node.op == "get_attr":
-            new[node] = graph.get_attr(_attribute(traced.gm, node, live, attributes))
+            made = graph.get_attr(_attribute(traced.gm, node, live, attributes))
         elif node.target is call_kept:
-            _, name, args, kwargs = fx.map_arg(node.args, new.__getitem__)
-            new[node] = graph.call_module(f"model.{name}", args, kwargs)
-        elif node.target in _IDENTITIES:
-            new[node] = new[node.args[0]]
-            continue
+            _, name, args, kwargs = args
+            made = graph.call_module(f"model.{name}", args, kwargs)
         else:
-            new[node] = _copied(graph, node, new)
-        new[node].meta.update(node.meta)
+            name = unreserved(node.name)
+            made = graph.create_node(node.op, node.target, args, kwargs, name, node.type)
+        made.meta.update(node.meta)
+        return made
+
+    copy_nodes(graph, [n for n in traced.gm.graph.nodes if n in needed], new, translation)
     return new
-
-
-def _copied(graph: fx.Graph, node: fx.Node, new: dict[fx.Node, fx.Node]) -> fx.Node:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), new.__getitem__)
-    return graph.create_node(node.op, node.target, args, kwargs, unreserved(node.name), node.type)
 
 
 def _attribute(
@@ -187,12 +193,10 @@ def _split_guards(
     needed = ancestors(reads)
     apart = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        if node in needed or node.op == "placeholder":
-            new[node] = apart.node_copy(node, lambda n: new[n])
+    inputs = graph.find_nodes(op="placeholder")
+    copy_nodes(apart, [*inputs, *(n for n in graph.nodes if n in needed)], new)
     apart.output(tuple(new[node] for node in reads))
     for node in reads:
         graph.erase_node(node)
     gm = graph_module(model, attributes, apart, "Guards")
-    inputs = [n for n in graph.nodes if n.op == "placeholder"]
     return Guards(gm, tuple(read), tuple(i for i, n in enumerate(inputs) if n in needed))

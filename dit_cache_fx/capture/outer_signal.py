@@ -7,16 +7,16 @@ from itertools import takewhile
 import torch
 from torch import fx
 
-from dit_cache_fx._torch import DEVICE
 from dit_cache_fx.errors import CaptureError
-from dit_cache_fx.ir.program import SIGNAL, Program, block_values, device_of, spec_of
+from dit_cache_fx.ir.node_meta import mark, mark_tensor
+from dit_cache_fx.ir.program import Program, block_values, device_of, spec_of
 from dit_cache_fx.ir.streams import sample_like_output, stream_input, unchanged
 from dit_cache_fx.strategies import Strategy
 
 
 def mark_sample(program: Program, cache_name: str) -> None:
     """Take the sample that the model is given as the signal, in the shape of the output."""
-    sample_like_output(program).meta[SIGNAL] = True
+    mark(sample_like_output(program), signal=True)
 
 
 def mark_residual(program: Program, strategy: Strategy) -> None:
@@ -45,7 +45,8 @@ def mark_residual(program: Program, strategy: Strategy) -> None:
     after = _stream_after(program, leading[-1], stream, following, strategy.stream_name())
     with program.graph.inserting_after(after):
         residual = program.graph.call_function(torch.ops.aten.sub.Tensor, (after, stream))
-    residual.meta.update({"val": spec_of(stream), DEVICE: device_of(stream), SIGNAL: True})
+    mark_tensor(residual, spec_of(stream), device_of(stream))
+    mark(residual, signal=True)
 
 
 def _stream_after(

@@ -22,12 +22,12 @@ _APART = (
 )
 
 
-def require_timestep(call: FlatCall, timestep: str) -> None:
+def require_timestep(call: FlatCall, timestep_argument: str) -> None:
     """Refuse a call whose timestep is not one tensor or number."""
-    if call.arguments_of().count(timestep) != 1:
+    if call.arguments_of().count(timestep_argument) != 1:
         raise DiscoveryError(
-            f"the timestep argument {timestep!r} must be one tensor or number; in this call it is "
-            "not. Name another one: timestep='...'"
+            f"the timestep argument {timestep_argument!r} must be one tensor or number; in this "
+            "call it is not. Name another one: timestep='...'"
         )
 
 
@@ -41,13 +41,12 @@ def refuse_read_number(call: FlatCall, program: Program, guards: Guards | None) 
     reads = [n for n in guards.gm.graph.nodes if n.target in READS]
     for node, value in zip(reads, guards.expected, strict=True):
         given = {n.name for n in ancestors([node]) if n.op == "placeholder"}
-        if program.timestep in given and not isinstance(value, (bool, torch.Size)):
-            argument = program.arguments[program.inputs.index(program.timestep)]
+        if program.timestep_input in given and not isinstance(value, (bool, torch.Size)):
             raise CaptureError(
-                f"the model's own code computes with the value of the timestep {argument!r} "
-                "outside of torch (float(), math.log(), a look-up): that is another graph for each "
-                "step. Pass it as a tensor, and let the model compute with torch (torch.log), or "
-                "do so in a block or a layer"
+                "the model's own code computes with the value of the timestep "
+                f"{program.timestep_argument!r} outside of torch (float(), math.log(), a look-up): "
+                "that is another graph for each step. Pass it as a tensor, and let the model "
+                "compute with torch (torch.log), or do so in a block or a layer"
             )
 
 
@@ -80,7 +79,7 @@ def refuse_written_memory(
 
 def refuse_late_guards(guards: Guards, trunk: set[str]) -> None:
     """Refuse control flow that depends on a cached block's result."""
-    late = [n.target for n in guards.gm.graph.nodes if n.op == "call_module" and n.target in trunk]
+    late = [n.target for n in guards.gm.graph.find_nodes(op="call_module") if n.target in trunk]
     if late:
         raise CaptureError(
             "the model's control flow depends on the result of a cached block "

@@ -18,8 +18,8 @@ from dit_cache_fx.capture.outer_signal import mark_residual, mark_sample
 from dit_cache_fx.capture.record import ModuleCall, Recording
 from dit_cache_fx.capture.trace import Trace, call_kept, trace
 from dit_cache_fx.errors import CaptureError
+from dit_cache_fx.ir.node_meta import mark
 from dit_cache_fx.ir.program import (
-    SIGNAL,
     Program,
     ancestors,
     argument_leaves,
@@ -48,12 +48,12 @@ def mark_input(program: Program, cache_name: str) -> None:
     stream = stream_input(program, first, cache_name)
     if stream is None:
         raise _unknown("input", _NO_STREAM)
-    unchanged(stream).meta[SIGNAL] = True
+    mark(unchanged(stream), signal=True)
 
 
 def mark_conditioning(program: Program, cache_name: str) -> None:
     """Take what the timestep gives to the first block: the smallest such argument."""
-    _conditioning(program, cache_name).meta[SIGNAL] = True
+    mark(_conditioning(program, cache_name), signal=True)
 
 
 def mark_embedding(program: Program, cache_name: str) -> None:
@@ -71,7 +71,7 @@ def mark_embedding(program: Program, cache_name: str) -> None:
     found = [n for n in alone if n in shared] or [n for n in alone if n in made_from]
     if not found:
         raise _unknown("embedding", "nothing of the timestep alone conditions the first block")
-    found[-1].meta[SIGNAL] = True
+    mark(found[-1], signal=True)
 
 
 #: signals that need no look inside the first block
@@ -124,7 +124,7 @@ def mark_modulated(program: Program, made: ModuleCall, cache_name: str) -> None:
         )
     conditioning = [n for n in arguments if n is not stream and _timed(program, n)]
     if not conditioning:
-        unchanged(stream).meta[SIGNAL] = True
+        mark(unchanged(stream), signal=True)
         return
 
     def run(tensors: Any) -> Any:
@@ -134,7 +134,7 @@ def mark_modulated(program: Program, made: ModuleCall, cache_name: str) -> None:
     traced = trace(run, inside.tensors, inside.parts, inside.recording)
     if traced.read:
         raise _unknown("modulated", "the first block's control flow depends on data")
-    places = [n for n in traced.gm.graph.nodes if n.op == "placeholder"]
+    places = traced.gm.graph.find_nodes(op="placeholder")
     given = dict(zip(places, arguments, strict=True))
     _add(program, traced, given, _modulated(traced, given, stream, conditioning), first)
 
@@ -145,11 +145,10 @@ def _modulated(
     """The first value passed to a part of the block that depends on stream and conditioning."""
     of_stream = descendants(p for p, n in given.items() if n is stream)
     of_both = of_stream & descendants(p for p, n in given.items() if n in conditioning)
-    for node in traced.gm.graph.nodes:
-        if node.target is call_kept:
-            value: fx.Node | None = next((n for n in node.all_input_nodes if n in of_both), None)
-            if value is not None:
-                return value
+    for call in traced.gm.graph.find_nodes(op="call_function", target=call_kept):
+        value: fx.Node | None = next((n for n in call.all_input_nodes if n in of_both), None)
+        if value is not None:
+            return value
     raise _unknown(
         "modulated", "no part of the first block takes a value that stream and timestep made"
     )
@@ -166,7 +165,7 @@ def _add(
     needed = ancestors([value], stop=given)
     with program.graph.inserting_before(before):
         new = translated(program.model, traced, program.graph, attributes, given, needed)
-    new[value].meta[SIGNAL] = True
+    mark(new[value], signal=True)
     program.gm = graph_module(program.model, attributes, program.graph, "Captured")
 
 
@@ -186,9 +185,9 @@ def _timed(program: Program, node: fx.Node) -> bool:
 
 
 def _timestep_argument(program: Program) -> str:
-    if program.timestep is None:
+    if program.timestep_argument is None:
         raise CaptureError("the graph does not take the timestep: use signal='input'")
-    return program.arguments[program.inputs.index(program.timestep)]
+    return program.timestep_argument
 
 
 def _unknown(signal: str, reason: str) -> CaptureError:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,8 +12,7 @@ from dit_cache_fx.capture.callable import called_as, takes_anything
 from dit_cache_fx.values.pytree import Skeleton, flatten, key_paths, unflatten
 
 
-@dataclass(frozen=True)
-class FlatCall:
+class FlatCall(NamedTuple):
     """One call of the model, as tensors and a skeleton of everything else."""
 
     tensors: list[torch.Tensor]
@@ -24,7 +22,7 @@ class FlatCall:
     @property
     def key(self) -> Hashable:
         """Tree structure, non-tensor values, and each tensor's shape, dtype and device."""
-        return self.skeleton, tuple((t.shape, t.dtype, t.device) for t in self.tensors)
+        return self.skeleton, tuple([(t.shape, t.dtype, t.device) for t in self.tensors])
 
     def names(self) -> list[str]:
         """A Python identifier for each tensor: the argument's name, then the path inside it."""
@@ -107,19 +105,19 @@ class CallSignature:
         return forward(*positional, **keyword)
 
 
-def flatten_call(arguments: dict[str, Any], timestep: str | None) -> FlatCall:
+def flatten_call(arguments: dict[str, Any], timestep_argument: str | None) -> FlatCall:
     """Flatten named arguments; a timestep given as a number or an array becomes a tensor.
 
     It would be a constant of the graph and every step another signature. An int becomes int64 and a
     float float64: a tensor of no dimensions does not take part in type promotion, so it acts as the
     number does. What comes from numpy has a dtype.
     """
-    value = arguments.get(timestep) if timestep is not None else None
+    value = None if timestep_argument is None else arguments.get(timestep_argument)
     number = value if _is_number(value) else None
-    if timestep is not None and number is not None:
+    if timestep_argument is not None and number is not None:
         tensors, _ = flatten(arguments)
         device = tensors[0].device if tensors else None
-        arguments = {**arguments, timestep: _as_tensor(number, device)}
+        arguments = {**arguments, timestep_argument: _as_tensor(number, device)}
     tensors, skeleton = flatten(arguments)
     return FlatCall(tensors, skeleton, number)
 

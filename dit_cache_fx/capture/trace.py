@@ -21,19 +21,15 @@ from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.record import ModuleCall, Recording
 from dit_cache_fx.capture.scalar_timestep import NumberFactories
 from dit_cache_fx.errors import CaptureError
-from dit_cache_fx.ir.program import KEYS, OUTPUT, PATH
-from dit_cache_fx.ir.within import WITHIN
-from dit_cache_fx.values.pytree import (
+from dit_cache_fx.ir.node_meta import mark, mark_tensor
+from dit_cache_fx.values.containers import (
     Maker,
-    Skeleton,
     accessor,
     build,
-    flatten,
     is_constructible,
-    key_paths,
     make_container,
-    unflatten,
 )
+from dit_cache_fx.values.pytree import Skeleton, flatten, key_paths, unflatten
 
 
 def call_kept(index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -104,8 +100,8 @@ def _trace(
 def _refuse_read_after_change(graph: fx.Graph, recording: Recording) -> None:
     """Refuse a model that reads what one of its modules changed in place."""
     order = {node: place for place, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        if node.target is not call_kept or not recording.calls[node.args[0]].mutated:
+    for node in graph.find_nodes(op="call_function", target=call_kept):
+        if not recording.calls[node.args[0]].mutated:
             continue
         copies = [n for n in node.all_input_nodes if n.target is torch.ops.aten.clone.default]
         for source in (s for copy in copies for s in copy.all_input_nodes):
@@ -194,7 +190,9 @@ class _Replay:
     def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return self.made.outputs()
 
-    def emit(self, graph: Emitter, inputs: Sequence[Any]) -> Sequence[Any]:
+    def emit(
+        self, graph: Emitter, inputs: Sequence[Any], outputs: Sequence[torch.Tensor]
+    ) -> Sequence[Any]:
         args, kwargs = unflatten(
             self.inputs,
             inputs,
@@ -203,13 +201,14 @@ class _Replay:
         )
         name = self.made.name
         node = graph.call(call_kept, (self.index, name, args, kwargs), {}, _node_name(name))
-        node.node.meta[WITHIN] = self.made.within
-        outputs = []
+        mark(node.node, within=self.made.within or None)
+        proxies = []
         for index, path in enumerate(key_paths(self.made.skeleton)):
-            output = _follow(node, path)
-            output.node.meta.update({OUTPUT: index, PATH: tuple(key for _, key in path)})
-            outputs.append(output)
-        return outputs
+            proxy, tensor = _follow(node, path), outputs[index]
+            mark_tensor(proxy.node, tensor.to("meta"), tensor.device)
+            mark(proxy.node, output=index, path=tuple(key for _, key in path))
+            proxies.append(proxy)
+        return proxies
 
     def _container(self, graph: Emitter, kind: Any, keys: Any, children: list[Any]) -> Any:
         """A container as an argument: what a graph cannot write down is made by a node of it."""
@@ -220,7 +219,7 @@ class _Replay:
         else:
             maker = self._attribute(graph, self._maker(kind, keys))
             made = graph.call(make_container, (maker, *children), {}, kind.__name__)
-        made.node.meta[KEYS] = keys
+        mark(made.node, keys=keys)
         return made
 
     def _maker(self, kind: Any, keys: Any) -> Maker:

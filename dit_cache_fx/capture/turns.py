@@ -24,17 +24,31 @@ class Turns:
         """For a run of the model itself: alone where forward may set attributes."""
         return self.alone() if self.needed else nullcontext()
 
-    @contextmanager
-    def beside(self) -> Iterator[None]:
+    def beside(self) -> AbstractContextManager[None]:
         """Within it nobody else goes alone."""
+        return _Beside(self)
+
+    def _enter_beside(self) -> int:
+        """Come in; returns what to leave with. Takes the lock only where somebody is in the way.
+
+        Whoever goes alone says so before it looks who is here, and this comes in before it looks
+        who goes alone: one of the two sees the other.
+        """
         thread = threading.get_ident()
-        with self._change:
-            self._change.wait_for(lambda: self._may_go_beside(thread))
-            self._beside.append(thread)
-        try:
-            yield
-        finally:
-            self._left(self._beside, thread)
+        self._beside.append(thread)
+        if self._waiting or self._alone:
+            with self._change:
+                self._beside.remove(thread)
+                self._change.notify_all()
+                self._change.wait_for(lambda: self._may_go_beside(thread))
+                self._beside.append(thread)
+        return thread
+
+    def _leave_beside(self, thread: int) -> None:
+        self._beside.remove(thread)
+        if self._waiting:
+            with self._change:
+                self._change.notify_all()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -50,14 +64,26 @@ class Turns:
         try:
             yield
         finally:
-            self._left(self._alone, thread)
+            with self._change:
+                self._alone.remove(thread)
+                self._change.notify_all()
 
     def _may_go_beside(self, thread: int) -> bool:
         if thread in self._beside or thread in self._alone:
             return True
         return not self._alone and not self._waiting
 
-    def _left(self, place: list[int], thread: int) -> None:
-        with self._change:
-            place.remove(thread)
-            self._change.notify_all()
+
+class _Beside(AbstractContextManager[None]):
+    """A run beside others: entered for each graph of each call."""
+
+    __slots__ = ("_thread", "_turns")
+
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+
+    def __enter__(self) -> None:
+        self._thread = self._turns._enter_beside()
+
+    def __exit__(self, *error: object) -> None:
+        self._turns._leave_beside(self._thread)

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from operator import is_
-from threading import local
+from threading import Thread, local
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from dit_cache_fx.capture.attributes import TORCHS, is_plain
-from dit_cache_fx.values.pytree import attributes
+from dit_cache_fx.values.containers import attributes
 
 #: how far is looked from a variable or an attribute, and at how many holders of values in all
 _DEPTH, _MOST = 4, 50_000
@@ -31,7 +31,8 @@ _IMPORTS = 2
 #: packages whose state is not the model's
 _FOREIGN = frozenset({*sys.stdlib_module_names, "torch", "numpy", "dit_cache_fx"})
 _CONTAINERS = (dict, list, tuple, set, deque)
-_LEAVES = (torch.Tensor, types.ModuleType, types.MethodType, str, bytes, int, float)
+#: a thread's own state (a progress bar's monitor, say) changes whenever it runs
+_LEAVES = (torch.Tensor, types.ModuleType, types.MethodType, Thread, str, bytes, int, float)
 
 
 _LOOKED_INTO = (*_CONTAINERS, nn.Module, ContextVar, local, ref, types.SimpleNamespace)

@@ -34,11 +34,11 @@ class Outlined:
 
     `dynamos`: the graph as it was. `tensors`: which inputs are tensors; for each of these `names`
     has a name unlike all others and `origins` Dynamo's node; the model's own are in `owned`.
-    `given`: all inputs that are not. `numbers`: tensors that `gm` takes as numbers. `timestep`: the
-    name of the timestep, where there is one. `constant`: its value where it is a constant of the
-    graph. `number_step`: which input it is where Dynamo passes it as a number. `elsewhere`: the
-    model's lists that other pieces have: name -> how many blocks. `order`: the arguments of the
-    compiled function.
+    `given`: all inputs that are not. `numbers`: tensors that `gm` takes as numbers.
+    `timestep_argument`: the name of the timestep, where there is one. `constant`: its value where
+    it is a constant of the graph. `number_step`: which input it is where Dynamo passes it as a
+    number. `elsewhere`: the model's lists that other pieces have: name -> how many blocks. `order`:
+    the arguments of the compiled function.
     """
 
     dynamos: fx.GraphModule
@@ -56,14 +56,14 @@ class Outlined:
     numbers: tuple[int, ...]
     number_step: int | None
     dynamic: bool  # some inputs are sizes
-    timestep: str | None
+    timestep_argument: str | None
 
     @cached_property
-    def timestep_place(self) -> int | None:
+    def timestep_position(self) -> int | None:
         """Which input the timestep is."""
-        if self.timestep is None:
+        if self.timestep_argument is None:
             return None
-        return self.tensors[self.names.index(self.timestep)]
+        return self.tensors[self.names.index(self.timestep_argument)]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def capture_graph(outlined: Outlined, inputs: Sequence[Input], strategy: Strateg
             traced = trace(run, tensors, members, recording)
         except Exception as error:
             raise CaptureError(f"the graph of the model cannot be traced: {error}") from error
-        program, guards = normal_form(outlined.gm, traced, call, outlined.timestep)
+        program, guards = normal_form(outlined.gm, traced, call, outlined.timestep_argument)
         if guards is not None and guards.inputs:  # else it is read out of constants
             raise CaptureError("the graph reads values out of tensors")
         program.owned = outlined.owned
@@ -123,7 +123,7 @@ def _sample(program: Program, order: Sequence[str]) -> str | None:
     given = {
         argument: spec
         for name, argument in zip(program.inputs, program.arguments, strict=True)
-        if name not in program.owned and name != program.timestep
+        if name not in program.owned and name != program.timestep_input
         if (spec := spec_of(program.node(name))) is not None and spec.ndim > 1
     }
     ordered = sorted(given, key=lambda name: order.index(name) if name in order else len(order))

@@ -57,7 +57,7 @@ class Backend(LifeCycle):
         if mode is not None or options is not None:
             compile_graph = inner_compiler(self._inner, mode, options)
         if torch.is_grad_enabled() and any(map(_requires_grad, example_inputs)):
-            self._host.warn_once(WANTS_GRADIENTS)
+            self._call_log.warn_once(WANTS_GRADIENTS)
             return compile_graph(gm, example_inputs)
         return self._cached(gm, example_inputs, compile_graph)
 
@@ -70,7 +70,7 @@ class Backend(LifeCycle):
         outlined = outlined_graph(
             gm, example_inputs, self._blocks, self._timestep, piece.whole, frame
         )
-        place = outlined.timestep_place
+        position = outlined.timestep_position
         if outlined.lists:
             graph = CachedGraph(self._shared, compile_graph, outlined, piece)
             self._graphs.add(graph)
@@ -78,15 +78,15 @@ class Backend(LifeCycle):
         compiled = compile_graph(gm, example_inputs)
         if piece.whole:
             self._shared.uncached(NO_BLOCKS, again=False)
-        elif piece.first and place is not None:
-            return NotingGraph(self._shared, compiled, place, piece)
+        elif piece.first and position is not None:
+            return NotingGraph(self._shared, compiled, position, piece)
         return compiled
 
     # --- life cycle --------------------------------------------------------------------------
 
     @property
-    def _host(self) -> CallLog:
-        return self._shared.host
+    def _call_log(self) -> CallLog:
+        return self._shared.call_log
 
     @property
     def _enabled(self) -> bool:  # type: ignore[override]
@@ -104,13 +104,13 @@ class Backend(LifeCycle):
     def reset_states(self) -> None:
         """Forget everything: graphs and counts too."""
         self.clear_states()
-        self._host.forget_calls()
-        self._host.count.forget()
+        self._call_log.forget_calls()
+        self._call_log.count.forget()
         for graph in self._graphs:
             graph.forget()
 
     def __repr__(self) -> str:
-        return f"backend({self._host.strategy!r}, inner={self._inner!r})"
+        return f"backend({self._call_log.strategy!r}, inner={self._inner!r})"
 
 
 def outlined_graph(
@@ -131,7 +131,7 @@ def outlined_graph(
         others = _other_lists(frame.outer, lists, gm, example_inputs)
         if blocks is None and not _holds_trunk(frame.outer, lists, gm, example_inputs):
             lists = []
-    places = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    places = gm.graph.find_nodes(op="placeholder")
     numbers = [i for i, node in enumerate(places) if node.users and all(map(is_number, node.users))]
     all_tensors = [i for i, v in enumerate(example_inputs) if isinstance(v, torch.Tensor)]
     scalars = {*numbers, *range(len(places))} - ({*all_tensors} - {*numbers})
@@ -163,7 +163,7 @@ def outlined_graph(
         number_step=number_step,
         given=tuple(i for i in range(len(example_inputs)) if i not in own),
         dynamic=len(tensors) < len(example_inputs),
-        timestep=step,
+        timestep_argument=step,
         constant=None if step is not None or named is None else frame.numbers.get(named),
     )
 
@@ -251,7 +251,7 @@ def _name_of(
 ) -> str | None:
     """The name of the list that has the parameters of these modules."""
     own = {id(p) for module in modules for p in module.parameters()}
-    places = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    places = gm.graph.find_nodes(op="placeholder")
     paths = [
         ".".join(path_of(dynamo_source(node))[1:]) + "."
         for node, value in zip(places, example_inputs, strict=True)

@@ -59,7 +59,7 @@ class Shared:
     `split`: there was a piece that is not the whole of its function. `caches`: a graph is cached.
     """
 
-    host: CallLog
+    call_log: CallLog
     enabled: bool = True
     serials: dict[Hashable, int] = field(default_factory=dict)  # of programs
     timesteps: dict[Hashable, TimestepValue] = field(default_factory=dict)
@@ -98,7 +98,7 @@ class Shared:
         if self.warned or (self.split and (self.caches or not again)):
             return
         self.warned = True
-        self.host.warn_once(f"{_SPLIT}; {reason}" if self.split else reason)
+        self.call_log.warn_once(f"{_SPLIT}; {reason}" if self.split else reason)
 
 
 class CachedGraph:
@@ -154,15 +154,15 @@ class CachedGraph:
 
     def _value(self, inputs: Sequence[Input]) -> TimestepValue | None:
         """The step's timestep: set by the user, among the inputs, or told by an earlier piece."""
-        place = self._outlined.timestep_place
+        position = self._outlined.timestep_position
         value: TimestepValue | None = None
-        explicit = self._shared.host.tracker.session.explicit
+        explicit = self._shared.call_log.tracker.session.explicit
         if not self._piece.first:
             value = self._shared.timesteps.get(self._piece.function)
         if explicit is not None:
             value = float(explicit)
-        elif value is None and place is not None:
-            value = timestep_value(inputs[place])  # type: ignore[arg-type]
+        elif value is None and position is not None:
+            value = timestep_value(inputs[position])  # type: ignore[arg-type]
         elif value is None:
             value = self._shared.constant(self._outlined.constant)
         if value is None:
@@ -174,19 +174,21 @@ class CachedGraph:
     def _serve(
         self, lowered: Lowered, value: TimestepValue, tensors: Sequence[torch.Tensor]
     ) -> Sequence[Any]:
-        host, variants = self._shared.host, lowered.variants
-        session = host.tracker.session
+        call_log, variants = self._shared.call_log, lowered.variants
+        session = call_log.tracker.session
         given = [tensors[i] for i in lowered.given]
         with session.lock, torch.no_grad():
             derived = not self._piece.first
-            evidence = host.evidence(session, lowered, lowered.signature, value, tensors, derived)
-            start = host.begin(session, evidence, variants.held)
+            evidence = call_log.evidence(
+                session, lowered, lowered.signature, value, tensors, derived
+            )
+            start = call_log.begin(session, evidence, variants.held)
             results = _run(lowered, start.step, tensors)
             outputs = lasting(results[: variants.outputs])
-            kept = lasting([t.contiguous() for t in results[variants.outputs :]])
-            owned = start.step.commit(given, outputs, kept)
+            recorded = lasting([t.contiguous() for t in results[variants.outputs :]])
+            owned = start.step.commit(given, outputs, recorded)
             arguments = lowered.program.arguments
-            host.done(start, lambda: [arguments[i] for i in lowered.conditioning])
+            call_log.done(start, lambda: [arguments[i] for i in lowered.conditioning])
         output: Sequence[Any] = unflatten(lowered.program.output, owned)
         return output
 
@@ -236,7 +238,7 @@ class CachedGraph:
         self._called = True
 
     def _lower(self, inputs: Sequence[Input]) -> Lowered:
-        strategy, outlined = self._shared.host.strategy, self._outlined
+        strategy, outlined = self._shared.call_log.strategy, self._outlined
         traced = capture_graph(outlined, inputs, strategy)
         program = traced.program
         lists = {**program.block_lists, **outlined.elsewhere}
@@ -266,17 +268,17 @@ class CachedGraph:
 class NotingGraph:
     """A piece without blocks that is given the timestep: it tells the pieces behind it."""
 
-    def __init__(self, shared: Shared, compiled: Compiled, place: int, piece: Piece) -> None:
+    def __init__(self, shared: Shared, compiled: Compiled, position: int, piece: Piece) -> None:
         self._shared = shared
         self._compiled = compiled
-        self._place = place
+        self._position = position
         self._piece = piece
         self._called = False
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         if self._shared.enabled:
-            if self._shared.host.tracker.session.explicit is None:
-                self._shared.tell(self._piece, timestep_value(inputs[self._place]))
+            if self._shared.call_log.tracker.session.explicit is None:
+                self._shared.tell(self._piece, timestep_value(inputs[self._position]))
             self._shared.uncached(NO_BLOCKS, self._called)
             self._called = True
         return self._compiled(*inputs)

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from dit_cache_fx.capture import BlockList
 from dit_cache_fx.dynamo.sources import ModuleCall, Path, module_calls
+from dit_cache_fx.ir.copying import copy_nodes
 
 #: which of a node's module calls its group is
 Chooser = Callable[[Sequence[ModuleCall]], ModuleCall | None]
@@ -127,13 +128,11 @@ class _Outliner:
         return graph
 
     def _copy(self, graph: fx.Graph, node: fx.Node, new: dict[fx.Node, fx.Node]) -> None:
-        for needed in node.all_input_nodes:
-            if needed.op == "get_attr" and needed not in new:
-                new[needed] = graph.node_copy(needed)
         if is_number(node):
             new[node] = new[node.all_input_nodes[0]]
             return
-        new[node] = graph.node_copy(node, new.__getitem__)
+        attributes = [n for n in node.all_input_nodes if n.op == "get_attr"]
+        copy_nodes(graph, [*attributes, node], new)
         for name in (str(n.target) for n in (node, *node.all_input_nodes) if n.op == "get_attr"):
             setattr(self.owner, name, getattr(self.gm, name))
         if node.op == "call_module":

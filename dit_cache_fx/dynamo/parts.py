@@ -19,7 +19,9 @@ from dit_cache_fx._torch import (
 )
 from dit_cache_fx.capture.ambient import without_autocast
 from dit_cache_fx.dynamo.inner import Compile
-from dit_cache_fx.ir.within import WITHIN, Within
+from dit_cache_fx.ir.copying import add_input, body, copy_nodes
+from dit_cache_fx.ir.node_meta import meta_of
+from dit_cache_fx.ir.within import Within
 from dit_cache_fx.lowering import CompiledPart, Part
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
@@ -78,30 +80,27 @@ def flat(gm: fx.GraphModule) -> fx.GraphModule:
         %h = relu(%x)
     """
     graph, owner = fx.Graph(), nn.Module()
-    places = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    given: dict[fx.Node, Any] = {}
-    for node in places:
-        given[node] = graph.placeholder(str(node.target))
-        given[node].meta.update(node.meta)
+    places = gm.graph.find_nodes(op="placeholder")
+    given: dict[fx.Node, Any] = {n: add_input(graph, n, str(n.target)) for n in places}
     graph.output(_inlined(gm, given, graph, owner))
     return fx.GraphModule(owner, graph, type(gm).__name__)
 
 
 def _inlined(gm: fx.GraphModule, new: dict[fx.Node, Any], graph: fx.Graph, owner: nn.Module) -> Any:
     """Add a graph's nodes to `graph`; returns its output in terms of the new nodes."""
-    for node in gm.graph.nodes:
-        if node.op in ("placeholder", "output"):
-            continue
-        source = node.args[0] if node.target is operator.getitem else None
+
+    def instead(node: fx.Node) -> Any:
+        source: Any = node.args[0] if node.target is operator.getitem else None
         if isinstance(source, fx.Node) and isinstance(new[source], dict):
-            new[node] = new[source][node.args[1]]
-        elif node.op == "get_attr":
-            new[node] = graph.get_attr(_kept(owner, _value(gm, str(node.target))))
-        elif node.op == "call_module":
-            with _entered(graph, node.meta.get(WITHIN) or Within()):
-                new[node] = _called(gm, node, new, graph, owner)
-        else:
-            new[node] = graph.node_copy(node, new.__getitem__)
+            return new[source][node.args[1]]
+        if node.op == "get_attr":
+            return graph.get_attr(_kept(owner, _value(gm, str(node.target))))
+        if node.op == "call_module":
+            with _entered(graph, meta_of(node).within or Within()):
+                return _called(gm, node, new, graph, owner)
+        return None
+
+    copy_nodes(graph, body(gm.graph), new, instead)
     return fx.map_arg(gm.graph.output_node().args[0], new.__getitem__)
 
 
@@ -132,7 +131,7 @@ def _called(
     args, kwargs = fx.map_arg((node.args, node.kwargs), new.__getitem__)
     if not isinstance(module, fx.GraphModule) or kwargs:
         return graph.call_module(_kept(owner, module), args, kwargs)
-    places = [n for n in module.graph.nodes if n.op == "placeholder"]
+    places = module.graph.find_nodes(op="placeholder")
     return _inlined(module, dict(zip(places, args, strict=True)), graph, owner)
 
 

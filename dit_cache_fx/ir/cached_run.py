@@ -14,13 +14,13 @@ def cache_or_compute(
     run: int,
     compute: fx.GraphModule,
     reuse: fx.GraphModule,
-    starts: Sequence[torch.Tensor],
+    run_inputs: Sequence[torch.Tensor],
     operands: Sequence[torch.Tensor],
 ) -> tuple[torch.Tensor, ...]:
     """The values of cached run `run`, computed or reused; a lowering says how it is decided.
 
-    `compute(*held, *clock, *starts, *operands)` gives the values, then what to hold.
-    `reuse(*held, *clock, *starts)` gives the values.
+    `compute(*held, *clock, *run_inputs, *operands)` gives the values, then what to hold.
+    `reuse(*held, *clock, *run_inputs)` gives the values.
     """
     raise AssertionError("a program has to be lowered before it runs")
 
@@ -33,20 +33,20 @@ class CachedRun:
     index: int
     compute: str  # attribute names of the two sides
     reuse: str
-    starts: list[fx.Node]
+    run_inputs: list[fx.Node]
     operands: list[fx.Node]
 
     @staticmethod
     def of(node: fx.Node) -> CachedRun:
-        index, compute, reuse, starts, operands = cast("tuple[Any, ...]", node.args)
+        index, compute, reuse, run_inputs, operands = cast("tuple[Any, ...]", node.args)
         return CachedRun(
-            node, index, str(compute.target), str(reuse.target), list(starts), list(operands)
+            node, index, str(compute.target), str(reuse.target), list(run_inputs), list(operands)
         )
 
 
 def cached_runs(graph: fx.Graph) -> list[CachedRun]:
     """The cached runs of a graph, in order."""
-    return [CachedRun.of(n) for n in graph.nodes if is_cached_run(n)]
+    return [CachedRun.of(n) for n in graph.find_nodes(op="call_function", target=cache_or_compute)]
 
 
 def is_cached_run(node: fx.Node) -> bool:

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from dit_cache_fx._torch import trace_text
+from dit_cache_fx.ir.node_meta import meta_of
 from dit_cache_fx.ir.program import spec_of
-from dit_cache_fx.ir.within import WITHIN
 
 #: an argument that is longer is cut
 _LONGEST = 100
@@ -26,7 +26,7 @@ def lines(gm: fx.GraphModule, name: str, indent: str = "", shapes: bool = False)
         side = _value(gm, node)
         if isinstance(side, fx.GraphModule):
             yield from lines(side, str(node.target), indent + "    ", shapes)
-    inputs = [str(node) for node in nodes if node.op == "placeholder"]
+    inputs = [str(node) for node in gm.graph.find_nodes(op="placeholder")]
     yield f"{indent}{name}({', '.join(inputs)}):"
     for node in nodes:
         if node.op != "placeholder" and not isinstance(_value(gm, node), fx.GraphModule):
@@ -56,7 +56,8 @@ def _line(node: fx.Node) -> str:
         return f"{node} = {node.target}"
     named = [f"{key}={short(value)}" for key, value in node.kwargs.items()]
     line = f"{node} = {_target(node)}({', '.join([*map(short, node.args), *named])})"
-    return f"with {node.meta[WITHIN]}: {line}" if node.meta.get(WITHIN) else line
+    within = meta_of(node).within
+    return f"with {within}: {line}" if within else line
 
 
 def _target(node: fx.Node) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 CLOCK_NAMES = ("distance", "computed", "gap", "reach")
 
 #: the clock, the flags of a decision, and what a state holds beside the tensors
-_WORDS = frozenset({*CLOCK_NAMES, "forced", "fresh", "clock", "print", "lost"})
+_WORDS = frozenset({*CLOCK_NAMES, "forced", "fresh", "clock", "checksum", "lost"})
 _HELD, _MEASURED, _STATE = "held_", "measured_", "state_"
 
 

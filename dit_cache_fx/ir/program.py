@@ -3,6 +3,10 @@
 A program is an ATen-level graph over the user's own, live modules: every block is one
 `call_module` (`model.transformer_blocks.7`), so is every layer around the blocks, and the timestep
 is one placeholder. There is no in-place operation in it.
+
+The timestep has four forms: `timestep_argument` is the name of forward's argument, `timestep_input`
+the placeholder of the graph, `timestep_position` its index among the call's tensors, and
+`timestep_value` the number that a call gives.
 """
 
 from __future__ import annotations
@@ -15,32 +19,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from dit_cache_fx._torch import DEVICE
 from dit_cache_fx.errors import VerifyError
-from dit_cache_fx.ir.within import generate_contexts
+from dit_cache_fx.ir.contexts import generate_contexts
+from dit_cache_fx.ir.copying import body, copy_nodes
+from dit_cache_fx.ir.node_meta import BlockId, is_block, meta_of
 from dit_cache_fx.values.pytree import Skeleton
 from dit_cache_fx.values.tensor_spec import TensorSpec
-
-#: node.meta keys
-BLOCK = "dit_cache_block"  # on a block's call: its BlockId
-OUTPUT = "dit_cache_output"  # on a value of a block: the index among the block's tensors
-PATH = "dit_cache_path"  # beside it: the keys that lead to it in the block's result
-ORIGIN = "dit_cache_origin"  # on a node that was copied into a run: the name of what it was
-KEYS = "dit_cache_keys"  # on a container that is made as a block's argument: its keys
-SIGNAL = "dit_cache_signal"  # on the value that the strategy's own rule looks at
-
-
-@dataclass(frozen=True, order=True)
-class BlockId:
-    """A call of a block: the attribute path of its list, its place in it, which call of it."""
-
-    list_name: str
-    index: int
-    call: int = 0
-
-    def __str__(self) -> str:
-        again = f" (call {self.call})" if self.call else ""
-        return f"{self.list_name}.{self.index}{again}"
 
 
 @dataclass(frozen=True)
@@ -73,7 +57,8 @@ class Program:
     gm: fx.GraphModule
     inputs: tuple[str, ...]  # placeholders of the call's tensors, in order
     arguments: tuple[str, ...]  # for each input, the forward argument that it came in
-    timestep: str | None  # the input that tells the step
+    timestep_argument: str | None  # the forward argument that tells the step
+    timestep_input: str | None  # the input that it came in as
     sample: str | None  # the forward argument that carries the noisy sample
     output: Skeleton
     block_lists: dict[str, int] = field(default_factory=dict)  # list name -> blocks in it
@@ -85,14 +70,19 @@ class Program:
         return self.gm.graph
 
     @property
+    def timestep_position(self) -> int | None:
+        """Which of the inputs tells the step."""
+        name = self.timestep_input
+        return None if name is None else self.inputs.index(name)
+
+    @property
     def model(self) -> nn.Module:
         return self.gm.get_submodule("model")
 
     def copied(self) -> Program:
         """A program with a graph of its own over the same live model."""
         graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
-        for node in self.graph.nodes:
-            new[node] = graph.node_copy(node, new.__getitem__)
+        copy_nodes(graph, self.graph.nodes, new)
         attributes = attributes_of(self.gm, self.graph)
         gm = graph_module(self.model, attributes, graph, type(self.gm).__name__)
         return replace(self, gm=gm, block_lists=dict(self.block_lists))
@@ -107,7 +97,7 @@ class Program:
     @property
     def signal(self) -> fx.Node | None:
         """The value that the strategy's own rule looks at."""
-        return next((n for n in self.graph.nodes if SIGNAL in n.meta), None)
+        return next((n for n in self.graph.nodes if meta_of(n).signal), None)
 
     def needs(self) -> dict[fx.Node, frozenset[str]]:
         """For each node the forward arguments that it depends on; the model's own are none."""
@@ -121,7 +111,7 @@ class Program:
 
     def block_calls(self) -> list[fx.Node]:
         """The calls of trunk blocks, in order."""
-        return [node for node in self.graph.nodes if BLOCK in node.meta]
+        return [node for node in self.graph.find_nodes(op="call_module") if is_block(node)]
 
     def outputs_of_blocks(self) -> list[fx.Node]:
         """The model's own results that its blocks take part in, each once."""
@@ -149,8 +139,9 @@ def graph_module(
 
 def attributes_of(gm: fx.GraphModule, graph: fx.Graph) -> dict[str, Any]:
     """What `graph` reads from `gm` beside the model: constants and subgraphs."""
-    targets = {str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module")}
-    return {t: getattr(gm, t) for t in sorted(targets) if "." not in t and hasattr(gm, t)}
+    reading = [n for op in ("get_attr", "call_module") for n in graph.find_nodes(op=op)]
+    targets = sorted({str(n.target) for n in reading})
+    return {t: getattr(gm, t) for t in targets if "." not in t and hasattr(gm, t)}
 
 
 def inline(
@@ -163,13 +154,12 @@ def inline(
 
     What it reads from itself (constants) is added to `attributes`, where need be by another name.
     """
-    places = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    places = gm.graph.find_nodes(op="placeholder")
     new: dict[fx.Node, fx.Node] = dict(zip(places, inputs, strict=True))
-    for node in gm.graph.nodes:
-        if node.op not in ("placeholder", "output"):
-            new[node] = graph.node_copy(node, new.__getitem__)
-            if node.op == "get_attr" and "." not in str(node.target):
-                new[node].target = _added(attributes, str(node.target), getattr(gm, node.target))
+    copy_nodes(graph, body(gm.graph), new)
+    for node in gm.graph.find_nodes(op="get_attr"):
+        if "." not in node.target:
+            new[node].target = _added(attributes, node.target, getattr(gm, node.target))
     results: Any = gm.graph.output_node().args[0]
     return [new[n] if isinstance(n, fx.Node) else n for n in results]
 
@@ -186,7 +176,7 @@ def is_kept(node: fx.Node) -> bool:
 
     A block without readers is one that is never cached, by the user's wish.
     """
-    return node.op in ("placeholder", "output") or BLOCK in node.meta or SIGNAL in node.meta
+    return node.op in ("placeholder", "output") or is_block(node) or meta_of(node).signal
 
 
 def is_view(node: fx.Node) -> bool:
@@ -222,7 +212,7 @@ def _closure(nodes: Iterable[fx.Node], stop: set[fx.Node], step: Any) -> set[fx.
 
 def block_values(call: fx.Node) -> list[fx.Node]:
     """The tensors of a block's result: the call itself, or the items taken from it."""
-    if OUTPUT in call.meta:
+    if meta_of(call).output is not None:
         return [call]
     return [value for item in items_of(call) for value in block_values(item)]
 
@@ -244,9 +234,9 @@ def argument_leaves(call: fx.Node) -> list[tuple[Slot, fx.Node]]:
 
 def _leaves(slot: Slot, value: Any) -> Iterator[tuple[Slot, fx.Node]]:
     children: Iterable[tuple[Any, Any]] = ()
-    if isinstance(value, fx.Node) and KEYS in value.meta:
+    if isinstance(value, fx.Node) and (keys := meta_of(value).keys) is not None:
         parts = [*value.kwargs.values()] or value.args[1:]
-        children = zip(value.meta[KEYS], parts, strict=True)
+        children = zip(keys, parts, strict=True)
     elif isinstance(value, fx.Node):
         if value.op != "get_attr" or spec_of(value) is not None:
             yield slot, value
@@ -260,7 +250,7 @@ def _leaves(slot: Slot, value: Any) -> Iterator[tuple[Slot, fx.Node]]:
 
 def block_call_of(value: fx.Node) -> fx.Node:
     """The block call that a value (or a slice of one) comes from."""
-    while BLOCK not in value.meta:
+    while not is_block(value):
         value = value.all_input_nodes[0]
     return value
 
@@ -286,5 +276,5 @@ def tensor_spec(node: fx.Node) -> TensorSpec:
 
 def device_of(node: fx.Node) -> torch.device:
     """The device of the node's tensor at capture."""
-    device: torch.device = node.meta.get(DEVICE) or node.meta["val"].device
+    device: torch.device = meta_of(node).device or node.meta["val"].device
     return device

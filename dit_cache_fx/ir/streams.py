@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from dit_cache_fx._torch import DEVICE
 from dit_cache_fx.errors import CaptureError
+from dit_cache_fx.ir.node_meta import block_of, mark_tensor, meta_of
 from dit_cache_fx.ir.program import (
-    BLOCK,
-    PATH,
     Program,
     Region,
     Slot,
@@ -35,9 +33,9 @@ def start_of(
     called `cache_name` where the block has an argument of that name. A value that the block list
     wires to another argument (text rows) is none of it, and starts from that one with `every`.
     """
-    first = next(c for c in program.block_calls() if c.meta[BLOCK] == region.blocks[0])
-    list_name = first.meta[BLOCK].list_name
-    opening = next(c for c in program.block_calls() if c.meta[BLOCK].list_name == list_name)
+    first = next(c for c in program.block_calls() if block_of(c) == region.blocks[0])
+    list_name = block_of(first).list_name
+    opening = next(c for c in program.block_calls() if block_of(c).list_name == list_name)
     tracked = _tracked_slot(program, opening, cache_name)
     wired = _wired_slot(program, value, first)
     if wired is not None and tracked is not None and wired != tracked:
@@ -87,15 +85,16 @@ def padded_start(
     residual in the stream's rows and the value itself in the others. The padded stream is added to
     the graph. None where the run joins nothing.
     """
-    first = next(c for c in program.block_calls() if c.meta[BLOCK] == region.blocks[0])
+    first = next(c for c in program.block_calls() if block_of(c) == region.blocks[0])
     start = stream_input(program, first, cache_name)
     joined, spec = spec_of(value), None if start is None else spec_of(start)
     if start is None or spec is None or joined is None or joined.ndim != spec.ndim:
         return None
     start = unchanged(start)
     inside = descendants([first])
-    for node in program.graph.nodes:
-        if node in inside and node.target is torch.ops.aten.cat.default:
+    cat = torch.ops.aten.cat.default
+    for node in program.graph.find_nodes(op="call_function", target=cat):
+        if node in inside:
             offset = _offset(node, spec.shape)
             if _shape(node) == joined.shape and offset is not None:
                 return _pad(program, first, start, joined.shape, *offset)
@@ -154,7 +153,7 @@ def _pad(
         padded = program.graph.call_function(
             torch.ops.aten.constant_pad_nd.default, (start, padding, 0)
         )
-    padded.meta.update({"val": spec.new_empty(shape), DEVICE: device_of(start)})
+    mark_tensor(padded, spec.new_empty(shape), device_of(start))
     return padded
 
 
@@ -173,13 +172,13 @@ def _named_slots(program: Program, call: fx.Node, name: str) -> list[Slot]:
 
 def _wired_slot(program: Program, value: fx.Node, first: fx.Node) -> Slot | None:
     """The slot that this output of a block goes to where two blocks of the list follow."""
-    path = value.meta.get(PATH)
-    list_name = block_call_of(value).meta[BLOCK].list_name
-    if path is None or list_name != first.meta[BLOCK].list_name:
+    path = meta_of(value).path
+    list_name = block_of(block_call_of(value)).list_name
+    if path is None or list_name != block_of(first).list_name:
         return None
-    calls = [c for c in program.block_calls() if c.meta[BLOCK].list_name == list_name]
+    calls = [c for c in program.block_calls() if block_of(c).list_name == list_name]
     for before, after in itertools.pairwise(calls):
-        outputs = [v for v in block_values(before) if v.meta[PATH] == path]
+        outputs = [v for v in block_values(before) if meta_of(v).path == path]
         for slot, node in argument_leaves(after):
             if node in outputs:
                 return slot

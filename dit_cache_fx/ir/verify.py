@@ -9,9 +9,10 @@ import torch
 from torch import fx
 
 from dit_cache_fx.errors import VerifyError
-from dit_cache_fx.ir.cached_run import CachedRun, cached_runs, is_cached_run
+from dit_cache_fx.ir.cached_run import CachedRun, cached_runs
 from dit_cache_fx.ir.names import CLOCK_NAMES, is_reserved
-from dit_cache_fx.ir.program import BLOCK, Program, Region
+from dit_cache_fx.ir.node_meta import block_of, meta_of
+from dit_cache_fx.ir.program import Program, Region
 
 
 def verify(program: Program) -> None:
@@ -21,11 +22,11 @@ def verify(program: Program) -> None:
     attribute that it names is there; nothing changes a tensor in place; no node is named as an
     operand of the cache's own; a block is in at most one run, and every value of a run is a node
     of the graph. The two sides of a run are graphs of the same kind, that take and give what the
-    run says.
+    run says. What is noted on nodes (`NodeMeta`) is where it belongs.
     """
     graph = program.graph
     _verify_graph(program.gm, "")
-    inputs = tuple(n.name for n in graph.nodes if n.op == "placeholder")
+    inputs = tuple(n.name for n in graph.find_nodes(op="placeholder"))
     if inputs != program.inputs:
         raise VerifyError(f"the graph takes {inputs}, the call gives {program.inputs}")
     reserved = [n.name for n in graph.nodes if is_reserved(n.name)]
@@ -47,6 +48,18 @@ def _verify_graph(gm: fx.GraphModule, where: str) -> None:
             raise VerifyError(f"{where}{node.name} changes a tensor in place: {target}")
         if node.op in ("get_attr", "call_module") and not _is_there(gm, str(target)):
             raise VerifyError(f"{where}{node.name} reads {target}, which is not there")
+        _verify_meta(node, where)
+    if sum(meta_of(node).signal for node in gm.graph.nodes) > 1:
+        raise VerifyError(f"{where}more than one value is the rule's signal")
+
+
+def _verify_meta(node: fx.Node, where: str) -> None:
+    meta = meta_of(node)
+    if meta.block is not None and node.op != "call_module":
+        raise VerifyError(f"{where}{node.name} is noted as a call of {meta.block}, and is no call")
+    parts = [*node.kwargs.values()] or node.args[1:]
+    if meta.keys is not None and len(meta.keys) != len(parts):
+        raise VerifyError(f"{where}{node.name} has {len(parts)} parts and {len(meta.keys)} keys")
 
 
 def _is_there(gm: fx.GraphModule, target: str) -> bool:
@@ -70,7 +83,7 @@ def _verify_regions(program: Program) -> None:
         missing = [v for v in region.values if v not in names]
         if missing:
             raise VerifyError(f"run {region.index}: no node is called {missing}")
-    listed = {c.meta[BLOCK].list_name for c in program.block_calls()}
+    listed = {block_of(c).list_name for c in program.block_calls()}
     if not listed <= set(program.block_lists):
         raise VerifyError(f"blocks of unknown lists: {sorted(listed)}")
 
@@ -85,12 +98,12 @@ def _verify_run(program: Program, run: CachedRun) -> None:
         raise VerifyError(f"{where}there is no such region")
     _verify_results(run, region, where)
     compute, reuse = (_side(program, name, where) for name in (run.compute, run.reuse))
-    taken = [sum(n.op == "placeholder" for n in side.graph.nodes) for side in (compute, reuse)]
-    held = taken[1] - len(CLOCK_NAMES) - len(run.starts)
+    taken = [len(side.graph.find_nodes(op="placeholder")) for side in (compute, reuse)]
+    held = taken[1] - len(CLOCK_NAMES) - len(run.run_inputs)
     if held < 0 or held % max(len(region.values), 1):
         raise VerifyError(
             f"{where}its reuse side takes {taken[1]} operands: no number of held tensors for "
-            f"{len(region.values)} values, the clock and {len(run.starts)} starts"
+            f"{len(region.values)} values, the clock and {len(run.run_inputs)} run inputs"
         )
     if taken[0] != taken[1] + len(run.operands):
         raise VerifyError(
@@ -114,7 +127,7 @@ def _side(program: Program, name: str, where: str) -> fx.GraphModule:
     side = getattr(program.gm, name, None)
     if not isinstance(side, fx.GraphModule):
         raise VerifyError(f"{where}{name} is no graph")
-    if any(map(is_cached_run, side.graph.nodes)):
+    if cached_runs(side.graph):
         raise VerifyError(f"{where}{name} has a run inside")
     _verify_graph(side, f"{where}{name}: ")
     return side

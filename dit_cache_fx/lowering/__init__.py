@@ -7,18 +7,23 @@ on the host. `one_graph` joins both in a single graph with the decision in it (`
 
 from dit_cache_fx.lowering.one_graph import OneGraph, lower_one_graph
 from dit_cache_fx.lowering.part import CompiledPart, Part
-from dit_cache_fx.lowering.preamble import Preamble, Separate, separated, split_preamble
+from dit_cache_fx.lowering.preamble import (
+    CompiledSteps,
+    Preamble,
+    lower_compiled_steps,
+    split_preamble,
+)
 from dit_cache_fx.lowering.variants import Variants, lower_variants
 
 __all__ = [
     "CompiledPart",
+    "CompiledSteps",
     "OneGraph",
     "Part",
     "Preamble",
-    "Separate",
     "Variants",
+    "lower_compiled_steps",
     "lower_one_graph",
     "lower_variants",
-    "separated",
     "split_preamble",
 ]

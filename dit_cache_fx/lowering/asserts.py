@@ -11,6 +11,7 @@ from torch import fx
 from dit_cache_fx.capture.data_guards import READS, read_count, read_list, read_value
 from dit_cache_fx.capture.normal_form import Guards
 from dit_cache_fx.errors import CaptureError
+from dit_cache_fx.ir.copying import copy_nodes
 from dit_cache_fx.ir.program import attributes_of, graph_module
 
 _ATEN = torch.ops.aten
@@ -37,28 +38,30 @@ def assertions(guards: Guards, accepted: Collection[tuple[torch.Size, ...]]) -> 
     new: dict[fx.Node, fx.Node] = {}
     expected = iter(guards.expected)
     shapes: list[fx.Node] = []
-    for node in guards.gm.graph.nodes:
-        if node.op == "output":
-            continue
+
+    def assertion(node: fx.Node) -> fx.Node | None:
+        """Stands for a read; no other node takes what it gives."""
         if node.target not in READS:
-            new[node] = graph.node_copy(node, new.__getitem__)
-            continue
+            return None
         value = next(expected)
         if isinstance(value, torch.Size):
             shapes.append(node)
-            continue
+            return node
         arguments = fx.map_arg(node.args, new.__getitem__)
         truth = graph.call_function(_HOLDS[node.target], (*arguments, value))
-        _assert(graph, truth, f"it read {value!r} ({node.name})")
+        return _assert(graph, truth, f"it read {value!r} ({node.name})")
+
+    nodes = guards.gm.graph.nodes
+    copy_nodes(graph, [n for n in nodes if n.op != "output"], new, assertion)
     _assert_counts(graph, shapes, new, accepted)
     graph.output(())
     attributes = attributes_of(guards.gm, graph)
     return graph_module(guards.gm.get_submodule("model"), attributes, graph, "Assertions")
 
 
-def _assert(graph: fx.Graph, truth: fx.Node, what: str) -> None:
+def _assert(graph: fx.Graph, truth: fx.Node, what: str) -> fx.Node:
     text = f"the captured graph is for other data: {what}"
-    graph.call_function(_ATEN._assert_async.msg, (truth, text))
+    return graph.call_function(_ATEN._assert_async.msg, (truth, text))
 
 
 def _assert_counts(

@@ -1,7 +1,7 @@
 """Steps and generations told from the timestep inside a graph.
 
-The same rules as `runtime.steps` has for the host, as arithmetic on a few numbers that are carried
-from call to call.
+The same rules as `runtime.generation` has for the host, as arithmetic on a few numbers that are
+carried from call to call.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Lowered:
     @property
     def takes(self) -> str:
         """What it was captured for: the call's tensors by name and shape."""
-        nodes = [n for n in self.program.graph.nodes if n.op == "placeholder"]
+        nodes = self.program.graph.find_nodes(op="placeholder")
         given = [n for n in nodes if n.name not in self.program.owned]
         return ", ".join(f"{n.name}{list(n.meta['val'].shape)}" for n in given)
 
@@ -55,15 +55,9 @@ class Lowered:
         runs = "".join(f", run {r.index} leaves {' '.join(r.values)}" for r in program.regions)
         return (
             f"graph {self.serial} for {self.takes}: block lists {lists}, timestep "
-            f"{program.timestep!r}{runs}; {self.nodes} nodes captured, {self.nodes_computed} on a "
-            f"computed step, {self.nodes_reused} on a reused step"
+            f"{program.timestep_input!r}{runs}; {self.nodes} nodes captured, "
+            f"{self.nodes_computed} on a computed step, {self.nodes_reused} on a reused step"
         )
-
-    @cached_property
-    def timestep(self) -> int | None:
-        """Which of the call's tensors tells the step."""
-        name = self.program.timestep
-        return None if name is None else self.program.inputs.index(name)
 
     @cached_property
     def places(self) -> dict[str, int]:
@@ -83,7 +77,7 @@ class Lowered:
         """
         names = [self.program.inputs[i] for i in self.given]
         specs = {name: tensor_spec(self.program.node(name)) for name in names}
-        step = self.program.timestep
+        step = self.program.timestep_input
         return frozenset(s for s in specs.items() if s[0] != step or s[1].shape)
 
     @cached_property
@@ -104,9 +98,8 @@ class Lowered:
         A model may take more than one timestep: both ends of a step, say.
         """
         program = self.program
-        moving = {program.sample, *filter(tells_time, program.arguments)}
-        if self.timestep is not None:
-            moving.add(program.arguments[self.timestep])
+        moving = {program.sample, program.timestep_argument}
+        moving |= {a for a in program.arguments if tells_time(a)}
         return [i for i in self.given if program.arguments[i] not in moving]
 
 

@@ -25,10 +25,10 @@ class Part:
     def of(model: nn.Module, attributes: Mapping[str, Any], graph: fx.Graph, name: str) -> Part:
         """A part of a graph whose placeholders are called as its operands are."""
         graph.eliminate_dead_code(is_kept)
-        for node in [n for n in graph.nodes if n.op == "placeholder" and not n.users]:
+        for node in [n for n in graph.find_nodes(op="placeholder") if not n.users]:
             graph.erase_node(node)
-        names = tuple(str(n.target) for n in graph.nodes if n.op == "placeholder")
-        read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+        names = tuple(str(n.target) for n in graph.find_nodes(op="placeholder"))
+        read = {str(n.target) for n in graph.find_nodes(op="get_attr")}
         own = {key: value for key, value in attributes.items() if key in read}
         return Part(graph_module(model, own, graph, name), names)
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from dit_cache_fx.ir.copying import add_input, body, copy_nodes
+from dit_cache_fx.ir.node_meta import is_block
 from dit_cache_fx.ir.program import (
-    BLOCK,
     ancestors,
     attributes_of,
     descendants,
@@ -37,19 +38,19 @@ class Preamble:
 
 
 @dataclass(frozen=True)
-class Separate:
+class CompiledSteps:
     """Variants for a compiler. `preamble`: what the host runs before a computed step."""
 
     variants: Variants
     preamble: Preamble | None
 
 
-def separated(variants: Variants) -> Separate:
+def lower_compiled_steps(variants: Variants) -> CompiledSteps:
     """The variants without what a compiler cannot hold in one graph."""
     preamble = split_preamble(variants.compute)
     if preamble is not None:
         variants = replace(variants, compute=preamble.compute)
-    return Separate(variants, preamble)
+    return CompiledSteps(variants, preamble)
 
 
 def split_preamble(compute: Part) -> Preamble | None:
@@ -69,7 +70,7 @@ def split_preamble(compute: Part) -> Preamble | None:
     """
     gm = compute.gm
     nodes = list(gm.graph.nodes)
-    behind = descendants(n for n in nodes if BLOCK in n.meta)
+    behind = descendants(n for n in nodes if is_block(n))
     selecting = [n for n in nodes if _depends_on_data(n) and n not in behind]
     if not selecting:
         return None
@@ -133,27 +134,19 @@ def _selects_by_index(node: fx.Node) -> bool:
 
 def _first_part(gm: fx.GraphModule, moved: set[fx.Node], given: Iterable[fx.Node]) -> Part:
     graph = fx.Graph()
-    new: dict[fx.Node, fx.Node] = {}
-    for node in gm.graph.nodes:
-        if node.op == "placeholder":
-            new[node] = graph.placeholder(str(node.target))
-        elif node in moved or node.op == "get_attr":
-            new[node] = graph.node_copy(node, new.__getitem__)
+    places = gm.graph.find_nodes(op="placeholder")
+    new = {node: add_input(graph, node, str(node.target)) for node in places}
+    copy_nodes(graph, [n for n in body(gm.graph) if n in moved or n.op == "get_attr"], new)
     graph.output(tuple(new[n] for n in given))
     return _part(gm, graph, "Preamble")
 
 
 def _rest(gm: fx.GraphModule, moved: set[fx.Node], given: Iterable[fx.Node]) -> Part:
     graph = fx.Graph()
-    new: dict[fx.Node, fx.Node] = {}
-    places = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    for node in (*places, *given):
-        name = str(node.target) if node.op == "placeholder" else node.name
-        new[node] = graph.placeholder(name)
-        new[node].meta.update(node.meta)
-    for node in gm.graph.nodes:
-        if node not in moved and node.op not in ("placeholder", "output"):
-            new[node] = graph.node_copy(node, new.__getitem__)
+    places = gm.graph.find_nodes(op="placeholder")
+    new = {node: add_input(graph, node, str(node.target)) for node in places}
+    new.update((node, add_input(graph, node)) for node in given)
+    copy_nodes(graph, [n for n in body(gm.graph) if n not in moved], new)
     graph.output(fx.map_arg(gm.graph.output_node().args[0], new.__getitem__))
     return _part(gm, graph, "Compute")
 

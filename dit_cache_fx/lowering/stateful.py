@@ -61,8 +61,9 @@ class Stateful(nn.Module):
     `forward(state, inputs)` returns the model's tensors and the new state. `state`: "clock"
     (float64 [7], on the CPU), what is held, what the strategy's rule remembers, and whether that is
     "lost". It is the state of one branch of a generation: CFG as two calls a step takes two. So
-    that a state never answers for another branch, it has a "print" of the conditioning (float64
-    [2 n], on the CPU, for the n inputs in `conditioning`): a call with another one computes.
+    that a state never answers for another branch, it has a "checksum" of the conditioning
+    (float64 [2 n], on the CPU, for the n inputs in `conditioning`): a call with another one
+    computes.
     `assertions` of the call's tensors stand for the guards of the capture.
     """
 
@@ -84,7 +85,7 @@ class Stateful(nn.Module):
         self.program = one.part.gm
         self.held = variants.held
         self.inputs = program.inputs
-        self.timestep = str(program.timestep)
+        self.timestep_input = str(program.timestep_input)
         self.guards = assertions
         computed = torch.tensor(steps.computed, dtype=torch.float64, device="cpu")
         self.register_buffer("steps", computed, persistent=False)
@@ -98,8 +99,8 @@ class Stateful(nn.Module):
         specs = {**self.held, **self._remembered}
         zeros = {name: spec.zeros() for name, spec in specs.items()}
         clock = torch.zeros(len(ClockState._fields), dtype=torch.float64, device="cpu")
-        prints = torch.zeros(2 * len(self.conditioning), dtype=torch.float64, device="cpu")
-        return {"clock": clock, "print": prints, **zeros}
+        checksums = torch.zeros(2 * len(self.conditioning), dtype=torch.float64, device="cpu")
+        return {"clock": clock, "checksum": checksums, **zeros}
 
     @property
     def _remembered(self) -> dict[str, TensorSpec]:
@@ -111,10 +112,10 @@ class Stateful(nn.Module):
     ) -> tuple[list[torch.Tensor], State]:
         if self.guards is not None:
             self.guards(*(inputs[name] for name in self.inputs))
-        now = inputs[self.timestep].to("cpu", torch.float64).mean()
-        seen = _print([inputs[name] for name in self.conditioning])
+        now = inputs[self.timestep_input].to("cpu", torch.float64).mean()
+        seen = _checksum([inputs[name] for name in self.conditioning])
         clock = ClockState.unpack(state["clock"]).advanced(
-            now, torch.eq(seen, state["print"]).all()
+            now, torch.eq(seen, state["checksum"]).all()
         )
         scheduled = torch.eq(self.steps, clock.step).any() | (clock.step >= self.until)
         forced = (clock.computed == 0) | (clock.step == 0) | scheduled
@@ -126,7 +127,7 @@ class Stateful(nn.Module):
         outputs, rest = results[: self._one.outputs], results[self._one.outputs :]
         held, decided = rest[: len(self.held)], rest[len(self.held) :]
         computes = decided[0] if decided else forced
-        new = {"clock": clock.after(computes, times["distance"]).pack(), "print": seen}
+        new = {"clock": clock.after(computes, times["distance"]).pack(), "checksum": seen}
         new.update(zip(self.held, held, strict=True))
         new.update(zip(self._remembered, decided[1:], strict=True))
         return outputs, new
@@ -140,7 +141,7 @@ class Stateful(nn.Module):
         return times | {"distance": self.path.distance(clock), "gap": self.path.gap(clock)}
 
 
-def _print(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def _checksum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Two weighted sums over each tensor, on the CPU: other values or places give others."""
     sums = [torch.zeros(0, dtype=torch.float64, device="cpu")]
     for tensor in tensors:

@@ -9,13 +9,12 @@ from typing import Any
 
 from torch import fx
 
-from dit_cache_fx.ir.cached_run import CachedRun, is_cached_run
+from dit_cache_fx.ir.cached_run import CachedRun, cached_runs, is_cached_run
+from dit_cache_fx.ir.copying import body, copy_nodes
 from dit_cache_fx.ir.graph_text import trace_graph
 from dit_cache_fx.ir.names import is_measured
+from dit_cache_fx.ir.node_meta import is_block, mark, meta_of
 from dit_cache_fx.ir.program import (
-    BLOCK,
-    ORIGIN,
-    SIGNAL,
     Program,
     ancestors,
     attributes_of,
@@ -87,13 +86,12 @@ def lower_variants(program: Program) -> Variants:
 def _held(program: Program) -> dict[str, TensorSpec]:
     """What is held of each value of each run, by the names that the runs' sides give it."""
     held: dict[str, TensorSpec] = {}
-    for node in program.graph.nodes:
-        if is_cached_run(node):
-            side: fx.GraphModule = getattr(program.gm, CachedRun.of(node).reuse)
-            places = [n for n in side.graph.nodes if n.op == "placeholder"]
-            names = [n.name for n in places]
-            for place in places[: names.index(next(iter(CLOCK)))]:
-                held[place.name] = tensor_spec(place)
+    for run in cached_runs(program.graph):
+        side: fx.GraphModule = getattr(program.gm, run.reuse)
+        places = side.graph.find_nodes(op="placeholder")
+        names = [n.name for n in places]
+        for place in places[: names.index(next(iter(CLOCK)))]:
+            held[place.name] = tensor_spec(place)
     return held
 
 
@@ -118,12 +116,9 @@ def _prefix(program: Program) -> tuple[Part | None, tuple[str, ...]]:
         if n in inside and spec_of(n) is not None and not inside.issuperset(n.users)
     ]
     graph = fx.Graph()
-    new: dict[fx.Node, fx.Node] = {}
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            new[node] = graph.placeholder(node.name)
-        elif node in needed:
-            new[node] = graph.node_copy(node, new.__getitem__)
+    places = program.graph.find_nodes(op="placeholder")
+    new = {node: graph.placeholder(node.name) for node in places}
+    copy_nodes(graph, [n for n in program.graph.nodes if n in needed], new)
     graph.output(tuple(new[n] for n in (signal, *carried)))
     part = Part.of(program.model, attributes_of(program.gm, graph), graph, "Prefix")
     return part, tuple(n.name for n in carried)
@@ -145,53 +140,50 @@ class _Side:
         self.attributes = attributes_of(program.gm, program.graph)
         self.new: dict[fx.Node, Any] = {}
         self.sunk: dict[str, fx.Node] = {}  # a node that was copied into several runs runs once
-        self.kept: list[fx.Node] = []
+        self.recorded: list[fx.Node] = []
         self.clock = [self.graph.placeholder(name) for name in CLOCK]
         self.held = iter([self.graph.placeholder(name) for name in _held(program)])
-        inputs = [n for n in program.graph.nodes if n.op == "placeholder"]
+        inputs = program.graph.find_nodes(op="placeholder")
         for node in (*map(program.node, carried), *inputs):
             self.new[node] = self.graph.placeholder(node.name)
         #: the prefix has run these: a block among them is not to run again for its own sake
         self.done = set() if program.signal is None else _needed(program.signal)
 
     def lower(self) -> Part:
-        for node in self.program.graph.nodes:
-            if node in self.new or node.op == "output":
-                continue
-            if is_cached_run(node):
-                self.new[node] = self._inlined(CachedRun.of(node))
-            elif node.target is operator.getitem and isinstance(self.new[node.args[0]], list):
-                self.new[node] = self.new[node.args[0]][node.args[1]]
-            else:
-                self._copy(node, self.new)
-        self.graph.output((*(self.new[n] for n in _results(self.program)), *self.kept))
+        copy_nodes(self.graph, body(self.program.graph), self.new, self._instead)
+        for node in self.graph.nodes:
+            mark(node, signal=False)
+        for node in filter(is_block, self.done):
+            mark(self.new[node], block=None)
+        self.graph.output((*(self.new[n] for n in _results(self.program)), *self.recorded))
         return Part.of(self.program.model, self.attributes, self.graph, self.kind.capitalize())
 
-    def _copy(self, node: fx.Node, new: dict[fx.Node, Any]) -> None:
-        origin = node.meta.get(ORIGIN)
-        if origin in self.sunk:
-            new[node] = self.sunk[origin]
-            return
-        new[node] = self.graph.node_copy(node, new.__getitem__)
-        new[node].meta.pop(SIGNAL, None)
-        if node in self.done:
-            new[node].meta.pop(BLOCK, None)
-        if origin is not None:
-            self.sunk[origin] = new[node]
+    def _instead(self, node: fx.Node) -> Any:
+        """What stands for a run, for one of its values, and for what is there already."""
+        if is_cached_run(node):
+            return self._inlined(CachedRun.of(node))
+        values = self.new[node.all_input_nodes[0]] if node.target is operator.getitem else None
+        if isinstance(values, list):
+            return values[node.args[1]]  # type: ignore[index]
+        return self._copied_before(node)
+
+    def _copied_before(self, node: fx.Node) -> fx.Node | None:
+        origin = meta_of(node).origin
+        return None if origin is None else self.sunk.get(origin)
 
     def _inlined(self, run: CachedRun) -> list[fx.Node]:
         """Copy one side of a run to the graph; returns the run's values."""
         side: fx.GraphModule = getattr(self.program.gm, getattr(run, self.kind))
-        places = [n for n in side.graph.nodes if n.op == "placeholder"]
-        inputs = [*run.starts, *(run.operands if self.kind == "compute" else ())]
+        places = side.graph.find_nodes(op="placeholder")
+        inputs = [*run.run_inputs, *(run.operands if self.kind == "compute" else ())]
         held = [next(self.held) for _ in range(len(places) - len(self.clock) - len(inputs))]
         given = [*held, *self.clock, *(self.new[n] for n in inputs)]
         new: dict[fx.Node, Any] = dict(zip(places, given, strict=True))
-        for node in side.graph.nodes:
-            if node.op not in ("placeholder", "output"):
-                self._copy(node, new)
+        copy_nodes(self.graph, body(side.graph), new, self._copied_before)
+        origins = {meta_of(node).origin: node for node in body(side.graph)}
+        self.sunk.update((name, new[node]) for name, node in origins.items() if name is not None)
         self.attributes.update(attributes_of(side, side.graph))
         results: Any = side.graph.output_node().args[0]
         values = next(len(r.values) for r in self.program.regions if r.index == run.index)
-        self.kept += [new[n] for n in results[values:]]
+        self.recorded += [new[n] for n in results[values:]]
         return [new[n] for n in results[:values]]

@@ -7,9 +7,8 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from dit_cache_fx.ir.node_meta import BlockId, block_of
 from dit_cache_fx.ir.program import (
-    BLOCK,
-    BlockId,
     Program,
     Region,
     ancestors,
@@ -43,7 +42,7 @@ def find_values(program: Program, strategy: Strategy) -> None:
     order = [n for n in program.graph.nodes if n in starts]
     regions = []
     for region in program.regions:
-        values = [v for v in order if block_call_of(v).meta[BLOCK] in region.blocks]
+        values = [v for v in order if block_of(block_call_of(v)) in region.blocks]
         names = tuple(None if (s := starts[v]) is None else s.name for v in values)
         regions.append(replace(region, values=tuple(v.name for v in values), inputs=names))
     program.regions = tuple(r for r in regions if r.values)
@@ -51,7 +50,7 @@ def find_values(program: Program, strategy: Strategy) -> None:
 
 def _whole(program: Program) -> Region:
     """One run of all blocks and what follows them."""
-    blocks = tuple(call.meta[BLOCK] for call in program.block_calls())
+    blocks = tuple(block_of(call) for call in program.block_calls())
     start = sample_like_output(program)
     values = [node.name for node in program.outputs_of_blocks()]
     return Region(0, blocks, tuple(values), (start.name,) * len(values))
@@ -65,7 +64,7 @@ class _Cut:
         self.strategy = strategy
         self._name = strategy.stream_name()
         cached = {b for region in program.regions for b in region.blocks}
-        calls = [c for c in program.block_calls() if c.meta[BLOCK] in cached]
+        calls = [c for c in program.block_calls() if block_of(c) in cached]
         self.values = {v for call in calls for v in block_values(call)}
         self.always = _always(program, cached)
 
@@ -103,14 +102,14 @@ class _Cut:
         return start_of(self.program, self._run(value), value, self._name, every)
 
     def _run(self, value: fx.Node) -> Region:
-        block = block_call_of(value).meta[BLOCK]
+        block = block_of(block_call_of(value))
         return next(r for r in self.program.regions if block in r.blocks)
 
 
 def _always(program: Program, cached: set[BlockId]) -> list[fx.Node]:
     """What runs on every step in any case: the output, and blocks that are never cached."""
     roots = [program.graph.output_node()]
-    roots += [c for c in program.block_calls() if c.meta[BLOCK] not in cached]
+    roots += [c for c in program.block_calls() if block_of(c) not in cached]
     if program.signal is not None:
         roots.append(program.signal)
     return roots

@@ -42,7 +42,7 @@ def forward_slices(program: Program, strategy: Strategy) -> None:
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(program.graph, {}))
-    for node in graph.nodes:
+    for node in graph.find_nodes(op="call_function", target=_SLICE):
         part = _part(node)
         if part is not None:
             node.replace_all_uses_with(part)
@@ -54,8 +54,6 @@ def forward_slices(program: Program, strategy: Strategy) -> None:
 
 def _part(node: fx.Node) -> fx.Node | None:
     """The part of a concatenation that a slice takes, where it takes exactly one."""
-    if node.target is not _SLICE:
-        return None
     arguments: tuple[Any, ...] = node.args
     source, dim, start, end, step = arguments + _DEFAULTS[len(arguments) :]
     if not isinstance(source, fx.Node) or source.target is not _CAT or step != 1:

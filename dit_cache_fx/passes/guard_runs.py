@@ -8,8 +8,8 @@ from typing import Any
 from torch import fx
 
 from dit_cache_fx.ir.cached_run import cache_or_compute
+from dit_cache_fx.ir.node_meta import block_of, mark
 from dit_cache_fx.ir.program import (
-    BLOCK,
     Program,
     Region,
     ancestors,
@@ -72,11 +72,11 @@ class _Rewrite:
         program = self.program
         cached = {b for r in program.regions for b in r.blocks}
         roots = [*program.graph.output_node().all_input_nodes]
-        roots += [c for c in program.block_calls() if c.meta[BLOCK] not in cached]
+        roots += [c for c in program.block_calls() if block_of(c) not in cached]
         roots += [program.signal] if program.signal else []
         for region in program.regions:
-            starts, operands, _ = self._parts(region)
-            roots += [*starts, *operands]
+            run_inputs, operands, _ = self._parts(region)
+            roots += [*run_inputs, *operands]
         return ancestors(roots, stop=self.region_of) - set(self.region_of)
 
     def _copy(self, node: fx.Node) -> fx.Node:
@@ -94,24 +94,24 @@ class _Rewrite:
         """What the run starts from, its other operands, and its members."""
         program = self.program
         values = [program.node(name) for name in region.values]
-        calls = [c for c in program.block_calls() if c.meta[BLOCK] in region.blocks]
+        calls = [c for c in program.block_calls() if block_of(c) in region.blocks]
         between = descendants(calls) & ancestors([*calls, *values])
         members = between | set(calls)
-        starts = [program.node(name) for name in dict.fromkeys(region.inputs) if name]
+        run_inputs = [program.node(name) for name in dict.fromkeys(region.inputs) if name]
         read = {n for member in members for n in member.all_input_nodes}
         operands = [
-            n for n in program.graph.nodes if n in read and n not in members and n not in starts
+            n for n in program.graph.nodes if n in read and n not in members and n not in run_inputs
         ]
-        return starts, operands, members
+        return run_inputs, operands, members
 
     def _guard(self, region: Region) -> None:
         """Add the run's node and its two subgraphs."""
-        starts, operands, members = self._parts(region)
+        run_inputs, operands, members = self._parts(region)
         prefix = f"run_{region.index}"
-        sides = Subgraphs(self.program, region, self.strategy, starts, operands)
+        sides = Subgraphs(self.program, region, self.strategy, run_inputs, operands)
         self.attributes[f"{prefix}_compute"] = sides.compute(members)
         self.attributes[f"{prefix}_reuse"] = sides.reuse()
-        inputs = [[self._copy(n) for n in nodes] for nodes in (starts, operands)]
+        inputs = [[self._copy(n) for n in nodes] for nodes in (run_inputs, operands)]
         targets = [self.graph.get_attr(f"{prefix}_{side}") for side in ("compute", "reuse")]
         run = self.graph.create_node(
             "call_function", cache_or_compute, (region.index, *targets, *inputs), name=prefix
@@ -121,4 +121,5 @@ class _Rewrite:
             self.new[value] = self.graph.create_node(
                 "call_function", operator.getitem, (run, index), name=name
             )
-            self.new[value].meta.update({k: v for k, v in value.meta.items() if k != BLOCK})
+            self.new[value].meta.update(value.meta)
+            mark(self.new[value], block=None, within=None)

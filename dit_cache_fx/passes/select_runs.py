@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.ir.program import BLOCK, BlockId, Program, Region
+from dit_cache_fx.ir.node_meta import BlockId, block_of
+from dit_cache_fx.ir.program import Program, Region
 from dit_cache_fx.strategies import Strategy, never_cached
 
 
@@ -22,7 +23,7 @@ def select_runs(program: Program, strategy: Strategy) -> None:
     runs: list[list[BlockId]] = [[]]
     calls = program.block_calls()
     for position, call in enumerate(calls):
-        block: BlockId = call.meta[BLOCK]
+        block = block_of(call)
         named = never_cached(block, strategy, tuple(program.block_lists))
         if named or strategy.always_runs(position, len(calls)):
             runs.append([])

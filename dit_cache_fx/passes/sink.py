@@ -8,9 +8,9 @@ from typing import Any
 from torch import fx
 
 from dit_cache_fx.ir.cached_run import CachedRun, cached_runs, is_cached_run
+from dit_cache_fx.ir.copying import add_input, copy_nodes
+from dit_cache_fx.ir.node_meta import is_block, mark
 from dit_cache_fx.ir.program import (
-    BLOCK,
-    ORIGIN,
     Program,
     ancestors,
     attributes_of,
@@ -56,7 +56,7 @@ def _sinkable(graph: fx.Graph) -> set[fx.Node]:
 
 def _is_result(node: fx.Node) -> bool:
     """Whether it is taken from what a block returns: it stays where the block is."""
-    return node.target is operator.getitem and BLOCK in _container(node).meta
+    return node.target is operator.getitem and is_block(_container(node))
 
 
 def _container(node: fx.Node) -> fx.Node:
@@ -69,7 +69,7 @@ def _only_operand(node: fx.Node, user: fx.Node) -> bool:
     return (
         is_cached_run(user)
         and node in (run := CachedRun.of(user)).operands
-        and (node not in run.starts)
+        and (node not in run.run_inputs)
     )
 
 
@@ -82,21 +82,19 @@ def _absorb(
     if not sunk:
         return
     read = {n for node in sunk for n in node.all_input_nodes} | set(run.operands)
-    outside = [n for n in nodes if n in read and n not in sunk and n not in run.starts]
+    outside = [n for n in nodes if n in read and n not in sunk and n not in run.run_inputs]
     old: fx.GraphModule = attributes[run.compute]
-    places = [n for n in old.graph.nodes if n.op == "placeholder"]
+    places = old.graph.find_nodes(op="placeholder")
     head = places[: len(places) - len(run.operands)]
     graph = fx.Graph()
-    mapped = {place: graph.node_copy(place) for place in head}
-    starts = head[len(head) - len(run.starts) :]
-    new = {node: mapped[place] for node, place in zip(run.starts, starts, strict=True)}
-    for node in outside:
-        new[node] = graph.placeholder(node.name)
-        new[node].meta.update(node.meta)
-    for node in nodes:
-        if node in sunk:
-            new[node] = graph.node_copy(node, new.__getitem__)
-            new[node].meta[ORIGIN] = node.name
+    mapped: dict[fx.Node, fx.Node] = {}
+    copy_nodes(graph, head, mapped)
+    starts = head[len(head) - len(run.run_inputs) :]
+    new = {node: mapped[place] for node, place in zip(run.run_inputs, starts, strict=True)}
+    new.update((node, add_input(graph, node)) for node in outside)
+    copy_nodes(graph, [n for n in nodes if n in sunk], new)
+    for node in sunk:
+        mark(new[node], origin=node.name)
     mapped.update(zip(places[len(head) :], (new[n] for n in run.operands), strict=True))
     graph.output(graph.graph_copy(old.graph, mapped))
     own = {**attributes_of(old, graph), **attributes_of(program.gm, graph)}

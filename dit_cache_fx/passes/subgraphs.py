@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from dit_cache_fx._torch import DEVICE
+from dit_cache_fx.ir.copying import add_input, copy_nodes
 from dit_cache_fx.ir.names import held_name, measured_name
+from dit_cache_fx.ir.node_meta import mark_tensor
 from dit_cache_fx.ir.program import (
     Program,
     Region,
@@ -38,13 +39,13 @@ class Subgraphs:
         program: Program,
         region: Region,
         strategy: Strategy,
-        starts: Sequence[fx.Node],
+        run_inputs: Sequence[fx.Node],
         operands: Sequence[fx.Node],
     ) -> None:
         self.program = program
         self.region = region
         self.strategy = strategy
-        self.starts = starts
+        self.run_inputs = run_inputs
         self.operands = operands
         self.attributes = attributes_of(program.gm, program.graph)
         self.slots = strategy.slots()
@@ -52,22 +53,20 @@ class Subgraphs:
 
     def compute(self, members: set[fx.Node]) -> fx.GraphModule:
         """Runs the blocks; returns the values, then all that is to be held."""
-        graph, held, clock, new = self._head([*self.starts, *self.operands])
-        for node in self.program.graph.nodes:
-            if node in members:
-                new[node] = graph.node_copy(node, new.__getitem__)
+        graph, held, clock, new = self._head([*self.run_inputs, *self.operands])
+        copy_nodes(graph, [n for n in self.program.graph.nodes if n in members], new)
         values = [new[self.program.node(name)] for name in self.region.values]
-        kept: list[Any] = []
+        recorded: list[Any] = []
         for i, value in enumerate(values):
             given = [*held[i][: self.slots], *clock, value, *self._start(graph, i, new)]
-            kept += self._inlined(graph, self._traced("store", i), given)
-            kept += self._inlined(graph, self.measures[i], given)
-        graph.output((*values, *kept))
+            recorded += self._inlined(graph, self._traced("store", i), given)
+            recorded += self._inlined(graph, self.measures[i], given)
+        graph.output((*values, *recorded))
         return self._module(graph, "Compute")
 
     def reuse(self) -> fx.GraphModule:
         """Returns the values from what is held."""
-        graph, held, clock, new = self._head(self.starts)
+        graph, held, clock, new = self._head(self.run_inputs)
         values: list[Any] = []
         for i in self._indexes():
             given = [*held[i][: self.slots], *clock, *self._start(graph, i, new)]
@@ -81,9 +80,7 @@ class Subgraphs:
         graph = fx.Graph()
         held = [self._places(graph, i) for i in self._indexes()]
         clock = [graph.placeholder(name) for name in CLOCK]
-        new = {node: graph.placeholder(node.name) for node in inputs}
-        for node, placeholder in new.items():
-            placeholder.meta.update(node.meta)
+        new = {node: add_input(graph, node) for node in inputs}
         return graph, held, clock, new
 
     def _start(self, graph: fx.Graph, index: int, new: dict[fx.Node, fx.Node]) -> list[fx.Node]:
@@ -91,11 +88,11 @@ class Subgraphs:
         name = self.region.inputs[index]
         if name is None:
             return []
-        start, dtype = self.program.node(name), self._spec(index).dtype
-        if tensor_spec(start).dtype == dtype:
-            return [new[start]]
+        run_input, dtype = self.program.node(name), self._spec(index).dtype
+        if tensor_spec(run_input).dtype == dtype:
+            return [new[run_input]]
         cast = torch.ops.aten._to_copy.default
-        return [graph.call_function(cast, (new[start],), {"dtype": dtype})]
+        return [graph.call_function(cast, (new[run_input],), {"dtype": dtype})]
 
     def _indexes(self) -> range:
         return range(len(self.region.values))
@@ -106,11 +103,11 @@ class Subgraphs:
         value = self.program.node(name)
         places = [graph.placeholder(held_name(name, slot)) for slot in range(self.slots)]
         for place in places:
-            place.meta.update({"val": spec_of(value), DEVICE: device_of(value)})
+            mark_tensor(place, spec_of(value), device_of(value))
         for result in _results(self.measures[index]):
             places.append(graph.placeholder(measured_name(name)))
             val = result.meta["val"]
-            places[-1].meta.update({"val": val.to("meta"), DEVICE: val.device})
+            mark_tensor(places[-1], val.to("meta"), val.device)
         return places
 
     def _traced(self, name: str, index: int) -> fx.GraphModule:
@@ -166,7 +163,7 @@ class Subgraphs:
         return inline(graph, self.attributes, gm, given)
 
     def _module(self, graph: fx.Graph, side: str) -> fx.GraphModule:
-        read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+        read = {str(n.target) for n in graph.find_nodes(op="get_attr")}
         attributes = {name: value for name, value in self.attributes.items() if name in read}
         name = f"Run{self.region.index}{side}"
         return graph_module(self.program.model, attributes, graph, name)

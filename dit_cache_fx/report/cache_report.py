@@ -91,31 +91,31 @@ def size(nbytes: int) -> str:
     return f"{amount:.4g} GiB"
 
 
-def report(host: CallLog, entries: Sequence[Lowered], enabled: bool) -> CacheReport:
-    """The state right now. `entries`: the host's graphs."""
+def report(call_log: CallLog, entries: Sequence[Lowered], enabled: bool) -> CacheReport:
+    """The state right now. `entries`: the graphs that answer its calls."""
     blocks = entries[-1].program.block_lists if entries else {}
-    branches = list(_branches(host, entries))
-    records = host.records()
+    branches = list(_branches(call_log, entries))
+    records = call_log.records()
     computed, reused = _steps(records)
     return CacheReport(
-        strategy=host.strategy.name or type(host.strategy).__name__,
+        strategy=call_log.strategy.name or type(call_log.strategy).__name__,
         enabled=enabled,
         blocks=dict(blocks),
         cached_blocks=_cached(entries[-1]) if entries else {},
         captures=tuple(_capture(entry) for entry in entries),
         bytes_held=sum(_held(branch) for _, branch in branches),
         bytes_per_block=sum(
-            _per_block(entry) * host.strategy.slots() for entry, b in branches if b.held
+            _per_block(entry) * call_log.strategy.slots() for entry, b in branches if b.held
         ),
         bytes_rule=sum(_remembered(branch) for _, branch in branches),
         steps_computed=computed,
         steps_reused=reused,
-        calls_computed=host.calls["computed"],
-        calls_reused=host.calls["reused"],
-        threshold=host.strategy.threshold,
+        calls_computed=call_log.calls["computed"],
+        calls_reused=call_log.calls["reused"],
+        threshold=call_log.strategy.threshold,
         timeline=tuple(records),
-        schedule=schedule_of(host.strategy),
-        num_steps=host.num_steps,
+        schedule=schedule_of(call_log.strategy),
+        num_steps=call_log.num_steps,
     )
 
 
@@ -131,9 +131,9 @@ def schedule_of(strategy: Strategy) -> str:
     return "" if plan is None or isinstance(plan, ListedSteps) else str(plan)
 
 
-def _branches(host: CallLog, entries: Sequence[Lowered]) -> Iterator[tuple[Lowered, Branch]]:
+def _branches(call_log: CallLog, entries: Sequence[Lowered]) -> Iterator[tuple[Lowered, Branch]]:
     known = {e.serial: e for e in entries}
-    for session in host.tracker.sessions():
+    for session in call_log.tracker.sessions():
         for branch in session.branches:
             if branch.serial in known:
                 yield known[branch.serial], branch

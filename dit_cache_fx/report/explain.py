@@ -11,7 +11,7 @@ from torch import fx
 
 from dit_cache_fx.ir.cached_run import cached_runs
 from dit_cache_fx.ir.graph_text import lines, ranges
-from dit_cache_fx.ir.program import BLOCK
+from dit_cache_fx.ir.node_meta import block_of, is_block, meta_of
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.report.cache_report import schedule_of, size
 from dit_cache_fx.runtime.call_log import CallLog
@@ -103,30 +103,29 @@ class Explanation:
 
 
 def explain(
-    host: CallLog, entries: Sequence[Lowered], enabled: bool, full: bool = False
+    call_log: CallLog, entries: Sequence[Lowered], enabled: bool, full: bool = False
 ) -> Explanation:
-    """What a host and its graphs do. `full`: with the text of every graph."""
-    strategy = host.strategy
+    """What a cached model's graphs do. `full`: with the text of every graph."""
+    strategy = call_log.strategy
     return Explanation(
         strategy.name or type(strategy).__name__,
         enabled,
-        _decides(strategy, host.course),
+        _decides(strategy, call_log.course),
         tuple(_explained(entry, strategy, full) for entry in entries),
     )
 
 
 def _explained(entry: Lowered, strategy: Strategy, full: bool) -> GraphExplanation:
     program = entry.program
-    timestep = program.timestep
     return GraphExplanation(
         number=entry.serial,
         takes=entry.takes,
         block_lists=dict(program.block_lists),
-        timestep=f"argument {timestep!r}"
-        if timestep
+        timestep=f"argument {program.timestep_argument!r}"
+        if program.timestep_argument
         else "told by an earlier graph, or by the user",
         runs=tuple(_runs(entry, strategy)),
-        always_run=tuple(str(call.meta[BLOCK]) for call in program.block_calls()),
+        always_run=tuple(str(block_of(call)) for call in program.block_calls()),
         data_guards=tuple(dict.fromkeys(entry.guards())),
         nodes=entry.nodes,
         nodes_computed=entry.nodes_computed,
@@ -165,9 +164,10 @@ def _held_as(value: str, start: str | None, source: str | None) -> str:
 
 def _source(node: fx.Node) -> str | None:
     """The block that a value is from."""
-    while BLOCK not in node.meta and node.all_input_nodes:
+    while not is_block(node) and node.all_input_nodes:
         node = node.all_input_nodes[0]
-    return str(node.meta[BLOCK]) if BLOCK in node.meta else None
+    block = meta_of(node).block
+    return None if block is None else str(block)
 
 
 def _reused(entry: Lowered) -> Iterator[str]:

@@ -11,23 +11,27 @@ import torch
 from dit_cache_fx.runtime.generation import Generation
 from dit_cache_fx.runtime.trajectory import Trajectory
 from dit_cache_fx.strategies import RuleState
-from dit_cache_fx.values.identity import TensorIdentity, version
+from dit_cache_fx.values.identity import TensorIdentity, storage_key, version
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
 
 @dataclass(frozen=True)
 class Held:
-    """A tensor that is held, and its version then: one that was changed since is not used."""
+    """A tensor that is held, and its version then: one that was changed since is not used.
+
+    `key`: of its memory (`storage_key`).
+    """
 
     tensor: torch.Tensor
     version: int
+    key: int
 
     @staticmethod
     def of(tensor: torch.Tensor) -> Held:
         """Hold a tensor; a view of a larger one is copied, so that only its own bytes are held."""
         if tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size():
             tensor = tensor.clone(memory_format=torch.contiguous_format)
-        return Held(tensor, version(tensor))
+        return Held(tensor, version(tensor), storage_key(tensor))
 
     def copy(self) -> Held:
         """The same values in memory of their own."""
@@ -62,6 +66,7 @@ class Branch:
     varying: frozenset[int] = frozenset()
     answered: int = -1
     called: int = 0
+    number: int = 0  # among the branches of its generation, signature and context, for reports
 
     held: list[Held] = field(default_factory=list)  # of all cached runs, in order
     memory: RuleState | None = None  # of the strategy's own rule

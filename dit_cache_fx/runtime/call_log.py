@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -132,7 +132,7 @@ class CallLog:
         sample = None if lowered.sample is None else tensors[lowered.sample]
         places = [i for i in lowered.conditioning if tensors[i] is not sample]
         return CallEvidence(
-            key=(key, *(lowered.program.inputs[i] for i in places)),
+            key=(key, *[lowered.program.inputs[i] for i in places]),
             serial=lowered.serial,
             context=self.tracker.context,
             value=value,
@@ -158,12 +158,8 @@ class CallLog:
         if placed.branch.shapes != shapes:
             emptied = replace(placed.branch.emptied(), shapes=shapes)
             placed = replace(placed, branch=emptied, replaced=placed.replaced or placed.branch)
-        generation = placed.generation
-        course = self.count.on_way(
-            generation.course, generation.values, placed.index, as_number(call.value)
-        )
-        step = Step(self.strategy, placed.branch, placed.index, held, course, placed.missed)
-        return CallStart(session, replace(placed, course=course), step)
+        step = Step(self.strategy, placed.branch, placed.index, held, placed.course, placed.missed)
+        return CallStart(session, placed, step)
 
     def done(
         self,
@@ -183,8 +179,7 @@ class CallLog:
         if placed.generation is not session.noted:
             session.records.clear()
             session.noted = placed.generation
-        record = self._record(start)
-        session.records.append((record, self._metric(step, placed.branch)))
+        session.records.append((self._noted(start), self._metric(step, placed.branch)))
         self.calls["computed" if step.computes else "reused"] += 1
         self.tracker.called(session)
         if log.isEnabledFor(logging.DEBUG):
@@ -199,13 +194,14 @@ class CallLog:
         """The last generation's calls. Reads what the rule measured from its device."""
         return [_read(*noted) for noted in self.tracker.reported.records]
 
-    def _record(self, start: CallStart) -> StepRecord:
-        session, placed, step = start
+    def _noted(self, start: CallStart) -> tuple[Any, ...]:
+        """The first fields of a `StepRecord`: most calls are never reported."""
+        placed, step = start.placement, start.step
         call = placed.call
-        return StepRecord(
+        return (
             step.index,
             as_number(call.value),
-            session.number_of(placed.branch),
+            placed.branch.number,
             "computed" if step.computes else self.strategy.action,
             step.why,
             call.serial,
@@ -226,9 +222,12 @@ class CallLog:
     ) -> None:
         """Warn where calls compute, and go on doing so, for want of state."""
         session, placed, step = start
+        if step.why != MISSING:
+            session.starved = 0
+            return
         known = any(b.key == placed.call.key and b is not placed.branch for b in session.branches)
-        session.starved = session.starved + 1 if known and step.why == MISSING else 0
-        if not fits and step.why == MISSING:
+        session.starved = session.starved + 1 if known else 0
+        if not fits:
             self.warn_once(_CROWDED)
         elif session.starved >= _STARVED:
             self.warn_once(_starved(placed.call, arguments()))
@@ -257,5 +256,5 @@ def _starved(call: CallEvidence, arguments: Sequence[str]) -> str:
     )
 
 
-def _read(record: StepRecord, measured: Measured) -> StepRecord:
-    return record if measured is None else replace(record, measured=float(measured))
+def _read(fields: tuple[Any, ...], measured: Measured) -> StepRecord:
+    return StepRecord(*fields, *(() if measured is None else (float(measured),)))

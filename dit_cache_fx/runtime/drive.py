@@ -13,7 +13,7 @@ is hidden from it, and so is the loop of `drive`, as a sampler's loop is.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from dit_cache_fx._torch import (
     dynamo_callback,
     look_again,
     not_a_compiled_frame,
+    unseen,
     wants_one_graph,
 )
 
@@ -54,8 +55,7 @@ def lasting(results: Results) -> list[torch.Tensor]:
     return [t.clone() if t.is_cuda else t for t in results]
 
 
-@dataclass(frozen=True)
-class Stage:
+class GraphCall(NamedTuple):
     """A graph to run, what with, and within which context."""
 
     graph: Callable[..., Results]
@@ -64,44 +64,48 @@ class Stage:
 
 
 #: asks for graphs to be run, gets their results, and returns the call's output
-Serving = Generator[Stage, Results, Any]
+Serving = Generator[GraphCall, Results, Any]
 
 
 class Turn(NamedTuple):
-    """Where an engine's call stands: the graph that it asks for; None with the call's output."""
+    """Where an engine's call stands: the graph that it asks for; None with the call's output.
 
-    stage: Stage | None
+    `within`: the graph's context, which is entered.
+    """
+
+    graph_call: GraphCall | None
     output: Any = None
+    within: AbstractContextManager[Any] | None = None
 
 
 @not_a_compiled_frame
 def drive(serving: Serving) -> Any:
     """The output of an engine's call, its graphs run by whatever compiler looks on."""
     callback = dynamo_callback()
-    resumed = _resumed_unseen if callback else _resumed
-    around = ExitStack()
-    turn = resumed(serving.send, None, around)
-    while turn.stage is not None:
+    resumed = unseen(_resumed) if callback else _resumed
+    turn = resumed(serving.send, None, None)
+    while turn.graph_call is not None:
         try:
-            with torch.no_grad():
-                results = turn.stage.graph(*turn.stage.operands)
+            with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+                results = turn.graph_call.graph(*turn.graph_call.operands)
         except BaseException as error:  # the engine may ask for another graph, or let it go on
             look_again(callback)
-            turn = resumed(serving.throw, error, around)
+            turn = resumed(serving.throw, error, turn.within)
         else:
-            turn = resumed(serving.send, results, around)
+            turn = resumed(serving.send, results, turn.within)
     return turn.output
 
 
-def _resumed(resume: Callable[[Any], Stage], value: Any, around: ExitStack) -> Turn:
+def _resumed(
+    resume: Callable[[Any], GraphCall], value: Any, within: AbstractContextManager[Any] | None
+) -> Turn:
     """The host's part of a call: out of one graph's context, up to and into the next one's."""
-    around.close()
+    if within is not None:
+        within.__exit__(None, None, None)
     try:
-        stage = resume(value)
+        graph_call = resume(value)
     except StopIteration as end:
         return Turn(None, end.value)
-    around.enter_context(stage.around())
-    return Turn(stage)
-
-
-_resumed_unseen = torch.compiler.disable(_resumed)
+    within = graph_call.around()
+    within.__enter__()
+    return Turn(graph_call, None, within)

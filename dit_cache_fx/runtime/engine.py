@@ -41,10 +41,10 @@ class First(NamedTuple):
 class Engine:
     """Answers the calls of one cached model."""
 
-    def __init__(self, subject: Subject, timestep: str | None) -> None:
+    def __init__(self, subject: Subject, timestep_argument: str | None) -> None:
         self.subject = subject
-        self.host = CallLog(subject.strategy)
-        self.graphs = Graphs(subject, timestep, self.host.count)
+        self.call_log = CallLog(subject.strategy)
+        self.graphs = Graphs(subject, timestep_argument, self.call_log.count)
         #: compiles the graphs where nothing else does; None: they run as they are
         self.step_compiler: StepCompiler | None = None
 
@@ -52,15 +52,15 @@ class Engine:
 
     def clear_states(self) -> None:
         """Forget what is held and where the generation stands; keep the graphs."""
-        self.host.tracker.clear()
+        self.call_log.tracker.clear()
         self.graphs.forget_carried()
 
     def reset_states(self) -> None:
         """Forget everything, graphs and counts included."""
         self.clear_states()
-        self.host.count.forget()
+        self.call_log.count.forget()
         self.graphs.clear()
-        self.host.forget_calls()
+        self.call_log.forget_calls()
 
     # --- a call ------------------------------------------------------------------------------
 
@@ -73,10 +73,10 @@ class Engine:
         key = input_key(call)
         found = self.graphs.find(call, key, partial(self._first, call))
         entry, first = found.entry, found.first
-        session = self.host.tracker.session
+        session = self.call_log.tracker.session
         with session.lock:
-            evidence = self._evidence(call, key, entry, session)
-            start = self.host.begin(session, evidence, entry.variants.held, found.shapes)
+            evidence = self._evidence(call, entry.key, entry, session)
+            start = self.call_log.begin(session, evidence, entry.variants.held, found.shapes)
             step = start.step
             stale = first is None and self._stale(entry, step)
             if not stale:
@@ -89,7 +89,7 @@ class Engine:
                 return output
         if self.graphs.outdated(entry):  # else another thread has seen it
             log.info("capturing again")
-            self.host.tracker.forget()
+            self.call_log.tracker.forget()
         return (yield from self.serve(args, kwargs, compiler))
 
     def passed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -97,18 +97,19 @@ class Engine:
         call = self._flat(args, kwargs)
         entry = self.graphs.known(call.key)
         if entry is not None:
-            session = self.host.tracker.session
+            session = self.call_log.tracker.session
             with session.lock:
-                self.host.passed(session, self._evidence(call, input_key(call), entry, session))
+                self.call_log.passed(session, self._evidence(call, input_key(call), entry, session))
 
     def _evidence(
         self, call: FlatCall, key: Hashable, entry: Entry, session: Session
     ) -> CallEvidence:
         """What tells where a call belongs. Waits for the device where the timestep is on one."""
         explicit, tensors = session.explicit, call.tensors
-        assert entry.timestep is not None
-        read = timestep_value(tensors[entry.timestep]) if explicit is None else float(explicit)
-        return self.host.evidence(session, entry, key, read, tensors)
+        position = entry.program.timestep_position
+        assert position is not None
+        read = timestep_value(tensors[position]) if explicit is None else float(explicit)
+        return self.call_log.evidence(session, entry, key, read, tensors)
 
     def _done(self, start: CallStart, found: Found[First]) -> None:
         entry = found.entry
@@ -116,7 +117,7 @@ class Engine:
             entry.served.add(as_number(start.placement.call.value))
         arguments = entry.program.arguments
         captured = None if found.first is None else found.because
-        self.host.done(start, lambda: [arguments[i] for i in entry.conditioning], captured)
+        self.call_log.done(start, lambda: [arguments[i] for i in entry.conditioning], captured)
 
     def _stale(self, entry: Entry, step: Step) -> bool:
         """Whether a computed step's graph is of a model that has changed since."""
@@ -146,30 +147,30 @@ class Engine:
                 "and no graph was captured for a call like this: call the cached model once with "
                 "these arguments before"
             )
-        outputs = entry.carried_in(self.host.tracker.context)(entry.inputs(call))
+        outputs = entry.carried_in(self.call_log.tracker.context)(entry.inputs(call))
         return unflatten(entry.program.output, outputs)
 
     def _flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FlatCall:
         arguments = self.subject.signature.bind(args, kwargs)
-        self.graphs.learn_timestep(tuple(arguments))
-        return flatten_call(arguments, self.graphs.timestep)
+        self.graphs.learn_timestep(arguments)
+        return flatten_call(arguments, self.graphs.timestep_argument)
 
     def _run(
         self, entry: Entry, step: Step, call: FlatCall, first: First | None, compiler: Compiler
     ) -> Serving:
-        separate = self.step_compiler
+        step_compiler = self.step_compiler
         if compiler.looks_on:
             results = yield from execution.watched(entry, step, call, compiler)
-        elif separate is not None:
-            compiled_variants = separate.compiled(entry.variants)
-            results = yield from execution.separate(entry, step, call, compiled_variants)
+        elif step_compiler is not None:
+            compiled_variants = step_compiler.compiled(entry.variants)
+            results = yield from execution.compiled_steps(entry, step, call, compiled_variants)
         elif first is not None:
             step.follow(first.step)
             results = first.results
         else:
             results = yield from execution.plain(entry, step, call)
-        outputs, kept = results[: entry.variants.outputs], results[entry.variants.outputs :]
-        owned = step.commit(call.tensors, outputs, kept)
+        outputs, recorded = results[: entry.variants.outputs], results[entry.variants.outputs :]
+        owned = step.commit(call.tensors, outputs, recorded)
         return unflatten(entry.program.output, owned)
 
     def _first(self, call: FlatCall, entry: Entry) -> First:
@@ -213,7 +214,7 @@ class Engine:
 
     def _new_step(self, entry: Entry) -> Step:
         """The first step of a branch that holds nothing."""
-        return Step(self.host.strategy, Branch(), 0, entry.variants.held)
+        return Step(self.call_log.strategy, Branch(), 0, entry.variants.held)
 
 
 def _plain(entry: Entry, step: Step, call: FlatCall) -> Results:

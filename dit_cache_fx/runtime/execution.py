@@ -13,19 +13,26 @@ from weakref import WeakKeyDictionary
 import torch
 
 from dit_cache_fx._torch import (
-    CANNOT_COMPILE,
     breaks_raise,
+    cannot_compile,
     not_a_compiled_frame,
     signatures_kept,
 )
 from dit_cache_fx.capture import FlatCall
-from dit_cache_fx.lowering import CompiledPart, Part, Preamble, Separate, Variants, separated
+from dit_cache_fx.lowering import (
+    CompiledPart,
+    CompiledSteps,
+    Part,
+    Preamble,
+    Variants,
+    lower_compiled_steps,
+)
 from dit_cache_fx.runtime.drive import (
     NOTHING,
     Compiler,
+    GraphCall,
     Results,
     Serving,
-    Stage,
     drive,
     lasting,
 )
@@ -45,18 +52,18 @@ class StepCompiler:
     def __init__(self, options: Mapping[str, Any]) -> None:
         torch.compile(_nothing, **options)
         self.options = dict(options)
-        self._made: WeakKeyDictionary[Variants, Separate] = WeakKeyDictionary()
+        self._made: WeakKeyDictionary[Variants, CompiledSteps] = WeakKeyDictionary()
         self._lock = threading.Lock()
 
-    def compiled(self, variants: Variants) -> Separate:
+    def compiled(self, variants: Variants) -> CompiledSteps:
         """The same variants, compiled."""
         with self._lock:
             made = self._made.get(variants)
             if made is None:
-                made = self._made[variants] = self._mapped(separated(variants))
+                made = self._made[variants] = self._mapped(lower_compiled_steps(variants))
             return made
 
-    def _mapped(self, apart: Separate) -> Separate:
+    def _mapped(self, apart: CompiledSteps) -> CompiledSteps:
         return replace(apart, variants=apart.variants.mapped(self._part))
 
     def _part(self, part: Part) -> Part:
@@ -81,7 +88,7 @@ class _Whole:
         try:
             with nullcontext() if self._broken else breaks_raise():
                 return self._compiled(*operands)
-        except CANNOT_COMPILE as error:
+        except cannot_compile() as error:
             if self._broken or self._options.get("fullgraph"):
                 raise
             log.info("no single graph for a kind of step, so its blocks one by one: %s", error)
@@ -100,12 +107,12 @@ def plain(entry: Entry, step: Step, call: FlatCall, compiler: Compiler = NOTHING
     yield from _ruled(entry, variants, step, given)
     part = variants.compute if step.computes else variants.reuse
     given.update(step.given(part.names))
-    stage = Stage(part.run, part.operands(given), entry.captured.around)
-    return (yield from _alone(entry, step, stage, compiler))
+    graph_call = GraphCall(part.run, part.operands(given), entry.captured.around)
+    return (yield from _alone(entry, step, graph_call, compiler))
 
 
-def separate(
-    entry: Entry, step: Step, call: FlatCall, compiled: Separate, compiler: Compiler = NOTHING
+def compiled_steps(
+    entry: Entry, step: Step, call: FlatCall, compiled: CompiledSteps, compiler: Compiler = NOTHING
 ) -> Serving:
     """The same, where each graph is compiled by itself."""
     variants, given = compiled.variants, entry.inputs(call)
@@ -114,18 +121,18 @@ def separate(
         given.update(_prepared(entry, compiled.preamble, step, given))
     part = variants.compute if step.computes else variants.reuse
     given.update(step.compiled_given(part.names))
-    stage = Stage(part.run, part.operands(given), entry.captured.around)
-    results = yield from _alone(entry, step, stage, compiler)
-    outputs, kept = results[: variants.outputs], results[variants.outputs :]
-    return [*outputs, *(t.contiguous() for t in kept)]  # the strides that it is compiled for
+    graph_call = GraphCall(part.run, part.operands(given), entry.captured.around)
+    results = yield from _alone(entry, step, graph_call, compiler)
+    outputs, recorded = results[: variants.outputs], results[variants.outputs :]
+    return [*outputs, *(t.contiguous() for t in recorded)]  # the strides that it is compiled for
 
 
-def _alone(entry: Entry, step: Step, stage: Stage, compiler: Compiler) -> Serving:
-    """Run a stage; where a compiler looks on, the first one of each kind of step goes alone."""
+def _alone(entry: Entry, step: Step, graph_call: GraphCall, compiler: Compiler) -> Serving:
+    """Run a graph; where a compiler looks on, the first one of each kind of step goes alone."""
     if not compiler.looks_on:
-        return (yield stage)
+        return (yield graph_call)
     with entry.first_runs.alone((compiler, step.computes)):
-        return (yield stage)
+        return (yield graph_call)
 
 
 def watched(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> Serving:
@@ -138,7 +145,7 @@ def watched(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> Ser
     if not (entry.apart if whole else entry.breaks or entry.apart):
         try:
             return (yield from _one_graph(entry, step, call, compiler))
-        except CANNOT_COMPILE as error:
+        except cannot_compile() as error:
             log.info("no single graph, so one for each kind of step: %s", error)
     steps = _whole_steps if whole or entry.apart else _steps
     return (yield from steps(entry, step, call, compiler))
@@ -146,7 +153,7 @@ def watched(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> Ser
 
 def _whole_steps(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> Serving:
     """One graph for each kind of step, none of them broken."""
-    results = yield from separate(entry, step, call, entry.separate, compiler)
+    results = yield from compiled_steps(entry, step, call, entry.compiled_steps, compiler)
     entry.apart = True
     return results
 
@@ -167,27 +174,27 @@ def _one_graph(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> 
         given.update(_prepared(entry, one.preamble, step, given))
         given.update((name, _contiguous(given[name])) for name in entry.variants.carried)
     given.update(step.one_graph_given(one.part.names, one.state, one.asks))
-    stage = Stage(one.part.run, one.operands_apart(given), entry.captured.around)
+    graph_call = GraphCall(one.part.run, one.operands_apart(given), entry.captured.around)
     with entry.first_runs.alone(compiler) as first:
-        results = yield from _compiled(stage, first)
+        results = yield from _compiled(graph_call, first)
     values = one.outputs + len(entry.variants.held)
     if one.asks:
         step.decided(*results[values:])
     return results[:values]
 
 
-def _compiled(stage: Stage, first: bool) -> Serving:
-    """Run a stage with `torch.compile` looking on.
+def _compiled(graph_call: GraphCall, first: bool) -> Serving:
+    """Run a graph with `torch.compile` looking on.
 
     Dynamo is patched where that compiles: at the first run, and where a later one needs it.
     """
     if not first:
         try:
-            return (yield stage)
-        except CANNOT_COMPILE as error:
+            return (yield graph_call)
+        except cannot_compile() as error:
             log.info("compiling again: %s", error)
     with signatures_kept():
-        return (yield stage)
+        return (yield graph_call)
 
 
 def _ruled(entry: Entry, variants: Variants, step: Step, given: dict[str, torch.Tensor]) -> Serving:
@@ -195,7 +202,7 @@ def _ruled(entry: Entry, variants: Variants, step: Step, given: dict[str, torch.
     value: torch.Tensor | None = None
     if variants.prefix is not None:
         prefix, around = variants.prefix, entry.captured.around
-        value, *carried = yield Stage(prefix.run, prefix.operands(given), around)
+        value, *carried = yield GraphCall(prefix.run, prefix.operands(given), around)
         given.update(zip(variants.carried, carried, strict=True))
     step.decide(value)
 

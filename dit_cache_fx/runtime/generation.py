@@ -43,6 +43,13 @@ def movement(before: TimestepValue, now: TimestepValue) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def distance(before: TimestepValue, now: TimestepValue) -> float:
+    """How far the farthest element of a timestep moved."""
+    if isinstance(before, float) and isinstance(now, float):
+        return abs(now - before)
+    return max(map(abs, movement(before, now)))
+
+
 #: a timestep that moves this many times as far as ever before in a generation is in doubt ...
 DOUBTFUL_MOVE = 1.75
 #: ... and from here on it is likely to be of another one
@@ -59,9 +66,23 @@ class Jump(IntEnum):
     FAR = 2
 
 
-@dataclass(frozen=True)
+def way_of(before: TimestepValue, now: TimestepValue, direction: int, explicit: bool) -> int | None:
+    """0 for the same value, +1 or -1 for one that moves on; None where it does not.
+
+    A timestep moves on where no element moves against the `direction` so far. An `explicit` index
+    moves upwards.
+    """
+    low, high = movement(before, now)
+    if low == high == 0:
+        return 0
+    way = 1 if low >= 0 else -1 if high <= 0 else 0
+    allowed = (1,) if explicit else (direction,) if direction else (1, -1)
+    return way if way in allowed else None
+
+
+@dataclass
 class StepPosition:
-    """A place in a generation.
+    """A place in a generation; never changed.
 
     `value`: the timestep (or the explicit step index). `direction`: +1 or -1 once the value has
     moved, else 0. `index`: the step, counted from the generation's first. `explicit`: the index
@@ -74,19 +95,10 @@ class StepPosition:
     explicit: bool = False
 
     def moved(self, value: TimestepValue, explicit: bool) -> int | None:
-        """0 for the same value, +1 or -1 for one that moves on; None where it does not.
-
-        A timestep moves on where no element moves against the direction so far. An explicit index
-        moves upwards.
-        """
+        """What `way_of` says of a call with this value."""
         if explicit != self.explicit:
             return None
-        low, high = movement(self.value, value)
-        if low == high == 0:
-            return 0
-        way = 1 if low >= 0 else -1 if high <= 0 else 0
-        allowed = (1,) if explicit else (self.direction,) if self.direction else (1, -1)
-        return way if way in allowed else None
+        return way_of(self.value, value, self.direction, explicit)
 
     def next(self, value: TimestepValue, way: int) -> StepPosition:
         """The step behind this one. Explicit indexes may leave steps out."""
@@ -160,7 +172,7 @@ class Generation:
         """Whether a step with this timestep moves out of proportion, rounding left out."""
         if self.position.explicit or self._expects(value):
             return Jump.NONE
-        move = max(map(abs, movement(self.position.value, value)))
+        move = distance(self.position.value, value)
         if self.move == 0 or move <= DOUBTFUL_MOVE * self.move:
             return Jump.NONE
         slack = 2 * _rounding(as_number(value))
@@ -169,7 +181,7 @@ class Generation:
 
     def is_rounded(self, value: TimestepValue) -> bool:
         """Whether a timestep moves by no more than timesteps of this size may be rounded by."""
-        move = max(map(abs, movement(self.position.value, value)))
+        move = distance(self.position.value, value)
         return move <= 2 * _rounding(as_number(self.position.value))
 
     def _expects(self, value: TimestepValue) -> bool:
@@ -181,8 +193,7 @@ class Generation:
     def enter(self, position: StepPosition, branch: object) -> None:
         """Move to a call of `branch`; its timestep is learnt where it is the next step's."""
         if position is not self.position:
-            move = max(map(abs, movement(self.position.value, position.value)))
-            self.move = max(self.move, move)
+            self.move = max(self.move, distance(self.position.value, position.value))
             self.position, self.called, self.repeats = position, set(), 0
         self.called.add(branch)
         self.entered.add(position.index)

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import fx, nn
 
-from dit_cache_fx._torch import not_a_compiled_frame
+from dit_cache_fx._torch import constant_result, not_a_compiled_frame
 from dit_cache_fx.capture import (
     Captured,
     FlatCall,
@@ -26,23 +26,23 @@ from dit_cache_fx.capture.ambient import Ambient
 from dit_cache_fx.capture.fingerprint import Fingerprint, fingerprint, volatile
 from dit_cache_fx.capture.record import Recording
 from dit_cache_fx.errors import CaptureError, warn
-from dit_cache_fx.ir.program import Program, operations, tensor_spec
+from dit_cache_fx.ir.program import Program, operations
 from dit_cache_fx.lowering import (
+    CompiledSteps,
     OneGraph,
-    Separate,
+    lower_compiled_steps,
     lower_one_graph,
     lower_variants,
-    separated,
 )
 from dit_cache_fx.lowering.asserts import assertions
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.lowering.stateful import Carried, Stateful, fixed_steps
 from dit_cache_fx.passes import run_passes
 from dit_cache_fx.runtime.first_runs import FirstRuns
+from dit_cache_fx.runtime.reasons import WhyCaptured, changes
 from dit_cache_fx.runtime.step_count import StepCount
 from dit_cache_fx.strategies import Strategy, check_block_ids
-from dit_cache_fx.values.pytree import Skeleton, difference
-from dit_cache_fx.values.tensor_spec import TensorSpec
+from dit_cache_fx.values.pytree import Skeleton
 
 #: most input signatures whose graphs are kept at one time
 MAX_CAPTURES = 32
@@ -75,7 +75,8 @@ class Entry(Lowered):
     first_runs: FirstRuns = field(default_factory=FirstRuns)  # with each compiler that looks on
     _lowering: threading.RLock = field(default_factory=threading.RLock)
     _one_graph: OneGraph | None = None
-    _separate: Separate | None = None
+    _compiled_steps: CompiledSteps | None = None
+    key: InputKey | None = None  # one object for all its calls: to compare it costs nothing
 
     def lowered_for(self, strategy: Strategy, count: StepCount) -> Entry:
         """The same capture, lowered for another strategy that reads the same of the model."""
@@ -112,12 +113,12 @@ class Entry(Lowered):
             return self._one_graph
 
     @property
-    def separate(self) -> Separate:
+    def compiled_steps(self) -> CompiledSteps:
         """The graphs of each kind of step."""
         with self._lowering:
-            if self._separate is None:
-                self._separate = separated(self.variants)
-            return self._separate
+            if self._compiled_steps is None:
+                self._compiled_steps = lower_compiled_steps(self.variants)
+            return self._compiled_steps
 
     def broken(self) -> None:
         """Its blocks cannot be in one graph: let the compiler look at each of them by itself."""
@@ -141,7 +142,7 @@ class Entry(Lowered):
         """The program with the state of a cache context in its buffers."""
         return getattr(self, self._carry(context))  # type: ignore[no-any-return]
 
-    @torch.compiler.assume_constant_result
+    @constant_result
     def _carry(self, context: tuple[str, ...]) -> str:
         """The name of the attribute that holds it: made while a graph is traced, where need be."""
         with self._lowering:
@@ -169,13 +170,14 @@ class Graphs:
     wait for that.
     """
 
-    def __init__(self, subject: Subject, timestep: str | None, count: StepCount) -> None:
+    def __init__(self, subject: Subject, timestep_argument: str | None, count: StepCount) -> None:
         self.subject = subject
         self.count = count
-        self.timestep = timestep  # the argument's name, once it is known
+        self.timestep_argument = timestep_argument  # once it is known
         self.entries: OrderedDict[InputKey, tuple[Entry, ...]] = OrderedDict()
         self.keep_programs = False  # as they are before the passes, for other strategies
         self._serial = 0
+        self._newest: Entry | None = None  # that answered a call
         self._told: set[str] = set()
         self._capturing = threading.RLock()
         self._lock = threading.RLock()  # of `entries`, held for a moment
@@ -193,10 +195,10 @@ class Graphs:
                 self.entries.clear()
             return known
 
-    def learn_timestep(self, arguments: Sequence[str]) -> None:
+    def learn_timestep(self, arguments: Iterable[str]) -> None:
         """Look for the timestep among a call's arguments: it may have come in by `**kwargs`."""
-        if self.timestep is None:
-            self.timestep = named_timestep(arguments, None)
+        if self.timestep_argument is None:
+            self.timestep_argument = named_timestep(tuple(arguments), None)
 
     def find(self, call: FlatCall, key: InputKey, check: Callable[[Entry], _T]) -> Found[_T]:
         """The graph for a call, captured where there is none.
@@ -221,7 +223,10 @@ class Graphs:
 
     def _used(self, key: InputKey, entry: Entry) -> None:
         """The newest is the last."""
+        if entry is self._newest:
+            return
         with self._lock:
+            self._newest = entry
             entries = self.entries.get(key, ())
             if entry in entries:
                 self.entries.move_to_end(key)
@@ -232,7 +237,8 @@ class Graphs:
         entries = self.entries.get(key, ())
         if len(entries) >= MAX_VARIANTS:
             _refuse_one_for_each_step(entries)
-        because = _Because(self.all(), entries, call)
+        newest = next(((e.program, e.skeleton) for e in reversed(self.all())), None)
+        because = WhyCaptured(call, len(entries), newest)
         log.info("capturing: %s", because)
         with self.subject.turns.of_model():
             entry = self._capture(call)
@@ -248,6 +254,7 @@ class Graphs:
         with self._lock:
             self.entries[key] = (*self.entries.get(key, ())[1 - MAX_VARIANTS :], entry)
             self.entries.move_to_end(key)
+            self._newest, entry.key = entry, key
             while len(self.entries) > MAX_CAPTURES:
                 self.entries.popitem(last=False)
 
@@ -277,7 +284,8 @@ class Graphs:
         now = fingerprint(self.subject.model, entry.captured.whole)
         changed = volatile(entry.fingerprint, now) - entry.volatile
         if changed:
-            log.info("the model has changed since the capture: %s", _changes(changed, entry, now))
+            text = changes(changed, entry.fingerprint, now)
+            log.info("the model has changed since the capture: %s", text)
         return bool(changed)
 
     def _tell_unread(self, unread: Sequence[str]) -> None:
@@ -293,12 +301,12 @@ class Graphs:
     def _capture(self, call: FlatCall) -> Entry:
         model, strategy = self.subject.model, self.subject.strategy
         before = fingerprint(model, ())
-        captured = capture(self.subject, call, self.timestep)
+        captured = capture(self.subject, call, self.timestep_argument)
         self.subject.turns.needed |= bool(captured.recording.settings)
         self._tell_unread(captured.unread)
         after = fingerprint(model, ())
         program = captured.program
-        self.timestep = program.arguments[program.inputs.index(str(program.timestep))]
+        self.timestep_argument = program.timestep_argument
         check_block_ids(strategy, program.block_lists)
         nodes = operations(program.graph)
         untouched = program.copied() if self.keep_programs else None
@@ -325,43 +333,6 @@ class Graphs:
 def input_key(call: FlatCall) -> InputKey:
     """What two calls must share to run the same graph, torch's own state included."""
     return call.key, Ambient.now()
-
-
-class _Because:
-    """Why a call is captured, as text where it is asked for."""
-
-    def __init__(self, known: Sequence[Entry], same: Sequence[Entry], call: FlatCall) -> None:
-        self._known = known
-        self._same = same
-        self._call = call
-
-    def __str__(self) -> str:
-        if self._same:
-            return f"none of the {len(self._same)} graphs for such inputs is for this call"
-        if not self._known:
-            return "the first call"
-        program = self._known[-1].program
-        was = {name: tensor_spec(program.node(name)) for name in program.inputs}
-        now = dict(zip(self._call.names(), map(TensorSpec.of, self._call.tensors), strict=True))
-        unlike = [
-            f"{name} is {now.get(name)}, was {was.get(name)}"
-            for name in dict.fromkeys((*now, *was))
-            if now.get(name) != was.get(name)
-        ]
-        return "another signature: " + ("; ".join(unlike) or self._other_value())
-
-    def _other_value(self) -> str:
-        told = difference(self._call.skeleton, self._known[-1].skeleton)
-        return told or "torch's state is another one (autocast, attention kernels, default dtype)"
-
-
-def _changes(changed: Iterable[tuple[str, str]], entry: Entry, now: Fingerprint) -> str:
-    before = entry.fingerprint
-    return "; ".join(
-        f"{what} of {path.lstrip('.') or 'the model'}: {before.get((path, what))!r} -> "
-        f"{now.get((path, what))!r}"
-        for path, what in sorted(changed)
-    )
 
 
 def block_bytes(recording: Recording, blocks: Iterable[str]) -> dict[str, int]:

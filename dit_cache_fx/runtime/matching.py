@@ -7,10 +7,10 @@ the same values. Where several have those, or conditioning varies, the sample de
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from dit_cache_fx.runtime.branches import Branch
-from dit_cache_fx.runtime.generation import Jump, StepPosition, TimestepValue
+from dit_cache_fx.runtime.generation import Jump, TimestepValue, way_of
 from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.runtime.trajectory import Judgement, SampleProbe, Verdict
 from dit_cache_fx.values.identity import TensorIdentity
@@ -19,8 +19,7 @@ from dit_cache_fx.values.identity import TensorIdentity
 NEARER = 0.5
 
 
-@dataclass(frozen=True)
-class CallEvidence:
+class CallEvidence(NamedTuple):
     """What is known of a call.
 
     `key`: its signature. `serial`: the graph that answers it. `context`: the cache contexts that it
@@ -38,8 +37,7 @@ class CallEvidence:
     derived: bool = False
 
 
-@dataclass(frozen=True)
-class Match:
+class Match(NamedTuple):
     """A branch that a call may belong to. `usable`: what it holds may answer the call."""
 
     branch: Branch
@@ -81,12 +79,11 @@ def _of_conditioning(
 
 def _moves_on(branch: Branch, call: CallEvidence) -> bool:
     """Whether the call's timestep does not move back from the branch's newest one."""
-    value = branch.trajectory.value
-    if value is None:
+    trajectory = branch.trajectory
+    if trajectory.value is None or trajectory.explicit != call.explicit:
         return False
     direction = branch.generation.position.direction
-    at = StepPosition(value, direction, explicit=branch.trajectory.explicit)
-    return at.moved(call.value, call.explicit) is not None
+    return way_of(trajectory.value, call.value, direction, call.explicit) is not None
 
 
 def _match(
@@ -124,8 +121,10 @@ def _jump(branch: Branch, call: CallEvidence, session: Session) -> Jump:
     """How far the timestep moves: a branch that was left out for some steps moves as others do."""
     if call.explicit:
         return Jump.NONE
-    generations = {branch.generation, session.newest or branch.generation}
-    return min(generation.jump(call.value) for generation in generations)
+    jump, newest = branch.generation.jump(call.value), session.newest
+    if jump is Jump.NONE or newest is None or newest is branch.generation:
+        return jump
+    return min(jump, newest.jump(call.value))
 
 
 def _nearest(session: Session, call: CallEvidence, matches: Sequence[Match]) -> Match | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from dit_cache_fx.runtime.branches import Branch
-from dit_cache_fx.runtime.generation import Generation, StepPosition
+from dit_cache_fx.runtime.generation import Generation, StepPosition, as_number
 from dit_cache_fx.runtime.matching import CallEvidence, Match, find_branch
 from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.runtime.step_count import StepCount
@@ -18,7 +18,7 @@ from dit_cache_fx.runtime.trajectory import Trajectory, Verdict
 from dit_cache_fx.strategies import Course
 
 
-@dataclass(frozen=True)
+@dataclass
 class Placement:
     """Where a call belongs. Nothing is noted before `settle`: a call that raises leaves no trace.
 
@@ -31,8 +31,8 @@ class Placement:
     generation: Generation
     position: StepPosition
     trajectory: Trajectory
+    course: Course  # what is known of the generation's steps by now
     replaced: Branch | None = None
-    course: Course | None = None  # what is known of the generation's steps by now
     new: bool = False  # nothing was known of the branch in this generation
 
     @property
@@ -46,9 +46,9 @@ class Placement:
 
         Those that `cur_timestep` left out are none.
         """
-        if not self.branch.held:
+        since = range(self.branch.answered + 1, self.position.index)
+        if not since or not self.branch.held:
             return []
-        since = range(self.branch.answered + 1, self.index)
         return [step for step in since if step in self.generation.entered]
 
     def settle(self, session: Session, answered: bool) -> bool:
@@ -61,13 +61,16 @@ class Placement:
             _forget_others(session, call, generation)
         session.calls += 1
         session.newest = branch.generation = generation
-        generation.course = self.course or generation.course
+        generation.course = self.course
         generation.enter(self.position, branch.identity)
         branch.conditioning, branch.trajectory = call.conditioning, self.trajectory
         branch.serial, branch.called = call.serial, session.calls
         if answered:
             branch.answered = self.index
-        return session.add(branch, self.replaced, self.new)
+        kept = session.add(branch, self.replaced, self.new)
+        if self.new:
+            branch.number = session.number_of(branch)
+        return kept
 
 
 def place(session: Session, call: CallEvidence, count: StepCount) -> Placement:
@@ -89,7 +92,15 @@ def place(session: Session, call: CallEvidence, count: StepCount) -> Placement:
         call.value, call.explicit, call.sample, judgement.change
     )
     replaced = found.branch if branch is not found.branch else None
-    return Placement(call, branch, generation, position, trajectory, replaced)
+    return Placement(
+        call,
+        branch,
+        generation,
+        position,
+        trajectory,
+        _course(call, generation, position, count),
+        replaced,
+    )
 
 
 def _position(
@@ -166,7 +177,8 @@ def _new_branch(
     if newest is not None and newest is not left:
         position = newest.reached(call.value, call.explicit, branch.identity)
         if position is not None and _joins(session, newest, position, call):
-            return Placement(call, branch, newest, position, trajectory, new=True)
+            course = _course(call, newest, position, count)
+            return Placement(call, branch, newest, position, trajectory, course, new=True)
     position = StepPosition(call.value, explicit=call.explicit)
     session.end(count)  # its steps are learnt before the next one is planned
     generation = Generation.begun(position, count)
@@ -176,7 +188,15 @@ def _new_branch(
         and left.position.moved(call.value, False) == 0
     ):
         generation.repeats = left.repeats + 1
-    return Placement(call, branch, generation, position, trajectory, new=True)
+    course = _course(call, generation, position, count)
+    return Placement(call, branch, generation, position, trajectory, course, new=True)
+
+
+def _course(
+    call: CallEvidence, generation: Generation, position: StepPosition, count: StepCount
+) -> Course:
+    """What is known of the generation's steps by now."""
+    return count.on_way(generation.course, generation.values, position.index, as_number(call.value))
 
 
 def _joins(

@@ -45,14 +45,18 @@ class Scope:
     @property
     def session(self) -> Any:
         """The innermost session; None outside of any."""
-        return next((f for f in reversed(self._frames.get()) if not isinstance(f, str)), None)
+        frames = self._frames.get()
+        return (
+            next((f for f in reversed(frames) if not isinstance(f, str)), None) if frames else None
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the branch, the outermost first."""
         if torch.compiler.is_dynamo_compiling():
             return tuple(self._traced)
-        return tuple(f for f in self._frames.get() if isinstance(f, str))
+        frames = self._frames.get()
+        return tuple([f for f in frames if isinstance(f, str)]) if frames else ()
 
 
 class CacheContext(AbstractContextManager[None]):

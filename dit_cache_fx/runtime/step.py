@@ -193,20 +193,24 @@ class Step:
         self,
         inputs: Sequence[torch.Tensor],
         outputs: Sequence[torch.Tensor],
-        kept: Sequence[torch.Tensor],
+        recorded: Sequence[torch.Tensor],
     ) -> list[torch.Tensor]:
-        """The call has succeeded: hold `kept` of a computed step. Returns what the caller may have.
+        """The call has succeeded: hold what a computed step recorded.
 
-        The caller may change its inputs and its outputs in place: no memory of theirs is held.
+        Returns what the caller may have. It may change inputs and outputs in place: no memory of
+        theirs is held.
         """
-        foreign = {storage_key(t) for t in inputs}
+        if self.computes or self._state is not None:
+            self._keep(recorded, {storage_key(t) for t in inputs})
+        self._branch.memory = self._state
+        own = {h.key for h in self._branch.held}
+        return [t.clone() if storage_key(t) in own else t for t in outputs]
+
+    def _keep(self, recorded: Sequence[torch.Tensor], foreign: set[int]) -> None:
         if self._state is not None:
             self._state = tuple(_own(Held.of(t), foreign).tensor for t in self._state)
-        self._branch.memory = self._state
         if self.computes:
-            self._hold([_own(Held.of(t), foreign) for t in kept])
-        own = {storage_key(h.tensor) for h in self._branch.held}
-        return [t.clone() if storage_key(t) in own else t for t in outputs]
+            self._hold([_own(Held.of(t), foreign) for t in recorded])
 
     def _hold(self, held: list[Held]) -> None:
         branch = self._branch
@@ -223,4 +227,4 @@ def _flag(value: bool) -> torch.Tensor:
 
 
 def _own(held: Held, foreign: set[int]) -> Held:
-    return held.copy() if storage_key(held.tensor) in foreign else held
+    return held.copy() if held.key in foreign else held

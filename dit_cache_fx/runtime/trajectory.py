@@ -9,13 +9,12 @@ elements are looked at.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple
 
 import torch
 
-from dit_cache_fx.runtime.generation import Jump, TimestepValue, movement
+from dit_cache_fx.runtime.generation import Jump, TimestepValue, distance
 
 #: how many elements of a sample are looked at
 PROBED = 512
@@ -43,11 +42,10 @@ class SampleProbe:
     """Some elements of a noisy sample, float32 on its device."""
 
     def __init__(self, sample: torch.Tensor) -> None:
-        sample = sample.detach()
+        sample = sample.detach() if sample.requires_grad else sample
         real = torch.view_as_real(sample) if sample.is_complex() else sample
-        flat = real.reshape(-1)
-        stride = max(1, flat.numel() // PROBED) | 1  # odd: not one column of a picture
-        self.values = flat[::stride].to(torch.float32, copy=True)
+        stride = max(1, real.numel() // PROBED) | 1  # odd: not one column of a picture
+        self.values = real.reshape(-1)[::stride].to(torch.float32, copy=True)
 
     def comparable(self, other: SampleProbe) -> bool:
         """Whether both are of samples of one size and device."""
@@ -56,8 +54,7 @@ class SampleProbe:
 
     def distance(self, other: SampleProbe) -> float:
         """The root of the summed squares of the difference. Waits for the device."""
-        difference = self.values - other.values
-        return math.sqrt(float(torch.dot(difference, difference)))
+        return torch.dist(self.values, other.values).item()
 
     def similar(self, other: SampleProbe) -> bool:
         """Whether both point the same way, more than by chance. Waits for the device."""
@@ -84,8 +81,7 @@ class Judgement(NamedTuple):
     change: float | None = None
 
 
-@dataclass(frozen=True)
-class Trajectory:
+class Trajectory(NamedTuple):
     """The calls of one branch so far: its newest timestep and sample, and how far both moved.
 
     `move`, `change`, `speed`: the largest move of the timestep, change of the sample and quotient
@@ -110,11 +106,10 @@ class Trajectory:
         if self.value is None or explicit != self.explicit:
             return Trajectory(value, explicit, sample)
         move = self._move(value)
-        new = replace(self, value=value, sample=sample, move=max(self.move, move))
-        if change is None:
-            return new
-        speed = change / move if move else 0.0
-        return replace(new, change=max(self.change, change), speed=max(self.speed, speed))
+        far, fast = self.change, self.speed
+        if change is not None:
+            far, fast = max(far, change), max(fast, change / move if move else 0.0)
+        return Trajectory(value, explicit, sample, max(self.move, move), far, fast)
 
     def judge(
         self,
@@ -168,4 +163,4 @@ class Trajectory:
 
     def _move(self, value: TimestepValue) -> float:
         assert self.value is not None
-        return max(map(abs, movement(self.value, value)))
+        return distance(self.value, value)

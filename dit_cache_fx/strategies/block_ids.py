@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.ir.program import BlockId
+from dit_cache_fx.ir.node_meta import BlockId
 from dit_cache_fx.strategies.base import Strategy
 
 #: what published helpers call the first and the second block list

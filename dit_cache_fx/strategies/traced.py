@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dit_cache_fx._torch import READS_DATA, trace_shapes
+from dit_cache_fx._torch import reads_data, trace_shapes
 from dit_cache_fx.errors import DitCacheError, VerifyError
 from dit_cache_fx.strategies.base import Strategy
 from dit_cache_fx.values.identity import version
@@ -46,7 +46,7 @@ def traced(
             gm = trace_shapes(torch.func.functionalize(body), list(given.values()))
     except DitCacheError:
         raise
-    except READS_DATA as error:
+    except reads_data() as error:
         raise refused(strategy, function, _BRANCH) from error
     except Exception as error:
         told = ", ".join(f"{name}: {spec}" for name, spec in given.items())

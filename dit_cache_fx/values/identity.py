@@ -11,7 +11,7 @@ from weakref import ref
 import torch
 
 from dit_cache_fx.values.checksum import checksum
-from dit_cache_fx.values.pytree import attributes
+from dit_cache_fx.values.containers import attributes
 
 
 def version(tensor: torch.Tensor) -> int:
@@ -59,7 +59,7 @@ class TensorIdentity:
     def other_objects(self, other: TensorIdentity) -> frozenset[int]:
         """The places whose tensors are not the same unchanged objects."""
         pairs = zip(self._refs, other._refs, strict=True)
-        return frozenset(i for i, (a, b) in enumerate(pairs) if not _is_same(a, b))
+        return frozenset([i for i, (a, b) in enumerate(pairs) if not _is_same(a, b)])
 
     def other_values(self, other: TensorIdentity, places: Collection[int]) -> frozenset[int]:
         """Those of `places` whose values differ, or cannot be compared. May wait for a device."""

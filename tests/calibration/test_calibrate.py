@@ -194,7 +194,7 @@ def test_it_needs_no_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def state(cached: CachedModel) -> tuple[Any, ...]:
-    return cached._engine, cached._engine.host.strategy, cached._enabled, cached.cache_report()
+    return cached._engine, cached._engine.call_log.strategy, cached._enabled, cached.cache_report()
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -1,0 +1,41 @@
+"""Nodes of one graph, copied to another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import fx
+
+from dit_cache_fx.ir.node_meta import mark
+
+
+def copy_nodes(
+    graph: fx.Graph,
+    nodes: Iterable[fx.Node],
+    new: dict[fx.Node, Any],
+    instead: Callable[[fx.Node], Any] | None = None,
+) -> None:
+    """Copy `nodes`, in their order, to the end of `graph`.
+
+    `new`: node -> what stands for it in `graph`; the copies are added to it, and a node that it has
+    is not copied again. Where `instead(node)` is not None, that stands for the node: another node,
+    or a list or dict of nodes (then `instead` answers for the nodes that take its items as well).
+    """
+    for node in nodes:
+        if node not in new:
+            other = None if instead is None else instead(node)
+            new[node] = graph.node_copy(node, new.__getitem__) if other is None else other
+
+
+def body(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes between the placeholders and the output."""
+    return [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+
+
+def add_input(graph: fx.Graph, node: fx.Node, name: str | None = None) -> fx.Node:
+    """Add a placeholder to `graph` that is given what `node` gives, by its name or another one."""
+    placeholder = graph.placeholder(name or node.name)
+    placeholder.meta.update(node.meta)
+    mark(placeholder, block=None, signal=False, keys=None, within=None)
+    return placeholder
