@@ -155,7 +155,8 @@ class _Calibrating:
         best = winner(judged, len(self._runs))
         if best is None:
             return []
-        presets = [e.mean for e in judged if e.candidate.preset and e.scores]
+        whole = [entry for entry in judged if len(entry.scores) == len(self._runs)]
+        preset = next((entry.mean for entry in whole if entry.candidate.preset), best.mean)
         row = Row(
             number,
             calibrated(
@@ -167,7 +168,7 @@ class _Calibrating:
             best.candidate.placement,
             best.mean,
             min(best.samples),
-            max(presets, default=best.mean),
+            preset,
             None if plain is None else self._plain_psnr(plain, number),
         )
         return [row]

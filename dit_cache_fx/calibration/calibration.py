@@ -30,8 +30,8 @@ class Row:
     """What was found for a number of computed steps; PSNR in dB, the mean over the runs.
 
     `plan`: the strategy. `placement`: where its steps come from. `lowest`: of a single sample.
-    `preset`: the PSNR of the best preset with as many steps. `plain`: that of the plain sampler in
-    so many steps, where the user gave a function for it.
+    `preset`: the PSNR of the preset that computes as many steps, where timesteps are known.
+    `plain`: that of the plain sampler in so many steps, where the user gave a function for it.
     """
 
     computed: int

@@ -27,7 +27,7 @@ EVEN_TIMESTEP, EVEN_INDEX, SEARCH = "even in timestep", "even in index", "search
 class Candidate:
     """A predictor (a strategy whose schedule means nothing), and the steps that it computes.
 
-    `preset`: it is what a preset does with as many steps.
+    `preset`: it is what a preset does that computes as many steps.
     """
 
     predictor: Strategy
@@ -96,7 +96,8 @@ def candidates(
 ) -> dict[int, list[Candidate]]:
     """What is judged for each number of computed steps, the most promising first.
 
-    The presets are among them: the default predictor, evenly placed by timestep and by index.
+    The preset is among them, the default predictor evenly placed by timestep; so is what it does
+    where timesteps are not known, evenly placed by index.
     """
     programme = {} if recorded is None else _programme(recorded, computed)
     return {
@@ -114,13 +115,12 @@ def _for_count(
 ) -> list[Candidate]:
     steps, even = len(timesteps), evenly_spaced(timesteps, count)
     index = frozenset(s for s in range(steps) if EvenTimesteps(count).computes(s, steps))
-    default, *others = predictors
     always = [
-        Candidate(default, even, EVEN_TIMESTEP, preset=True),
-        Candidate(default, index, EVEN_INDEX, preset=True),
+        Candidate(predictors[0], even, EVEN_TIMESTEP, preset=True),
+        Candidate(predictors[0], index, EVEN_INDEX),
     ]
-    usable = [p for p in others if linear(p)]
-    always += [Candidate(p, even, EVEN_TIMESTEP) for p in others if not linear(p)]
+    usable = [p for p in predictors if linear(p)]
+    always += [Candidate(p, even, EVEN_TIMESTEP) for p in predictors if not linear(p)]
     if count == steps:
         return always[:1]
     if recorded is None:

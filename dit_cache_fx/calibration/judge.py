@@ -14,10 +14,10 @@ from dit_cache_fx.calibration.progress import Progress
 from dit_cache_fx.calibration.reference import Reference, Run
 from dit_cache_fx.calibration.results import psnr, result_of
 
-#: the share of the runs that each round goes up to, and how many candidates beside the best preset
-#: take part; all candidates do in the first
+#: the share of the runs that each round goes up to, and how many candidates beside the preset take
+#: part; all candidates do in the first
 ROUNDS = ((0.15, math.inf), (0.4, 4), (1, 2))
-#: dB that a candidate must gain over a preset where too few samples tell how sure that is
+#: dB that a candidate must gain over the preset where too few samples tell how sure that is
 LEAST_GAIN = 0.3
 #: samples from which on their spread tells
 _ENOUGH = 4
@@ -99,25 +99,24 @@ def generations(candidates: int, runs: int) -> int:
 
 
 def leading(judged: Sequence[Judged], most: float) -> Sequence[Judged]:
-    """All of them, or the best preset and the best `most` of the others."""
+    """All of them, or the preset and the best `most` of the others."""
     if math.isinf(most):
         return judged
     ranked = sorted(judged, key=lambda entry: -entry.mean)
     presets = [entry for entry in ranked if entry.candidate.preset]
     others = [entry for entry in ranked if not entry.candidate.preset]
-    return [*presets[:1], *others[: int(most)]]
+    return [*presets, *others[: int(most)]]
 
 
 def winner(judged: Sequence[Judged], runs: int) -> Judged | None:
     """The best of those that were judged on all runs; None where there is none.
 
-    A preset, unless another one is better by more than chance: by more than the standard error of
+    The preset, unless another one is better by more than chance: by more than the standard error of
     what it gains over the samples.
     """
     ready = [entry for entry in judged if len(entry.scores) == runs]
-    presets = [entry for entry in ready if entry.candidate.preset]
     best = max(ready, key=lambda entry: entry.mean, default=None)
-    preset = max(presets, key=lambda entry: entry.mean, default=None)
+    preset = next((entry for entry in ready if entry.candidate.preset), None)
     if best is None or preset is None:
         return best
     gains = [a - b for a, b in zip(best.samples, preset.samples, strict=True)]

@@ -23,7 +23,7 @@ MAX_STEPS = 128
 #: samples of a generation that are kept
 MAX_SAMPLES = 32
 #: part of the largest eigenvalue below which one counts for nothing
-_RANK = 1e-13
+_RANK = 1e-11
 #: share of a step's change that a one-step sampler may leave unexplained
 _MOST_UNEXPLAINED = 0.3
 
