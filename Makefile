@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check bench
+.PHONY: demo test test-all check bench dist
 
 demo: $(INSTALLED)
 	$(BIN)/python -m examples.digits.demo
@@ -23,6 +23,23 @@ bench: $(INSTALLED)
 
 test: check
 	$(BIN)/python -m pytest -n auto
+
+# Every case of every model, compiled and exported too: an hour or two
+test-all: check
+	$(BIN)/python -m pytest -n auto -m "exhaustive or not exhaustive"
+
+# A wheel and a source archive in dist/, installed and imported in environments of their own
+dist: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/pip install --quiet '.[dist]'
+	$(BIN)/python -m build --outdir dist
+	for made in dist/*.whl dist/*.tar.gz; do \
+		rm -rf dist/venv && $(PYTHON) -m venv dist/venv && \
+		dist/venv/bin/pip install --quiet $(TORCH) "$$made" && \
+		(cd dist && venv/bin/python -c "import dit_cache_fx; print(dit_cache_fx.__version__)") \
+		|| exit 1; \
+	done
+	rm -rf dist/venv
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ from dit_cache_fx.errors import (
 from dit_cache_fx.export import Exported, Runner, export, load
 from dit_cache_fx.report.cache_report import CacheReport, CaptureReport
 from dit_cache_fx.report.explain import Explanation
+from dit_cache_fx.runtime.batch import Batch
 from dit_cache_fx.runtime.call_log import StepRecord
 from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.strategies import (
@@ -47,6 +48,7 @@ __version__ = "0.1.0"
 __all__ = [
     "TEACACHE_COEFFICIENTS",
     "Backend",
+    "Batch",
     "CacheReport",
     "CachedModel",
     "Calibration",

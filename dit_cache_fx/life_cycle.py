@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.report.cache_report import CacheReport, report
 from dit_cache_fx.report.explain import Explanation, explain
 from dit_cache_fx.report.plot import draw
+from dit_cache_fx.runtime.batch import Batch
 from dit_cache_fx.runtime.call_log import CallLog
 from dit_cache_fx.runtime.scope import CacheContext
 from dit_cache_fx.runtime.session import Session
@@ -53,6 +54,9 @@ class LifeCycle:
 
     @cur_timestep.setter
     def cur_timestep(self, step: int | None) -> None:
+        if self._call_log.tracker.batch is not None:
+            expected = "to be set in each session (with session: cached.cur_timestep = ...)"
+            raise OptionError("cur_timestep", step, expected)
         if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
             raise OptionError("cur_timestep", step, "a step index: an integer from 0, or None")
         self._call_log.tracker.session.explicit = step
@@ -112,6 +116,21 @@ class LifeCycle:
         There may be any number. Without a session each thread has one.
         """
         return self._call_log.tracker.new_session()
+
+    def batch(self, sessions: Sequence[Session], *, shared: Collection[str] = ()) -> Batch:
+        """Calls within have a row (in dimension 0) for each session, in this order.
+
+            with cached.batch([first, second]):
+                noise = cached(torch.cat([a, b]), torch.tensor([900.0, 40.0]), prompts)
+
+        The requests may stand at different steps: rows that compute run as one batch, rows that
+        reuse as another, each with its own state. The outputs are in the caller's order. An
+        argument has rows where its first dimension is the number of sessions (so has a list of as
+        many items); `shared` names arguments that have none all the same.
+
+        Raises `OptionError` for sessions that are not open, not of this model, or there twice.
+        """
+        return Batch(self._call_log.tracker.scope, sessions, shared)
 
     def cache_context(self, name: str, **more: Any) -> AbstractContextManager[None]:
         """Calls within belong to the CFG branch `name`, which has a state of its own.

@@ -22,7 +22,7 @@ from dit_cache_fx.runtime.call_log import CallLog
 from dit_cache_fx.runtime.drive import Compiler, Serving
 from dit_cache_fx.runtime.engine import Engine
 from dit_cache_fx.runtime.generation import Generation, as_number
-from dit_cache_fx.runtime.graphs import Entry, Found, Graphs, InputKey
+from dit_cache_fx.runtime.graphs import Entry, Found, GraphKey, Graphs, RowsOf
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.values.pytree import flatten
 
@@ -112,10 +112,18 @@ class _Relowered(Graphs):
         super().__init__(own.subject, own.timestep_argument, own.count)
         self._origin = origin
 
-    def find(self, call: FlatCall, key: InputKey, check: Callable[[Entry], _T]) -> Found[_T]:
+    def find(
+        self,
+        call: FlatCall,
+        key: GraphKey,
+        check: Callable[[Entry], _T],
+        rows: RowsOf | None = None,
+    ) -> Found[_T]:
         found: Found[_T] | None = self._accepting(call, key)
         if found is not None:
             return found
+        if rows is not None:  # the graph of a batch depends on what is held for each row
+            return super().find(call, key, check, rows)
         known = self._origin.graphs.find(call, key, partial(self._origin._first, call))
         self.timestep_argument = self._origin.graphs.timestep_argument
         entry = known.entry.lowered_for(self.subject.strategy, self.count)

@@ -15,15 +15,19 @@ from dit_cache_fx._torch import Piece
 from dit_cache_fx.dynamo.capture import Input, Outlined, capture_graph
 from dit_cache_fx.dynamo.inner import Compile
 from dit_cache_fx.dynamo.parts import compiled_part, flat
+from dit_cache_fx.dynamo.rows import RowAnswers
 from dit_cache_fx.errors import CaptureError, DiscoveryError
+from dit_cache_fx.ir.alone import Alone
 from dit_cache_fx.ir.program import operations, tensor_spec
 from dit_cache_fx.lowering import Part, Variants, lower_variants
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.passes import run_passes
+from dit_cache_fx.runtime.batch import Batch
 from dit_cache_fx.runtime.call_log import CallLog
 from dit_cache_fx.runtime.drive import lasting
 from dit_cache_fx.runtime.generation import TimestepValue, timestep_value
 from dit_cache_fx.runtime.graphs import block_bytes
+from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.runtime.step import Step
 from dit_cache_fx.strategies import check_block_ids
 from dit_cache_fx.strategies.calibrated import check_graph
@@ -46,6 +50,11 @@ NO_BLOCKS = (
 _SPLIT = (
     "Dynamo splits the model (TORCH_LOGS=graph_breaks tells where) and no piece can be cached, but "
     "dit_cache_fx.apply(model, ...) can capture it"
+)
+
+_SPLIT_BATCH = (
+    "Dynamo splits the model (TORCH_LOGS=graph_breaks tells where), and a batch of sessions needs "
+    "it in one graph: dit_cache_fx.apply(model, ...) can capture it, or call each session by itself"
 )
 
 Compiled = Callable[..., Sequence[Any]]
@@ -114,6 +123,7 @@ class CachedGraph:
         self._entries: OrderedDict[Hashable, Lowered | None] = OrderedDict()
         self._plain: OrderedDict[Hashable, Compiled] = OrderedDict()
         self._making = threading.RLock()  # of entries and plain graphs, each is made once
+        self._rows = RowAnswers(shared.call_log, outlined, self._lower)
         self._reason = ""  # why it is not cached
         self._called = False
 
@@ -124,6 +134,9 @@ class CachedGraph:
         step = self._outlined.number_step
         if step is not None:
             inputs[step] = torch.as_tensor(inputs[step])
+        batch = self._shared.call_log.tracker.batch
+        if batch is not None and self._shared.enabled:
+            return self._serve_rows(batch, inputs)
         key = self._key(inputs)
         value = self._value(inputs) if self._shared.enabled else None
         lowered = None if value is None else self._lowered(key, inputs)
@@ -134,11 +147,13 @@ class CachedGraph:
 
     def lowered(self) -> list[Lowered]:
         """The graphs that there are."""
-        return [entry for entry in [*self._entries.values()] if entry is not None]
+        found = [entry for entry in [*self._entries.values()] if entry is not None]
+        return found + self._rows.lowered()
 
     def forget(self) -> None:
         """Forget them."""
         self._entries.clear()
+        self._rows.forget()
 
     # --- a call ------------------------------------------------------------------------------
 
@@ -152,11 +167,13 @@ class CachedGraph:
             for v in given
         )
 
-    def _value(self, inputs: Sequence[Input]) -> TimestepValue | None:
+    def _value(
+        self, inputs: Sequence[Input], session: Session | None = None
+    ) -> TimestepValue | None:
         """The step's timestep: set by the user, among the inputs, or told by an earlier piece."""
         position = self._outlined.timestep_position
         value: TimestepValue | None = None
-        explicit = self._shared.call_log.tracker.session.explicit
+        explicit = (session or self._shared.call_log.tracker.session).explicit
         if not self._piece.first:
             value = self._shared.timesteps.get(self._piece.function)
         if explicit is not None:
@@ -191,6 +208,19 @@ class CachedGraph:
             call_log.done(start, lambda: [arguments[i] for i in lowered.conditioning])
         output: Sequence[Any] = unflatten(lowered.program.output, owned)
         return output
+
+    def _serve_rows(self, batch: Batch, inputs: Sequence[Input]) -> Sequence[Any]:
+        """Answer a call whose rows belong to different sessions."""
+        if not self._piece.whole:
+            raise CaptureError(_SPLIT_BATCH)
+
+        def value(session: Session, given: Sequence[Input]) -> TimestepValue:
+            found = self._value(given, session)
+            if found is None:
+                raise CaptureError(_NO_TIMESTEP)
+            return found
+
+        return self._rows(batch, inputs, self._key, value)
 
     def _uncached(self, key: Hashable, inputs: Sequence[Input]) -> Sequence[Any]:
         outlined = self._outlined
@@ -237,7 +267,7 @@ class CachedGraph:
         self._shared.uncached(reason, self._called)
         self._called = True
 
-    def _lower(self, inputs: Sequence[Input]) -> Lowered:
+    def _lower(self, inputs: Sequence[Input], alone: Alone | None = None) -> Lowered:
         strategy, outlined = self._shared.call_log.strategy, self._outlined
         traced = capture_graph(outlined, inputs, strategy)
         program = traced.program
@@ -246,6 +276,7 @@ class CachedGraph:
         owned = [program.node(name) for name in sorted(program.owned) if self._piece.whole]
         check_graph(strategy, lists, [tensor_spec(node).shape for node in owned])
         nodes = operations(program.graph)
+        program.alone = alone
         run_passes(program, strategy)
         variants = lower_variants(program)
         origins = dict(zip(program.inputs, outlined.origins, strict=True))

@@ -20,6 +20,7 @@ import torch
 from torch import fx, nn
 
 from dit_cache_fx.errors import VerifyError
+from dit_cache_fx.ir.alone import Alone
 from dit_cache_fx.ir.contexts import generate_contexts
 from dit_cache_fx.ir.copying import body, copy_nodes
 from dit_cache_fx.ir.node_meta import BlockId, is_block, meta_of
@@ -64,6 +65,7 @@ class Program:
     block_lists: dict[str, int] = field(default_factory=dict)  # list name -> blocks in it
     regions: tuple[Region, ...] = ()
     owned: frozenset[str] = frozenset()  # inputs that are the model's own parameters and buffers
+    alone: Alone | None = None  # where each of its rows is at a step of its own
 
     @property
     def graph(self) -> fx.Graph:

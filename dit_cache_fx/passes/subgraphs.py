@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from dit_cache_fx.ir.program import (
 )
 from dit_cache_fx.strategies import CLOCK, Clock, Strategy
 from dit_cache_fx.strategies.traced import agree, refused, traced
+from dit_cache_fx.values.rows import RowPlace
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
 
@@ -116,13 +117,23 @@ class Subgraphs:
         given = ["value"] * (name != "reuse") + ["start"] * (start is not None)
         slots, end = self.slots, self.slots + len(CLOCK)
 
+        alone = self.program.alone
+        own = held_name(self.region.values[index], 0)
+        one = spec if alone is None else alone.spec(own)
+
         def flat(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
             named = dict(zip(given, tensors[end:], strict=True))
-            return self._called(name, tensors[:slots], named, Clock(*tensors[slots:end]), spec)
+            return self._called(name, tensors[:slots], named, Clock(*tensors[slots:end]), one)
 
         specs = {f"held[{i}]": spec for i in range(slots)}
         specs |= {f"clock.{name}": spec for name, spec in CLOCK.items()}
-        return traced(self.strategy, name, flat, specs | dict.fromkeys(given, spec))
+        specs |= dict.fromkeys(given, spec)
+        if alone is None:
+            return traced(self.strategy, name, flat, specs)
+        specs |= {f"clock.{n}": alone.clock(s, spec.device) for n, s in CLOCK.items()}
+        place = alone.place(own, spec)
+        places = [None if spec_name.startswith("clock.") else place for spec_name in specs]
+        return traced(self.strategy, name, _by_row(flat, places, name != "measure"), specs)
 
     def _called(
         self,
@@ -167,6 +178,23 @@ class Subgraphs:
         attributes = {name: value for name, value in self.attributes.items() if name in read}
         name = f"Run{self.region.index}{side}"
         return graph_module(self.program.model, attributes, graph, name)
+
+
+def _by_row(
+    function: Callable[..., Sequence[torch.Tensor]], places: Sequence[RowPlace | None], back: bool
+) -> Callable[..., Sequence[torch.Tensor]]:
+    """A function of one row for several. `places`: of the rows in its tensors; None: in front.
+
+    `back`: its results are as its first tensor; else their rows stay in front.
+    """
+
+    def mapped(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+        rows = [t if p is None else p.in_front(t) for t, p in zip(tensors, places, strict=True)]
+        results: Sequence[torch.Tensor] = torch.vmap(function)(*rows)
+        place = places[0] if back else None
+        return results if place is None else [place.put_back(t) for t in results]
+
+    return mapped
 
 
 def _results(gm: fx.GraphModule) -> list[fx.Node]:

@@ -17,15 +17,17 @@ from dit_cache_fx.capture.rerun import rerunning
 from dit_cache_fx.capture.samples import other_block
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.runtime import execution
+from dit_cache_fx.runtime.batch_engine import BatchEngine
 from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.call_log import CallLog, CallStart
 from dit_cache_fx.runtime.drive import Compiler, Results, Serving, drive
 from dit_cache_fx.runtime.execution import StepCompiler
 from dit_cache_fx.runtime.generation import as_number, timestep_value
-from dit_cache_fx.runtime.graphs import Entry, Found, Graphs, input_key
+from dit_cache_fx.runtime.graphs import Entry, Found, GraphKey, Graphs, RowsOf, input_key
 from dit_cache_fx.runtime.matching import CallEvidence
 from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.runtime.step import Step
+from dit_cache_fx.runtime.together import Together
 from dit_cache_fx.values.pytree import flatten, unflatten
 
 log = logging.getLogger(__name__)
@@ -34,7 +36,7 @@ log = logging.getLogger(__name__)
 class First(NamedTuple):
     """The answer of a new graph to the call that it was captured from."""
 
-    step: Step
+    step: Step | Together
     results: Results
 
 
@@ -44,6 +46,7 @@ class Engine:
     def __init__(self, subject: Subject, timestep_argument: str | None) -> None:
         self.subject = subject
         self.call_log = CallLog(subject.strategy)
+        self.batches = BatchEngine(self)
         self.graphs = Graphs(subject, timestep_argument, self.call_log.count)
         #: compiles the graphs where nothing else does; None: they run as they are
         self.step_compiler: StepCompiler | None = None
@@ -60,6 +63,7 @@ class Engine:
         self.clear_states()
         self.call_log.count.forget()
         self.graphs.clear()
+        self.batches.forget()
         self.call_log.forget_calls()
 
     # --- a call ------------------------------------------------------------------------------
@@ -69,14 +73,16 @@ class Engine:
 
         Nothing of the call is noted when it raises.
         """
+        batch = self.call_log.tracker.batch
+        if batch is not None:
+            return (yield from self.batches.serve(batch, args, kwargs, compiler))
         call = self._flat(args, kwargs)
         key = input_key(call)
-        found = self.graphs.find(call, key, partial(self._first, call))
+        found = self.find(call, key)
         entry, first = found.entry, found.first
         session = self.call_log.tracker.session
         with session.lock:
-            evidence = self._evidence(call, entry.key, entry, session)
-            start = self.call_log.begin(session, evidence, entry.variants.held, found.shapes)
+            start = self.begin(session, call, found)
             step = start.step
             stale = first is None and self._stale(entry, step)
             if not stale:
@@ -85,19 +91,38 @@ class Engine:
                 # where the strategy's rule decides, it is known now that the step has computed
                 stale = not by_schedule and first is None and self._stale(entry, step)
             if not stale:
-                self._done(start, found)
+                self.done(start, found)
                 return output
+        self.outdated(entry)
+        return (yield from self.serve(args, kwargs, compiler))
+
+    def find(self, call: FlatCall, key: GraphKey, rows: RowsOf | None = None) -> Found[First]:
+        """The graph for a call, captured where there is none. `rows`: what it has rows of."""
+        return self.graphs.find(call, key, partial(self._first, call), rows)
+
+    def begin(self, session: Session, call: FlatCall, found: Found[First]) -> CallStart:
+        """Find the place of a call in its session; nothing is noted."""
+        evidence = self._evidence(call, found.entry.key, found.entry, session)
+        return self.call_log.begin(session, evidence, found.entry.variants.held, found.shapes)
+
+    def outdated(self, entry: Entry) -> None:
+        """The model has changed since a graph was captured: forget all."""
         if self.graphs.outdated(entry):  # else another thread has seen it
             log.info("capturing again")
             self.call_log.tracker.forget()
-        return (yield from self.serve(args, kwargs, compiler))
 
     def passed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note a call that the model itself answers: it is a step of its generation."""
-        call = self._flat(args, kwargs)
+        batch = self.call_log.tracker.batch
+        if batch is not None:
+            self.batches.passed(batch, args, kwargs)
+        else:
+            self.passed_in(self.call_log.tracker.session, self._flat(args, kwargs))
+
+    def passed_in(self, session: Session, call: FlatCall) -> None:
+        """The same for a call of this session."""
         entry = self.graphs.known(call.key)
         if entry is not None:
-            session = self.call_log.tracker.session
             with session.lock:
                 self.call_log.passed(session, self._evidence(call, input_key(call), entry, session))
 
@@ -111,7 +136,8 @@ class Engine:
         read = timestep_value(tensors[position]) if explicit is None else float(explicit)
         return self.call_log.evidence(session, entry, key, read, tensors)
 
-    def _done(self, start: CallStart, found: Found[First]) -> None:
+    def done(self, start: CallStart, found: Found[First]) -> None:
+        """Note a call that has succeeded."""
         entry = found.entry
         if len(entry.served) < 2:
             entry.served.add(as_number(start.placement.call.value))
@@ -126,13 +152,18 @@ class Engine:
     def captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Entry, FlatCall]:
         """The graph for a call like this, captured and checked where there is none."""
         call = self._flat(args, kwargs)
-        return self.graphs.find(call, input_key(call), partial(self._first, call)).entry, call
+        return self.find(call, input_key(call)).entry, call
 
     def carried(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a call from inside another graph that is being made, where there is no host.
 
         The state is carried in buffers; the step is told from the timestep in the graph.
         """
+        if self.call_log.tracker.scope.splits:
+            raise CaptureError(
+                "a batch of sessions cannot be part of another compiled function or of an exported "
+                "program: compile the cached model by itself"
+            )
         call = self._flat(args, kwargs)
         entry = self.graphs.known(call.key)
         if entry is not None and (autocast() or entry.captured.recording.settings):
@@ -150,10 +181,14 @@ class Engine:
         outputs = entry.carried_in(self.call_log.tracker.context)(entry.inputs(call))
         return unflatten(entry.program.output, outputs)
 
-    def _flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FlatCall:
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name."""
         arguments = self.subject.signature.bind(args, kwargs)
         self.graphs.learn_timestep(arguments)
-        return flatten_call(arguments, self.graphs.timestep_argument)
+        return arguments
+
+    def _flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FlatCall:
+        return flatten_call(self.arguments(args, kwargs), self.graphs.timestep_argument)
 
     def _run(
         self, entry: Entry, step: Step, call: FlatCall, first: First | None, compiler: Compiler
@@ -165,6 +200,7 @@ class Engine:
             compiled_variants = step_compiler.compiled(entry.variants)
             results = yield from execution.compiled_steps(entry, step, call, compiled_variants)
         elif first is not None:
+            assert isinstance(first.step, Step)
             step.follow(first.step)
             results = first.results
         else:
@@ -197,7 +233,7 @@ class Engine:
             recording.forget()
         return First(step, results)
 
-    def _compared(self, entry: Entry, step: Step, call: FlatCall) -> Results:
+    def _compared(self, entry: Entry, step: Step | Together, call: FlatCall) -> Results:
         """The graph's answer, whose blocks give what they gave in the model."""
         model, captured = self.subject.model, entry.captured
         with rerunning(model, captured) as rerun:
@@ -212,12 +248,16 @@ class Engine:
         log.info("block %s gives something else each time", block)
         return flatten(captured.recording.output)[0] + list(results[entry.variants.outputs :])
 
-    def _new_step(self, entry: Entry) -> Step:
-        """The first step of a branch that holds nothing."""
-        return Step(self.call_log.strategy, Branch(), 0, entry.variants.held)
+    def _new_step(self, entry: Entry) -> Step | Together:
+        """The first step of a branch that holds nothing, or of several of them."""
+        layout, strategy = entry.layout, self.call_log.strategy
+        if layout is None:
+            return Step(strategy, Branch(), 0, entry.variants.held)
+        steps = [Step(strategy, Branch(), 0, layout.alone) for _ in range(layout.count)]
+        return Together(steps, layout)
 
 
-def _plain(entry: Entry, step: Step, call: FlatCall) -> Results:
+def _plain(entry: Entry, step: Step | Together, call: FlatCall) -> Results:
     with torch.no_grad():
         results: Results = drive(execution.plain(entry, step, call))
     return results

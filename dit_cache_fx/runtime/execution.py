@@ -39,6 +39,7 @@ from dit_cache_fx.runtime.drive import (
 from dit_cache_fx.runtime.first_runs import FirstRuns
 from dit_cache_fx.runtime.graphs import Entry
 from dit_cache_fx.runtime.step import Step
+from dit_cache_fx.runtime.together import Together
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,9 @@ def _nothing() -> None:
     return None
 
 
-def plain(entry: Entry, step: Step, call: FlatCall, compiler: Compiler = NOTHING) -> Serving:
+def plain(
+    entry: Entry, step: Step | Together, call: FlatCall, compiler: Compiler = NOTHING
+) -> Serving:
     """Run the graph of the step's kind; the decision is the host's."""
     variants, given = entry.variants, entry.inputs(call)
     yield from _ruled(entry, variants, step, given)
@@ -117,6 +120,18 @@ def compiled_steps(
     """The same, where each graph is compiled by itself."""
     variants, given = compiled.variants, entry.inputs(call)
     yield from _ruled(entry, variants, step, given)
+    return (yield from decided(entry, step, given, compiled, compiler))
+
+
+def decided(
+    entry: Entry,
+    step: Step | Together,
+    given: dict[str, torch.Tensor],
+    compiled: CompiledSteps,
+    compiler: Compiler = NOTHING,
+) -> Serving:
+    """Run the graph of a step's kind. `given`: the call's tensors, and what is carried."""
+    variants = compiled.variants
     if step.computes and compiled.preamble is not None:
         given.update(_prepared(entry, compiled.preamble, step, given))
     part = variants.compute if step.computes else variants.reuse
@@ -127,7 +142,9 @@ def compiled_steps(
     return [*outputs, *(t.contiguous() for t in recorded)]  # the strides that it is compiled for
 
 
-def _alone(entry: Entry, step: Step, graph_call: GraphCall, compiler: Compiler) -> Serving:
+def _alone(
+    entry: Entry, step: Step | Together, graph_call: GraphCall, compiler: Compiler
+) -> Serving:
     """Run a graph; where a compiler looks on, the first one of each kind of step goes alone."""
     if not compiler.looks_on:
         return (yield graph_call)
@@ -197,7 +214,9 @@ def _compiled(graph_call: GraphCall, first: bool) -> Serving:
         return (yield graph_call)
 
 
-def _ruled(entry: Entry, variants: Variants, step: Step, given: dict[str, torch.Tensor]) -> Serving:
+def _ruled(
+    entry: Entry, variants: Variants, step: Step | Together, given: dict[str, torch.Tensor]
+) -> Serving:
     """Ask the strategy's own rule, where it has one; what its graph carries on is given then."""
     value: torch.Tensor | None = None
     if variants.prefix is not None:
@@ -208,7 +227,7 @@ def _ruled(entry: Entry, variants: Variants, step: Step, given: dict[str, torch.
 
 
 def _prepared(
-    entry: Entry, preamble: Preamble, step: Step, given: Mapping[str, torch.Tensor]
+    entry: Entry, preamble: Preamble, step: Step | Together, given: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Run the preamble on the host."""
     part = preamble.part

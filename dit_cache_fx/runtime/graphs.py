@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import fx, nn
@@ -26,6 +26,7 @@ from dit_cache_fx.capture.ambient import Ambient
 from dit_cache_fx.capture.fingerprint import Fingerprint, fingerprint, volatile
 from dit_cache_fx.capture.record import Recording
 from dit_cache_fx.errors import CaptureError, warn
+from dit_cache_fx.ir.alone import Alone
 from dit_cache_fx.ir.program import Program, operations
 from dit_cache_fx.lowering import (
     CompiledSteps,
@@ -41,11 +42,14 @@ from dit_cache_fx.passes import run_passes
 from dit_cache_fx.runtime.first_runs import FirstRuns
 from dit_cache_fx.runtime.reasons import WhyCaptured, changes
 from dit_cache_fx.runtime.step_count import StepCount
+from dit_cache_fx.runtime.together import Layout
 from dit_cache_fx.strategies import Strategy, check_block_ids
 from dit_cache_fx.values.pytree import Skeleton
 
 #: most input signatures whose graphs are kept at one time
 MAX_CAPTURES = 32
+#: most such signatures of rows that are answered together: several sizes for each of those
+MAX_GROUPS = 4 * MAX_CAPTURES
 #: most captures of one signature: more means that its guards depend on what changes every step
 MAX_VARIANTS = 8
 
@@ -53,6 +57,17 @@ log = logging.getLogger(__name__)
 
 #: what two calls must share to run the same graph
 InputKey = tuple[Hashable, Ambient]
+
+
+class RowsKey(NamedTuple):
+    """What two groups of rows must share. `one`: the number of the graph for a row by itself."""
+
+    call: InputKey
+    one: int
+
+
+GraphKey = InputKey | RowsKey
+
 
 _T = TypeVar("_T")
 
@@ -71,12 +86,13 @@ class Entry(Lowered):
     breaks: bool = False  # its blocks cannot be compiled as one graph
     apart: bool = False  # it was compiled as one graph for each kind of step
     carried: dict[tuple[str, ...], Carried] = field(default_factory=dict)  # by cache context
+    layout: Layout | None = None  # of its rows, where each is at a step of its own
     served: set[float] = field(default_factory=set)  # a few of the timesteps that it answered
     first_runs: FirstRuns = field(default_factory=FirstRuns)  # with each compiler that looks on
     _lowering: threading.RLock = field(default_factory=threading.RLock)
     _one_graph: OneGraph | None = None
     _compiled_steps: CompiledSteps | None = None
-    key: InputKey | None = None  # one object for all its calls: to compare it costs nothing
+    key: GraphKey | None = None  # one object for all its calls: to compare it costs nothing
 
     def lowered_for(self, strategy: Strategy, count: StepCount) -> Entry:
         """The same capture, lowered for another strategy that reads the same of the model."""
@@ -153,6 +169,14 @@ class Entry(Lowered):
             return name
 
 
+@dataclass(frozen=True)
+class RowsOf:
+    """What a graph has rows of: calls that `one` answers by themselves, `count` of them."""
+
+    one: Entry
+    count: int
+
+
 @dataclass(eq=False)
 class Found(Generic[_T]):
     """The graph for a call. `first`: where it was captured just now, its answer to that call."""
@@ -174,7 +198,7 @@ class Graphs:
         self.subject = subject
         self.count = count
         self.timestep_argument = timestep_argument  # once it is known
-        self.entries: OrderedDict[InputKey, tuple[Entry, ...]] = OrderedDict()
+        self.entries: OrderedDict[GraphKey, tuple[Entry, ...]] = OrderedDict()
         self.keep_programs = False  # as they are before the passes, for other strategies
         self._serial = 0
         self._newest: Entry | None = None  # that answered a call
@@ -200,8 +224,14 @@ class Graphs:
         if self.timestep_argument is None:
             self.timestep_argument = named_timestep(tuple(arguments), None)
 
-    def find(self, call: FlatCall, key: InputKey, check: Callable[[Entry], _T]) -> Found[_T]:
-        """The graph for a call, captured where there is none.
+    def find(
+        self,
+        call: FlatCall,
+        key: GraphKey,
+        check: Callable[[Entry], _T],
+        rows: RowsOf | None = None,
+    ) -> Found[_T]:
+        """The graph for a call, captured where there is none. `rows`: what it has rows of.
 
         A new graph is given to `check`, which gives its answer to the call or raises; before that
         no other call sees it.
@@ -211,9 +241,9 @@ class Graphs:
             return found
         with self._capturing:
             found = self._accepting(call, key)  # captured by another thread meanwhile
-            return self._captured(call, key, check) if found is None else found
+            return self._captured(call, key, check, rows) if found is None else found
 
-    def _accepting(self, call: FlatCall, key: InputKey) -> Found[_T] | None:
+    def _accepting(self, call: FlatCall, key: GraphKey) -> Found[_T] | None:
         for entry in reversed(self.entries.get(key, ())):
             shapes = accepts(self.subject, entry.captured, call)
             if shapes is not None:
@@ -221,7 +251,7 @@ class Graphs:
                 return Found(entry, shapes, None)
         return None
 
-    def _used(self, key: InputKey, entry: Entry) -> None:
+    def _used(self, key: GraphKey, entry: Entry) -> None:
         """The newest is the last."""
         if entry is self._newest:
             return
@@ -233,7 +263,13 @@ class Graphs:
             if entry in entries[:-1]:
                 self.entries[key] = (*(e for e in entries if e is not entry), entry)
 
-    def _captured(self, call: FlatCall, key: InputKey, check: Callable[[Entry], _T]) -> Found[_T]:
+    def _captured(
+        self,
+        call: FlatCall,
+        key: GraphKey,
+        check: Callable[[Entry], _T],
+        rows: RowsOf | None,
+    ) -> Found[_T]:
         entries = self.entries.get(key, ())
         if len(entries) >= MAX_VARIANTS:
             _refuse_one_for_each_step(entries)
@@ -241,22 +277,27 @@ class Graphs:
         because = WhyCaptured(call, len(entries), newest)
         log.info("capturing: %s", because)
         with self.subject.turns.of_model():
-            entry = self._capture(call)
+            entry = self._capture(call, rows)
         with self.subject.turns.of_model():  # it is known now whether forward sets attributes
             first = check(entry)
-        self.keep(key, entry)
+        self.keep(key, entry, MAX_CAPTURES if rows is None else MAX_GROUPS)
         guards = entry.captured.guards
         shapes = () if guards is None else guards.shapes(guards.expected)
         return Found(entry, shapes, first, because)
 
-    def keep(self, key: InputKey, entry: Entry) -> None:
-        """Know a graph, the newest of its signature; what is too many is dropped."""
+    def keep(self, key: GraphKey, entry: Entry, most: int = MAX_CAPTURES) -> None:
+        """Know a graph, the newest of its signature; more than `most` of its kind are dropped."""
         with self._lock:
             self.entries[key] = (*self.entries.get(key, ())[1 - MAX_VARIANTS :], entry)
             self.entries.move_to_end(key)
             self._newest, entry.key = entry, key
-            while len(self.entries) > MAX_CAPTURES:
-                self.entries.popitem(last=False)
+            self._bound(type(key), most)
+
+    def _bound(self, kind: type, most: int) -> None:
+        """Drop the oldest graphs whose keys are of this kind."""
+        keys = [key for key in self.entries if type(key) is kind]
+        for key in keys[: max(len(keys) - most, 0)]:
+            del self.entries[key]
 
     def all(self) -> list[Entry]:
         """Every graph, the newest last."""
@@ -271,7 +312,8 @@ class Graphs:
 
     def carried(self, context: tuple[str, ...]) -> nn.ModuleDict:
         """Each graph with the state of a cache context in its buffers."""
-        return nn.ModuleDict({str(e.serial): e.carried_in(context) for e in self.all()})
+        calls = [entry for entry in self.all() if entry.layout is None]
+        return nn.ModuleDict({str(e.serial): e.carried_in(context) for e in calls})
 
     def forget_carried(self) -> None:
         """Set what is carried in buffers to the state before the first call."""
@@ -298,7 +340,7 @@ class Graphs:
                     "calls leave it as it was when they were captured"
                 )
 
-    def _capture(self, call: FlatCall) -> Entry:
+    def _capture(self, call: FlatCall, rows: RowsOf | None) -> Entry:
         model, strategy = self.subject.model, self.subject.strategy
         before = fingerprint(model, ())
         captured = capture(self.subject, call, self.timestep_argument)
@@ -310,6 +352,7 @@ class Graphs:
         check_block_ids(strategy, program.block_lists)
         nodes = operations(program.graph)
         untouched = program.copied() if self.keep_programs else None
+        program.alone = None if rows is None else Alone(rows.count, rows.one.variants.held)
         run_passes(program, strategy)
         self._serial += 1
         entry = Entry(
@@ -326,6 +369,7 @@ class Graphs:
             call.skeleton,
             untouched=untouched,
         )
+        entry.layout = None if rows is None else Layout.of(rows.one, entry, rows.count)
         log.info("captured %s", entry)
         return entry
 

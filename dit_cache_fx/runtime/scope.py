@@ -14,20 +14,27 @@ from typing import Any
 import torch
 
 
+class Splits:
+    """The base of what calls are split by, while it is entered."""
+
+
 class Scope:
     """What of one cached model is entered right now: its frames, the innermost last.
 
-    A frame is a session, or the name of a branch.
+    A frame is a session, a batch of sessions, or the name of a branch.
     """
 
     def __init__(self) -> None:
         self._frames: ContextVar[tuple[Any, ...]] = ContextVar("dit_cache_fx", default=())
         self._traced: list[str] = []
+        self._batches: list[object] = []  # as `_traced`: Dynamo guards it
 
     def enter(self, frame: object) -> None:
-        """Enter a session or a named branch."""
+        """Enter a session, a batch or a named branch."""
         if isinstance(frame, str):
             self._traced.append(frame)
+        elif isinstance(frame, Splits):
+            self._batches.append(frame)
         if not torch.compiler.is_dynamo_compiling():
             self._frames.set((*self._frames.get(), frame))
 
@@ -35,6 +42,8 @@ class Scope:
         """Leave what was entered last of this frame."""
         if isinstance(frame, str) and frame in self._traced:
             self._traced.remove(frame)
+        elif isinstance(frame, Splits) and self._batches:
+            self._batches.pop()
         if torch.compiler.is_dynamo_compiling():
             return
         frames = self._frames.get()
@@ -43,8 +52,13 @@ class Scope:
             self._frames.set((*frames[:place], *frames[place + 1 :]))
 
     @property
-    def session(self) -> Any:
-        """The innermost session; None outside of any."""
+    def splits(self) -> bool:
+        """Whether a batch is entered anywhere; Dynamo may ask."""
+        return bool(self._batches)
+
+    @property
+    def caller(self) -> Any:
+        """The innermost session or batch; None outside of any."""
         frames = self._frames.get()
         return (
             next((f for f in reversed(frames) if not isinstance(f, str)), None) if frames else None

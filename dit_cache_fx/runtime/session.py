@@ -58,6 +58,15 @@ class Session:
         return f"<Session, {state}>"
 
     @property
+    def closed(self) -> bool:
+        """Whether it cannot be entered any more."""
+        return self._closed
+
+    def is_of(self, scope: Scope) -> bool:
+        """Whether it is of the cached model whose scope this is."""
+        return self._scope is scope
+
+    @property
     def bytes_held(self) -> int:
         """Bytes that are held for its branches."""
         return sum(held.nbytes for branch in self.branches for held in branch.held)

@@ -70,20 +70,24 @@ class Step:
     def given(self, names: Collection[str]) -> dict[str, torch.Tensor]:
         """For a variant that reads `names`: the clock, and what is held (else placeholders)."""
         held = self._held() or [spec.placeholder() for spec in self._specs.values()]
-        return {**self._clock(names), **dict(zip(self._specs, held, strict=True))}
+        return {**self.clock(names), **dict(zip(self._specs, held, strict=True))}
 
     def compiled_given(self, names: Collection[str]) -> dict[str, torch.Tensor]:
         """The same for a variant that was compiled: in the strides that it was compiled for.
 
         The clock is where the held tensors are: CUDA graphs take nothing from the CPU.
         """
-        given: dict[str, torch.Tensor] = {}
+        given = self.held(names)
+        for name, value in self.clock(names).items():
+            given[name] = value.to(next(iter(self._specs.values())).device)
+        return given
+
+    def held(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        """What is held, of `names`; zeros where nothing is."""
+        given, own = dict[str, torch.Tensor](), self._held()
         for place, (name, spec) in enumerate(self._specs.items()):
             if name in names:
-                own = self._held()
                 given[name] = own[place] if own else spec.zeros()
-        for name, value in self._clock(names).items():
-            given[name] = value.to(next(iter(self._specs.values())).device)
         return given
 
     def one_graph_given(
@@ -95,7 +99,7 @@ class Step:
         """
         held = [t.contiguous() for t in self._held()]
         held = held or [spec.zeros() for spec in self._specs.values()]
-        given = {"forced": _flag(self.computes), **self._clock(names)}
+        given = {"forced": _flag(self.computes), **self.clock(names)}
         given.update(zip(self._specs, held, strict=True))
         if asks:
             own = self._state
@@ -104,7 +108,8 @@ class Step:
             given.update(zip(state, (t.contiguous() for t in remembered), strict=True))
         return given
 
-    def _clock(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+    def clock(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        """The tensors of the clock, of `names`, on the CPU."""
         made: dict[str, Callable[[], float | list[float]]] = {
             "distance": lambda: self._course.distance(self._last, self.index),
             "computed": lambda: self._computed,
@@ -171,7 +176,7 @@ class Step:
 
     def _signal(self, value: torch.Tensor | None) -> Any:
         measured = self._measured_here() if value is None else self.measured()
-        clock = Clock(**self._clock(Clock._fields))
+        clock = Clock(**self.clock(Clock._fields))
         return signal_of(self._strategy, value, clock, measured)
 
     def _measured_here(self) -> torch.Tensor | None:

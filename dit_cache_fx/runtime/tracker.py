@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from weakref import WeakSet, ref
 
+from dit_cache_fx.runtime.batch import Batch
 from dit_cache_fx.runtime.scope import Scope
 from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.runtime.step_count import StepCount
@@ -33,14 +34,20 @@ class Tracker:
 
     @property
     def session(self) -> Session:
-        """The current session."""
-        entered: Session | None = self.scope.session
-        if entered is not None:
+        """The current session. A batch of sessions is none."""
+        entered = self.scope.caller
+        if isinstance(entered, Session):
             return entered
         own: Session | None = getattr(self._own, "session", None)
         if own is None:
             own = self._own.session = self.new_session()
         return own
+
+    @property
+    def batch(self) -> Batch | None:
+        """The batch that a call is of, if it is of one."""
+        entered = self.scope.caller
+        return entered if isinstance(entered, Batch) else None
 
     @property
     def context(self) -> tuple[str, ...]:

@@ -73,7 +73,8 @@ def assert_same(
 ) -> None:
     """Both give the same for each of the calls, bit by bit."""
     for index, inputs in enumerate(calls):
-        assert torch.equal(flat(got(**inputs)), flat(want(**inputs))), f"call {index}"
+        a, b = flat(got(**inputs)), flat(want(**inputs))
+        assert torch.equal(a, b), f"call {index}: {(a - b).abs().max()} of {b.abs().max()}"
 
 
 @pytest.fixture(autouse=True)
