@@ -21,8 +21,8 @@ if not __package__:  # run as a file: make the repository root importable
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from examples.digits import checkpoint
-from examples.digits.sampling import euler, guided, start
 from examples.digits.table import psnr
+from examples.flow.sampling import euler, guided, start, times
 
 STEPS = 50
 COMPUTED = range(0, STEPS, 5)
@@ -56,8 +56,8 @@ class DampedLine(Strategy):
 def main() -> None:
     torch.set_num_threads(1)  # the model is too small for more
     model = checkpoint.load()
-    noise, labels = start(samples=10, seed=0)
-    target = euler(guided(model, labels), noise, STEPS)
+    noise, labels = start(model, samples=10, seed=0)
+    target = euler(guided(model, labels), noise, times(STEPS))
     strategies = [
         DeepCache(no_cache_steps=COMPUTED),
         TaylorCache(no_cache_steps=COMPUTED, max_order=1),
@@ -66,7 +66,7 @@ def main() -> None:
     ]
     for strategy in strategies:
         cached = dit_cache_fx.apply(model, strategy)
-        pictures = euler(guided(cached, labels), noise, STEPS)
+        pictures = euler(guided(cached, labels), noise, times(STEPS))
         report = cached.cache_report()
         what = f"{strategy.name} {getattr(strategy, 'damping', '')}"
         print(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -247,7 +248,7 @@ def test_a_reused_step_of_order_1_runs_no_more_than_one_of_order_2() -> None:
 def clock(distance: float, computed: int, gap: Sequence[float] = (), reach: float = 0) -> Clock:
     filled = [*gap, *[0.0] * (MOMENTS - len(gap))]
     return Clock(
-        *(torch.tensor(v, dtype=torch.float64) for v in (distance, computed, filled, reach))
+        *(torch.tensor(v, dtype=torch.float64) for v in (distance, computed, filled, reach, [0, 0]))
     )
 
 
@@ -307,6 +308,32 @@ def test_sums_over_a_gap_of_timesteps() -> None:
 )
 def test_the_last_gap_stands_for_one_that_is_not_known(course: Course) -> None:
     assert course.gap(0, 4)[:2] == [1, 2]
+
+
+FADING = Course(ListedSteps(frozenset({0, 2, 5})), 6, (10.0, 9.0, 8.0, 6.0, 4.0, 2.0), fading=True)
+
+
+@pytest.mark.parametrize(
+    ("last", "step", "kept"),
+    [(0, 2, 1 - 6 / 8), (2, 5, 0.0)],  # 6 of the 8 that are left; all of it
+)
+def test_the_gap_fades_by_the_share_of_the_way_left(last: int, step: int, kept: float) -> None:
+    full = replace(FADING, fading=False)
+    assert FADING.kept(last, step) == pytest.approx(kept)
+    assert FADING.gap(last, step) == pytest.approx([kept * g for g in full.gap(last, step)])
+
+
+def test_where_a_rule_decides_the_last_interval_tells_what_is_kept() -> None:
+    course = Course(None, 10, ruled=True, fading=True)
+    assert course.kept(0, 4) == pytest.approx(1 - 4 / 6)
+    assert course.kept(0, 6) == 0  # an interval as long as the last would pass the end
+    assert Course(None, ruled=True, fading=True).kept(0, 4) == 1  # no end is known
+
+
+def test_the_way_is_a_share_of_the_whole() -> None:
+    assert FADING.way(0, 2) == pytest.approx([2 / 10, 4 / 10])  # the end is at 0
+    assert Course(None, 10).way(3, 5) == pytest.approx([0.2, 0.3])
+    assert Course(None).way(3, 5) == pytest.approx([2 / 50, 3 / 50])
 
 
 def test_timesteps_that_do_not_move_are_steps() -> None:

@@ -108,7 +108,7 @@ def test_a_strategy_object_is_used_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "more"), [("deepcache", ""), ("taylorcache", "; or give tolerance=0.5, say")]
+    ("strategy", "more"), [("deepcache", ""), ("taylorcache", "; or give tolerance=0.01, say")]
 )
 def test_no_schedule_at_all(strategy: str, more: str) -> None:
     refused(

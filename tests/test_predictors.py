@@ -15,7 +15,7 @@ from dit_cache_fx import Clock, Exponential, FoCa, HiCache, NewtonCache, TaylorC
 from dit_cache_fx.strategies.clock import MOMENTS
 from dit_cache_fx.strategies.hicache import hermite
 from tests.compile.compiling import Counting, breaks, compiled, no_recompile
-from tests.test_corrector import SHIFTED, ByHand
+from tests.test_corrector import LENGTH, SHIFTED, ByHand
 from tests.test_errors import refused
 from tests.toys import ToyDiT, actions, make, toy_inputs
 
@@ -35,7 +35,7 @@ def _new_compiler() -> Iterator[None]:
 def at(distance: float, computed: int = 3, gap: Sequence[float] = (), reach: float = 0) -> Clock:
     filled = [*gap, *[0.0] * (MOMENTS - len(gap))]
     return Clock(
-        *(torch.tensor(v, dtype=torch.float64) for v in (distance, computed, filled, reach))
+        *(torch.tensor(v, dtype=torch.float64) for v in (distance, computed, filled, reach, [0, 0]))
     )
 
 
@@ -103,8 +103,8 @@ def parabola(t: float) -> Tensor:
 def test_newton_goes_on_along_a_parabola(places: Sequence[float]) -> None:
     """TaylorCache of order 2 does not."""
     got = []
-    for kind in (NewtonCache, TaylorCache):
-        strategy = kind(no_cache_steps=STEPS)
+    newton = NewtonCache(no_cache_steps=STEPS, corrector=0, curvature=1)
+    for strategy in (newton, TaylorCache(no_cache_steps=STEPS)):
         held: Sequence[Tensor] = [torch.zeros(2) for _ in range(3)]
         for i, place in enumerate(places):
             distance = place - places[i - 1] if i else 0
@@ -121,7 +121,9 @@ def test_newton_goes_on_along_a_parabola(places: Sequence[float]) -> None:
 def test_newton_of_order_1_is_taylor() -> None:
     held, value = [*torch.randn(2, 4)], torch.randn(4)
     stored = [
-        kind(no_cache_steps=STEPS, max_order=1).store(held, value, None, at(3, 2, reach=2))
+        kind(no_cache_steps=STEPS, max_order=1, corrector=0).store(
+            held, value, None, at(3, 2, reach=2)
+        )
         for kind in (NewtonCache, TaylorCache)
     ]
     assert all(map(torch.equal, *stored))
@@ -132,13 +134,31 @@ def test_newton_has_no_higher_order() -> None:
     refused("max_order=3: at most 2", make(ToyDiT), "newtoncache", no_cache_steps=STEPS, **high)
 
 
+@pytest.mark.parametrize("curvature", [-0.1, 1.1, float("nan"), True, "0.5"])
+def test_curvatures_that_cannot_be(curvature: Any) -> None:
+    options = {"no_cache_steps": STEPS, "curvature": curvature}
+    refused("curvature=.*: a share from 0", make(ToyDiT), "newtoncache", **options)
+
+
+FORMS: dict[str, tuple[int, dict[str, Any]]] = {
+    "as it is": (2, {}),
+    "the whole parabola, half corrected": (2, {"curvature": 1, "corrector": 0.5}),
+    "no corrector": (2, {"corrector": 0}),
+    "order 1": (1, {"max_order": 1}),
+}
+
+
 @pytest.mark.parametrize("axis", ["step", "timestep"])
-def test_newton_in_a_cached_model_and_in_a_program(axis: str) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_newton_in_a_cached_model_and_in_a_program(axis: str, form: str) -> None:
+    order, given = FORMS[form]
     model, timesteps = make(ToyDiT), SHIFTED
-    options = {"axis": axis, "timesteps": timesteps, "corrector": 0.5, "no_cache_steps": STEPS}
+    options = {"axis": axis, "timesteps": timesteps, "no_cache_steps": STEPS, **given}
     eager, exported = (dit_cache_fx.apply(model, "newtoncache", **options) for _ in range(2))
     runner = dit_cache_fx.export(exported, kwargs=toy_inputs(timesteps[0])).runner()
-    by_hand = Newton(model, [2], 0.5, STEPS, timesteps, axis)
+    curvature = given.get("curvature", 0.5) if order > 1 else 0
+    share = given.get("corrector", 1)
+    by_hand = Newton(curvature, model, [order], share, STEPS, timesteps, axis)
     for step, timestep in enumerate(timesteps):
         inputs = toy_inputs(timestep, seed=step)
         want = by_hand(step, **inputs)
@@ -148,10 +168,11 @@ def test_newton_in_a_cached_model_and_in_a_program(axis: str) -> None:
 
 
 class Newton(ByHand):
-    """By Lagrange's formula through the last three computed values."""
+    """By Lagrange's formula through the last computed values, at most three of them."""
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, curvature: float, *args: Any) -> None:
         super().__init__(*args)
+        self.curvature = curvature
         self.points: list[tuple[float, Tensor]] = []
 
     def store(self, c: int, value: Tensor) -> None:
@@ -159,11 +180,29 @@ class Newton(ByHand):
         self.points = [*self.points[-2:], (self.place[c], value)]
 
     def sum(self, step: int) -> Tensor:
-        total = torch.zeros(())
-        for t, value in self.points:
-            others = [o for o, _ in self.points if o != t]
-            total = total + value * math.prod((self.place[step] - o) / (t - o) for o in others)
-        return total
+        parabola = lagrange(self.points, self.place[step])
+        line = lagrange(self.points[-2:], self.place[step])
+        return self.curvature * parabola + (1 - self.curvature) * line
+
+    def corrected(self, p: int, c: int, value: Tensor) -> Tensor:
+        points = [*self.points[-2:], (self.place[c], value)]
+        missed = [
+            (lagrange(points, self.place[k]) - predicted) * self.dt[k]
+            for k, predicted in self.predicted.items()
+        ]
+        following = min([s for s in self.steps if s > c], default=LENGTH)
+        ahead = sum(self.dt[k] for k in range(c + 1, following))
+        fade = 1 - sum(self.dt[c:following]) / sum(self.dt[c:])
+        return self.share * fade * sum(missed) / ahead if ahead else torch.zeros(())
+
+
+def lagrange(points: Sequence[tuple[float, Tensor]], place: float) -> Tensor:
+    """The polynomial through the points."""
+    total = torch.zeros(())
+    for t, value in points:
+        others = [o for o, _ in points if o != t]
+        total = total + value * math.prod((place - o) / (t - o) for o in others)
+    return total
 
 
 # --- FoCa -----------------------------------------------------------------------------------------

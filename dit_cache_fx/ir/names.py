@@ -7,7 +7,7 @@ whatever the model's arguments and operators are called: `unreserved` sees to th
 from __future__ import annotations
 
 #: what both sides of a run read of the step (`strategies.Clock`)
-CLOCK_NAMES = ("distance", "computed", "gap", "reach")
+CLOCK_NAMES = ("distance", "computed", "gap", "reach", "way")
 
 #: the clock, the flags of a decision, and what a state holds beside the tensors
 _WORDS = frozenset({*CLOCK_NAMES, "forced", "fresh", "clock", "checksum", "lost"})

@@ -22,11 +22,14 @@ class Path(nn.Module):
         super().__init__()
         self.positions: torch.Tensor
         self.ahead: torch.Tensor
+        self.coming: torch.Tensor
+        self.left: torch.Tensor
         self.powers: torch.Tensor
-        self.by_timestep = course.by_timestep
-        known = [course.ahead(step) for step in range(steps)]
+        self.by_timestep, self.whole = course.by_timestep, course.whole
         self._keep("positions", [course.position(step) for step in range(steps + 1)])
-        self._keep("ahead", [math.nan if a is None else a for a in known])
+        self._keep("ahead", [_or_nan(course.ahead(step)) for step in range(steps)])
+        self._keep("coming", [_or_nan(course.coming(step)) for step in range(steps)])
+        self._keep("left", [course.left(step) for step in range(steps)])
         self._keep("powers", [*range(MOMENTS)])
 
     def _keep(self, name: str, numbers: list[float]) -> None:
@@ -49,7 +52,25 @@ class Path(nn.Module):
         sums = (weighted * distances ** self.powers[:, None]).sum(dim=1)
         known = _at(self.ahead, clock.step)
         ahead = torch.where(known.isnan(), sums[0], known)
-        return torch.where(ahead == 0, 0.0, sums / torch.where(ahead == 0, 1.0, ahead))
+        share = self._kept(clock) / torch.where(ahead == 0, 1.0, ahead)
+        return torch.where(ahead == 0, 0.0, sums * share)
+
+    def way(self, clock: ClockState) -> torch.Tensor:
+        """`Clock.way`; 0 before the first computed step."""
+        ends = torch.stack([_at(self.positions, clock.step + i) for i in (0, 1)])
+        moved = (ends - _at(self.positions, clock.last)) / self.whole
+        return torch.where(clock.computed > 0, moved, 0.0)
+
+    def _kept(self, clock: ClockState) -> torch.Tensor:
+        """`Course.kept`."""
+        coming = _at(self.coming, clock.step)
+        past = _at(self.positions, clock.step) - _at(self.positions, clock.last)
+        way = torch.where(coming.isnan(), past, coming)
+        return (1 - way / _at(self.left, clock.step)).clamp(min=0.0, max=1.0)
+
+
+def _or_nan(number: float | None) -> float:
+    return math.nan if number is None else number
 
 
 def _at(numbers: torch.Tensor, step: torch.Tensor) -> torch.Tensor:

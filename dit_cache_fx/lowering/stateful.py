@@ -91,7 +91,7 @@ class Stateful(nn.Module):
         self.register_buffer("steps", computed, persistent=False)
         self.until = steps.until
         course = course or strategy.course()
-        needs_path = course.by_timestep or "gap" in one.part.names
+        needs_path = course.by_timestep or {"gap", "way"} & set(one.part.names)
         self.path = Path(course, max(MOST_STEPS, course.num_steps or 0)) if needs_path else None
 
     def initial(self) -> State:
@@ -138,7 +138,11 @@ class Stateful(nn.Module):
         times = {"computed": clock.computed, "distance": clock.distance, "reach": reach}
         if self.path is None:
             return times
-        return times | {"distance": self.path.distance(clock), "gap": self.path.gap(clock)}
+        return times | {
+            "distance": self.path.distance(clock),
+            "gap": self.path.gap(clock),
+            "way": self.path.way(clock),
+        }
 
 
 def _checksum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

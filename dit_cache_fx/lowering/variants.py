@@ -33,8 +33,8 @@ class Variants:
     """A program as graphs without a decision in them.
 
     `compute` gives `outputs` values of the model, then the tensors to hold; `reuse` the values of
-    the model alone. Their operands are among the call's inputs, the clock (`distance`,
-    `computed`, `gap`, `reach`), what is `held` (name -> spec, run after run) and what is `carried`.
+    the model alone. Their operands are among the call's inputs, the clock (`distance`, `computed`,
+    `gap`, `reach`, `way`), what is `held` (name -> spec, run after run) and what is `carried`.
     `prefix`, where the strategy has a rule of its own that looks at a value of the model, gives
     that value, then the carried tensors; None otherwise.
     """

@@ -36,11 +36,11 @@ def guard_runs(program: Program, strategy: Strategy) -> None:
         %b1 = getitem(%run_0, 0)
         %out = call_module[model.proj_out](%b1)
 
-        run_0_compute(held, distance, computed, gap, reach, x, temb):
+        run_0_compute(held, distance, computed, gap, reach, way, x, temb):
             %b0 = call_module[model.blocks.0](%x, %temb)
             %b1 = call_module[model.blocks.1](%b0, %temb)
             return (%b1, %b1)                                # the value, and what to hold
-        run_0_reuse(held, distance, computed, gap, reach):
+        run_0_reuse(held, distance, computed, gap, reach, way):
             return (%held,)
     """
     attributes = attributes_of(program.gm, program.graph)

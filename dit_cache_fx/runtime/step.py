@@ -115,6 +115,7 @@ class Step:
             "computed": lambda: self._computed,
             "gap": lambda: self._course.gap(self._last, self.index),
             "reach": lambda: self._branch.reach if self._computed > 1 else 0.0,
+            "way": lambda: self._course.way(self._last, self.index) if self._computed else [0, 0],
         }
         return {
             n: torch.tensor(made[n](), dtype=torch.float64, device="cpu")

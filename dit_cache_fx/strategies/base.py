@@ -73,6 +73,8 @@ class Strategy:
     #: whether its rule computes by itself where a signal or a change is no number, and goes on
     #: from the next step; else such a step computes, and the rule's state begins again
     bears_nans: ClassVar[bool] = False
+    #: whether `Clock.gap` fades towards a generation's end
+    fading: ClassVar[bool] = False
     #: whether one run of everything from the sample to the output is cached, not runs of blocks
     whole_model: ClassVar[bool] = False
 
@@ -103,7 +105,9 @@ class Strategy:
     ) -> Course:
         """A generation's steps by what is known of it."""
         course = Course(self.plan, num_steps, timesteps)
-        return replace(course, ruled=self.has_rule, by_timestep=self.by_timestep)
+        return replace(
+            course, ruled=self.has_rule, by_timestep=self.by_timestep, fading=self.fading
+        )
 
     def scheduled(self, step: int, num_steps: int | None = None) -> bool:
         """Whether a step is computed in any case; the number of steps may turn out too small."""

@@ -25,16 +25,24 @@ class Clock(NamedTuple):
     that were reused since the last computed step, each with its own distance, divided by the sum of
     `dt` over the steps that will be reused up to the next computed one. All are 0 where no steps
     were or none will be. `dt`: how far the timestep moves from the step to the next one (a step is
-    1 where timesteps are not known).
+    1 where timesteps are not known). For a strategy that is `fading` they are multiplied by
+    `1 - coming / left`: how far the timestep moves up to the next computed step, and up to the
+    generation's end, as far as both are known.
 
     `reach` (of no dimensions): the distance between the last computed step and the one before it; 0
     where there are no two.
+
+    `way` ([2]): how far the timestep moves from the last computed step to this one, and to the step
+    behind this one, which is as far as predictions go at least if this step is not computed; as
+    shares of the whole generation's way (1/50 a step where nothing is known). 0 where there is no
+    last computed step.
     """
 
     distance: Tensor
     computed: Tensor
     gap: Tensor
     reach: Tensor
+    way: Tensor
 
 
 _SCALAR = TensorSpec(torch.Size([]), torch.float64, torch.device("cpu"))
@@ -45,5 +53,6 @@ CLOCK: Mapping[str, TensorSpec] = MappingProxyType(
         "computed": _SCALAR,
         "gap": _SCALAR._replace(shape=torch.Size([MOMENTS])),
         "reach": _SCALAR,
+        "way": _SCALAR._replace(shape=torch.Size([2])),
     }
 )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 from dit_cache_fx.strategies.clock import MOMENTS
-from dit_cache_fx.strategies.schedule import Schedule
+from dit_cache_fx.strategies.schedule import USUAL_STEPS, Schedule
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,7 +17,8 @@ class Course:
     `plan`: which are computed (None: a rule alone decides). `num_steps`: how many there are.
     `timesteps`: those of its calls, one for each step; `learnt`: they are those of the generation
     before. `ruled`: a rule decides beside the plan. `by_timestep`: distances are differences of
-    timesteps, in steps of the average length, not numbers of steps.
+    timesteps, in steps of the average length, not numbers of steps. `fading`: `Clock.gap` fades
+    with the share of the remaining way that the coming interval takes.
     """
 
     plan: Schedule | None = None
@@ -25,6 +27,7 @@ class Course:
     learnt: bool = False
     ruled: bool = False
     by_timestep: bool = False
+    fading: bool = False
 
     def computes(self, step: int) -> bool:
         """Whether the schedule computes a step. What was known may turn out too short."""
@@ -66,16 +69,49 @@ class Course:
         sums = [sum(dt * distance**i for dt, distance in past) for i in range(MOMENTS)]
         known = self.ahead(step)
         ahead = sums[0] if known is None else known
-        return [total / ahead if ahead else 0.0 for total in sums]
+        return [self.kept(last, step) * total / ahead if ahead else 0.0 for total in sums]
 
     def ahead(self, step: int) -> float | None:
         """The sum of `dt` over the steps between a computed step and the next computed one.
 
         None where it is not known which that is. A generation's end is like a computed step.
         """
-        following = None if self.ruled else self.next_computed(step)
-        end = self._at(step)[1] if following is None and not self.ruled else following
+        end = self._next_or_end(step)
         return None if end is None else sum(self._length(k) for k in range(step + 1, end))
+
+    def kept(self, last: int, step: int) -> float:
+        """The share of `Clock.gap` that is left on a computed step where it fades; else 1."""
+        coming, left = self.coming(step), self.left(step)
+        if coming is None:
+            coming = self.position(step) - self.position(last)
+        return min(max(1 - coming / left, 0.0), 1.0)
+
+    def coming(self, step: int) -> float | None:
+        """How far the timestep moves up to the next computed step; None where that is not known."""
+        end = self._next_or_end(step)
+        return None if end is None else self.position(end) - self.position(step)
+
+    def left(self, step: int) -> float:
+        """How far it moves up to the generation's end; infinite where nothing fades."""
+        end = self._at(step)[1] if self.fading else None
+        way = math.inf if end is None else self.position(end) - self.position(step)
+        return way or math.inf
+
+    def way(self, last: int, step: int) -> list[float]:
+        """What `Clock.way` is. `last`: the computed step before it."""
+        return [(self.position(end) - self.position(last)) / self.whole for end in (step, step + 1)]
+
+    @property
+    def whole(self) -> float:
+        """How far the timestep moves in the whole generation, from the first step to its end."""
+        return self.position(self._at(0)[1] or USUAL_STEPS)
+
+    def _next_or_end(self, step: int) -> int | None:
+        """The next computed step, or the generation's end; None where neither is known."""
+        if self.ruled:
+            return None
+        following = self.next_computed(step)
+        return self._at(step)[1] if following is None else following
 
     def _length(self, step: int) -> float:
         return self.position(step + 1) - self.position(step)

@@ -16,29 +16,64 @@ from dit_cache_fx.strategies.taylorcache import TaylorCache, slope
 
 @dataclass(frozen=True, kw_only=True)
 class NewtonCache(TaylorCache):
-    """TaylorCache with the derivatives of the parabola through the last three computed values.
+    """TaylorCache with the parabola through the last three computed values, and its corrector on.
 
     The published differences of order 2 are those of the middle of an interval, taken for those of
     its end, and are off where two intervals are not of one length. With Newton's divided
-    differences (`s` and `s_old` the slopes over the last two intervals, of lengths g and g_old)
-    `D[2] = 2 (s - s_old) / (g + g_old)` and `D[1] = s + D[2] g / 2`, at the newest computed value.
-    The rest is TaylorCache's, and with order 1 they are the same. At most order 2.
+    differences (`s` and `s_old` the slopes over the last two intervals, of lengths g and g_old, and
+    `b = (s - s_old) / (g + g_old)`) the derivatives at the newest computed value are `D[2] = 2 b`
+    and `D[1] = s + b g`. Computed values scatter, more than a parabola so far ahead bears: so
+    predictions follow a share of its bend alone, `curvature * b` in the place of b. With order 1
+    they are TaylorCache's. At most order 2.
+
+    The corrector is TaylorCache's with two changes. `I(k)`, the values between two computed ones,
+    lies on the same parabola, not on the line: `x_p + s d + b d (d - g)` at distance d from p. And
+    the share that is put right fades: `corrector * (1 - coming / left)`, where `coming` is how far
+    the timestep moves up to the next computed step, and `left` how far up to the generation's end.
+    What a sampler of a denoising flow has missed it makes up for by itself in that measure, since
+    its model sees the sample as it is: all of it in the last interval.
     """
 
+    corrector: float = 1.0
+    curvature: float = 0.5
+
     name: ClassVar[str] = "newtoncache"
+    fading: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if max(self.orders) > 2:
             raise OptionError("max_order", self.max_order, "at most 2 here")
+        value = self.curvature
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 <= value <= 1:
+            raise OptionError("curvature", value, "a share from 0 (a line) to 1 (the parabola)")
 
     def differences(self, value: Tensor, held: Sequence[Tensor], clock: Clock) -> list[Tensor]:
         if len(held) < 3:
             return super().differences(value, held, clock)
-        last, first, second = held
-        now, before = slope(value, last, clock), first - second * (clock.reach / 2)
-        known = (clock.computed > 1) & (clock.distance > 0)
-        bend = (now - before) / torch.where(known, clock.distance + clock.reach, torch.inf)
-        again = (clock.computed > 0) & (clock.distance == 0)
+        now = slope(value, held[0], clock)
+        bend = self.curvature * second_difference(value, held, clock)
         new = (now + bend * clock.distance, 2 * bend)
+        again = (clock.computed > 0) & (clock.distance == 0)
         return [value, *(torch.where(again, a, b) for a, b in zip(held[1:], new, strict=True))]
+
+    def interpolated(self, value: Tensor, held: Sequence[Tensor], clock: Clock) -> Tensor:
+        line = super().interpolated(value, held, clock)
+        if len(held) < 2:
+            return line
+        bend = second_difference(value, held, clock)
+        return line + bend * (clock.gap[2] - clock.gap[1] * clock.distance)
+
+
+def second_difference(value: Tensor, held: Sequence[Tensor], clock: Clock) -> Tensor:
+    """Newton's second divided difference of the last three computed values; 0 of fewer.
+
+    `held`: of the computed step before; from its derivatives follows the slope up to there.
+    """
+    last, first, *second = held
+    before = first - second[0] * (clock.reach / 2) if second else first
+    known = (clock.computed > 1) & (clock.distance > 0)
+    return (slope(value, last, clock) - before) / torch.where(
+        known, clock.distance + clock.reach, torch.inf
+    )

@@ -47,10 +47,11 @@ class TaylorCache(Strategy):
     on reused steps: `E` follows from the derivatives held at p, and numbers.
 
     `tolerance` chooses the steps: each computed step tells the relative error of the prediction for
-    it, `e = |computed - predicted| / |computed|`, after a gap of g steps. The next gap is the
-    longest of n steps whose expected error, `e g (n / g)^3`, is within the tolerance; it is at most
-    three times as long as the last. The error is read once for each computed step, and nothing is
-    read on a predicted one.
+    it, `e = |computed - predicted| / |computed|`, after a gap g. The next gap is the longest n
+    whose expected error, `e g (n / g)^3`, is within the tolerance (`n^2` for the first); it is at
+    most 2.5 times as long as the last. Gaps are differences of the timesteps, as shares of the
+    whole way from the first to the end; of steps where timesteps are not known. The error is read
+    once for each computed step, and nothing is read on a predicted one.
     """
 
     max_order: int = 2
@@ -70,12 +71,10 @@ class TaylorCache(Strategy):
             value = getattr(self, option)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise OptionError(option, value, "an integer from 0")
-        check_positive("tolerance", self.tolerance, 0.5, optional=True)
+        check_positive("tolerance", self.tolerance, 0.01, optional=True)
         self._check_corrector()
         if self.axis not in AXES:
             raise OptionError("axis", self.axis, f"one of {list(AXES)}")
-        if self.tolerance is not None and self.by_timestep:
-            raise OptionError("axis", self.axis, "'step' with a tolerance, whose gaps are in steps")
 
     @property
     def orders(self) -> tuple[int, ...]:
@@ -96,11 +95,11 @@ class TaylorCache(Strategy):
         self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
     ) -> Sequence[Tensor]:
         bands = [value] if len(self.orders) == 1 else split_bands(value)
-        new: list[Tensor] = []
-        for order, band in zip(self.orders, bands, strict=True):
-            new += self.differences(band, held[len(new) : len(new) + order + 1], clock)
+        pairs = list(zip(bands, self._bands(held), strict=True))
+        new = [tensor for band, old in pairs for tensor in self.differences(band, old, clock)]
         if self.corrector:
-            new.append(self._correction(value, held, clock))
+            missed = [self._missed(band, old, clock) for band, old in pairs]
+            new.append(self._correction(sum(missed[1:], start=missed[0]), held[-1], clock))
         return new
 
     def reuse(self, held: Sequence[Tensor], start: Tensor | None, clock: Clock) -> Tensor:
@@ -127,21 +126,29 @@ class TaylorCache(Strategy):
         ends = list(accumulate(order + 1 for order in self.orders))
         return [held[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
-    def _correction(self, value: Tensor, held: Sequence[Tensor], clock: Clock) -> Tensor:
-        """What to add to the predictions up to the next computed step; 0 before there was another.
+    def interpolated(self, value: Tensor, held: Sequence[Tensor], clock: Clock) -> Tensor:
+        """The sum over `Clock.gap` of how far the values between lay from the one computed before.
+
+        `held`: the derivatives of the computed step before, of one band.
+        """
+        return slope(value, held[0], clock) * (clock.gap[1] / 1)
+
+    def _missed(self, value: Tensor, held: Sequence[Tensor], clock: Clock) -> Tensor:
+        """The sum of what the predictions of a band have missed."""
+        missed = self.interpolated(value, held, clock)
+        for i, derivative in enumerate(held[1:], start=1):
+            missed = missed - derivative * self.weight(i, lambda n: clock.gap[n])
+        return missed
+
+    def _correction(self, missed: Tensor, before: Tensor, clock: Clock) -> Tensor:
+        """What to add to the predictions up to the next computed step; 0 of fewer than two.
 
         A second evaluation at the same step (distance 0) keeps that of the first.
         """
-        bands = self._bands(held)
-        last = sum([band[0] for band in bands[1:]], start=bands[0][0])
-        missed = slope(value, last, clock) * (clock.gap[1] / 1)
-        for band in bands:
-            for i, derivative in enumerate(band[1:], start=1):
-                missed = missed - derivative * self.weight(i, lambda n: clock.gap[n])
         known = (clock.computed > 0) & (clock.distance > 0)
         again = (clock.computed > 0) & (clock.distance == 0)
         corrected = torch.where(known, self.corrector * missed, 0.0)
-        return torch.where(again, held[-1], corrected)
+        return torch.where(again, before, corrected)
 
     def _check_corrector(self) -> None:
         value = self.corrector
@@ -163,7 +170,7 @@ class TaylorCache(Strategy):
         return self.tolerance
 
     def looks_at(self) -> tuple[str, ...]:
-        return "distance", "measured"
+        return "way", "measured"
 
     def measure(
         self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
@@ -171,7 +178,7 @@ class TaylorCache(Strategy):
         if self.tolerance is None:
             return None
         predicted = self.reuse(held, start, clock)
-        return measured_error(value, predicted, clock.distance, clock.computed)
+        return measured_error(value, predicted, clock)
 
     def init_state(self, signal: tuple[Tensor, Tensor]) -> RuleState:
         return (torch.zeros((), dtype=torch.float64, device=signal[1].device),)
@@ -180,15 +187,15 @@ class TaylorCache(Strategy):
         self, signal: tuple[Tensor, Tensor], state: RuleState, forced: Tensor
     ) -> tuple[Tensor, RuleState]:
         assert self.tolerance is not None
-        distance, measured = signal
-        error = expected_error(measured, distance)
+        way, measured = signal
+        error = expected_error(measured, way[1])
         return forced | ~(error <= self.tolerance), (error,)
 
     def metric(self, state: RuleState, measured: Tensor | None = None) -> Tensor | None:
         return state[0] if state else None
 
     def _rule_hint(self) -> str:
-        return "; or give tolerance=0.5, say"
+        return "; or give tolerance=0.01, say"
 
 
 def derivatives(value: Tensor, held: Sequence[Tensor], clock: Clock) -> list[Tensor]:

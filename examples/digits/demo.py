@@ -18,8 +18,8 @@ if not __package__:  # run as a file: make the repository root importable
 from examples.digits import checkpoint, picture, table
 from examples.digits.remarks import remark
 from examples.digits.running import SEED, Run, run
-from examples.digits.sampling import ignore, start
-from examples.digits.systems import Section, System, reference, sections, uncached
+from examples.digits.systems import Comparison, Section, System
+from examples.flow.sampling import ignore, start
 
 REFERENCE_STEPS = 400
 OUT = Path(__file__).with_name("out") / "demo.png"
@@ -28,8 +28,10 @@ OUT = Path(__file__).with_name("out") / "demo.png"
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=50, help="steps of the uncached sampler")
+    parser.add_argument("--shift", type=float, default=3, help="of the timesteps, as in pipelines")
     parser.add_argument("--samples", type=int, default=20, help="digits to generate (10 or more)")
     parser.add_argument("--threshold", type=float, default=0.2, help="of the dynamic TeaCache")
+    parser.add_argument("--tolerance", type=float, default=0.01, help="of NewtonCache")
     parser.add_argument("--threads", type=int, default=1, help="1: seconds are then wall seconds")
     parser.add_argument("--out", type=Path, default=OUT, help="where to write the picture")
     return parser.parse_args()
@@ -38,7 +40,7 @@ def arguments() -> argparse.Namespace:
 def measure_all(plan: list[Section], model: nn.Module, samples: int) -> list[list[Run]]:
     """The runs of every section, under one progress bar."""
     every = [system for section in plan for system in section.systems]
-    run(System("warm-up", every[0].sampler, 3), model, samples, ignore)
+    run(System("warm-up", every[0].sampler, every[0].at[:4]), model, samples, ignore)
     with tqdm(
         total=sum(system.steps for system in every), unit="step", leave=False, disable=None
     ) as progress:
@@ -55,14 +57,19 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     begin = time.perf_counter()
     model = checkpoint.load()
-    base = Section("baseline", [uncached(options.steps), reference(REFERENCE_STEPS)])
-    plan = [base, *sections(options.steps, options.threshold)]
+    compared = Comparison(options.steps, options.shift)
+    base = Section("baseline", [compared.uncached(), compared.reference(REFERENCE_STEPS)])
+    plan = [base, *compared.sections(options.threshold, options.tolerance)]
     runs = measure_all(plan, model, options.samples)
 
-    _, labels = start(options.samples, SEED)
+    _, labels = start(model, options.samples, SEED)
     target, exact = runs[0]
     judge = table.Judge(target, exact, labels)
-    print(f"{options.samples} digits, CPU threads: {options.threads}, ", end="")
+    print(
+        f"{options.samples} digits, timestep shift {options.shift:g}, "
+        f"CPU threads: {options.threads}, ",
+        end="",
+    )
     print(f"classifier right on {judge.classifier.held_out:.1%} of held-out real digits\n")
     print(table.header(options.steps, REFERENCE_STEPS))
     rows = [[judge.row(one) for one in of_section] for of_section in runs]
@@ -72,10 +79,10 @@ def main() -> None:
     for section, of_section in zip(plan, rows, strict=True):
         print(remark(section, of_section), end="")
 
-    _, _, ten, seven, _, (last_block, dynamic) = runs
-    panels = [(plan[2].title, ten), (plan[3].title, seven)]
-    _, _, _, tea, _, taylor2 = ten
-    picture.draw(options.out, target, panels, [tea, dynamic, taylor2, last_block])
+    _, _, ten, _, ten_by_index, _, (last_block, _, near) = runs
+    panels = [(plan[2].title, ten), (plan[4].title, ten_by_index)]
+    maps = [ten_by_index[-2], ten[-1], near, last_block]
+    picture.draw(options.out, target, panels, maps)
     print(f"\npicture: {options.out}   total {time.perf_counter() - begin:.0f} s")
 
 

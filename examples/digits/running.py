@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import dit_cache_fx
-from examples.digits.sampling import OnStep, guided, start
 from examples.digits.systems import System
+from examples.flow.sampling import OnStep, guided, start
 
 SEED = 0
 
@@ -35,7 +35,7 @@ def run(system: System, model: nn.Module, samples: int, on_step: OnStep) -> Run:
         pictures, seconds = generate(system, model, samples, on_step)
         return Run(system, pictures, system.steps, seconds)
     cached = dit_cache_fx.apply(model, strategy=system.strategy, **system.options)
-    noise, labels = start(samples, SEED)
+    noise, labels = start(model, samples, SEED)
     guided(cached, labels)(noise, 1.0)  # captures the graph, which is not timed
     cached.clear_states()
     pictures, seconds = generate(system, cached, samples, on_step)
@@ -47,8 +47,8 @@ def generate(
     system: System, model: nn.Module, samples: int, on_step: OnStep
 ) -> tuple[Tensor, float]:
     """The pictures [B, 1, 8, 8] and the CPU seconds that they took (steady on a busy machine)."""
-    noise, labels = start(samples, SEED)
+    noise, labels = start(model, samples, SEED)
     velocity = guided(model, labels)
     begin = time.process_time()
-    pictures = system.sampler(velocity, noise, system.steps, on_step)
+    pictures = system.sampler(velocity, noise, system.at, on_step)
     return pictures, time.process_time() - begin

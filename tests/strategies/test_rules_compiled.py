@@ -32,7 +32,11 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "magnitudes": ("magcache", {"mag_ratios": [1.02] * 24, "num_steps": 10}),
     "rate": ("easycache", {"threshold": 0.8, "warmup_steps": 2, "num_steps": 10}),
-    "tolerance": ("taylorcache", {"tolerance": 0.5, "max_order": 1}),
+    "tolerance": ("taylorcache", {"tolerance": 0.05, "max_order": 1, "num_steps": 10}),
+    "tolerance, timesteps known": (
+        "newtoncache",
+        {"tolerance": 0.05, "timesteps": [1000.0 - 6 * i for i in range(10)]},
+    ),
 }
 GIVEN = calls(10, span=60.0)
 
@@ -111,7 +115,7 @@ def test_behind_backend(rule: str) -> None:
     assert actions(cache) == actions(eager)
 
 
-@pytest.mark.parametrize("rule", ["both ends", "rate", "tolerance"])
+@pytest.mark.parametrize("rule", ["both ends", "rate", "tolerance", "tolerance, timesteps known"])
 def test_exported(rule: str) -> None:
     """The rule is inside of the program, and its state goes in and out."""
     eager = cached_model(rule)

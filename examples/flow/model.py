@@ -1,14 +1,10 @@
-"""A small class-conditional DiT for 8x8 pictures, in plain torch."""
+"""A small class-conditional DiT for square pictures, in plain torch."""
 
 import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-IMAGE_SIZE = 8
-NUM_CLASSES = 10
-NULL_CLASS = NUM_CLASSES  # the label that stands for "no label" in classifier-free guidance
 
 
 class TimestepEmbedder(nn.Module):
@@ -73,21 +69,26 @@ class DiTBlock(nn.Module):
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
-class DigitsDiT(nn.Module):
-    """Velocity of the flow at a noisy picture: x [B, 1, 8, 8], timestep [B] in [0, 1], y [B]."""
+class DiT(nn.Module):
+    """Velocity of the flow at noisy pictures: x [B, C, S, S], timestep [B] in [0, 1], y [B].
 
-    def __init__(self, dim: int = 128, depth: int = 8, heads: int = 4, patch: int = 2) -> None:
+    The label `classes` stands for "no label" in classifier-free guidance.
+    """
+
+    def __init__(
+        self, size: int, channels: int, classes: int, dim: int, depth: int, heads: int, patch: int
+    ) -> None:
         super().__init__()
-        self.patch = patch
-        self.grid = IMAGE_SIZE // patch
-        self.embed = nn.Conv2d(1, dim, kernel_size=patch, stride=patch)
+        self.size, self.channels, self.classes, self.patch = size, channels, classes, patch
+        self.grid = size // patch
+        self.embed = nn.Conv2d(channels, dim, kernel_size=patch, stride=patch)
         self.position = nn.Parameter(0.02 * torch.randn(1, self.grid**2, dim))
         self.time = TimestepEmbedder(dim)
-        self.label = nn.Embedding(NUM_CLASSES + 1, dim)
+        self.label = nn.Embedding(classes + 1, dim)
         self.blocks = nn.ModuleList(DiTBlock(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
-        self.head = nn.Linear(dim, patch * patch)
+        self.head = nn.Linear(dim, channels * patch * patch)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -100,7 +101,7 @@ class DigitsDiT(nn.Module):
         return self.unpatchify(self.head(modulate(self.norm(tokens), shift, scale)))
 
     def unpatchify(self, patches: Tensor) -> Tensor:
-        """[B, N, patch * patch] -> [B, 1, 8, 8]."""
+        """[B, N, C * patch * patch] -> [B, C, S, S]."""
         cells: Tensor = patches.unflatten(1, (self.grid, self.grid))
-        pixels: Tensor = cells.unflatten(3, (self.patch, self.patch))
-        return pixels.permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)[:, None]
+        pixels: Tensor = cells.unflatten(3, (self.channels, self.patch, self.patch))
+        return pixels.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
