@@ -92,6 +92,7 @@ class _Clocks:
         places = torch.arange(steps).expand(rows, steps)
         positions = [course.position(step) for step in range(steps + 1)]
         self._masks = masks
+        self._fading = course.fading
         self._lengths = torch.tensor(positions, dtype=torch.float64).diff()
         axis = positions if course.by_timestep else range(steps + 1)
         self._axis = torch.tensor([float(place) for place in axis], dtype=torch.float64)
@@ -108,8 +109,12 @@ class _Clocks:
         following = self._passed[self._next[:, step + 1]]
         ahead = (following - self._passed[step + 1])[:, None]
         gap = torch.where(ahead != 0, self._sums / torch.where(ahead != 0, ahead, 1.0), 0.0)
+        if self._fading:
+            coming = following - self._passed[step]
+            left = float(self._passed[-1] - self._passed[step]) or torch.inf
+            gap = gap * (1 - coming / left).clamp(0, 1)[:, None]
         reach = torch.where(self._computed > 1, self._reach, 0.0)
-        return Clock(self._distance(step), self._computed, gap, reach)
+        return Clock(self._distance(step), self._computed, gap, reach, torch.zeros(2))  # no rule
 
     def advance(self, step: int) -> None:
         computes, distance = self._masks[:, step, None], self._distance(step)
