@@ -569,6 +569,56 @@ def _traced(
     return fx.GraphModule(tracer.root, tracer.graph)
 
 
+def members(group: Any) -> list[int]:
+    """The processes of a group, by their ranks."""
+    return torch.distributed.get_process_group_ranks(group)
+
+
+def all_reduced(tensor: torch.Tensor, how: str, group: str) -> torch.Tensor:
+    """The sum ("sum") or the largest ("max") of each element over a group; can be in a graph."""
+    given = tensor.to(_reached(group, tensor.device))
+    functional = torch.ops._c10d_functional
+    reduced: torch.Tensor = functional.wait_tensor(functional.all_reduce(given, how, group))
+    return reduced.to(tensor.device)
+
+
+def broadcast(tensor: torch.Tensor, group: str) -> torch.Tensor:
+    """The tensor of a group's first process."""
+    given = tensor.to(_reached(group, tensor.device))
+    functional = torch.ops._c10d_functional
+    sent: torch.Tensor = functional.wait_tensor(functional.broadcast(given, 0, group))
+    return sent.to(tensor.device)
+
+
+def all_gathered(tensor: torch.Tensor, group: str) -> torch.Tensor:
+    """The tensors of a group's processes, one behind the other."""
+    given = tensor.to(_reached(group, tensor.device))
+    functional = torch.ops._c10d_functional
+    size = len(members(_group_of(group)))
+    gathered: torch.Tensor = functional.wait_tensor(
+        functional.all_gather_into_tensor(given.contiguous(), size, group)
+    )
+    return gathered.to(tensor.device)
+
+
+def beside_distributed() -> Any:
+    """A context in which tensors that all processes have go along with distributed ones."""
+    from torch.distributed.tensor.experimental import implicit_replication
+
+    return implicit_replication()
+
+
+def _group_of(name: str) -> Any:
+    c10d: Any = torch.distributed.distributed_c10d
+    return c10d._resolve_process_group(name)
+
+
+def _reached(group: str, device: torch.device) -> torch.device:
+    """The device itself, where a group's processes can send what is there; else one of theirs."""
+    devices = {d.type for d in _group_of(group)._device_types}
+    return device if device.type in devices or not devices else torch.device(sorted(devices)[0])
+
+
 def aoti_package(
     program: torch.export.ExportedProgram,
     path: str | PathLike[str],

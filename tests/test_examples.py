@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import distributed as dist
 
 from dit_cache_fx import TEACACHE_COEFFICIENTS
 from dit_cache_fx.strategies.schedule import PRESETS
@@ -87,3 +88,20 @@ def test_the_schedules_page_lists_the_presets_and_the_coefficients() -> None:
         assert f"| {published.signal} |" in row
         assert published.source in row
         assert all(f"{t:g} (" in row for t in published.thresholds)
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
+def test_several_devices(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "several-devices.md").read_text()
+    script = str(ROOT / "examples" / "several_devices.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    result = subprocess.run(
+        [*command, "--local-addr", "127.0.0.1", "--nproc_per_node", "2", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert [result.stdout] == blocks("text", page)

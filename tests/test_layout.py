@@ -18,6 +18,7 @@ LAYERS = (
     "errors",
     "values",
     "_torch",
+    "ranks",
     "ir",
     "strategies",
     "capture",

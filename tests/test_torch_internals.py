@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from inspect import signature
 from pathlib import Path
@@ -25,10 +25,14 @@ from dit_cache_fx._torch import (
     CompiledFrame,
     Emitter,
     Piece,
+    all_gathered,
+    all_reduced,
     aoti_load,
     aoti_package,
     attention_backends,
+    beside_distributed,
     breaks_raise,
+    broadcast,
     cannot_compile,
     compiled_frame,
     constant_result,
@@ -41,6 +45,7 @@ from dit_cache_fx._torch import (
     inductor_compiler,
     like_dynamos,
     look_again,
+    members,
     modes,
     not_a_compiled_frame,
     opaque,
@@ -750,3 +755,47 @@ def test_autocast_is_written_as_dynamo_writes_it() -> None:
     for run in (gm, fx.Interpreter(gm).run):
         inside, outside = run(torch.ones(2, 2))
         assert (inside.dtype, outside.dtype) == (torch.bfloat16, torch.float32)
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[str]:
+    """The name of a group of this process alone."""
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("torch is built without torch.distributed, or without gloo")
+    where = f"file://{tmp_path / 'meeting'}"
+    torch.distributed.init_process_group("gloo", init_method=where, rank=0, world_size=1)
+    yield torch.distributed.group.WORLD.group_name
+    torch.distributed.destroy_process_group()
+
+
+def test_collectives_are_functions_of_tensors(group: str) -> None:
+    given = torch.tensor([1.0, 2.0])
+    for reduce in ("sum", "max"):
+        assert torch.equal(all_reduced(given, reduce, group), given)
+    assert torch.equal(all_gathered(given, group), given)
+    assert torch.equal(broadcast(given, group), given)
+    assert torch.equal(given, torch.tensor([1.0, 2.0]))
+    assert members(torch.distributed.group.WORLD) == [0]
+
+
+def test_a_reduction_can_be_in_a_graph(group: str) -> None:
+    spec = TensorSpec(torch.Size([2]), torch.float64, torch.device("cpu"))
+    gm = trace_shapes(lambda t: [all_reduced(t, "sum", group)], [spec])
+    targets = {str(node.target) for node in gm.graph.nodes}
+    assert "_c10d_functional.all_reduce.default" in targets
+    assert torch.equal(gm(torch.ones(2).double())[0], torch.ones(2).double())
+
+
+def test_plain_tensors_beside_distributed_ones(group: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (1,))
+    spread = distribute_tensor(torch.ones(2), mesh, [Replicate()])
+    with pytest.raises(RuntimeError, match="got mixed"):
+        spread + torch.ones(2)
+    with beside_distributed():
+        assert torch.equal((spread + torch.ones(2)).full_tensor(), torch.full((2,), 2.0))

@@ -12,8 +12,8 @@ from dit_cache_fx.errors import DiscoveryError
 from dit_cache_fx.ir.node_meta import BlockId, mark
 from dit_cache_fx.ir.program import (
     Program,
-    argument_leaves,
     block_values,
+    own_leaves,
     spec_of,
 )
 
@@ -102,7 +102,7 @@ def is_composite(blocks: BlockList) -> bool:
 
 
 def _carries_stream(call: fx.Node) -> bool:
-    given = [node for _, node in argument_leaves(call)]
+    given = [node for _, node in own_leaves(call)]
     inputs = {spec.shape for n in given if (spec := spec_of(n)) is not None}
     outputs = [spec for n in block_values(call) if (spec := spec_of(n)) is not None]
     return any(spec.ndim > 1 and spec.shape in inputs for spec in outputs)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from dit_cache_fx._torch import beside_distributed
 from dit_cache_fx.capture.ambient import autocast, without_autocast
 from dit_cache_fx.capture.check import compare
 from dit_cache_fx.capture.intercept import intercepted
@@ -25,6 +26,7 @@ from dit_cache_fx.capture.turns import Turns
 from dit_cache_fx.ir.graph_text import short
 from dit_cache_fx.ir.node_meta import BlockId, meta_of
 from dit_cache_fx.ir.program import Program, block_values
+from dit_cache_fx.ranks import Ranks, every
 from dit_cache_fx.strategies import Strategy, never_cached
 from dit_cache_fx.strategies.signals import value_of
 from dit_cache_fx.values.identity import TensorIdentity
@@ -100,13 +102,16 @@ class Captured:
     #: the tensors of the newest call that the guards depend on, and its guard shapes
     newest: tuple[TensorIdentity, Shapes] | None = None
     unread: Sequence[str] = ()  # attributes that forward sets for others, in words
+    spread: bool = False  # some of its tensors are distributed
+    ranks: Ranks | None = None  # the processes that the model is spread over
+    opened: tuple[Any, ...] = ()  # blocks with parts in the graph, their weights in shards
 
     def around(self) -> AbstractContextManager[None]:
         """Within it the graphs may run: without autocast, with what forward sets on its modules.
 
         Threads share the modules: where something is set there, no other graph runs meanwhile.
         """
-        if self.recording.settings or autocast():
+        if self.recording.settings or self.spread or autocast():
             return self._around()
         return self.turns.beside()
 
@@ -114,12 +119,25 @@ class Captured:
     def _around(self) -> Iterator[None]:
         settings = self.recording.settings
         turn = self.turns.alone() if settings else self.turns.beside()
-        with turn, without_autocast(), applied(settings):
+        beside = beside_distributed() if self.spread else nullcontext()
+        with turn, without_autocast(), applied(settings), beside:
             yield
+
+    @contextmanager
+    def around_parts(self) -> Iterator[None]:
+        """The same where parts of blocks run, whose weights a block has only while it runs."""
+        with self.around():
+            try:
+                for block in self.opened:
+                    block.unshard()
+                yield
+            finally:
+                for block in self.opened:
+                    block.reshard()
 
     def run(self, tensors: Sequence[torch.Tensor]) -> Any:
         """The graph's answer to tensors."""
-        with self.around():
+        with self.around_parts():
             return self.gm(*tensors)
 
     def read(self, tensors: Sequence[torch.Tensor]) -> Any:
@@ -127,6 +145,28 @@ class Captured:
         assert self.guards is not None
         with self.around(), torch.no_grad():
             return self.guards.gm(*tensors)
+
+
+def sharded_owners(program: Program) -> tuple[Any, ...]:
+    """The modules of which only parts are called, where weights are in shards (`fully_shard`).
+
+    Such a module has the weights of its parts only while it runs itself. What the model has of its
+    own it has in each of its calls.
+    """
+    calls = [str(n.target).removeprefix("model.") for n in program.graph.nodes if _is_call(n)]
+    owners = [o for name in calls if (o := _sharded(program.model, name)) not in ("", name)]
+    return tuple(map(program.model.get_submodule, dict.fromkeys(owners)))
+
+
+def _is_call(node: fx.Node) -> bool:
+    return node.op == "call_module"
+
+
+def _sharded(model: nn.Module, name: str) -> str:
+    """The path of the innermost module, from `name` up, that can gather its weights."""
+    while name and not hasattr(model.get_submodule(name), "unshard"):
+        name = name.rpartition(".")[0]
+    return name
 
 
 def accepts(subject: Subject, captured: Captured, call: FlatCall) -> Shapes | None:
@@ -142,13 +182,13 @@ def accepts(subject: Subject, captured: Captured, call: FlatCall) -> Shapes | No
     if newest is not None and not tensors.other_objects(newest[0]):
         return newest[1]
     read = captured.read(call.tensors)
-    if guards.values(read) != guards.values(guards.expected):
+    if not every(captured.ranks, guards.values(read) == guards.values(guards.expected)):
         _log_failed(guards, read)
         return None
     shapes = guards.shapes(read)
-    if shapes not in captured.accepted:
+    if not every(captured.ranks, shapes in captured.accepted):
         difference = _differs(subject, captured, call, call.tensors)
-        if difference is not None:
+        if not every(captured.ranks, difference is None):
             log.info("a graph is not for this call: with %s %s", shapes, difference)
             return None
         captured.accepted.add(shapes)

@@ -24,6 +24,7 @@ from dit_cache_fx.errors import CaptureError, DitCacheError
 from dit_cache_fx.values.checksum import checksum
 from dit_cache_fx.values.identity import alike
 from dit_cache_fx.values.pytree import Skeleton, constants, flatten, unflatten
+from dit_cache_fx.values.wrapped import Layout, laid_out, own_part
 
 
 class _Checksum(NamedTuple):
@@ -145,7 +146,8 @@ def second_inputs(
         for i in only:
             if tensors[i].is_floating_point():
                 noise = torch.randn(tensors[i].shape, generator=generator, device="cpu")
-                changed[i] = noise.to(tensors[i])
+                noise = noise.to(tensors[i].device, tensors[i].dtype)
+                changed[i] = laid_out(noise, Layout.of(tensors[i]))
         changed[timestep_position] = _another_timestep(tensors[timestep_position])
         yield changed
 
@@ -196,7 +198,7 @@ def stand_in(made: ModuleCall, index: int, inputs: Sequence[torch.Tensor]) -> li
         shape = spec.shape if like is None else inputs[like].shape
         generator = torch.Generator(spec.device).manual_seed(1000 * index + place)
         noise = torch.rand(shape, generator=generator, device=spec.device)
-        outputs.append(noise.to(spec.dtype))
+        outputs.append(laid_out(noise.to(spec.dtype), made.layouts[place]))
     return outputs
 
 
@@ -228,6 +230,7 @@ def _difference(want: torch.Tensor | None, got: torch.Tensor | None) -> str:
         return "missing" if got is None else "too many"
     if want.shape != got.shape or want.dtype != got.dtype or want.device != got.device:
         return f"{_kind(got)} instead of {_kind(want)}"
+    want, got = own_part(want), own_part(got)
     differs = ~((want == got) | ((want != want) & (got != got)))
     if not bool(differs.any()):
         return "equal values of other bits (-0.0 or NaN)"

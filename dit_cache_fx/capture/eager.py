@@ -19,7 +19,7 @@ from torch import nn
 from dit_cache_fx._torch import without_dispatch_modes
 from dit_cache_fx.capture.attributes import attributes, restore
 from dit_cache_fx.capture.blocks import mark_blocks
-from dit_cache_fx.capture.captured import Captured, Subject, not_held
+from dit_cache_fx.capture.captured import Captured, Subject, not_held, sharded_owners
 from dit_cache_fx.capture.check import IllegalInputs, compare, refusable, refuse, second_inputs
 from dit_cache_fx.capture.leaves import BlockList, kept_modules
 from dit_cache_fx.capture.normal_form import normal_form
@@ -44,7 +44,9 @@ from dit_cache_fx.capture.timestep import guessed_timestep
 from dit_cache_fx.capture.trace import trace
 from dit_cache_fx.capture.world import World
 from dit_cache_fx.errors import CaptureError, DitCacheError
+from dit_cache_fx.ranks import ANOTHER, every, together
 from dit_cache_fx.values.pytree import constants
+from dit_cache_fx.values.wrapped import is_distributed
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +64,10 @@ def capture(subject: Subject, call: FlatCall, timestep_argument: str | None) -> 
         kept = kept_modules(subject.model, lists)
         recording, unread = _recorded(subject, call, tensors, lists, kept)
         with unnoticed(subject.model), without_dispatch_modes():
-            captured = _traced(subject, call, tensors, lists, kept, recording, timestep_argument)
+            with together(subject.strategy.ranks):
+                captured = _traced(
+                    subject, call, tensors, lists, kept, recording, timestep_argument
+                )
             captured.unread = unread
             if subject.check:
                 with _explained("the captured graph fails where the model does not"):
@@ -97,6 +102,9 @@ def _traced(
     whole = set() if recording.settings else set(kept)
     captured = Captured(program, program.gm, guards, recording, blocks, whole, set(), subject.turns)
     captured.not_held = not_held(program, recording)
+    captured.opened, captured.ranks = sharded_owners(program), subject.strategy.ranks
+    made = [layout for c in recording.calls for layout in c.layouts]
+    captured.spread = any(made) or any(map(is_distributed, tensors))
     if guards is not None:
         refuse_late_guards(guards, trunk)
         captured.accepted.add(guards.shapes(guards.expected))
@@ -189,8 +197,8 @@ def _check(
         except IllegalInputs as error:
             log.info("the model refuses inputs made up for a check: %r", error.__cause__)
             continue
-        if difference is not None:
-            raise refuse(difference)
+        if not every(captured.ranks, difference is None):
+            raise refuse(difference or ANOTHER)
         return
 
 

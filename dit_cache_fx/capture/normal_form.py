@@ -15,7 +15,8 @@ from dit_cache_fx.capture.trace import Trace, call_kept
 from dit_cache_fx.ir.copying import add_input, body, copy_nodes
 from dit_cache_fx.ir.graph_text import short
 from dit_cache_fx.ir.names import unreserved
-from dit_cache_fx.ir.program import Program, ancestors, graph_module
+from dit_cache_fx.ir.node_meta import mark, meta_of
+from dit_cache_fx.ir.program import Program, ancestors, graph_module, is_kept
 
 # without autograd and without in-place operations these return their argument
 _IDENTITIES = (
@@ -63,7 +64,7 @@ def normal_form(
     graph = _rewrite(model, traced, names, attributes)
     guards = _split_guards(model, graph, attributes, traced.read)
     gm = graph_module(model, attributes, graph, "Captured")
-    gm.graph.eliminate_dead_code()
+    gm.graph.eliminate_dead_code(is_kept)
     gm.recompile()
     inputs = tuple(_inputs(gm))
     named = dict(zip(reversed(arguments), reversed(inputs), strict=True))
@@ -116,6 +117,7 @@ def translated(
     """
     new = dict(given)
     live = _live_tensors(model)
+    named = {node.name: node for node in traced.gm.graph.nodes}
 
     def translation(node: fx.Node) -> fx.Node:
         if node.target in _IDENTITIES:
@@ -131,10 +133,18 @@ def translated(
             name = unreserved(node.name)
             made = graph.create_node(node.op, node.target, args, kwargs, name, node.type)
         made.meta.update(node.meta)
+        parts = [named[part] for part in meta_of(node).parts or ()]
+        _name_parts(made, [new[part] for part in parts if part in new])
         return made
 
     copy_nodes(graph, [n for n in traced.gm.graph.nodes if n in needed], new, translation)
     return new
+
+
+def _name_parts(call: fx.Node, parts: Sequence[fx.Node]) -> None:
+    mark(call, parts=tuple(part.name for part in parts) or None)
+    for part in parts:
+        mark(part, part=True)
 
 
 def _attribute(

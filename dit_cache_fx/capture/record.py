@@ -23,13 +23,15 @@ from dit_cache_fx.capture.attributes import Attributes
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.scalar_timestep import NumberFactories
 from dit_cache_fx.capture.settings import Setting, Watch
+from dit_cache_fx.capture.splits import Split, split_of
 from dit_cache_fx.capture.world import World
 from dit_cache_fx.ir.within import Within
 from dit_cache_fx.values.checksum import Checksums, checksum
 from dit_cache_fx.values.identity import storage_key, version
-from dit_cache_fx.values.pytree import Skeleton, flatten
+from dit_cache_fx.values.pytree import Skeleton, flatten, unflatten
 from dit_cache_fx.values.random_state import RandomState
 from dit_cache_fx.values.tensor_spec import TensorSpec
+from dit_cache_fx.values.wrapped import Layout, laid_out, settled
 
 
 @dataclass
@@ -50,6 +52,7 @@ class ModuleCall:
     name: str
     specs: list[TensorSpec]
     skeleton: Skeleton
+    layouts: list[Layout | None] = field(default_factory=list)
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     mutated: tuple[int, ...] = ()  # which of its tensor arguments it changed in place
     like: tuple[int | None, ...] = ()  # for each output a tensor argument of the same shape
@@ -59,13 +62,14 @@ class ModuleCall:
     writes: frozenset[int] = frozenset()  # the same, where it did not return it
     within: Within = field(default_factory=Within)  # the contexts that it was called in
     digests: Checksums = field(default_factory=list)  # of what it returned
+    split: Split | None = None  # what hooks leave of its arguments
     random: RandomState | None = None  # what it drew its random numbers from
 
     def outputs(self) -> list[torch.Tensor]:
         """What it returned, as new tensor objects; placeholders where no value was kept."""
         return [
-            self.values[i].detach() if i in self.values else spec.placeholder()
-            for i, spec in enumerate(self.specs)
+            self.values[i].detach() if i in self.values else laid_out(spec.placeholder(), layout)
+            for i, (spec, layout) in enumerate(zip(self.specs, self.layouts, strict=True))
         ]
 
 
@@ -151,9 +155,13 @@ class _Recorder:
                 output = recorded.output
             else:
                 output = call(module, *args, **kwargs)
-            outputs, skeleton = flatten(output)
-            made = ModuleCall(name, [TensorSpec.of(t) for t in outputs], skeleton)
-            made.inside, made.within = inside, within
+            given_back, skeleton = flatten(output)
+            outputs = list(map(settled, given_back))
+            if any(a is not b for a, b in zip(outputs, given_back, strict=True)):
+                output = unflatten(skeleton, outputs)
+            layouts = [Layout.of(t) for t in outputs]
+            made = ModuleCall(name, [TensorSpec.of(t) for t in outputs], skeleton, layouts)
+            made.inside, made.within, made.split = inside, within, split_of(module)
             self._after(module, made, outputs, drawn)
         made.mutated = tuple(i for i, t in enumerate(inputs) if version(t) != versions[i])
         _note_changes(made, inputs, outputs, given, (args, kwargs))

@@ -26,6 +26,7 @@ from dit_cache_fx.ir.program import (
     attributes_of,
     descendants,
     graph_module,
+    own_leaves,
     spec_of,
     tensor_spec,
 )
@@ -118,11 +119,12 @@ def mark_modulated(program: Program, made: ModuleCall, cache_name: str) -> None:
         raise _unknown("modulated", _NO_STREAM)
     inside = made.inside
     arguments = [node for _, node in argument_leaves(first)]
+    whole = dict(zip([n for _, n in own_leaves(first)], arguments, strict=True))
     if len(arguments) != len(inside.tensors):
         raise _unknown(
             "modulated", "the first block takes arguments that are not tensors in containers"
         )
-    conditioning = [n for n in arguments if n is not stream and _timed(program, n)]
+    conditioning = [n for n in arguments if n is not whole[stream] and _timed(program, n)]
     if not conditioning:
         mark(unchanged(stream), signal=True)
         return
@@ -136,7 +138,7 @@ def mark_modulated(program: Program, made: ModuleCall, cache_name: str) -> None:
         raise _unknown("modulated", "the first block's control flow depends on data")
     places = traced.gm.graph.find_nodes(op="placeholder")
     given = dict(zip(places, arguments, strict=True))
-    _add(program, traced, given, _modulated(traced, given, stream, conditioning), first)
+    _add(program, traced, given, _modulated(traced, given, whole[stream], conditioning), first)
 
 
 def _modulated(
@@ -172,7 +174,7 @@ def _add(
 def _conditioning(program: Program, cache_name: str) -> fx.Node:
     first = program.block_calls()[0]
     stream = stream_input(program, first, cache_name)
-    arguments = [node for _, node in argument_leaves(first)]
+    arguments = [node for _, node in own_leaves(first)]
     others = [n for n in arguments if n is not stream and spec_of(n) is not None]
     timed = [n for n in others if _timed(program, n)]
     if not timed:

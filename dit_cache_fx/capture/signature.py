@@ -10,6 +10,7 @@ import torch
 
 from dit_cache_fx.capture.callable import called_as, takes_anything
 from dit_cache_fx.values.pytree import Skeleton, flatten, key_paths, unflatten
+from dit_cache_fx.values.wrapped import Layout
 
 
 class FlatCall(NamedTuple):
@@ -21,8 +22,9 @@ class FlatCall(NamedTuple):
 
     @property
     def key(self) -> Hashable:
-        """Tree structure, non-tensor values, and each tensor's shape, dtype and device."""
-        return self.skeleton, tuple([(t.shape, t.dtype, t.device) for t in self.tensors])
+        """Tree structure, non-tensor values, and each tensor's shape, dtype, device and layout."""
+        known = [(t.shape, t.dtype, t.device, Layout.of(t)) for t in self.tensors]
+        return self.skeleton, tuple(known)
 
     def names(self) -> list[str]:
         """A Python identifier for each tensor: the argument's name, then the path inside it."""

@@ -30,6 +30,7 @@ from dit_cache_fx.values.containers import (
     make_container,
 )
 from dit_cache_fx.values.pytree import Skeleton, flatten, key_paths, unflatten
+from dit_cache_fx.values.wrapped import is_distributed
 
 
 def call_kept(index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -94,6 +95,8 @@ def _trace(
     gm = trace_functional(body, [t.detach() for t in tensors])
     for name, value in player.objects.items():
         setattr(gm, name, value)
+    for node, tensor in zip(gm.graph.nodes, tensors, strict=False):  # the inputs come first
+        mark(node, spread=is_distributed(tensor))
     return Trace(gm, output[0], read)
 
 
@@ -174,7 +177,11 @@ class _Player:
         inputs, skeleton = flatten((args, kwargs))
         for place in made.mutated:  # the module gets a copy to change
             inputs[place] = inputs[place].clone()
-        outputs = opaque(_Replay(index, made, skeleton, self.objects), inputs)
+        parts = [] if made.split is None else made.split(inputs, skeleton)
+        if len(parts) != len(inputs):
+            parts = []
+        call = _Replay(index, made, skeleton, self.objects, len(inputs))
+        outputs = opaque(call, [*inputs, *parts])
         return unflatten(made.skeleton, outputs)
 
 
@@ -186,6 +193,7 @@ class _Replay:
     made: ModuleCall
     inputs: Skeleton
     objects: dict[str, Any]
+    given: int  # tensors of the call; behind them those that hooks leave of these
 
     def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return self.made.outputs()
@@ -195,18 +203,20 @@ class _Replay:
     ) -> Sequence[Any]:
         args, kwargs = unflatten(
             self.inputs,
-            inputs,
+            inputs[: self.given],
             lambda value: self._attribute(graph, value),
             lambda *container: self._container(graph, *container),
         )
         name = self.made.name
         node = graph.call(call_kept, (self.index, name, args, kwargs), {}, _node_name(name))
-        mark(node.node, within=self.made.within or None)
+        parts = tuple(proxy.node.name for proxy in inputs[self.given :])
+        mark(node.node, within=self.made.within or None, parts=parts or None)
         proxies = []
         for index, path in enumerate(key_paths(self.made.skeleton)):
             proxy, tensor = _follow(node, path), outputs[index]
-            mark_tensor(proxy.node, tensor.to("meta"), tensor.device)
+            mark_tensor(proxy.node, _without_data(tensor), tensor.device)
             mark(proxy.node, output=index, path=tuple(key for _, key in path))
+            mark(proxy.node, spread=is_distributed(tensor))
             proxies.append(proxy)
         return proxies
 
@@ -233,6 +243,12 @@ class _Replay:
             name = f"_object_{len(self.objects)}"
             self.objects[name] = value
         return graph.attribute(name, value)
+
+
+def _without_data(tensor: torch.Tensor) -> torch.Tensor:
+    if not is_distributed(tensor):
+        return tensor.to("meta")
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _node_name(module_name: str) -> str:

@@ -22,6 +22,7 @@ from dit_cache_fx.dynamo.sources import argument_of, is_owned, path_of
 from dit_cache_fx.errors import DiscoveryError, OptionError
 from dit_cache_fx.life_cycle import LifeCycle
 from dit_cache_fx.lowering.lowered_program import Lowered
+from dit_cache_fx.ranks import found
 from dit_cache_fx.runtime.call_log import WANTS_GRADIENTS, CallLog
 from dit_cache_fx.strategies import Strategy
 
@@ -66,6 +67,9 @@ class Backend(LifeCycle):
     ) -> Compiled:
         piece, frame = piece_of(gm), compiled_frame()
         piece = piece._replace(whole=piece.whole and not frame.inner)
+        if self._shared.ranks is None:
+            tensors = [value for value in example_inputs if isinstance(value, torch.Tensor)]
+            self._shared.ranks = found(frame.outer, tensors)
         self._shared.split |= not piece.whole
         outlined = outlined_graph(
             gm, example_inputs, self._blocks, self._timestep, piece.whole, frame

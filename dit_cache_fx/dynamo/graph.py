@@ -22,6 +22,7 @@ from dit_cache_fx.ir.program import operations, tensor_spec
 from dit_cache_fx.lowering import Part, Variants, lower_variants
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.passes import run_passes
+from dit_cache_fx.ranks import Ranks
 from dit_cache_fx.runtime.batch import Batch
 from dit_cache_fx.runtime.call_log import CallLog
 from dit_cache_fx.runtime.drive import lasting
@@ -29,9 +30,10 @@ from dit_cache_fx.runtime.generation import TimestepValue, timestep_value
 from dit_cache_fx.runtime.graphs import block_bytes
 from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.runtime.step import Step
-from dit_cache_fx.strategies import check_block_ids
+from dit_cache_fx.strategies import check_block_ids, spread_over
 from dit_cache_fx.strategies.calibrated import check_graph
 from dit_cache_fx.values.pytree import Identity, unflatten
+from dit_cache_fx.values.wrapped import is_distributed
 
 #: most shapes of one graph with dynamic shapes whose variants are kept
 MAX_SHAPES = 32
@@ -52,6 +54,10 @@ _SPLIT = (
     "dit_cache_fx.apply(model, ...) can capture it"
 )
 
+_DISTRIBUTED = (
+    "the call has distributed tensors (DTensor), and a backend makes none; use "
+    "dit_cache_fx.apply(model, ...), then torch.compile or compile_steps()"
+)
 _SPLIT_BATCH = (
     "Dynamo splits the model (TORCH_LOGS=graph_breaks tells where), and a batch of sessions needs "
     "it in one graph: dit_cache_fx.apply(model, ...) can capture it, or call each session by itself"
@@ -66,6 +72,7 @@ class Shared:
 
     `timesteps`: by the function that Dynamo has split, the timestep that its first piece was given.
     `split`: there was a piece that is not the whole of its function. `caches`: a graph is cached.
+    `ranks`: the processes that the model is spread over.
     """
 
     call_log: CallLog
@@ -76,6 +83,7 @@ class Shared:
     caches: bool = False
     warned: bool = False
     first_constant: float | None = None
+    ranks: Ranks | None = None
 
     def serial(self, program: Hashable) -> int:
         """The number of a program: what is held with one graph of it is right for another one.
@@ -199,7 +207,7 @@ class CachedGraph:
             evidence = call_log.evidence(
                 session, lowered, lowered.signature, value, tensors, derived
             )
-            start = call_log.begin(session, evidence, variants.held)
+            start = call_log.begin(session, evidence, lowered)
             results = _run(lowered, start.step, tensors)
             outputs = lasting(results[: variants.outputs])
             recorded = lasting([t.contiguous() for t in results[variants.outputs :]])
@@ -269,6 +277,10 @@ class CachedGraph:
 
     def _lower(self, inputs: Sequence[Input], alone: Alone | None = None) -> Lowered:
         strategy, outlined = self._shared.call_log.strategy, self._outlined
+        strategy = spread_over(strategy, self._shared.ranks)
+        given = [inputs[i] for i in outlined.given]
+        if any(isinstance(v, torch.Tensor) and is_distributed(v) for v in given):
+            raise CaptureError(_DISTRIBUTED)
         traced = capture_graph(outlined, inputs, strategy)
         program = traced.program
         lists = {**program.block_lists, **outlined.elsewhere}
@@ -291,6 +303,7 @@ class CachedGraph:
             nodes,
             block_bytes(traced.recording, traced.blocks),
             self._shared.serial(_identity(ready)),
+            strategy,
         )
         log.info("captured %s", entry)
         return entry

@@ -174,7 +174,7 @@ class RowAnswers:
         self, session: Session, one: Lowered, value: TimestepValue, tensors: Sequence[Any]
     ) -> CallStart:
         evidence = self._call_log.evidence(session, one, one.signature, value, tensors)
-        return self._call_log.begin(session, evidence, one.variants.held)
+        return self._call_log.begin(session, evidence, one)
 
     def _group(
         self, call: RowCall, members: Sequence[Row], size: int, given: list[Input], key: Hashable

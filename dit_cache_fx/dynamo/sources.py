@@ -20,6 +20,8 @@ _STEP = re.compile(
     r"|\['(?P<key>[^']+)'\]|\[(?P<index>\d+)\]"
 )
 _CLOSURE = re.compile(r"\.__closure__\[\d+\]\.cell_contents")
+#: from a method (that a hook has kept) to the module that it is of
+_METHOD = re.compile(r"\.\w+\.__self__(?=[.\[]|$)")
 #: steps of a path that name nothing: where a module keeps things, and wrappers around one
 _SILENT = {"_modules", "_parameters", "_buffers", "_orig_mod"}
 
@@ -38,7 +40,7 @@ def path_of(source: str) -> Path:
 
     `L['self']._modules['blocks']._modules['0']` gives `("self", "blocks", "0")`.
     """
-    source = _CLOSURE.sub("", source)
+    source = _METHOD.sub("", _CLOSURE.sub("", source))
     local = _LOCAL.match(source)
     start, rest = (local[1], source[local.end() :]) if local else ("", source)
     steps = [next(name for name in found.groups() if name) for found in _STEP.finditer(rest)]

@@ -37,5 +37,5 @@ def add_input(graph: fx.Graph, node: fx.Node, name: str | None = None) -> fx.Nod
     """Add a placeholder to `graph` that is given what `node` gives, by its name or another one."""
     placeholder = graph.placeholder(name or node.name)
     placeholder.meta.update(node.meta)
-    mark(placeholder, block=None, signal=False, keys=None, within=None)
+    mark(placeholder, block=None, signal=False, keys=None, within=None, parts=None, part=False)
     return placeholder

@@ -40,7 +40,9 @@ class NodeMeta:
     it there. `keys`: on a container that is made as a module's argument, one for each part.
     `within`: on the call of a module, the contexts that it runs in. `origin`: on a node that was
     moved into a run, the name of that node. `signal`: on the one value that the strategy's own rule
-    looks at. `device`: where `val` is on the meta device, the real one.
+    looks at. `device`: where `val` is on the meta device, the real one. `spread`: each process has
+    a part of the tensor. `parts`: on the call of a block, the names of the nodes that hooks leave
+    of its arguments. `part`: on such a node, as long as a run may start from it.
     """
 
     block: BlockId | None = None
@@ -51,6 +53,9 @@ class NodeMeta:
     origin: str | None = None
     signal: bool = False
     device: torch.device | None = None
+    spread: bool = False
+    parts: tuple[str, ...] | None = None
+    part: bool = False
 
     def __post_init__(self) -> None:
         if (self.output is None) != (self.path is None):

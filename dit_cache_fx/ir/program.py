@@ -178,7 +178,9 @@ def is_kept(node: fx.Node) -> bool:
 
     A block without readers is one that is never cached, by the user's wish.
     """
-    return node.op in ("placeholder", "output") or is_block(node) or meta_of(node).signal
+    noted = meta_of(node)
+    marked = noted.block is not None or noted.signal or noted.part
+    return marked or node.op in ("placeholder", "output")
 
 
 def is_view(node: fx.Node) -> bool:
@@ -187,6 +189,12 @@ def is_view(node: fx.Node) -> bool:
         return False
     returns = node.target._schema.returns
     return bool(returns) and returns[0].alias_info is not None
+
+
+def is_spread(node: fx.Node) -> bool:
+    """Whether the node's tensor is a distributed one."""
+    told = {n for n in node.graph.nodes if n.op != "call_function" or meta_of(n).spread}
+    return any(meta_of(n).spread for n in ancestors([node], stop=told))
 
 
 def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:
@@ -232,6 +240,15 @@ def argument_leaves(call: fx.Node) -> list[tuple[Slot, fx.Node]]:
     """The tensors among a block call's arguments, in order, as often as they appear."""
     arguments = [*enumerate(call.args), *call.kwargs.items()]
     return [leaf for key, value in arguments for leaf in _leaves((key,), value)]
+
+
+def own_leaves(call: fx.Node) -> list[tuple[Slot, fx.Node]]:
+    """The same, with what hooks leave of the arguments: what the block itself gets."""
+    leaves, parts = argument_leaves(call), meta_of(call).parts or ()
+    if len(parts) != len(leaves):
+        return leaves
+    named = {node.name: node for node in call.graph.nodes}
+    return [(slot, named[part]) for (slot, _), part in zip(leaves, parts, strict=True)]
 
 
 def _leaves(slot: Slot, value: Any) -> Iterator[tuple[Slot, fx.Node]]:

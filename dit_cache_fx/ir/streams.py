@@ -15,11 +15,11 @@ from dit_cache_fx.ir.program import (
     Program,
     Region,
     Slot,
-    argument_leaves,
     block_call_of,
     block_values,
     descendants,
     device_of,
+    own_leaves,
     spec_of,
 )
 
@@ -39,7 +39,7 @@ def start_of(
     tracked = _tracked_slot(program, opening, cache_name)
     wired = _wired_slot(program, value, first)
     if wired is not None and tracked is not None and wired != tracked:
-        given = dict(argument_leaves(first)).get(wired) if every else None
+        given = dict(own_leaves(first)).get(wired) if every else None
         return unchanged(given) if given and _shape(given) == _shape(value) else None
     spec = spec_of(value)
     found = _candidates(program, first, set() if spec is None else {spec.shape})
@@ -57,7 +57,7 @@ def unchanged(node: fx.Node) -> fx.Node:
 def stream_input(program: Program, call: fx.Node, cache_name: str) -> fx.Node | None:
     """The input of a block call that carries the sample's stream through it."""
     slot = _tracked_slot(program, call, cache_name)
-    return None if slot is None else dict(argument_leaves(call))[slot]
+    return None if slot is None else dict(own_leaves(call))[slot]
 
 
 def _tracked_slot(program: Program, call: fx.Node, cache_name: str) -> Slot | None:
@@ -71,7 +71,7 @@ def _candidates(program: Program, call: fx.Node, shapes: set[torch.Size]) -> dic
     needs = program.needs()
     return {
         slot: node
-        for slot, node in argument_leaves(call)
+        for slot, node in own_leaves(call)
         if _shape(node) in shapes and (program.sample is None or program.sample in needs[node])
     }
 
@@ -167,7 +167,7 @@ def _named_slots(program: Program, call: fx.Node, name: str) -> list[Slot]:
     module = program.gm.get_submodule(str(call.target))
     parameters = list(inspect.signature(module.forward).parameters)
     place = parameters.index(name) if name in parameters else None
-    return [slot for slot, _ in argument_leaves(call) if slot[-1] == name or slot == (place,)]
+    return [slot for slot, _ in own_leaves(call) if slot[-1] == name or slot == (place,)]
 
 
 def _wired_slot(program: Program, value: fx.Node, first: fx.Node) -> Slot | None:
@@ -179,7 +179,7 @@ def _wired_slot(program: Program, value: fx.Node, first: fx.Node) -> Slot | None
     calls = [c for c in program.block_calls() if block_of(c).list_name == list_name]
     for before, after in itertools.pairwise(calls):
         outputs = [v for v in block_values(before) if meta_of(v).path == path]
-        for slot, node in argument_leaves(after):
+        for slot, node in own_leaves(after):
             if node in outputs:
                 return slot
     return None

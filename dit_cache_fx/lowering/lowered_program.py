@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import fx
@@ -10,6 +10,7 @@ from torch import fx
 from dit_cache_fx.capture.timestep import tells_time
 from dit_cache_fx.ir.program import Program, operations, tensor_spec
 from dit_cache_fx.lowering import Part, Variants
+from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
 
@@ -22,6 +23,9 @@ class Lowered:
     nodes: int  # operations of the graph as captured
     block_bytes: dict[str, int]  # block -> bytes of its results
     serial: int
+    strategy: Strategy  # with the processes that the model is spread over
+    #: whether each process is given a sample of its own; None before the first call
+    sample_apart: bool | None = field(default=None, init=False)
 
     def guards(self) -> list[str]:
         """What the graph depends on of the data, in words; none where Dynamo guards it."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from dit_cache_fx.ir.node_meta import BlockId, block_of
+from dit_cache_fx.ir.node_meta import BlockId, block_of, mark
 from dit_cache_fx.ir.program import (
     Program,
     Region,
@@ -37,7 +37,13 @@ def find_values(program: Program, strategy: Strategy) -> None:
     """
     if strategy.whole_model:
         program.regions = (_whole(program),)
-        return
+    else:
+        program.regions = _runs(program, strategy)
+    for node in program.graph.nodes:  # those that are read stay
+        mark(node, part=False)
+
+
+def _runs(program: Program, strategy: Strategy) -> tuple[Region, ...]:
     starts = _Cut(program, strategy).find()
     order = [n for n in program.graph.nodes if n in starts]
     regions = []
@@ -45,7 +51,7 @@ def find_values(program: Program, strategy: Strategy) -> None:
         values = [v for v in order if block_of(block_call_of(v)) in region.blocks]
         names = tuple(None if (s := starts[v]) is None else s.name for v in values)
         regions.append(replace(region, values=tuple(v.name for v in values), inputs=names))
-    program.regions = tuple(r for r in regions if r.values)
+    return tuple(r for r in regions if r.values)
 
 
 def _whole(program: Program) -> Region:

@@ -18,10 +18,11 @@ from dit_cache_fx.ir.program import (
     device_of,
     graph_module,
     inline,
+    is_spread,
     spec_of,
     tensor_spec,
 )
-from dit_cache_fx.strategies import CLOCK, Clock, Strategy
+from dit_cache_fx.strategies import CLOCK, Clock, Strategy, without_ranks
 from dit_cache_fx.strategies.traced import agree, refused, traced
 from dit_cache_fx.values.rows import RowPlace
 from dit_cache_fx.values.tensor_spec import TensorSpec
@@ -113,7 +114,7 @@ class Subgraphs:
 
     def _traced(self, name: str, index: int) -> fx.GraphModule:
         """The graph of a strategy's function, for what is held, the clock, value and start."""
-        spec, start = self._spec(index), self.region.inputs[index]
+        strategy, spec, start = self._strategy(index), self._spec(index), self.region.inputs[index]
         given = ["value"] * (name != "reuse") + ["start"] * (start is not None)
         slots, end = self.slots, self.slots + len(CLOCK)
 
@@ -123,20 +124,27 @@ class Subgraphs:
 
         def flat(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
             named = dict(zip(given, tensors[end:], strict=True))
-            return self._called(name, tensors[:slots], named, Clock(*tensors[slots:end]), one)
+            clock = Clock(*tensors[slots:end])
+            return self._called(strategy, name, tensors[:slots], named, clock, one)
 
         specs = {f"held[{i}]": spec for i in range(slots)}
         specs |= {f"clock.{name}": spec for name, spec in CLOCK.items()}
         specs |= dict.fromkeys(given, spec)
         if alone is None:
-            return traced(self.strategy, name, flat, specs)
+            return traced(strategy, name, flat, specs)
         specs |= {f"clock.{n}": alone.clock(s, spec.device) for n, s in CLOCK.items()}
         place = alone.place(own, spec)
         places = [None if spec_name.startswith("clock.") else place for spec_name in specs]
-        return traced(self.strategy, name, _by_row(flat, places, name != "measure"), specs)
+        return traced(strategy, name, _by_row(flat, places, name != "measure"), specs)
+
+    def _strategy(self, index: int) -> Strategy:
+        """What is computed of a distributed tensor is of all of it already."""
+        spread = is_spread(self.program.node(self.region.values[index]))
+        return without_ranks(self.strategy) if spread else self.strategy
 
     def _called(
         self,
+        strategy: Strategy,
         name: str,
         held: Sequence[torch.Tensor],
         named: Mapping[str, torch.Tensor],
@@ -146,14 +154,14 @@ class Subgraphs:
         """The results of a strategy's function, if they are what it has to give."""
         start = named.get("start")
         if name == "reuse":
-            reused = [self.strategy.reuse(held, start, clock)]
-            agree(self.strategy, name, reused, [spec], "it stands for the value")
+            reused = [strategy.reuse(held, start, clock)]
+            agree(strategy, name, reused, [spec], "it stands for the value")
             return reused
         if name == "measure":
-            return self._numbers(self.strategy.measure(held, named["value"], start, clock))
-        stored = self.strategy.store(held, named["value"], start, clock)
+            return self._numbers(strategy.measure(held, named["value"], start, clock))
+        stored = strategy.store(held, named["value"], start, clock)
         why = "as many as slots(), of the value's shape, dtype and device"
-        agree(self.strategy, name, stored, [spec] * self.slots, why)
+        agree(strategy, name, stored, [spec] * self.slots, why)
         return list(stored)
 
     def _numbers(self, measured: Any) -> Sequence[torch.Tensor]:

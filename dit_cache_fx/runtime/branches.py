@@ -13,6 +13,7 @@ from dit_cache_fx.runtime.trajectory import Trajectory
 from dit_cache_fx.strategies import RuleState
 from dit_cache_fx.values.identity import TensorIdentity, storage_key, version
 from dit_cache_fx.values.tensor_spec import TensorSpec
+from dit_cache_fx.values.wrapped import inner, nbytes, settled
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Held:
     @staticmethod
     def of(tensor: torch.Tensor) -> Held:
         """Hold a tensor; a view of a larger one is copied, so that only its own bytes are held."""
-        if tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size():
+        tensor = settled(tensor)
+        if sum(part.untyped_storage().nbytes() for part in inner(tensor)) > nbytes(tensor):
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         return Held(tensor, version(tensor), storage_key(tensor))
 
@@ -43,7 +45,7 @@ class Held:
 
     @property
     def nbytes(self) -> int:
-        return self.tensor.numel() * self.tensor.element_size()
+        return nbytes(self.tensor)
 
 
 @dataclass(eq=False)

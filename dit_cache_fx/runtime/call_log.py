@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -22,7 +22,6 @@ from dit_cache_fx.runtime.tracker import Tracker
 from dit_cache_fx.runtime.trajectory import SampleProbe
 from dit_cache_fx.strategies import Course, Strategy
 from dit_cache_fx.values.identity import TensorIdentity
-from dit_cache_fx.values.tensor_spec import TensorSpec
 
 _CROWDED = (
     f"more than {MAX_BRANCHES} branches are called in a step, and no more are held in one session: "
@@ -137,8 +136,8 @@ class CallLog:
             context=self.tracker.context,
             value=value,
             explicit=session.explicit is not None,
-            conditioning=TensorIdentity([tensors[i] for i in places]),
-            sample=None if sample is None else SampleProbe(sample),
+            conditioning=TensorIdentity([tensors[i] for i in places], _signed(lowered)),
+            sample=None if sample is None else _probe(lowered, sample),
             derived=derived,
         )
 
@@ -146,19 +145,22 @@ class CallLog:
         self,
         session: Session,
         call: CallEvidence,
-        held: Mapping[str, TensorSpec],
+        lowered: Lowered,
         shapes: object = (),
     ) -> CallStart:
         """Find the place and the step of a call; nothing is noted before `done`.
 
-        `held`: what its graph holds from step to step. `shapes`: of the masked selections that
-        this comes from; what is held of others is not used.
+        `lowered`: its graph. `shapes`: of the masked selections that what it holds comes from; what
+        is held of others is not used.
         """
         placed = place(session, call, self.count)
         if placed.branch.shapes != shapes:
             emptied = replace(placed.branch.emptied(), shapes=shapes)
             placed = replace(placed, branch=emptied, replaced=placed.replaced or placed.branch)
-        step = Step(self.strategy, placed.branch, placed.index, held, placed.course, placed.missed)
+        held = lowered.variants.held
+        step = Step(
+            lowered.strategy, placed.branch, placed.index, held, placed.course, placed.missed
+        )
         return CallStart(session, placed, step)
 
     def done(
@@ -243,6 +245,23 @@ class CallLog:
                 f"that are no tensors change ({captured}). Pass what changes from step to step as "
                 "a tensor"
             )
+
+
+def _signed(lowered: Lowered) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """Makes checksums of parts those of the whole, the same in all processes."""
+    ranks = lowered.strategy.ranks
+    return None if ranks is None else ranks.signed
+
+
+def _probe(lowered: Lowered, sample: torch.Tensor) -> SampleProbe:
+    """Of all processes' samples where each has its own: a part of one, or another one."""
+    probe, ranks = SampleProbe(sample), lowered.strategy.ranks
+    if ranks is None:
+        return probe
+    padded = probe.padded()
+    if lowered.sample_apart is None:
+        lowered.sample_apart = probe.plain or ranks.differ(padded)
+    return SampleProbe.of(ranks.gathered(padded)) if lowered.sample_apart else probe
 
 
 def _starved(call: CallEvidence, arguments: Sequence[str]) -> str:

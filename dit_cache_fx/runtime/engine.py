@@ -16,6 +16,7 @@ from dit_cache_fx.capture.ambient import autocast
 from dit_cache_fx.capture.rerun import rerunning
 from dit_cache_fx.capture.samples import other_block
 from dit_cache_fx.errors import CaptureError
+from dit_cache_fx.ranks import every
 from dit_cache_fx.runtime import execution
 from dit_cache_fx.runtime.batch_engine import BatchEngine
 from dit_cache_fx.runtime.branches import Branch
@@ -29,6 +30,7 @@ from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.runtime.step import Step
 from dit_cache_fx.runtime.together import Together
 from dit_cache_fx.values.pytree import flatten, unflatten
+from dit_cache_fx.values.wrapped import own_part
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +105,7 @@ class Engine:
     def begin(self, session: Session, call: FlatCall, found: Found[First]) -> CallStart:
         """Find the place of a call in its session; nothing is noted."""
         evidence = self._evidence(call, found.entry.key, found.entry, session)
-        return self.call_log.begin(session, evidence, found.entry.variants.held, found.shapes)
+        return self.call_log.begin(session, evidence, found.entry, found.shapes)
 
     def outdated(self, entry: Entry) -> None:
         """The model has changed since a graph was captured: forget all."""
@@ -223,7 +225,7 @@ class Engine:
             else:
                 with replayed(captured) if can_replay(captured) else nullcontext():
                     results = _plain(entry, step, call)
-            if check and not all(map(_same, flatten(recording.output)[0], results)):
+            if check and not every(captured.ranks, _gives(recording.output, results)):
                 raise CaptureError(
                     "the captured graph does not give the model's output for the call that it was "
                     "captured from: a layer around the blocks is random or keeps a state. Pass "
@@ -250,7 +252,7 @@ class Engine:
 
     def _new_step(self, entry: Entry) -> Step | Together:
         """The first step of a branch that holds nothing, or of several of them."""
-        layout, strategy = entry.layout, self.call_log.strategy
+        layout, strategy = entry.layout, entry.strategy
         if layout is None:
             return Step(strategy, Branch(), 0, entry.variants.held)
         steps = [Step(strategy, Branch(), 0, layout.alone) for _ in range(layout.count)]
@@ -263,8 +265,13 @@ def _plain(entry: Entry, step: Step | Together, call: FlatCall) -> Results:
     return results
 
 
+def _gives(output: Any, results: Results) -> bool:
+    """Whether the results of a graph are those of the model."""
+    return all(map(_same, flatten(output)[0], results))
+
+
 def _same(want: torch.Tensor, got: torch.Tensor) -> bool:
-    return torch.equal(want.nan_to_num(), got.nan_to_num())
+    return torch.equal(own_part(want).nan_to_num(), own_part(got).nan_to_num())
 
 
 def requires_grad(model: nn.Module, args: Any, kwargs: Any) -> bool:

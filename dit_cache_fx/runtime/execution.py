@@ -191,7 +191,7 @@ def _one_graph(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> 
         given.update(_prepared(entry, one.preamble, step, given))
         given.update((name, _contiguous(given[name])) for name in entry.variants.carried)
     given.update(step.one_graph_given(one.part.names, one.state, one.asks))
-    graph_call = GraphCall(one.part.run, one.operands_apart(given), entry.captured.around)
+    graph_call = GraphCall(one.part.run, one.operands_apart(given), entry.captured.around_parts)
     with entry.first_runs.alone(compiler) as first:
         results = yield from _compiled(graph_call, first)
     values = one.outputs + len(entry.variants.held)
@@ -220,7 +220,7 @@ def _ruled(
     """Ask the strategy's own rule, where it has one; what its graph carries on is given then."""
     value: torch.Tensor | None = None
     if variants.prefix is not None:
-        prefix, around = variants.prefix, entry.captured.around
+        prefix, around = variants.prefix, entry.captured.around_parts
         value, *carried = yield GraphCall(prefix.run, prefix.operands(given), around)
         given.update(zip(variants.carried, carried, strict=True))
     step.decide(value)

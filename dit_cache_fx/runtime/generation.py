@@ -9,6 +9,7 @@ import torch
 
 from dit_cache_fx.runtime.step_count import StepCount
 from dit_cache_fx.strategies import Course
+from dit_cache_fx.values.wrapped import whole
 
 #: a timestep as a number; where its elements differ, all of them: float64 [n] on the CPU
 TimestepValue = float | torch.Tensor
@@ -16,6 +17,7 @@ TimestepValue = float | torch.Tensor
 
 def timestep_value(timestep: torch.Tensor) -> TimestepValue:
     """The values of a timestep tensor. Waits for the device when the tensor is on one."""
+    timestep = whole(timestep)
     if timestep.numel() == 1:
         return float(timestep.item())
     values = timestep.detach().to("cpu", torch.float64).flatten()

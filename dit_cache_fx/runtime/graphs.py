@@ -39,11 +39,12 @@ from dit_cache_fx.lowering.asserts import assertions
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.lowering.stateful import Carried, Stateful, fixed_steps
 from dit_cache_fx.passes import run_passes
+from dit_cache_fx.ranks import found
 from dit_cache_fx.runtime.first_runs import FirstRuns
 from dit_cache_fx.runtime.reasons import WhyCaptured, changes
 from dit_cache_fx.runtime.step_count import StepCount
 from dit_cache_fx.runtime.together import Layout
-from dit_cache_fx.strategies import Strategy, check_block_ids
+from dit_cache_fx.strategies import Strategy, check_block_ids, spread_over
 from dit_cache_fx.values.pytree import Skeleton
 
 #: most input signatures whose graphs are kept at one time
@@ -77,7 +78,6 @@ class Entry(Lowered):
     """A captured and lowered graph."""
 
     captured: Captured
-    strategy: Strategy
     fingerprint: Fingerprint
     volatile: frozenset[tuple[str, str]]  # what of it the forward changes by itself
     count: StepCount
@@ -105,8 +105,8 @@ class Entry(Lowered):
             self.nodes,
             self.block_bytes,
             self.serial,
-            replace(self.captured, program=program),
             strategy,
+            replace(self.captured, program=program),
             self.fingerprint,
             self.volatile,
             count,
@@ -342,8 +342,9 @@ class Graphs:
 
     def _capture(self, call: FlatCall, rows: RowsOf | None) -> Entry:
         model, strategy = self.subject.model, self.subject.strategy
+        strategy = spread_over(strategy, found(model, call.tensors))
         before = fingerprint(model, ())
-        captured = capture(self.subject, call, self.timestep_argument)
+        captured = capture(replace(self.subject, strategy=strategy), call, self.timestep_argument)
         self.subject.turns.needed |= bool(captured.recording.settings)
         self._tell_unread(captured.unread)
         after = fingerprint(model, ())
@@ -361,14 +362,15 @@ class Graphs:
             nodes,
             block_bytes(captured.recording, captured.blocks.values()),
             self._serial,
-            captured,
             strategy,
+            captured,
             fingerprint(model, captured.whole),
             volatile(before, after),
             self.count,
             call.skeleton,
             untouched=untouched,
         )
+        entry.apart = captured.spread  # `cond` takes no distributed tensors
         entry.layout = None if rows is None else Layout.of(rows.one, entry, rows.count)
         log.info("captured %s", entry)
         return entry

@@ -11,10 +11,11 @@ from dit_cache_fx.ir.names import is_measured
 from dit_cache_fx.runtime.branches import Branch, Held
 from dit_cache_fx.runtime.drive import Results
 from dit_cache_fx.strategies import CLOCK, Clock, Course, RuleState, Strategy
-from dit_cache_fx.strategies.rule import begun, decided, device_of, lost_with
+from dit_cache_fx.strategies.rule import begun, decided, device_of, lost_in_any
 from dit_cache_fx.strategies.signals import in_one, signal_of
 from dit_cache_fx.values.identity import storage_key
 from dit_cache_fx.values.tensor_spec import TensorSpec
+from dit_cache_fx.values.wrapped import own_part
 
 #: why a step computes
 FIRST, SCHEDULED, MISSING, RULE = "the first step", "scheduled", "nothing is held", "its rule"
@@ -161,7 +162,7 @@ class Step:
         strategy, signal = self._strategy, self._signal(value)
         if self._state is None:
             self.computes, self._state = True, begun(strategy, signal)
-            lost = bool(lost_with(strategy, signal))
+            lost = lost_in_any(strategy, signal)
         else:
             forced = torch.tensor(self._forced, device=device_of(signal))
             answer = decided(strategy, signal, self._state, forced)
@@ -177,13 +178,16 @@ class Step:
 
     def _signal(self, value: torch.Tensor | None) -> Any:
         measured = self._measured_here() if value is None else self.measured()
+        value = None if value is None else own_part(value)
         clock = Clock(**self.clock(Clock._fields))
         return signal_of(self._strategy, value, clock, measured)
 
     def _measured_here(self) -> torch.Tensor | None:
-        """On the CPU: read once for each computed step."""
+        """On the CPU: read once for each computed step, the same in all processes."""
         if self._branch.measured is None:
-            measured = self.measured()
+            measured, ranks = self.measured(), self._strategy.ranks
+            if measured is not None and ranks is not None and self._branch.held:
+                measured = ranks.first(measured)
             self._branch.measured = None if measured is None else measured.to("cpu")
         return self._branch.measured
 
@@ -191,7 +195,7 @@ class Step:
         """What the newest computed step has measured, one row for each value; None for nothing."""
         own = [h.tensor for h in self._branch.held] or [s.zeros() for s in self._specs.values()]
         named = zip(self._specs, own, strict=False)
-        return in_one([tensor for name, tensor in named if is_measured(name)])
+        return in_one([own_part(tensor) for name, tensor in named if is_measured(name)])
 
     # --- afterwards ------------------------------------------------------------------------------
 

@@ -13,8 +13,10 @@ from enum import Enum
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from dit_cache_fx.runtime.generation import Jump, TimestepValue, distance
+from dit_cache_fx.values.wrapped import own_part
 
 #: how many elements of a sample are looked at
 PROBED = 512
@@ -42,10 +44,26 @@ class SampleProbe:
     """Some elements of a noisy sample, float32 on its device."""
 
     def __init__(self, sample: torch.Tensor) -> None:
-        sample = sample.detach() if sample.requires_grad else sample
+        sample = own_part(sample.detach() if sample.requires_grad else sample)
         real = torch.view_as_real(sample) if sample.is_complex() else sample
         stride = max(1, real.numel() // PROBED) | 1  # odd: not one column of a picture
         self.values = real.reshape(-1)[::stride].to(torch.float32, copy=True)
+
+    @staticmethod
+    def of(values: torch.Tensor) -> SampleProbe:
+        """Elements that were picked already."""
+        probe = SampleProbe.__new__(SampleProbe)
+        probe.values = values
+        return probe
+
+    @property
+    def plain(self) -> bool:
+        """Whether all elements are the same. Waits for the device."""
+        return bool((self.values == self.values[:1]).all())
+
+    def padded(self) -> torch.Tensor:
+        """The elements, with zeros behind them: as many for samples of any size."""
+        return pad(self.values, (0, 2 * PROBED - self.values.numel()))
 
     def comparable(self, other: SampleProbe) -> bool:
         """Whether both are of samples of one size and device."""

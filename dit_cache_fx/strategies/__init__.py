@@ -1,6 +1,6 @@
 """The strategies. A strategy of your own is a subclass of `Strategy`: pass an object."""
 
-from dit_cache_fx.strategies.base import NumSteps, RuleState, Strategy
+from dit_cache_fx.strategies.base import NumSteps, RuleState, Strategy, spread_over, without_ranks
 from dit_cache_fx.strategies.block_ids import ALIASES, check_block_ids, never_cached
 from dit_cache_fx.strategies.clock import CLOCK, Clock
 from dit_cache_fx.strategies.course import Course
@@ -37,4 +37,6 @@ __all__ = [
     "check_block_ids",
     "make_strategy",
     "never_cached",
+    "spread_over",
+    "without_ranks",
 ]

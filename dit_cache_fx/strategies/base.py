@@ -7,15 +7,18 @@ compute, the runtime calls `should_compute`, or the one graph has it inside.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from dit_cache_fx.errors import OptionError
+from dit_cache_fx.ranks import Ranks, ranks_of
 from dit_cache_fx.strategies.clock import Clock
 from dit_cache_fx.strategies.course import Course
 from dit_cache_fx.strategies.old_names import name_both_ways
@@ -52,6 +55,10 @@ class Strategy:
 
     `no_cache_block_id`: block list -> ids that are never cached; a list is named as the model names
     it, or "double_blocks" / "single_blocks" for the first / second.
+
+    `process_group`: a process group or a `DeviceMesh` of the processes that run the model together
+    (by context, tensor or data parallelism), which must decide alike. Found where the model's
+    weights or the call's tensors are DTensors, and from the parallel configuration of diffusers.
     """
 
     no_cache_steps: frozenset[int] | None = None
@@ -61,6 +68,7 @@ class Strategy:
     num_steps: NumSteps | None = None
     timesteps: Timesteps | None = None
     no_cache_block_id: Mapping[str, Iterable[int]] | None = None
+    process_group: Any = None
 
     #: its name for `apply(model, strategy=...)`
     name: ClassVar[str] = ""
@@ -85,6 +93,7 @@ class Strategy:
     def __post_init__(self) -> None:
         steps, ids = _steps(self.no_cache_steps), _block_ids(self.no_cache_block_id)
         object.__setattr__(self, "no_cache_steps", steps)
+        object.__setattr__(self, "process_group", ranks_of(self.process_group))
         object.__setattr__(self, "no_cache_block_id", ids)
         self._check_schedule()
         self._check_length()
@@ -122,6 +131,39 @@ class Strategy:
     def needs_timesteps(self) -> bool:
         """Whether it does better where a generation's timesteps are known beforehand."""
         return self.by_timestep or (self.plan is not None and self.plan.needs_timesteps)
+
+    # --- on several devices ----------------------------------------------------------------
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The processes that must decide alike; None where there is one, or none is known."""
+        return self.process_group  # type: ignore[no-any-return]
+
+    def totals(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Sums over all processes. The tensors are of one shape."""
+        if self.ranks is None:
+            return tensors
+        sums = self.ranks.total(torch.stack([t.double() for t in tensors]))
+        return tuple(s.to(t.dtype) for s, t in zip(sums, tensors, strict=True))
+
+    def means(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The mean of each tensor, over all of its parts where each process has one.
+
+        A rule that takes its numbers from here decides on several devices as it does on one.
+        """
+        if self.ranks is None:
+            return tuple(t.mean() for t in tensors)
+        sums = torch.stack([t.sum(dtype=torch.float64) for t in tensors])
+        counts = torch.tensor([t.numel() for t in tensors], dtype=sums.dtype, device=sums.device)
+        totals, sizes = self.totals(sums, counts)
+        return tuple(m.to(t.dtype) for m, t in zip(totals / sizes, tensors, strict=True))
+
+    def norms(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The norm of each tensor in float64, in the same way."""
+        wide = [t.double() for t in tensors]
+        if self.ranks is None:
+            return tuple(t.norm() for t in wide)
+        return tuple(t.sqrt() for t in self.totals(*((t * t).sum() for t in wide)))
 
     # --- what to keep and what to give back ------------------------------------------------
 
@@ -252,6 +294,25 @@ class Strategy:
             number = len(self.timesteps)
         if self.plan is not None and number is not None:
             self.plan.check(number)
+
+
+_S = TypeVar("_S", bound=Strategy)
+
+
+def spread_over(strategy: _S, ranks: Ranks | None) -> _S:
+    """The strategy for a model that these processes run together; what the user named counts."""
+    return strategy if ranks is None or strategy.ranks is not None else _with(strategy, ranks)
+
+
+def without_ranks(strategy: _S) -> _S:
+    """The strategy for values that need no other process."""
+    return strategy if strategy.ranks is None else _with(strategy, None)
+
+
+def _with(strategy: _S, ranks: Ranks | None) -> _S:
+    other = copy.copy(strategy)
+    object.__setattr__(other, "process_group", ranks)
+    return other
 
 
 def options_of(strategy: type[Strategy]) -> list[str]:

@@ -80,9 +80,11 @@ class EasyCache(Strategy):
     ) -> Tensor:
         """The rate of transformation, and the size of the output."""
         assert start is not None
-        rate = (value - held[0]).abs().mean() / (start - held[1]).abs().mean()
+        changes = (value - held[0]).abs(), (start - held[1]).abs()
+        given, taken, size = self.means(*changes, value.abs())
+        rate = given / taken
         known = torch.where(clock.computed > 0, rate.double(), math.nan)
-        return torch.stack([known, value.abs().mean().double()])
+        return torch.stack([known, size.double()])
 
     @property
     def has_rule(self) -> bool:
@@ -101,7 +103,8 @@ class EasyCache(Strategy):
     ) -> tuple[Tensor, RuleState]:
         (sample, measured), (previous, _, total) = signal, state
         rate, size = measured.flatten().unbind()
-        total = total + rate * (sample - previous).abs().mean().double() / size
+        (moved,) = self.means((sample - previous).abs())
+        total = total + rate * moved.double() / size
         compute = forced | ~(total < self.threshold)
         return compute, (sample, total, torch.where(compute, 0.0, total))
 

@@ -92,7 +92,8 @@ class FirstBlockCache(ResidualCache):
         self, signal: Tensor, state: RuleState, forced: Tensor
     ) -> tuple[Tensor, RuleState]:
         previous, _, total, in_a_row, reused = state
-        change = ((signal - previous).abs().mean() / previous.abs().mean()).double()
+        moved, size = self.means((signal - previous).abs(), previous.abs())
+        change = (moved / size).double()
         limited = forced | self._limited(total, in_a_row, reused)
         compute = limited | ~(change < self.threshold)
         counts = ~limited & change.isfinite()

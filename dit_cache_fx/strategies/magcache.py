@@ -87,7 +87,8 @@ class MagCache(ResidualCache):
             return None
         residual = self.store(held, value, start, clock)[0]
         new, old = (r.double().norm(dim=-1) for r in (residual, held[0]))
-        return torch.where(clock.computed > 0, (new / (old + 1e-8)).mean(), 1.0).reshape(1)
+        (ratio,) = self.means(new / (old + 1e-8))
+        return torch.where(clock.computed > 0, ratio, 1.0).reshape(1)
 
     def metric(self, state: RuleState, measured: Tensor | None = None) -> Tensor | None:
         return None if measured is None else measured.mean()

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dit_cache_fx.ranks import Ranks
 from dit_cache_fx.strategies.base import RuleState, Strategy
+from dit_cache_fx.strategies.signals import value_of
 from dit_cache_fx.strategies.traced import agree, refused, unchanged
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
@@ -44,7 +46,33 @@ def begun(strategy: Strategy, signal: Any) -> RuleState:
 
 
 def decided(strategy: Strategy, signal: Any, state: RuleState, forced: Tensor) -> Decision:
-    """The rule's decision. Raises `VerifyError` where it is none."""
+    """The rule's decision. Raises `VerifyError` where it is none.
+
+    Processes that run one model together compute where any of them does. A rule that looks at no
+    value of the model has the same numbers in each.
+    """
+    own, ranks = _decided(strategy, signal, state, forced), _asked_apart(strategy)
+    if ranks is None:
+        return own
+    computes, doubted, lost = ranks.any(torch.stack(own[:3])).unbind()
+    other = _decided(strategy, signal, state, forced | computes)
+    same = computes == own.computes
+    after = [torch.where(same, a, b) for a, b in zip(own.state, other.state, strict=True)]
+    return Decision(computes, doubted, lost, tuple(after))
+
+
+def lost_in_any(strategy: Strategy, signal: Any) -> bool:
+    """Whether a signal is no number, in any of the processes."""
+    lost, ranks = lost_with(strategy, signal), _asked_apart(strategy)
+    return bool(lost if ranks is None else ranks.any(lost))
+
+
+def _asked_apart(strategy: Strategy) -> Ranks | None:
+    """The processes whose rules may answer otherwise: each looks at its own part of a value."""
+    return None if value_of(strategy) is None else strategy.ranks
+
+
+def _decided(strategy: Strategy, signal: Any, state: RuleState, forced: Tensor) -> Decision:
     given = {**_named("signal", signal), **_named("state", state)}
     with unchanged(strategy, "should_compute", given):
         answer: Any = strategy.should_compute(signal, state, forced)

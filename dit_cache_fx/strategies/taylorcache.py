@@ -178,7 +178,8 @@ class TaylorCache(Strategy):
         if self.tolerance is None:
             return None
         predicted = self.reuse(held, start, clock)
-        return measured_error(value, predicted, clock)
+        missed, size = self.norms(value - predicted, value)
+        return measured_error(missed, size, clock)
 
     def init_state(self, signal: tuple[Tensor, Tensor]) -> RuleState:
         return (torch.zeros((), dtype=torch.float64, device=signal[1].device),)

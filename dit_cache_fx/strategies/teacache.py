@@ -92,7 +92,8 @@ class TeaCache(Strategy):
     ) -> tuple[Tensor, RuleState]:
         assert self.rel_l1_thresh is not None
         previous, accumulated, _ = state
-        change = (signal - previous).abs().mean() / previous.abs().mean()
+        moved, size = self.means((signal - previous).abs(), previous.abs())
+        change = moved / size
         accumulated = accumulated + self._polynomial(change.double())
         compute = forced | (accumulated >= self.rel_l1_thresh)
         return compute, (signal, torch.where(compute, 0.0, accumulated), accumulated)

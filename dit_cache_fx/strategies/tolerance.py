@@ -24,13 +24,14 @@ MOST_GROWTH = 2.5
 ORDER = 3
 
 
-def measured_error(value: Tensor, predicted: Tensor, clock: Clock) -> Tensor:
+def measured_error(missed: Tensor, size: Tensor, clock: Clock) -> Tensor:
     """The relative error of a prediction, and the gap that it was made over.
 
-    Both are 0 where there was none; the error is no number where the value is none.
+    `missed`, `size`: the norms of the error and of the value. Error and gap are 0 where there was
+    none; the error is no number where the value is none.
     """
     known = clock.computed > 0
-    error = torch.where(known, (value - predicted).double().norm(), 0.0) / value.double().norm()
+    error = torch.where(known, missed, 0.0) / size
     gap = torch.where(known, clock.way[0], 0.0)
     return torch.stack([error, gap.to(error.device)])
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from dit_cache_fx.values.wrapped import inner
 
 #: bytes of a tensor that are looked at in one go: each temporary takes as many
 _CHUNK = 2**20
@@ -60,19 +60,13 @@ def _words(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield from map(_as_words, _pieces(plain))
 
 
-def _plain(tensor: Any) -> Iterator[torch.Tensor]:
+def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensors with data of their own that it is made of: itself, if it is no wrapper."""
-    if hasattr(tensor, "trigger_wait"):  # the result of a collective that may be under way
-        tensor = tensor.trigger_wait()
-    if is_traceable_wrapper_subclass(tensor):
-        inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
-        for part in inner:
-            if isinstance(part, torch.Tensor):  # a mesh is none
-                yield from _plain(part)
-    elif tensor.is_quantized:
-        yield tensor.int_repr()
-    else:
-        yield tensor if tensor.layout is torch.strided else tensor.to_dense()
+    for part in inner(tensor):
+        if part.is_quantized:
+            yield part.int_repr()
+        else:
+            yield part if part.layout is torch.strided else part.to_dense()
 
 
 def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

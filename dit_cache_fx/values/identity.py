@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 from weakref import ref
 
@@ -12,16 +12,25 @@ import torch
 
 from dit_cache_fx.values.checksum import checksum
 from dit_cache_fx.values.containers import attributes
+from dit_cache_fx.values.wrapped import inner, is_wrapper
 
 
 def version(tensor: torch.Tensor) -> int:
     """How often a tensor was changed in place; -1 for an inference tensor, which cannot tell."""
-    return -1 if tensor.is_inference() else tensor._version
+    if tensor.is_inference():
+        return -1
+    if not is_wrapper(tensor):
+        return tensor._version
+    inside = [version(part) for part in inner(tensor)]
+    return -1 if -1 in inside else tensor._version + sum(inside)
 
 
 def storage_key(tensor: torch.Tensor) -> int:
     """What tells a tensor's memory from others: the same for its views."""
-    storage = tensor.untyped_storage()
+    owner = next(inner(tensor), tensor)
+    if owner.layout is not torch.strided:
+        return id(owner)
+    storage = owner.untyped_storage()
     if storage.device.type == "meta":  # without data there is no address
         return int(storage._cdata)
     return storage.data_ptr()
@@ -34,10 +43,15 @@ class TensorIdentity:
     by a checksum that is made while the tensors are there and stays on their devices: only where
     the objects differ it is compared, and the host waits. Two identities that are compared have
     the same number of tensors. An inference tensor does not tell whether it was changed in place,
-    so its values count.
+    so its values count. `signed`: makes another number of a checksum, for parts of tensors.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[torch.Tensor],
+        signed: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        self._signed = signed
         self._refs = [(ref(t), version(t)) for t in tensors]
         self._checksums: list[torch.Tensor | None] = [None] * len(self._refs)
 
@@ -83,7 +97,8 @@ class TensorIdentity:
             reference, then = self._refs[place]
             tensor = reference()
             if tensor is not None and version(tensor) == then:
-                self._checksums[place] = checksum(tensor)
+                own = checksum(tensor)
+                self._checksums[place] = own if self._signed is None else self._signed(own)
         return self._checksums[place]
 
 
