@@ -9,6 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# the theme's advertisement of its successor
+export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: demo test test-all check bench dist
 
@@ -45,10 +47,20 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(MAKE) docs
+
+.PHONY: docs docs-serve
+# The documentation with the API reference: in site/, or at http://127.0.0.1:8000. A link or an
+# anchor that leads nowhere fails (with --quiet it would not)
+docs: $(INSTALLED)
+	$(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(INSTALLED)
+	$(BIN)/python -m mkdocs serve
 
 $(INSTALLED): pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable '.[test,examples]'
+	$(BIN)/pip install --quiet --editable '.[test,examples,docs]'
 	touch $@

@@ -35,25 +35,37 @@ def apply(
     check: bool = True,
     **options: Any,
 ) -> CachedModel:
-    """A cached model, called exactly as `model`; `model` itself is left untouched.
+    """Return a cached model, called exactly as `model`; `model` itself stays as it is.
 
-    It shares its weights and its blocks with `model`. The first call of each input signature
-    captures a graph.
+    The two share their weights and their blocks. The first call of each input signature captures a
+    graph.
 
     Args:
-        model: a DiT in evaluation mode.
-        strategy: "deepcache", "teacache", "taylorcache", "firstblockcache" (also "dbcache"),
-            "magcache" or "easycache" with `options` (see the classes of these names), or a
+        model (`nn.Module`):
+            A diffusion transformer in evaluation mode.
+        strategy (`str | Strategy`):
+            "deepcache", "teacache", "taylorcache", "newtoncache", "hicache", "foca", "exponential",
+            "firstblockcache" (also "dbcache"), "magcache" or "easycache", with `options`; or a
             `Strategy` object.
-        blocks: the block lists, as attribute paths or `nn.ModuleList`s; found from the graph when
-            None.
-        timestep: the name of forward's timestep argument; found when None.
-        check: check each captured graph against the model on a second input. Where the model's
-            forward changes something around its blocks that they may read, they run once more.
+        blocks (`str | nn.ModuleList | Sequence[str | nn.ModuleList]`, *optional*):
+            The block lists, as attribute paths or as the lists themselves. When None, they are
+            found from the graph.
+        timestep (`str`, *optional*):
+            The name of forward's timestep argument. When None, it is found.
+        check (`bool`, defaults to `True`):
+            Check each captured graph against the model on a second input. Where the model's forward
+            changes something around its blocks that they may read, the blocks run once more.
+        options (`Any`):
+            The options of the strategy, where `strategy` is a name: see the classes of these names.
 
     Raises:
-        OptionError: an argument that cannot work, with what would.
-        DiscoveryError: the model holds no block list.
+        OptionError: An argument cannot work. The text says what would.
+        DiscoveryError: The model holds no block list.
+
+    Example:
+        >>> pipe.transformer = dit_cache_fx.apply(
+        ...     pipe.transformer, "taylorcache", schedule="quality", num_steps=50
+        ... )
     """
     if not isinstance(model, nn.Module):
         raise OptionError("model", model, "an nn.Module")

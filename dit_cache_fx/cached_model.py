@@ -48,11 +48,11 @@ class _Alike(type):
 
 
 class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
-    """A view of `model` whose forward skips what its cache holds.
+    """A view of a model whose forward skips the blocks that the cache stands for.
 
-    It owns nothing: parameters, submodules and hooks are the model's own dictionaries, so that
-    `.to()`, `load_state_dict`, LoRA and replaced layers act on both, and every attribute that is
-    not the cache's is read from and written to the model.
+    `apply` makes one. It shares everything with the model: parameters, submodules and hooks are the
+    model's own dictionaries, so `.to()`, `load_state_dict`, LoRA and replaced layers act on both.
+    Every attribute that is not the cache's is read from and written to the model.
     """
 
     def __new__(cls, model: nn.Module, *_: Any) -> CachedModel:
@@ -161,7 +161,7 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
         return self
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """The model's modules; while `torch.export` looks, what carries the cache's state too."""
+        """The model's modules; during `torch.export` also those that carry the cache's state."""
         yield from super().named_modules(*args, **kwargs)
         if exporting():
             prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
@@ -171,7 +171,7 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
 
     @property
     def cache_state(self) -> nn.ModuleDict:
-        """What carries the state through an exported program, one module for each graph."""
+        """The modules that carry the state through an exported program, one for each graph."""
         return self._engine.graphs.carried(self._engine.call_log.tracker.context)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CachedModel:
@@ -199,14 +199,20 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
     # --- compiling -----------------------------------------------------------------------------
 
     def compile_steps(self, **options: Any) -> None:
-        """Compile the graph of each kind of step by itself, when it runs first.
+        """Compile the graph of each kind of step by itself, when it first runs.
 
-        `options`: those of `torch.compile`, which raises for what it does not take. With
-        `fullgraph=True` a graph that its blocks break raises too; else such blocks are compiled one
-        by one. A reused step then checks no guard on what it does not run, and with
-        `mode="reduce-overhead"` each kind of step is a CUDA graph of its own.
+        A reused step then checks no guard for the code that it skips, and with
+        `mode="reduce-overhead"` each kind of step is a CUDA graph of its own. `torch.compile` of
+        the cached model is different: it gives one graph with the decision inside.
 
-        `torch.compile` of the cached model is another thing: one graph, the decision inside.
+        Args:
+            options (`Any`):
+                The options of `torch.compile`, which raises for those it does not take. With
+                `fullgraph=True` it also raises for a graph that a block breaks; without it, the
+                blocks of such a graph are compiled one by one.
+
+        Example:
+            >>> cached.compile_steps(fullgraph=True)
         """
         self._engine.step_compiler = StepCompiler(options)
 
@@ -220,11 +226,11 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
         return self._engine.graphs.all()
 
     def clear_states(self) -> None:
-        """Forget what is held and where the generation stands; keep the graphs."""
+        """Forget the held tensors and the place in the generation; keep the graphs."""
         self._engine.clear_states()
 
     def reset_states(self) -> None:
-        """Forget everything: graphs and counts too."""
+        """Forget everything, graphs and counts included."""
         self._engine.reset_states()
 
     def _own_context(self, name: str, more: dict[str, Any]) -> AbstractContextManager[Any] | None:

@@ -8,11 +8,20 @@ from pathlib import Path
 
 
 class DitCacheError(Exception):
-    """Base of every error of this package."""
+    """Base class of every error that this package raises."""
 
 
 class OptionError(DitCacheError, ValueError):
-    """An argument has a value that cannot work; the text names it and what would be right."""
+    """An argument has a value that cannot work. The text names it and says what would be right.
+
+    Args:
+        name (`str`):
+            The name of the argument.
+        value (`object`):
+            Its value.
+        expected (`str`):
+            The values that would be right, in words.
+    """
 
     def __init__(self, name: str, value: object, expected: str) -> None:
         super().__init__(f"{name}={value!r}: {expected}")
@@ -25,7 +34,7 @@ class OptionError(DitCacheError, ValueError):
 
 
 class DiscoveryError(DitCacheError):
-    """The block lists or the timestep argument cannot be told from the model."""
+    """The model does not tell its block lists or its timestep argument. Name them."""
 
 
 class CaptureError(DitCacheError):
@@ -33,15 +42,15 @@ class CaptureError(DitCacheError):
 
 
 class VerifyError(DitCacheError):
-    """A pass left a program that breaks an invariant (a bug in a pass or in a strategy)."""
+    """A program breaks an invariant: a bug in a pass, or in a strategy of your own."""
 
 
 class MissingPackageError(DitCacheError, ImportError):
-    """Something that is only needed for this one thing is not installed; the text says what."""
+    """A package that only this one feature needs is not installed. The text names it."""
 
 
 class DitCacheWarning(UserWarning):
-    """Something is not cached although caching was asked for; the text says why."""
+    """Something is not cached although you asked for caching. The text says why."""
 
 
 _PLUMBING = (str(Path(__file__).parent), "torch", "contextlib")

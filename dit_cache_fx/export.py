@@ -35,18 +35,31 @@ def export(
 ) -> Exported:
     """Export a cached model for calls like `cached(*args, **kwargs)`.
 
-    The program is `forward(state, inputs) -> (outputs, state)` with dicts of tensors for both, of
-    the shapes and dtypes of this call; every other argument is fixed. The step is told from the
-    timestep inside the program, and it decides by itself whether to compute. What the model's own
-    code has read out of the conditioning here is asserted in it.
+    The program is `forward(state, inputs) -> (outputs, state)`. State and inputs are dicts of
+    tensors, with the shapes and dtypes of this call; every other argument is fixed. The program
+    tells the step from the timestep, and decides by itself whether to compute. It asserts the
+    values that the model's own code has read from the conditioning here.
 
-    `check_conditioning`: a state belongs to one branch of CFG; a call with another conditioning
-    (any input but the sample and the timestep) computes, whatever the schedule says. Turn it off
-    where inputs beside the sample change at each step, and give each branch a state of its own.
+    Args:
+        cached (`CachedModel`):
+            The model that `apply` returned.
+        args (`Sequence[Any]`, defaults to `()`):
+            The positional arguments of a call.
+        kwargs (`Mapping[str, Any]`, *optional*):
+            The keyword arguments of the call.
+        check_conditioning (`bool`, defaults to `True`):
+            Compute when the conditioning (any input but the sample and the timestep) differs from
+            that of the state, whatever the schedule says: a state belongs to one branch of CFG.
+            Turn it off if inputs other than the sample change at each step, and give each branch
+            its own state.
 
     Raises:
         OptionError: `cached` is no cached model.
-        CaptureError: the program cannot be exported; the text says what is in the way.
+        CaptureError: The program cannot be exported. The text says what is in the way.
+
+    Example:
+        >>> exported = dit_cache_fx.export(cached, (sample, timestep, prompt))
+        >>> runner = exported.package("model.pt2")
     """
     if not isinstance(cached, CachedModel):
         raise OptionError("cached", type(cached).__name__, "what dit_cache_fx.apply returned")
@@ -68,9 +81,20 @@ def export(
 
 
 def load(path: str | PathLike[str]) -> Runner:
-    """A runner of what `Exported.package` has written. The file holds code: load your own only.
+    """Load a program that `Exported.package` has written.
 
-    Raises `OptionError` where the file is another package.
+    The file holds code: load only your own.
+
+    Args:
+        path (`str | PathLike[str]`):
+            The `.pt2` file.
+
+    Raises:
+        OptionError: The file is another package.
+
+    Example:
+        >>> runner = dit_cache_fx.load("model.pt2")
+        >>> noise = runner(sample, timestep, prompt)
     """
     function, metadata = aoti_load(path)
     if _METADATA not in metadata:
@@ -111,23 +135,36 @@ def _by_name(names: Mapping[str, Any], call: FlatCall) -> dict[str, torch.Tensor
 
 @dataclass(frozen=True)
 class Exported:
-    """A cached model as a `torch.export` program, and how it is called."""
+    """A cached model as a `torch.export` program, and the form of its calls.
+
+    Attributes:
+        program (`torch.export.ExportedProgram`):
+            The program: `forward(state, inputs) -> (outputs, state)`.
+        form (`CallForm`):
+            The form of a call: names, shapes and dtypes of its inputs and of the state.
+    """
 
     program: torch.export.ExportedProgram
     form: CallForm
 
     def initial_state(self) -> State:
-        """The state before the first call: name -> tensor."""
+        """Return the state before the first call, a tensor for each name."""
         return self.form.initial()
 
     def runner(self) -> Runner:
-        """Runs the program as it is, in eager mode."""
+        """Return a runner of the program as it is, in eager mode."""
         return Runner(self.program.module(), self.form)
 
     def package(self, path: str | PathLike[str], **inductor_configs: Any) -> Runner:
-        """Compile the program with AOTInductor into a `.pt2` file; returns a runner of it.
+        """Compile the program with AOTInductor into a file, and return a runner of it.
 
-        `inductor_configs`: options of Inductor. `dit_cache_fx.load(path)` needs no model.
+        `dit_cache_fx.load(path)` loads it again, without the model.
+
+        Args:
+            path (`str | PathLike[str]`):
+                The `.pt2` file to write.
+            inductor_configs (`Any`):
+                Options of Inductor.
         """
         form = base64.b64encode(pickle.dumps(self.form)).decode()
         aoti_package(self.program, path, {_METADATA: form}, inductor_configs)
@@ -135,9 +172,13 @@ class Exported:
 
 
 class Runner:
-    """Calls an exported program as the model was called, and keeps the state between calls.
+    """An exported program that is called as the model was, and keeps the state between calls.
 
-    Each `cache_context` has a state of its own; without one, CFG has to be one call a step.
+    Each `cache_context` has a state of its own. Without one, batch CFG into one call per step.
+
+    Attributes:
+        form (`CallForm`):
+            The form of a call: names, shapes and dtypes of its inputs and of the state.
     """
 
     def __init__(self, function: Function, form: CallForm) -> None:
@@ -156,7 +197,12 @@ class Runner:
 
     @contextmanager
     def cache_context(self, name: str) -> Iterator[None]:
-        """Calls within belong to the CFG branch `name`."""
+        """A context whose calls belong to one branch of CFG.
+
+        Args:
+            name (`str`):
+                The name of the branch, such as "cond".
+        """
         before, self._context = self._context, name
         try:
             yield
@@ -164,5 +210,5 @@ class Runner:
             self._context = before
 
     def clear_states(self) -> None:
-        """Start the next call with nothing held."""
+        """Forget the held tensors: the next call computes."""
         self._states.clear()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class LifeCycle:
-    """The life cycle of a cache. A subclass says where its bookkeeping and its graphs are."""
+    """The methods that a cached model and a backend share."""
 
     _enabled: bool
 
@@ -37,16 +37,22 @@ class LifeCycle:
         raise NotImplementedError
 
     def clear_states(self) -> None:
-        """Forget what is held and where the generation stands; keep the graphs."""
+        """Forget the held tensors and the place in the generation; keep the graphs."""
         self._call_log.tracker.clear()
 
     def reset_states(self) -> None:
-        """Forget everything: graphs and counts too."""
+        """Forget everything, graphs and counts included."""
         raise NotImplementedError
 
     @property
     def cur_timestep(self) -> int:
-        """The step index: as set, else that of the newest call."""
+        """The index of the current step: as you set it, else that of the newest call.
+
+        Set it to override the step that the timestep tells; None takes that back.
+
+        Raises:
+            OptionError: The new value is neither an integer from 0 nor None.
+        """
         session = self._call_log.tracker.session
         if session.explicit is not None:
             return session.explicit
@@ -63,9 +69,13 @@ class LifeCycle:
 
     @property
     def num_steps(self) -> int | None:
-        """How many steps a generation has, for schedules that go by it; None where not known.
+        """The number of steps in a generation; None where it is not known.
 
-        Set it before a generation begins. It goes before the option of this name.
+        Set it before a generation begins. It goes before the option of this name; None takes it
+        back.
+
+        Raises:
+            OptionError: The new value is neither an integer from 1 nor None.
         """
         given = self._call_log.count.given
         return self._call_log.num_steps if given is None else given
@@ -78,10 +88,14 @@ class LifeCycle:
 
     @property
     def timesteps(self) -> tuple[float, ...] | None:
-        """The timesteps of a generation's calls; None where not known.
+        """The timesteps of the calls of a generation; None where they are not known.
 
-        Set them before a generation begins: a sequence, tensor or array, or a function that is
-        asked at a generation's first call. They go before the option of this name.
+        Set them before a generation begins: a sequence, tensor or array, or a function that returns
+        them and is asked at the first call of each generation. They go before the option of this
+        name; None takes them back.
+
+        Raises:
+            OptionError: The new value is no flat sequence of finite numbers.
         """
         given = self._call_log.count.given_timesteps
         if isinstance(given, tuple):
@@ -100,46 +114,65 @@ class LifeCycle:
         self._enabled = True
 
     def disable(self) -> None:
-        """Be exactly the original model; nothing is held any more."""
+        """Run as the original model, exactly, and release the held tensors."""
         self._enabled = False
         self.clear_states()
 
     def new_session(self) -> Session:
-        """A session for the calls of one request.
+        """Return a session for the calls of one request.
 
-            session = cached.new_session()
-            with session:  # again for each of the request's calls
-                noise = cached(sample, timestep, prompt)
-            session.close()
+        A session has a generation and branches of its own. Closing or dropping it frees them. There
+        may be any number of sessions. Calls outside of any session belong to one per thread.
 
-        It holds a generation and branches of its own, and is freed when it is closed or dropped.
-        There may be any number. Without a session each thread has one.
+        Example:
+            >>> session = cached.new_session()
+            >>> with session:  # again for each call of the request
+            ...     noise = cached(sample, timestep, prompt)
+            >>> session.close()
         """
         return self._call_log.tracker.new_session()
 
     def batch(self, sessions: Sequence[Session], *, shared: Collection[str] = ()) -> Batch:
-        """Calls within have a row (in dimension 0) for each session, in this order.
+        """Return a context whose calls have a row (in dimension 0) for each session, in this order.
 
-            with cached.batch([first, second]):
-                noise = cached(torch.cat([a, b]), torch.tensor([900.0, 40.0]), prompts)
+        The requests may be at different steps. Rows that compute run as one batch, rows that reuse
+        as another, each with its own state; the outputs are in the caller's order. An argument has
+        rows if its first dimension is the number of sessions (or if it is a list of as many items).
 
-        The requests may stand at different steps: rows that compute run as one batch, rows that
-        reuse as another, each with its own state. The outputs are in the caller's order. An
-        argument has rows where its first dimension is the number of sessions (so has a list of as
-        many items); `shared` names arguments that have none all the same.
+        Args:
+            sessions (`Sequence[Session]`):
+                The session of each row.
+            shared (`Collection[str]`, defaults to `()`):
+                The names of arguments that have no rows although their size says so.
 
-        Raises `OptionError` for sessions that are not open, not of this model, or there twice.
+        Raises:
+            OptionError: A session is closed, of another model, or given twice.
+
+        Example:
+            >>> with cached.batch([first, second]):
+            ...     noise = cached(torch.cat([a, b]), torch.tensor([900.0, 40.0]), prompts)
         """
         return Batch(self._call_log.tracker.scope, sessions, shared)
 
     def cache_context(self, name: str, **more: Any) -> AbstractContextManager[None]:
-        """Calls within belong to the CFG branch `name`, which has a state of its own.
+        """Return a context whose calls belong to one branch of CFG, with a state of its own.
 
-        Contexts nest: a name inside of another is a branch of that one. They are context-local, as
-        sessions are.
+        Contexts nest: a name inside another one is a branch of that one. Like sessions, they are
+        local to the thread or the asyncio task.
 
-        `more`: what a pipeline tells beside the name; passed on to the model's own method, where
-        there is one.
+        Args:
+            name (`str`):
+                The name of the branch, such as "cond".
+            more (`Any`):
+                Other arguments of the pipeline. The model's own `cache_context` gets them, if it
+                has one.
+
+        Raises:
+            OptionError: `name` is no string.
+
+        Example:
+            >>> with cached.cache_context("cond"):
+            ...     noise = cached(sample, timestep, prompt)
         """
         if not isinstance(name, str):
             raise OptionError("name", name, "the name of a branch, such as 'cond'")
@@ -149,22 +182,34 @@ class LifeCycle:
         return None
 
     def cache_report(self) -> CacheReport:
-        """What is cached, what it holds, what the last generation did."""
+        """Return a report of the cached blocks, the held bytes, and the last generation's steps."""
         return report(self._call_log, self._lowered(), self._enabled)
 
     def explain(self, full: bool = False) -> Explanation:
-        """What was found in the model, what is held of it, and what a reused step still runs.
+        """Return an explanation to print: the model's structure, the held values, the graph of a
+        reused step.
 
-        To be printed. `full`: with the text of every graph.
+        Args:
+            full (`bool`, defaults to `False`):
+                Add the text of every graph.
         """
         return explain(self._call_log, self._lowered(), self._enabled, full)
 
     def plot(self, path: str | PathLike[str] | None = None) -> Figure:
-        """The last generation as a picture: what was done with each block on each step.
+        """Draw the last generation: what each block did on each step.
 
-        For a rule of the strategy's own (TeaCache with `rel_l1_thresh`) also what it measured
-        against its threshold. Written to `path` (PNG, PDF, SVG by its ending), if given.
+        For a strategy with a rule of its own, such as TeaCache with `rel_l1_thresh`, the figure
+        also shows the measured numbers and the threshold. It needs matplotlib.
 
-        Raises `MissingPackageError` without matplotlib, `DitCacheError` before the first call.
+        Args:
+            path (`str | PathLike[str]`, *optional*):
+                The file to write; its ending (`.png`, `.pdf`, `.svg`) selects the format.
+
+        Raises:
+            MissingPackageError: Matplotlib is not installed.
+            DitCacheError: There was no call yet.
+
+        Example:
+            >>> cached.plot("steps.png")
         """
         return draw(self.cache_report(), path)

@@ -30,23 +30,36 @@ def backend(
     timestep: str | None = None,
     **strategy_options: Any,
 ) -> Backend:
-    """A backend for `torch.compile(model, backend=...)` that caches the model's blocks.
+    """Return a backend for `torch.compile` that caches the model's blocks.
 
-    The object has the life cycle of a cached model (`cache_report()`, `disable()`, ...). Use one
-    for each model. What cannot be cached is compiled by `inner` as it is, with a warning.
+    The object has the methods of a cached model (`cache_report()`, `disable()`, ...). Use one for
+    each model. A model that cannot be cached is compiled by `inner` as it is, with a warning.
 
     Args:
-        strategy: a name that `apply` takes, with `strategy_options`, or a `Strategy`.
-        inner: the backend that compiles the graphs: a registered name, or a callable.
-        mode: of the inner backend, as in `torch.compile`; "reduce-overhead" gives each graph a
-            CUDA graph.
-        options: of the inner backend, as in `torch.compile`.
-        blocks: the block lists, as attribute paths or `nn.ModuleList`s; found from the graph when
-            None.
-        timestep: the name of forward's timestep argument; found when None.
+        strategy (`str | Strategy`):
+            A name that `apply` takes, with `strategy_options`, or a `Strategy` object.
+        inner (`str | Callable`, defaults to `"inductor"`):
+            The backend that compiles the graphs: a registered name, or a callable.
+        mode (`str`, *optional*):
+            The mode of the inner backend, as in `torch.compile`. "reduce-overhead" makes a CUDA
+            graph for each kind of step.
+        options (`Mapping[str, Any]`, *optional*):
+            The options of the inner backend, as in `torch.compile`.
+        blocks (`str | nn.ModuleList | Sequence[str | nn.ModuleList]`, *optional*):
+            The block lists, as attribute paths or as the lists themselves. When None, they are
+            found from the graph.
+        timestep (`str`, *optional*):
+            The name of forward's timestep argument. When None, it is found.
+        strategy_options (`Any`):
+            The options of the strategy, where `strategy` is a name.
 
     Raises:
-        OptionError: an argument that cannot work, with what would.
+        OptionError: An argument cannot work. The text says what would.
+
+    Example:
+        >>> cache = dit_cache_fx.backend("taylorcache", compute_ratio=0.3)
+        >>> model = torch.compile(model, backend=cache)
+        >>> print(cache.cache_report())
     """
     chosen = make_strategy(strategy, strategy_options)
     if timestep is not None and not isinstance(timestep, str):

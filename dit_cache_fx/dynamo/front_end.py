@@ -28,7 +28,11 @@ from dit_cache_fx.strategies import Strategy
 
 
 class Backend(LifeCycle):
-    """A backend of `torch.compile`. One object is for one model: its life cycle is that model's."""
+    """A backend for `torch.compile`, made by `backend`.
+
+    Pass it as `torch.compile(model, backend=...)`. One object serves one model: its life cycle is
+    that model's.
+    """
 
     def __init__(
         self,
@@ -106,7 +110,7 @@ class Backend(LifeCycle):
         return [once[serial] for serial in sorted(once)]
 
     def reset_states(self) -> None:
-        """Forget everything: graphs and counts too."""
+        """Forget everything, graphs and counts included."""
         self.clear_states()
         self._call_log.forget_calls()
         self._call_log.count.forget()

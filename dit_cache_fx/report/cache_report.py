@@ -16,8 +16,17 @@ from dit_cache_fx.strategies.schedule import ListedSteps
 class CaptureReport:
     """One captured graph.
 
-    `runs`: the blocks cached together. `values`: shape and dtype of what leaves each run.
-    `nodes`: nodes of the graph as captured; `nodes_reused`: those that a reused step executes.
+    Attributes:
+        inputs (`str`):
+            The inputs of the calls that it answers.
+        runs (`tuple[tuple[str, ...], ...]`):
+            The names of the blocks that are cached together, for each run.
+        values (`tuple[str, ...]`):
+            The names and shapes of the values that leave each run.
+        nodes (`int`):
+            The number of nodes in the graph as captured.
+        nodes_reused (`int`):
+            The number of nodes that a reused step executes.
     """
 
     inputs: str
@@ -29,14 +38,41 @@ class CaptureReport:
 
 @dataclass(frozen=True)
 class CacheReport:
-    """What is cached, what it holds, and what the last generation did.
+    """The cached blocks, the held bytes, and the steps of the last generation. Print it.
 
-    `bytes_held`: of the cache right now, all branches and signatures. `bytes_per_block`: what
-    holding every cached block's result would take for the same calls. `bytes_rule`: what the
-    strategy's own rule remembers. `steps_computed`, `steps_reused`: steps of the last generation.
-    `calls_computed`, `calls_reused`: calls since `apply` or `reset_states`. `threshold`: what the
-    strategy's own rule compares a step's `measured` with. `schedule`: the
-    option, where it is no list of steps. `num_steps`: how many it was told that there are.
+    Attributes:
+        strategy (`str`):
+            The name of the strategy.
+        enabled (`bool`):
+            Whether the cache is enabled.
+        blocks (`dict[str, int]`):
+            The number of blocks in each block list.
+        cached_blocks (`dict[str, tuple[int, ...]]`):
+            The indices of the cached blocks in each block list.
+        captures (`tuple[CaptureReport, ...]`):
+            The captured graphs.
+        bytes_held (`int`):
+            The bytes that the cache holds right now, for all branches and signatures.
+        bytes_per_block (`int`):
+            The bytes that the results of every cached block would take for the same calls.
+        bytes_rule (`int`):
+            The bytes of the state of the strategy's own rule.
+        steps_computed (`int`):
+            The computed steps of the last generation.
+        steps_reused (`int`):
+            The other steps of the last generation.
+        calls_computed (`int`):
+            The computed calls since `apply` or `reset_states`.
+        calls_reused (`int`):
+            The other calls since then.
+        threshold (`float | None`):
+            The threshold of the strategy's own rule, for the `measured` of each step.
+        timeline (`tuple[StepRecord, ...]`):
+            The calls of the last generation, in order.
+        schedule (`str`):
+            The option that places the computed steps; empty where they are listed.
+        num_steps (`int | None`):
+            The number of steps in a generation, as far as it is known.
     """
 
     strategy: str

@@ -24,14 +24,21 @@ NOTHING_YET = "nothing is captured yet: call the model once (under torch.no_grad
 
 @dataclass(frozen=True)
 class RunExplanation:
-    """Blocks that are cached together. `held`: what is held of them, one tensor each."""
+    """Blocks that are cached together.
+
+    Attributes:
+        blocks (`tuple[str, ...]`):
+            The names of the blocks.
+        held (`tuple[tuple[str, TensorSpec], ...]`):
+            The held tensors: a name, and shape, dtype and device.
+    """
 
     blocks: tuple[str, ...]
     held: tuple[tuple[str, TensorSpec], ...]
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are held for each branch."""
+        """The bytes held for each branch."""
         return sum(spec.nbytes for _, spec in self.held)
 
     def __str__(self) -> str:
@@ -45,11 +52,32 @@ class RunExplanation:
 class GraphExplanation:
     """One captured graph.
 
-    `block_lists`: list -> blocks in it. `always_run`: blocks that are never cached. `data_guards`:
-    what the model's own code read out of tensors at capture; a call that gives other values takes
-    another graph. `nodes`, `nodes_computed`, `nodes_reused`: of the graph as captured, and what a
-    step of each kind executes. `reused`: that of a reused step, as text. `graphs`: the whole graphs
-    as text, where they were asked for.
+    Attributes:
+        number (`int`):
+            The number of the graph, as in `StepRecord.graph`.
+        takes (`str`):
+            The inputs of the calls that it answers.
+        block_lists (`dict[str, int]`):
+            The number of blocks in each block list.
+        timestep (`str`):
+            The source of the timestep, in words.
+        runs (`tuple[RunExplanation, ...]`):
+            The blocks that are cached together.
+        always_run (`tuple[str, ...]`):
+            The blocks that are never cached.
+        data_guards (`tuple[str, ...]`):
+            The values that the model's own code read from tensors at capture. A call that gives
+            other values takes another graph.
+        nodes (`int`):
+            The number of nodes in the graph as captured.
+        nodes_computed (`int`):
+            The number of nodes that a computed step executes.
+        nodes_reused (`int`):
+            The number of nodes that a reused step executes.
+        reused (`str`):
+            The graph of a reused step, as text.
+        graphs (`str`):
+            The text of every graph, after `explain(full=True)`.
     """
 
     number: int
@@ -85,9 +113,17 @@ class GraphExplanation:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What is cached, and what decides. `str()` of it is meant to be read.
+    """What is cached, and what decides. Print it.
 
-    `decides`: in words, on which steps the blocks are computed.
+    Attributes:
+        strategy (`str`):
+            The name of the strategy.
+        enabled (`bool`):
+            Whether the cache is enabled.
+        decides (`str`):
+            The steps on which the blocks compute, in words.
+        graphs (`tuple[GraphExplanation, ...]`):
+            The captured graphs.
     """
 
     strategy: str

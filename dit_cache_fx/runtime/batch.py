@@ -13,10 +13,12 @@ from dit_cache_fx.values.rows import CallRows
 
 
 class Batch(Splits):
-    """Within it a call has a row (in dimension 0) for each of the sessions, in this order.
+    """Calls whose rows (in dimension 0) belong to several sessions, one row each.
 
-    `cached.batch([session, ...])` makes one. It may be entered again. `shared`: the names of
-    arguments that are never split.
+    `cached.batch([session, ...])` makes one. It may be entered again.
+
+    Raises:
+        OptionError: A session is closed, or the arguments of a call have no row for each session.
     """
 
     def __init__(

@@ -47,11 +47,25 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One call in the last generation. `action`: "computed", "reused" or "predicted".
+    """One call in the last generation.
 
-    `why`: why it computed. `graph`: the number of the captured graph. `context`: the cache context,
-    nested ones joined by "/". A branch is one of a graph and context. `measured`: what the
-    strategy's own rule had measured when it decided.
+    Attributes:
+        step (`int`):
+            The step, counted from 0.
+        timestep (`float`):
+            The timestep of the call.
+        branch (`int`):
+            The number of the branch among those of the same graph and context.
+        action (`str`):
+            "computed", "reused" or "predicted".
+        why (`str`, defaults to `""`):
+            The reason why it computed.
+        graph (`int`, defaults to `0`):
+            The number of the captured graph.
+        context (`str`, *optional*):
+            The cache context; nested ones are joined by "/".
+        measured (`float`, *optional*):
+            The number that the strategy's own rule compared when it decided.
     """
 
     step: int

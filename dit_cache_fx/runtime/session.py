@@ -22,11 +22,14 @@ MAX_RECORDS = 4096
 
 
 class Session:
-    """The calls of one request: `with session:` around each of them, as often as they come.
+    """The calls of one request: `with session:` around each of them, any number of times.
 
-    `cached.new_session()` makes one. It holds a generation and branches of its own, is never
-    answered from what another one holds, and frees what it holds with `close()` or when it is
-    dropped. Sessions are context-local: threads and asyncio tasks do not see each other's.
+    `cached.new_session()` makes one. It has a generation and branches of its own, and never reuses
+    what another session holds. `close()` frees its tensors, and so does dropping it. Sessions are
+    context-local: threads and asyncio tasks do not see each other's.
+
+    Raises:
+        OptionError: A closed session is entered.
     """
 
     def __init__(self, scope: Scope) -> None:
@@ -68,16 +71,16 @@ class Session:
 
     @property
     def bytes_held(self) -> int:
-        """Bytes that are held for its branches."""
+        """The bytes held for its branches."""
         return sum(held.nbytes for branch in self.branches for held in branch.held)
 
     def close(self) -> None:
-        """Free what it holds; it cannot be entered again."""
+        """Free the held tensors. A closed session cannot be entered again."""
         self._closed = True
         self.clear()
 
     def clear(self) -> None:
-        """Forget what is held and where the generation stands."""
+        """Forget the held tensors and the place in the generation."""
         self.explicit, self.newest, self.branches, self.starved = None, None, [], 0
 
     def forget(self) -> None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from dit_cache_fx.runtime.generation import Jump, TimestepValue, distance
+from dit_cache_fx.runtime.generation import Jump, TimestepValue, as_number, distance, movement
 from dit_cache_fx.values.wrapped import own_part
 
 #: how many elements of a sample are looked at
@@ -145,8 +145,8 @@ class Trajectory(NamedTuple):
         if self.value is None or explicit != self.explicit:
             return Judgement(Verdict.OTHER)
         move, doubtful = self._move(value), jump is not Jump.NONE
-        change = self._distance(sample, wait or doubtful or move == 0)
-        if change is not None and self._elsewhere(move, change, sample):
+        change = self._distance(sample, wait or doubtful or move == 0 or self._rises_far(value))
+        if change is not None and self._elsewhere(value, change, sample):
             return Judgement(Verdict.OTHER, change)
         if doubtful and not self.similar(sample):
             return Judgement(Verdict.OTHER if jump is Jump.FAR else Verdict.DOUBTFUL, change)
@@ -169,15 +169,27 @@ class Trajectory(NamedTuple):
             return None
         return sample.distance(self.sample)
 
-    def _elsewhere(self, move: float, change: float, sample: SampleProbe | None) -> bool:
+    def _elsewhere(self, value: TimestepValue, change: float, sample: SampleProbe | None) -> bool:
         """Whether the sample has moved out of proportion. NaN has."""
+        move = self._move(value)
         if self.change == 0:  # nothing is known of the sampler
-            return move == 0 and change != 0 and not self.similar(sample)
+            unlikely = (move == 0 and change != 0) or self._rises_far(value)
+            return unlikely and not self.similar(sample)
         if change <= OTHER_CHANGE * self.change or change <= OTHER_SPEED * self.speed * move:
             return False
         assert sample is not None
         assert self.sample is not None
         return not sample.grown_from(self.sample)
+
+    def _rises_far(self, value: TimestepValue) -> bool:
+        """Whether the first move is upwards by more than half of what timesteps span.
+
+        A model may be called on a given picture, at timestep 0, before its sampler starts.
+        """
+        if self.move or self.explicit or self.value is None:
+            return False
+        span = 1.0 if as_number(value) <= 1 else 1000.0
+        return movement(self.value, value)[0] > span / 2
 
     def _move(self, value: TimestepValue) -> float:
         assert self.value is not None

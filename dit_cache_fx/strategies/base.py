@@ -41,24 +41,43 @@ RuleState = tuple[Tensor, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """Base of the strategies; a subclass defines `store` and `reuse`.
+    """Base class of the strategies. A subclass defines `store` and `reuse`.
 
-    Which steps are computed in full (a generation's first always is), one of: `no_cache_steps`, the
-    steps, counted from the generation's first; `compute_ratio`, a share of them, evenly spaced;
-    `computed_steps`, their number, evenly spaced in timestep (`EvenTimesteps`); `schedule`,
-    "quality", "balanced" or "fast", or a `Schedule` object.
+    One of the first four options says which steps compute in full; the first step of a generation
+    always does. A strategy with a rule of its own needs none of them: the steps that they name
+    compute besides those that the rule chooses.
 
-    `num_steps`: how many steps a generation has, or a function that tells at its first call;
-    without it, as many as the one before had. `timesteps`: the timesteps of its calls (a sequence,
-    tensor or array), or a function that is asked at its first call, such as
-    `lambda: pipe.scheduler.timesteps`; without it, those that the generation before had.
+    Args:
+        no_cache_steps (`Iterable[int]`, *optional*):
+            The steps to compute, counted from 0 in each generation.
+        compute_ratio (`float`, *optional*):
+            The share of the steps to compute, above 0 and at most 1, evenly spaced.
+        schedule (`str | Schedule`, *optional*):
+            A preset ("quality", "balanced" or "fast"), or a `Schedule` object.
+        computed_steps (`int`, *optional*):
+            The number of steps to compute, evenly spaced in timestep: short for
+            `schedule=EvenTimesteps(computed_steps)`.
+        num_steps (`int | Callable[[], int]`, *optional*):
+            The number of steps in a generation, or a function that returns it and is asked at the
+            first call of each generation. When None, as many as the generation before had.
+        timesteps (`Iterable[float] | Callable[[], Iterable[float]]`, *optional*):
+            The timesteps of the calls of a generation: a sequence, tensor or array, or a function
+            that returns them and is asked at the first call of each generation, for instance
+            `lambda: pipe.scheduler.timesteps`. When None, those of the generation before.
+        no_cache_block_id (`Mapping[str, Iterable[int]]`, *optional*):
+            The blocks that always run: for each block list, their indices. Name a list as the model
+            does; "double_blocks" and "single_blocks" are the first and the second list.
+        process_group (`ProcessGroup | DeviceMesh`, *optional*):
+            The processes that run the model together (by context, tensor or data parallelism) and
+            must decide alike. When None, they are found where the model's weights or the call's
+            tensors are DTensors, and from the parallel configuration of diffusers.
 
-    `no_cache_block_id`: block list -> ids that are never cached; a list is named as the model names
-    it, or "double_blocks" / "single_blocks" for the first / second.
+    Raises:
+        OptionError: An option cannot work, or none says which steps compute.
 
-    `process_group`: a process group or a `DeviceMesh` of the processes that run the model together
-    (by context, tensor or data parallelism), which must decide alike. Found where the model's
-    weights or the call's tensors are DTensors, and from the parallel configuration of diffusers.
+    Example:
+        >>> options = dict(compute_ratio=0.5, no_cache_block_id={"transformer_blocks": {0}})
+        >>> dit_cache_fx.apply(model, "deepcache", **options)
     """
 
     no_cache_steps: frozenset[int] | None = None
@@ -112,14 +131,28 @@ class Strategy:
     def course(
         self, num_steps: int | None = None, timesteps: tuple[float, ...] | None = None
     ) -> Course:
-        """A generation's steps by what is known of it."""
+        """The steps of a generation, as far as they are known.
+
+        Args:
+            num_steps (`int`, *optional*):
+                The number of steps.
+            timesteps (`tuple[float, ...]`, *optional*):
+                The timesteps of its calls.
+        """
         course = Course(self.plan, num_steps, timesteps)
         return replace(
             course, ruled=self.has_rule, by_timestep=self.by_timestep, fading=self.fading
         )
 
     def scheduled(self, step: int, num_steps: int | None = None) -> bool:
-        """Whether a step is computed in any case; the number of steps may turn out too small."""
+        """Whether a step is computed whatever the rule decides.
+
+        Args:
+            step (`int`):
+                The step, counted from 0.
+            num_steps (`int`, *optional*):
+                The number of steps. It may turn out too small.
+        """
         return self.course(num_steps).computes(step)
 
     @property
@@ -168,89 +201,143 @@ class Strategy:
     # --- what to keep and what to give back ------------------------------------------------
 
     def slots(self) -> int:
-        """How many tensors are held for each value that leaves a cached run."""
+        """The number of tensors held for each value that leaves a cached run."""
         return 1
 
     def store(
         self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
     ) -> Sequence[Tensor]:
-        """On a computed step: the `slots()` tensors to hold, of the shape and dtype of `value`.
+        """Return the tensors to hold, on a computed step.
 
-        This and `reuse` are traced once: no in-place change of what they are given, no Python
-        branch on a tensor's value. What breaks this raises `VerifyError` at the first call.
+        There are `slots()` of them, each with the shape and dtype of `value`. This and `reuse` are
+        traced once: do not change the arguments in place, and do not branch in Python on the value
+        of a tensor. Otherwise the first call raises `VerifyError`.
 
-        `held`: what is held so far, zeros in a generation's first computed step. `start`: the
-        same stream before the run (None where the run has none of `value`'s shape).
+        Args:
+            held (`Sequence[Tensor]`):
+                The tensors held so far; zeros on the first computed step of a generation.
+            value (`Tensor`):
+                The computed value that leaves the cached run.
+            start (`Tensor | None`):
+                The same stream before the run; None where the run has no input of `value`'s shape.
+                Only given if the class sets `reads_start`.
+            clock (`Clock`):
+                The place of the step in its generation.
         """
         raise NotImplementedError
 
     def reuse(self, held: Sequence[Tensor], start: Tensor | None, clock: Clock) -> Tensor:
-        """On any other step: the value in the place of the computed one, of its shape and dtype."""
+        """Return the value to use instead of the computed one, of its shape and dtype.
+
+        Args:
+            held (`Sequence[Tensor]`):
+                The tensors that `store` returned on the newest computed step.
+            start (`Tensor | None`):
+                The same stream before the run, on this step; as in `store`.
+            clock (`Clock`):
+                The place of the step in its generation.
+        """
         raise NotImplementedError
 
     def stream_name(self) -> str:
-        """The block argument that carries the stream, tried before it is found from the graph."""
+        """The block argument that carries the stream. If there is none, the graph tells."""
         return ""
 
     def measure(
         self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
     ) -> Tensor | None:
-        """On a computed step: numbers about `value` for the rule and for reports, of one dimension.
+        """Measure `value` on a computed step, for the rule and for reports.
 
-        The arguments are those of `store`: `held` is from the computed step before this one. None
-        where nothing is measured.
+        Returns a tensor of one dimension, or None where nothing is measured.
+
+        Args:
+            held (`Sequence[Tensor]`):
+                The tensors held since the computed step before this one.
+            value (`Tensor`):
+                The computed value, as in `store`.
+            start (`Tensor | None`):
+                The same stream before the run, as in `store`.
+            clock (`Clock`):
+                The place of the step in its generation.
         """
         return None
 
     def always_runs(self, position: int, blocks: int) -> bool:
-        """Whether a block runs on every step: the one at `position` of all `blocks` calls."""
+        """Whether a block runs on every step.
+
+        Args:
+            position (`int`):
+                The place of the block among all calls of blocks, from 0.
+            blocks (`int`):
+                The number of all calls of blocks.
+        """
         return False
 
     # --- when to compute (optional) --------------------------------------------------------
 
     @property
     def has_rule(self) -> bool:
-        """Whether `should_compute` takes part in the decision (beside `no_cache_steps`)."""
+        """Whether `should_compute` takes part in the decision, beside the schedule."""
         return False
 
     def looks_at(self) -> str | tuple[str, ...]:
-        """The `signal` of the rule, by name, or several names.
+        """The name of the `signal` that the rule looks at, or several names.
 
-        At most one is a value of the model: the first block's "modulated" input or its "input",
-        what conditions it ("conditioning", "embedding"), the "residual" that the blocks which
-        always run at the model's head add to their stream, or the "sample" that the model is given.
-        Others: those of `Clock` ("distance", "computed"), and "measured", one row for each held
-        value: what `measure` gave on the newest computed step. A rule that looks at no value of
-        the model is asked on the CPU, and nothing is read from the device on a reused step.
+        At most one is a value of the model: the first block's "modulated" input or its "input", its
+        "conditioning", the timestep's "embedding", the "residual" (the sum that the blocks which
+        always run at the model's head add to their stream), or the "sample", the model's noisy
+        input.
+
+        The others are fields of `Clock` ("distance", "computed", "way"), and "measured", one row
+        for each held value: the result of `measure` on the newest computed step. A rule that looks
+        at no value of the model is asked on the CPU, and nothing is read from the device on a
+        reused step.
         """
         return "modulated"
 
     def init_state(self, signal: Any) -> RuleState:
-        """The rule's state after a generation's first step."""
+        """Return the state of the rule after the first step of a generation.
+
+        Args:
+            signal (`Any`):
+                The tensor that `looks_at` names; a tuple of tensors where it names several.
+        """
         raise NotImplementedError
 
     def should_compute(
         self, signal: Any, state: RuleState, forced: Tensor
     ) -> tuple[Tensor, RuleState]:
-        """Whether this step computes (a boolean of no dimensions), and the new state.
+        """Decide whether this step computes.
 
-        `signal`: the tensor that `looks_at` names, a tuple where it names several. `forced`: the
-        step computes in any case. The state keeps its number of tensors, their shapes and dtypes;
-        nothing is changed in place. Where the signal or the `metric` is no finite number, the step
-        computes, and the state begins anew (unless the rule `bears_nans`).
+        Returns a boolean tensor of no dimensions, and the new state. The state keeps its number of
+        tensors, their shapes and dtypes; nothing is changed in place. Where the signal or the
+        `metric` is not finite, the step computes and the state starts again (unless the class sets
+        `bears_nans`).
+
+        Args:
+            signal (`Any`):
+                The tensor that `looks_at` names; a tuple of tensors where it names several.
+            state (`RuleState`):
+                The state that the step before returned.
+            forced (`Tensor`):
+                Whether the step computes in any case, a boolean of no dimensions.
         """
         raise NotImplementedError
 
     @property
     def threshold(self) -> float | None:
-        """What the rule compares `metric` with, for reports; None where it is no such rule."""
+        """The number that the rule compares `metric` with, for reports; None if there is none."""
         return None
 
     def metric(self, state: RuleState, measured: Tensor | None = None) -> Tensor | None:
-        """What the rule compared when it decided last, of no dimensions, for reports.
+        """The number that the rule compared when it last decided, of no dimensions, for reports.
 
-        `measured`: as in `looks_at`; None where nothing is measured. `state` is empty where the
-        rule has none.
+        Args:
+            state (`RuleState`):
+                The state of the rule; empty where it has none.
+            measured (`Tensor`, *optional*):
+                The result of `measure`, one row for each held value; None where nothing is
+                measured.
         """
         return None
 

@@ -16,26 +16,31 @@ MOMENTS = 8
 
 
 class Clock(NamedTuple):
-    """Where a step stands in its generation; float64 tensors.
+    """The place of a step in its generation, as float64 tensors.
 
-    `distance` (of no dimensions): from the last computed step to this one, in steps, or along the
-    strategy's own axis. `computed` (of no dimensions): computed steps before this one.
-
-    `gap` ([MOMENTS]), for a computed step: item i is the sum of `dt * distance**i` over the steps
-    that were reused since the last computed step, each with its own distance, divided by the sum of
-    `dt` over the steps that will be reused up to the next computed one. All are 0 where no steps
-    were or none will be. `dt`: how far the timestep moves from the step to the next one (a step is
-    1 where timesteps are not known). For a strategy that is `fading` they are multiplied by
-    `1 - coming / left`: how far the timestep moves up to the next computed step, and up to the
-    generation's end, as far as both are known.
-
-    `reach` (of no dimensions): the distance between the last computed step and the one before it; 0
-    where there are no two.
-
-    `way` ([2]): how far the timestep moves from the last computed step to this one, and to the step
-    behind this one, which is as far as predictions go at least if this step is not computed; as
-    shares of the whole generation's way (1/50 a step where nothing is known). 0 where there is no
-    last computed step.
+    Attributes:
+        distance (`Tensor`):
+            No dimensions. From the last computed step to this one, in steps, or along the
+            strategy's own axis.
+        computed (`Tensor`):
+            No dimensions. The number of computed steps before this one.
+        gap (`Tensor`):
+            Shape `[MOMENTS]` (8), used on a computed step. Item i is the sum of `dt * distance**i`
+            over the steps reused since the last computed step, each with its own distance, divided
+            by the sum of `dt` over the steps to be reused until the next computed one. All items
+            are 0 where no steps were or none will be reused. `dt` is the distance that the timestep
+            moves from the step to the next one (1 where the timesteps are not known). For a
+            strategy that is `fading` the items are multiplied by `1 - coming / left`, where the
+            timestep moves by `coming` up to the next computed step and by `left` up to the end of
+            the generation, as far as both are known.
+        reach (`Tensor`):
+            No dimensions. The distance between the last computed step and the one before it; 0
+            where there are not two.
+        way (`Tensor`):
+            Shape `[2]`. The way of the timestep from the last computed step to this one, and to the
+            step behind this one: predictions go at least as far if this step is not computed. Both
+            are shares of the way of the whole generation (1/50 a step where nothing is known), and
+            0 where there is no last computed step.
     """
 
     distance: Tensor

@@ -14,9 +14,13 @@ from dit_cache_fx.strategies.clock import Clock
 
 @dataclass(frozen=True, kw_only=True)
 class DeepCache(Strategy):
-    """Ma, Fang, Wang: DeepCache: Accelerating Diffusion Models for Free, arXiv:2312.00858.
+    """DeepCache: a reused step returns the result of the newest computed step.
 
-    For DiTs, as in AngelSlim's DeepCacheHelper: the unit is the transformer block.
+    Ma, Fang, Wang: DeepCache: Accelerating Diffusion Models for Free, arXiv:2312.00858. The unit is
+    the transformer block, as in AngelSlim's DeepCacheHelper. The options are those of `Strategy`.
+
+    Example:
+        >>> dit_cache_fx.apply(model, "deepcache", no_cache_steps=range(0, 50, 2))
     """
 
     name: ClassVar[str] = "deepcache"

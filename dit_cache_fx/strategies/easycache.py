@@ -21,22 +21,24 @@ from dit_cache_fx.strategies.schedule import Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class EasyCache(Strategy):
-    """Zhou et al.: Less is Enough: Training-Free Video Diffusion Acceleration via Runtime-Adaptive
+    """EasyCache: a step computes when the output is expected to have changed.
+
+    Zhou et al.: Less is Enough: Training-Free Video Diffusion Acceleration via Runtime-Adaptive
     Caching, arXiv:2507.02860.
 
     With x the model's sample, y its output, and c, b the newest two computed steps, the rate of
-    transformation is `mean|y_c - y_b| / mean|x_c - x_b|`. Each step adds its expected change, `rate
-    mean|x - x_previous| / mean|y_c|`, to a sum; a step computes when the sum reaches `threshold`,
-    and the sum is 0 then. On any other step the whole model gives `x + (y_c - x_c)`. Each branch
-    of CFG decides by itself. A sum that is not finite computes.
+    transformation is `mean|y_c - y_b| / mean|x_c - x_b|`. Each step adds its expected change,
+    `rate mean|x - x_previous| / mean|y_c|`, to a sum. A step computes when the sum reaches
+    `threshold`, and the sum starts again from 0. On any other step the whole model gives
+    `x + (y_c - x_c)`. Each branch of CFG decides by itself. A sum that is not finite computes.
 
     Args:
         threshold (`float`, defaults to `0.05`):
-            The summed relative change of the output from which on a step computes: `thresh` of the
+            The summed relative change of the output at which a step computes: `thresh` of the
             published code, which takes 0.025 for HunyuanVideo and 0.05 for Wan.
         warmup_steps (`int`, defaults to `10`):
-            The steps at a generation's start that are computed in any case: `ret_steps` of the
-            published code. The last step is too, where the number of steps is known (`num_steps`).
+            The number of steps at the start of a generation that always compute: `ret_steps` of the
+            published code. So does the last step, where the number of steps is known (`num_steps`).
 
     Example:
         >>> dit_cache_fx.apply(model, "easycache", threshold=0.025, warmup_steps=5)

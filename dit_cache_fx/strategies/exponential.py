@@ -16,13 +16,17 @@ from dit_cache_fx.strategies.taylorcache import derivatives
 
 @dataclass(frozen=True, kw_only=True)
 class Exponential(Strategy):
-    """Values that go like `a + b exp(rate d)`: one `rate` for each item of the batch.
+    """Exponential extrapolation: values follow `a + b exp(rate d)`, one `rate` per batch item.
 
     Dynamic mode decomposition (Schmid: Dynamic mode decomposition of numerical and experimental
     data, J. Fluid Mech. 656, 2010), the DMD calibrator of cache-dit, fits several such modes to a
     window of up to 6 equally spaced values. This takes the first two derivatives of TaylorCache
-    and one mode: `x + D[1] (exp(rate d) - 1) / rate`, where `rate` is the best for
-    `D[2] = rate D[1]` over all elements, and at most 0: a prediction never runs away.
+    and one mode: `x + D[1] (exp(rate d) - 1) / rate`. The `rate` is the best fit to
+    `D[2] = rate D[1]` over all elements, and at most 0, so that a prediction never runs away.
+    The options are those of `Strategy`.
+
+    Example:
+        >>> dit_cache_fx.apply(model, "exponential", compute_ratio=0.3)
     """
 
     name: ClassVar[str] = "exponential"

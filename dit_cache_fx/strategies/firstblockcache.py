@@ -17,30 +17,33 @@ from dit_cache_fx.strategies.schedule import Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class FirstBlockCache(ResidualCache):
-    """First-block cache of ParaAttention and diffusers, and DBCache of cache-dit.
+    """FirstBlockCache: a step computes when the residual of the first blocks has changed.
 
-    The first blocks run on every step. A step computes when the residual of these blocks, r (their
-    output less their input), has changed since the newest computed step by at least `threshold`:
-    `mean|r - r_computed| / mean|r_computed|`. Any other step adds what the rest of the blocks added
-    on the newest computed step. A change that is not finite computes.
+    The first-block cache of ParaAttention and diffusers, and DBCache of cache-dit. The first blocks
+    run on every step. A step computes when the residual r of these blocks (their output less their
+    input) has changed by at least `threshold` since the newest computed step:
+    `mean|r - r_computed| / mean|r_computed|`. Any other step adds what the other blocks added on
+    the newest computed step. A change that is not finite computes.
 
     Args:
         threshold (`float`, defaults to `0.05`):
-            The relative change from which on a step computes: `threshold` of diffusers'
+            The relative change at which a step computes: `threshold` of diffusers'
             `FirstBlockCacheConfig`, `residual_diff_threshold` of cache-dit's `DBCacheConfig`.
         first_blocks (`int`, defaults to `1`):
-            The blocks at the model's head that always run (`Fn_compute_blocks`), at least 1.
+            The number of blocks at the model's head that always run (`Fn_compute_blocks`), at least
+            1.
         last_blocks (`int`, defaults to `0`):
-            The blocks at the model's end that always run (`Bn_compute_blocks`).
+            The number of blocks at the model's end that always run (`Bn_compute_blocks`).
         warmup_steps (`int`, defaults to `0`):
-            The steps at a generation's start that are computed in any case (`max_warmup_steps`).
+            The number of steps at the start of a generation that always compute
+            (`max_warmup_steps`).
         max_reused_in_a_row (`int`, *optional*):
-            The most steps that are reused one after another (`max_continuous_cached_steps`). It
-            counts anew after each computed step.
+            The most steps reused one after another (`max_continuous_cached_steps`). A computed step
+            starts the count again.
         max_reused (`int`, *optional*):
-            The most steps of a generation that are reused (`max_cached_steps`).
+            The most steps reused in a generation (`max_cached_steps`).
         max_accumulated (`float`, *optional*):
-            The sum of all changes of a generation from which on every step computes
+            When the sum of all changes in a generation reaches it, every further step computes
             (`max_accumulated_residual_diff_threshold`).
 
     Example:

@@ -15,12 +15,22 @@ from dit_cache_fx.strategies.taylorcache import TaylorCache
 
 @dataclass(frozen=True, kw_only=True)
 class HiCache(TaylorCache):
-    """Feng et al.: HiCache: Training-free Acceleration of Diffusion Models via Hermite
+    """TaylorCache with scaled Hermite polynomials instead of powers.
+
+    Feng et al.: HiCache: Training-free Acceleration of Diffusion Models via Hermite
     Polynomial-based Feature Caching, arXiv:2508.16984, definition 2.
 
     The prediction at distance d is `sum D[i] / i! * sigma^i H_i(sigma d)`, with the derivatives of
-    TaylorCache and the physicists' Hermite polynomials `H_i`. `sigma`, above 0: the less, the less
-    far a prediction goes (order 1 goes `2 sigma^2` of TaylorCache's way). The paper takes 0.5.
+    TaylorCache and the physicists' Hermite polynomials `H_i`. The other options are those of
+    `TaylorCache`.
+
+    Args:
+        sigma (`float`, defaults to `0.5`):
+            The scale, above 0. A smaller one moves a prediction less: order 1 goes `2 sigma^2` of
+            TaylorCache's way. The paper takes 0.5.
+
+    Example:
+        >>> dit_cache_fx.apply(model, "hicache", sigma=0.7, compute_ratio=0.3)
     """
 
     sigma: float = 0.5

@@ -22,13 +22,15 @@ from dit_cache_fx.strategies.schedule import EvenSteps, Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class MagCache(ResidualCache):
-    """Ma et al.: MagCache: Fast Video Generation with Magnitude-Aware Cache, arXiv:2506.09045; with
+    """MagCache: known magnitudes of the residual tell which steps compute.
+
+    Ma et al.: MagCache: Fast Video Generation with Magnitude-Aware Cache, arXiv:2506.09045; with
     the options and the defaults of diffusers' `MagCacheConfig`.
 
-    `mag_ratios` tells by how much the magnitude of the residual of all blocks changes from one step
-    to the next. The error of reuse is estimated from their product since the newest computed step:
-    `|1 - product|`, added up over the reused steps. The steps follow from the ratios alone: nothing
-    is read from the model. On a reused step the residual is added to this step's stream.
+    The `mag_ratios` tell by how much the magnitude of the residual of all blocks changes from one
+    step to the next. The error of reuse is estimated from their product since the newest computed
+    step: `|1 - product|`, summed over the reused steps. The ratios alone determine the steps, so
+    nothing is read from the model. A reused step adds the residual to its own stream.
 
     Args:
         mag_ratios (`Sequence[float]`, *optional*):
@@ -38,9 +40,9 @@ class MagCache(ResidualCache):
         threshold (`float`, defaults to `0.06`):
             The estimated error above which a step computes.
         max_skip_steps (`int`, defaults to `3`):
-            The most steps that are reused one after another.
+            The most steps reused one after another.
         retention_ratio (`float`, defaults to `0.2`):
-            The share of the steps at a generation's start that are computed in any case.
+            The share of the steps at the start of a generation that always compute.
         calibrate (`bool`, defaults to `False`):
             Compute every step, and measure the ratios for the timeline of `cache_report()`.
 

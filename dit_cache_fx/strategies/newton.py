@@ -19,19 +19,29 @@ class NewtonCache(TaylorCache):
     """TaylorCache with the parabola through the last three computed values, and its corrector on.
 
     The published differences of order 2 are those of the middle of an interval, taken for those of
-    its end, and are off where two intervals are not of one length. With Newton's divided
-    differences (`s` and `s_old` the slopes over the last two intervals, of lengths g and g_old, and
-    `b = (s - s_old) / (g + g_old)`) the derivatives at the newest computed value are `D[2] = 2 b`
-    and `D[1] = s + b g`. Computed values scatter, more than a parabola so far ahead bears: so
-    predictions follow a share of its bend alone, `curvature * b` in the place of b. With order 1
-    they are TaylorCache's. At most order 2.
+    its end. They are off where two intervals differ in length. With Newton's divided differences
+    (`s` and `s_old` the slopes over the last two intervals, of lengths g and g_old, and `b = (s -
+    s_old) / (g + g_old)`) the derivatives at the newest computed value are `D[2] = 2 b` and `D[1] =
+    s + b g`. Computed values scatter more than a parabola so far ahead bears, so predictions follow
+    only a share of its bend: `curvature * b` instead of b. With order 1 they are TaylorCache's.
 
     The corrector is TaylorCache's with two changes. `I(k)`, the values between two computed ones,
     lies on the same parabola, not on the line: `x_p + s d + b d (d - g)` at distance d from p. And
-    the share that is put right fades: `corrector * (1 - coming / left)`, where `coming` is how far
-    the timestep moves up to the next computed step, and `left` how far up to the generation's end.
-    What a sampler of a denoising flow has missed it makes up for by itself in that measure, since
-    its model sees the sample as it is: all of it in the last interval.
+    the share that is put right fades: `corrector * (1 - coming / left)`, where the timestep moves
+    by `coming` up to the next computed step, and by `left` up to the end of the generation. The
+    sampler of a denoising flow makes up for the rest by itself, since its model sees the sample as
+    it is: for all of it in the last interval.
+
+    The other options are those of `TaylorCache`, with orders of at most 2.
+
+    Args:
+        corrector (`float`, defaults to `1.0`):
+            The share of a past error to put right, from 0 (off) to 2.
+        curvature (`float`, defaults to `0.5`):
+            The share of the parabola's bend to follow, from 0 (a line) to 1 (the parabola).
+
+    Example:
+        >>> dit_cache_fx.apply(model, "newtoncache", computed_steps=10)
     """
 
     corrector: float = 1.0

@@ -24,7 +24,14 @@ _FAR = 1000
 
 
 class Schedule:
-    """Base of the schedules; one of your own defines `computes`."""
+    """Base class of the schedules. A schedule of your own defines `computes`.
+
+    Example:
+        >>> class FirstHalf(dit_cache_fx.Schedule):
+        ...     def computes(self, step, num_steps):
+        ...         return num_steps is None or step < num_steps // 2
+        >>> dit_cache_fx.apply(model, "taylorcache", schedule=FirstHalf())
+    """
 
     #: whether it places its steps by their number; if not, `num_steps` changes nothing
     needs_num_steps: ClassVar[bool] = True
@@ -32,23 +39,48 @@ class Schedule:
     needs_timesteps: ClassVar[bool] = False
 
     def computes(self, step: int, num_steps: int | None) -> bool:
-        """Whether a step, counted from 0, is computed in full. Step 0 always is.
+        """Whether a step computes in full. Step 0 always does.
 
-        `num_steps`: of the running generation, above `step`; None where it is not known.
+        Args:
+            step (`int`):
+                The step, counted from 0.
+            num_steps (`int | None`):
+                The number of steps in the running generation, above `step`; None where it is not
+                known.
         """
         raise NotImplementedError
 
     def placed(self, timesteps: Sequence[float]) -> Schedule:
-        """The schedule for a generation of these timesteps, one for each call of the model."""
+        """The schedule for a generation whose timesteps are known.
+
+        Args:
+            timesteps (`Sequence[float]`):
+                The timesteps, one for each call of the model.
+        """
         return self
 
     def next_computed(self, step: int, num_steps: int | None) -> int | None:
-        """The next computed step after `step`; None where there is none, as far as is known."""
+        """The next computed step after `step`; None where there is none, as far as is known.
+
+        Args:
+            step (`int`):
+                The step, counted from 0.
+            num_steps (`int | None`):
+                The number of steps in the running generation; None where it is not known.
+        """
         end = step + _FAR if num_steps is None else num_steps
         return next((s for s in range(step + 1, end) if self.computes(s, num_steps)), None)
 
     def check(self, num_steps: int) -> None:
-        """Raise `OptionError` where it cannot be followed in a generation of so many steps."""
+        """Check that the schedule suits a generation of `num_steps` steps.
+
+        Args:
+            num_steps (`int`):
+                The number of steps.
+
+        Raises:
+            OptionError: The schedule cannot be followed in so many steps.
+        """
 
     @property
     def meant_for(self) -> tuple[float, ...] | None:
@@ -87,7 +119,14 @@ class ListedSteps(Schedule):
 class EvenSteps(Schedule):
     """A share of the steps, evenly spaced: step 0, and each where `step * ratio` passes an integer.
 
-    It is the same sequence for every number of steps: a ratio of 0.4 computes 0, 3, 5, 8, 10, ...
+    The sequence is the same for every number of steps: a ratio of 0.4 computes 0, 3, 5, 8, 10, ...
+
+    Args:
+        ratio (`float`):
+            The share of the steps, above 0 and at most 1.
+
+    Example:
+        >>> dit_cache_fx.apply(model, "taylorcache", schedule=dit_cache_fx.EvenSteps(0.4))
     """
 
     ratio: float
@@ -103,10 +142,19 @@ class EvenSteps(Schedule):
 
 @dataclass(frozen=True)
 class EvenAndLast(Schedule):
-    """`more` steps and a share of them all: evenly spaced ones, and the last.
+    """A share of the steps and `more` of them: evenly spaced ones, and the last.
 
-    What a skipped step costs goes by its share of the way, so short runs take a larger share. As
-    long as the number of steps is not known, the share is that of a run of 50.
+    A skipped step costs in proportion to its share of the way, so short runs compute a larger
+    share. As long as the number of steps is not known, the share is that of a run of 50.
+
+    Args:
+        ratio (`float`):
+            The share of the steps, above 0 and at most 1.
+        more (`int`, defaults to `6`):
+            The number of steps to compute on top of the share.
+
+    Example:
+        >>> dit_cache_fx.apply(model, "taylorcache", schedule=dit_cache_fx.EvenAndLast(0.3, more=4))
     """
 
     ratio: float
@@ -130,11 +178,18 @@ class EvenAndLast(Schedule):
 
 @dataclass(frozen=True)
 class EvenTimesteps(Schedule):
-    """`computed_steps` steps, evenly spaced in timestep: step 0 and the last are among them.
+    """A number of steps, evenly spaced in timestep: step 0 and the last are among them.
 
     Computed step i of K is the one whose timestep is nearest to
-    `first + (last - first) * i / (K - 1)`, of those that are not taken yet. As long as the
-    timesteps are not known, the steps are evenly spaced by index.
+    `first + (last - first) * i / (K - 1)`, among those not taken yet. As long as the timesteps are
+    not known, the steps are evenly spaced by index.
+
+    Args:
+        computed_steps (`int`):
+            The number of steps to compute, from 1.
+
+    Example:
+        >>> dit_cache_fx.apply(model, "taylorcache", schedule=dit_cache_fx.EvenTimesteps(10))
     """
 
     computed_steps: int
@@ -191,9 +246,26 @@ def evenly_spaced(places: Sequence[float], count: int) -> frozenset[int]:
 
 
 def interval_schedule(num_steps: int, start: int, end: int, interval: int) -> set[int]:
-    """`range(0, start)`, `range(start, end, interval)` and `range(end, num_steps)`.
+    """The steps `range(0, start)`, `range(start, end, interval)` and `range(end, num_steps)`.
 
-    HunyuanVideo-1.5's is `interval_schedule(50, 11, 45, 4)`: 25 of 50 steps.
+    Args:
+        num_steps (`int`):
+            The number of steps in a generation.
+        start (`int`):
+            The first step of the sparse interval; all steps before it compute.
+        end (`int`):
+            The end of the sparse interval; this step and all after it compute.
+        interval (`int`):
+            The distance between computed steps in the sparse interval, from 1.
+
+    Returns:
+        The steps, for `no_cache_steps`.
+
+    Raises:
+        OptionError: An argument is no such integer, or `start <= end <= num_steps` does not hold.
+
+    Example:
+        >>> dit_cache_fx.interval_schedule(50, 11, 45, 4)  # HunyuanVideo-1.5: 25 of 50 steps
     """
     for name, value in (("num_steps", num_steps), ("start", start), ("end", end)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:

@@ -24,34 +24,50 @@ AXES = ("step", "timestep")
 
 @dataclass(frozen=True, kw_only=True)
 class TaylorCache(Strategy):
-    """Liu et al.: From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers,
+    """TaylorCache: a Taylor series through the last computed values predicts the others.
+
+    Liu et al.: From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers,
     arXiv:2503.06923; the band split as in AngelSlim's TaylorCacheHelper.
 
     On a computed step `D[0] = x` and `D[i+1] = (D[i] - D_old[i]) / distance`; at distance d from
     it the prediction is `sum D[i] d^i / i!`. Tokens (dimension 1) are split by frequency into a
-    low and a high band with orders of their own, at most `max_order`; with equal orders the split
-    changes nothing and is left out.
+    low and a high band with orders of their own, at most `max_order`. With equal orders the split
+    would change nothing and is left out.
 
-    `axis`: whether distances count steps ("step") or are differences of the timesteps, in steps of
-    the average length ("timestep"; in steps where the timesteps are not known).
+    The `corrector` puts right a share of the error of a past interval in the coming one. On a
+    computed step c after the computed step p, the values between are known better than when they
+    were predicted: `I(k)` on the line from `x_p` to `x_c` (in the unit of `axis`), against the sum
+    `P(k)` above. The sampler has added up their difference, weighted by how far the timestep moved
+    (`dt_k`; 1 where timesteps are not known): `E = sum of (I(k) - P(k)) dt_k over p < k < c`. Each
+    prediction up to the next computed step n gets `corrector * E / (sum of dt_k over c < k < n)`
+    added. `P(k)` is without such an addition, so nothing is put right twice. Where n is not known,
+    since a rule decides, the last interval stands for it. One more tensor is held for each value,
+    and nothing is stored on reused steps: `E` follows from the derivatives held at p, and numbers.
 
-    `corrector`: the share of a past interval's error that is put right in the coming one, from 0 to
-    2. On a computed step c after the computed step p, the values between are known better than when
-    they were predicted: `I(k)` on the line from `x_p` to `x_c` (in the unit of `axis`), against
-    the sum `P(k)` above. The sampler has added up their difference, weighted by how far the
-    timestep moved (`dt_k`; 1 where timesteps are not known): `E = sum of (I(k) - P(k)) dt_k over
-    p < k < c`. Each prediction up to the next computed step n gets
-    `corrector * E / (sum of dt_k over c < k < n)` added. `P(k)` is without such an addition, so
-    what was put right once is not taken for an error. Where n is not known, since a rule decides,
-    the last interval stands for it. One more tensor is held for each value, and nothing is stored
-    on reused steps: `E` follows from the derivatives held at p, and numbers.
-
-    `tolerance` chooses the steps: each computed step tells the relative error of the prediction for
-    it, `e = |computed - predicted| / |computed|`, after a gap g. The next gap is the longest n
-    whose expected error, `e g (n / g)^3`, is within the tolerance (`n^2` for the first); it is at
+    A `tolerance` chooses the steps. Each computed step tells the relative error of the prediction
+    for it, `e = |computed - predicted| / |computed|`, after a gap g. The next gap is the longest n
+    whose expected error, `e g (n / g)^3`, is within the tolerance (`n^2` for the first), and at
     most 2.5 times as long as the last. Gaps are differences of the timesteps, as shares of the
-    whole way from the first to the end; of steps where timesteps are not known. The error is read
-    once for each computed step, and nothing is read on a predicted one.
+    whole way from the first to the end; of steps where the timesteps are not known. The error is
+    read once for each computed step; nothing is read on a predicted one.
+
+    Args:
+        max_order (`int`, defaults to `2`):
+            The highest order of a derivative. Each value takes `max_order + 1` tensors.
+        low_freqs_order (`int`, defaults to `2`):
+            The order for the low frequencies over the tokens, capped by `max_order`.
+        high_freqs_order (`int`, defaults to `2`):
+            The order for the high frequencies, capped by `max_order`.
+        corrector (`float`, defaults to `0.0`):
+            The share of a past error to put right, from 0 (off) to 2.
+        axis (`str`, defaults to `"step"`):
+            The unit of distances: "step" counts steps, "timestep" takes the differences of the
+            timesteps, in steps of the average length (in steps where the timesteps are not known).
+        tolerance (`float`, *optional*):
+            The relative error to allow in a gap, above 0. It turns the rule on.
+
+    Example:
+        >>> dit_cache_fx.apply(model, "taylorcache", computed_steps=10, max_order=1, corrector=0.5)
     """
 
     max_order: int = 2

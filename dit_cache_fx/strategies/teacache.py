@@ -20,20 +20,35 @@ SIGNALS = ("modulated", "input", "conditioning", "embedding")
 
 @dataclass(frozen=True, kw_only=True)
 class TeaCache(Strategy):
-    """Liu et al.: Timestep Embedding Tells: It's Time to Cache for Video Diffusion Models,
+    """TeaCache: a reused step adds the residual of the newest computed step to its own input.
+
+    Liu et al.: Timestep Embedding Tells: It's Time to Cache for Video Diffusion Models,
     arXiv:2411.19108.
 
-    `cache_name`: the block input that carries the residual ("img" in the helpers of this field);
-    found from the graph where the blocks have no input of that name. `rel_l1_thresh` turns on the
-    dynamic rule: the relative change of the `signal` from step to step, mapped by the polynomial
-    `coefficients` (highest power first; the identity by default), is added up, and a step computes
-    when the sum reaches the threshold. A name takes published ones ("flux"; those of
-    `TEACACHE_COEFFICIENTS`).
+    The residual is the difference between the output and the input of a cached run. With
+    `rel_l1_thresh` a rule chooses the steps: it maps the relative change of the `signal` from step
+    to step with the polynomial `coefficients`, and sums up the results. A step computes when the
+    sum reaches the threshold, and the sum starts again from 0.
 
-    `signal`: "modulated" (the output of the first block's first adaptive norm), "input" (the first
-    block's input), "conditioning" (what the timestep gives to the first block) or "embedding" (the
-    timestep's embedding, before anything else goes into it). When None: what the named coefficients
-    were fitted to, else "modulated".
+    Args:
+        cache_name (`str`, defaults to `"img"`):
+            The block argument that carries the residual. If the blocks have no such argument, the
+            graph tells which one it is.
+        rel_l1_thresh (`float`, *optional*):
+            The sum at which a step computes, above 0. It turns the rule on.
+        coefficients (`str | Coefficients | Sequence[float]`, *optional*):
+            The polynomial: a name from `TEACACHE_COEFFICIENTS` such as "flux", a `Coefficients`
+            object, or the numbers, highest power first. When None, the identity. Only used with
+            `rel_l1_thresh`.
+        signal (`str`, *optional*):
+            The value whose change the rule measures: "modulated" (the output of the first block's
+            first adaptive norm), "input" (the first block's input), "conditioning" (the first
+            block's input that depends on the timestep) or "embedding" (the timestep's embedding
+            before anything else is added to it). When None, the value that the published
+            coefficients were fitted to, else "modulated".
+
+    Example:
+        >>> dit_cache_fx.apply(model, "teacache", rel_l1_thresh=0.4, coefficients="flux")
     """
 
     cache_name: str = "img"

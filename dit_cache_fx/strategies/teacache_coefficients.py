@@ -35,11 +35,22 @@ _TENTH = "the first tenth of the steps"
 
 @dataclass(frozen=True)
 class Coefficients:
-    """A published polynomial of TeaCache's rule.
+    """A published polynomial for TeaCache's rule.
 
-    `values`: highest power first. `signal`: what its argument is the relative change of.
-    `thresholds`: published `rel_l1_thresh` -> the speedup measured there. `always`: the steps that
-    the source computes in any case. `source`: where the figures are from.
+    Args:
+        values (`tuple[float, ...]`):
+            The coefficients, highest power first.
+        signal (`str`):
+            The value whose relative change they were fitted to, as in `TeaCache(signal=...)`.
+        source (`str`):
+            The address of the code that the numbers are from.
+        thresholds (`Mapping[float, float]`, defaults to `{}`):
+            The published values of `rel_l1_thresh`, each with the speedup measured at the source.
+        always (`str`, defaults to `"the first and the last step"`):
+            The steps that the source computes in any case, in words.
+
+    Example:
+        >>> dit_cache_fx.TEACACHE_COEFFICIENTS["flux"].thresholds
     """
 
     values: tuple[float, ...]

@@ -90,3 +90,16 @@ def test_what_an_eager_step_holds_does_for_the_one_graph(model: nn.Module) -> No
             called = cached if step == 3 else run
             torch.testing.assert_close(called(**inputs), eager(**inputs))
     assert actions(cached) == "CrCCrr"
+
+
+def test_what_an_eager_rule_remembers_does_for_the_one_graph(model: nn.Module) -> None:
+    """The first block's residual has the strides of what the block gave, at first there is none."""
+    options = {"threshold": 1.0, "max_reused_in_a_row": 1}
+    cached = dit_cache_fx.apply(model, "firstblockcache", **options)
+    eager = dit_cache_fx.apply(model, "firstblockcache", **options)
+    run = compiled(cached, "eager")
+    with no_recompile():
+        for step, inputs in enumerate(calls_of(TOY)):
+            called = cached if step == 3 else run
+            torch.testing.assert_close(called(**inputs), eager(**inputs))
+    assert {*actions(cached)} == {"C", "r"}

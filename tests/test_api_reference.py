@@ -1,0 +1,212 @@
+"""The API reference: complete, and its docstrings agree with the code.
+
+A docstring lists arguments in the manner of diffusers:
+
+    threshold (`float`, defaults to `0.05`):
+        From this change on a step computes.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+import textwrap
+from importlib import import_module
+from pathlib import Path
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import pytest
+
+import dit_cache_fx
+from dit_cache_fx import Strategy
+from dit_cache_fx.strategies import make_strategy
+from dit_cache_fx.strategies.registry import BY_NAME, KINDS
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = ROOT / "docs" / "reference"
+
+_SECTION = re.compile(r"^(Args|Attributes|Example):\n((?:    .*\n|\n(?=    ))+)", re.M)
+_ITEM = re.compile(
+    r"^(?P<name>\w+) \(`(?P<type>[^`]+)`(?P<more>.*)\):\n(?P<meaning>    \S.*)$", re.M
+)
+_MORE = re.compile(r"(|, \*optional\*|, defaults to `(?P<default>.+)`)")
+
+
+class Described(NamedTuple):
+    """An argument as its docstring has it; `default` is code."""
+
+    default: str | None
+    required: bool
+
+
+def section(item: Any, title: str) -> str:
+    """A section of its own docstring, without its indent; empty where there is none."""
+    text = inspect.cleandoc(own_docstring(item)) + "\n"
+    found = {name: textwrap.dedent(body) for name, body in _SECTION.findall(text)}
+    return found.get(title, "")
+
+
+def described(item: Any, title: str = "Args") -> dict[str, Described]:
+    """What a list of a docstring says of each of its items; each has to be of the one form."""
+    listed: dict[str, Described] = {}
+    heads = [line for line in section(item, title).splitlines() if line[:1].strip()]
+    items = list(_ITEM.finditer(section(item, title)))
+    assert len(items) == len(heads), f"{item}: not of the form `name (type, default):` in {heads}"
+    for found in items:
+        more = _MORE.fullmatch(found["more"])
+        assert more, f"{item}: {found[0]}"
+        optional = found["more"] == ", *optional*"
+        listed[found["name"]] = Described(
+            "None" if optional else more["default"], not optional and more["default"] is None
+        )
+    return listed
+
+
+def own_docstring(item: Any) -> str:
+    """Its own docstring, without what a class inherits."""
+    return (vars(item).get("__doc__") if inspect.isclass(item) else item.__doc__) or ""
+
+
+def shown() -> dict[str, list[str] | None]:
+    """What the pages show: path -> the members that are listed, None for all public ones."""
+    pages = "\n".join(page.read_text() for page in sorted(REFERENCE.glob("*.md"))) + "\n"
+    found: dict[str, list[str] | None] = {}
+    for path, options in re.findall(r"^::: (\S+)\n((?: +.*\n)*)", pages, re.M):
+        listed = re.search(r"members: (?:false|\[(.*)\])", options)
+        found[path] = None if listed is None else re.findall(r"\w+", listed[1] or "")
+    return found
+
+
+def at(path: str) -> Any:
+    """The object of a path: `dit_cache_fx.apply`."""
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def public() -> list[Any]:
+    """The classes and functions that the pages show."""
+    return [x for x in map(at, shown()) if inspect.isclass(x) or inspect.isfunction(x)]
+
+
+def members(path: str) -> dict[str, Any]:
+    """What the pages show of a class."""
+    listed, own = shown()[path], vars(at(path)).items()
+    return {n: m for n, m in own if (n[0] != "_" if listed is None else n in listed)}
+
+
+def functions() -> list[FunctionType]:
+    """The functions and methods that the pages show."""
+    free = [item for item in public() if inspect.isfunction(item)]
+    classes = [path for path in shown() if inspect.isclass(at(path))]
+    methods = [inspect.unwrap(m) for path in classes for m in members(path).values()]
+    return [*free, *filter(inspect.isfunction, methods)]
+
+
+def properties() -> list[property]:
+    classes = [path for path in shown() if inspect.isclass(at(path))]
+    return [m for path in classes for m in members(path).values() if isinstance(m, property)]
+
+
+def dataclasses_with(title: str) -> list[type]:
+    return [x for x in public() if dataclasses.is_dataclass(x) and section(x, title)]
+
+
+def own_fields(kind: type) -> dict[str, dataclasses.Field[Any]]:
+    """The fields that a dataclass defines itself."""
+    return {f.name: f for f in dataclasses.fields(kind) if f.name in vars(kind)["__annotations__"]}
+
+
+def named(item: Any) -> str:
+    return item.__qualname__
+
+
+# --- the pages -----------------------------------------------------------------------------------
+
+
+def test_every_public_name_is_on_a_page() -> None:
+    on_pages = {id(at(path)) for path in shown()}
+    exported = {name: getattr(dit_cache_fx, name) for name in dit_cache_fx.__all__}
+    assert [name for name, item in exported.items() if id(item) not in on_pages] == []
+
+
+def test_a_listed_member_is_there() -> None:
+    for path, listed in shown().items():
+        assert set(listed or ()) <= set(dir(at(path))), path
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    config = (ROOT / "mkdocs.yml").read_text()
+    pages = [p.relative_to(ROOT / "docs") for p in (ROOT / "docs").rglob("*.md")]
+    assert [str(page) for page in pages if f": {page}\n" not in config] == []
+
+
+# --- the docstrings ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("item", [*public(), *functions()], ids=named)
+def test_everything_has_a_docstring(item: Any) -> None:
+    assert own_docstring(item)
+
+
+def test_every_property_has_a_docstring() -> None:
+    assert len(properties()) > 5
+    assert [item for item in properties() if not item.__doc__] == []
+
+
+@pytest.mark.parametrize("function", functions(), ids=named)
+def test_every_argument_of_a_function_is_described(function: FunctionType) -> None:
+    parameters = dict(inspect.signature(function).parameters)
+    parameters.pop("self", None)
+    listed = described(function)
+    assert list(listed) == list(parameters)
+    for name, parameter in parameters.items():
+        free = parameter.default is parameter.empty
+        assert listed[name].required == free, name
+        assert free or ast.literal_eval(listed[name].default or "") == parameter.default, name
+
+
+@pytest.mark.parametrize("kind", [Strategy, *KINDS], ids=named)
+def test_every_option_of_a_strategy_is_described(kind: type[Strategy]) -> None:
+    listed = described(kind)
+    assert list(listed) == list(own_fields(kind))
+    for name, field in own_fields(kind).items():
+        assert not listed[name].required, name
+        assert ast.literal_eval(listed[name].default or "") == field.default, name
+
+
+@pytest.mark.parametrize("title", ["Args", "Attributes"])
+def test_every_field_of_a_dataclass_is_described(title: str) -> None:
+    kinds = dataclasses_with(title)
+    assert len(kinds) > 3
+    for kind in kinds:
+        assert list(described(kind, title)) == list(own_fields(kind)), kind
+
+
+def test_every_dataclass_is_described() -> None:
+    kinds = {x for x in public() if dataclasses.is_dataclass(x) and own_fields(x)}
+    assert kinds == {*dataclasses_with("Args"), *dataclasses_with("Attributes")}
+
+
+# --- the examples --------------------------------------------------------------------------------
+
+
+def applied(kind: type[Strategy]) -> list[ast.Call]:
+    """The calls of `apply` in the example of a strategy."""
+    lines = [line[4:] for line in section(kind, "Example").splitlines()]
+    calls = [node for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, ast.Call)]
+    return [call for call in calls if ast.unparse(call.func) == "dit_cache_fx.apply"]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=named)
+def test_the_example_of_a_strategy_has_options_that_it_takes(kind: type[Strategy]) -> None:
+    calls = applied(kind)
+    assert calls
+    for call in calls:
+        name = ast.literal_eval(call.args[1])
+        assert BY_NAME[name] is kind
+        given = {str(option.arg): ast.unparse(option.value) for option in call.keywords}
+        options = {n: eval(v, {"ratios": [1.0, 0.9]}) for n, v in given.items()}
+        assert isinstance(make_strategy(name, options), kind)
