@@ -50,15 +50,20 @@ def calibrate(
     model is left as it was, also where a run raises; nothing else may call it meanwhile.
 
     Args:
-        cached: what `apply` returned, in the pipeline that the runs use. Its own strategy is among
-            the candidates.
-        runs: functions without arguments. Each generates once through `cached`, the same each time
+        cached (`CachedModel`):
+            What `apply` returned, in the pipeline that the runs use. Its own strategy is among the
+            candidates.
+        runs (`Sequence[Callable]`):
+            Functions without arguments. Each generates once through `cached`, the same each time
             (with a generator that is seeded inside of it), and returns what it generates: a tensor,
             several, arrays, or PIL pictures. 4 to 20 samples are enough.
-        computed: numbers of computed steps.
-        plain: called with each of these numbers, with the model uncached: what the plain sampler
-            gives in so many steps, one result for each run. For the table and the plot.
-        progress: say how far it is on standard error, with a bar where tqdm is installed.
+        computed (`int | Sequence[int]`, defaults to `(7, 10, 15, 25)`):
+            Numbers of computed steps.
+        plain (`Callable`, *optional*):
+            Called with each of these numbers, with the model uncached: what the plain sampler gives
+            in so many steps, one result for each run. For the table and the plot.
+        progress (`bool`, defaults to `True`):
+            Say how far it is on standard error, with a bar where tqdm is installed.
 
     Raises:
         OptionError: an argument that cannot work, or a run that does not call the cached model,

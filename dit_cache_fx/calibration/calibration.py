@@ -70,12 +70,16 @@ class Calibration:
         warning.
 
         Args:
-            computed: the number of computed steps; one of those that were calibrated.
-            psnr: instead of it, the PSNR in dB to reach on the calibrated runs, with as few
-                computed steps as possible.
-            timesteps: the option of this name of every strategy. Without it a generation that
-                begins like the calibrated ones is taken to have their timesteps.
-            num_steps: the option of this name of every strategy.
+            computed (`int`, *optional*):
+                The number of computed steps; one of those that were calibrated.
+            psnr (`float`, *optional*):
+                Instead of it, the PSNR in dB to reach on the calibrated runs, with as few computed
+                steps as possible.
+            timesteps (`Timesteps`, *optional*):
+                The option of this name of every strategy. Without it a generation that begins like
+                the calibrated ones is taken to have their timesteps.
+            num_steps (`NumSteps`, *optional*):
+                The option of this name of every strategy.
 
         Raises:
             OptionError: no such plan, with what there is.
@@ -111,8 +115,11 @@ class Calibration:
     def plot(self, path: str | PathLike[str] | None = None) -> Figure:
         """PSNR over computed steps: of the plans, the presets, and the plain sampler if known.
 
-        Written to `path` (PNG, PDF, SVG by its ending), if given. Raises `MissingPackageError`
-        without matplotlib.
+        Raises `MissingPackageError` without matplotlib.
+
+        Args:
+            path (`str | PathLike`, *optional*):
+                Where to write it (PNG, PDF, SVG by its ending).
         """
         steps = [row.computed for row in self.rows]
         plain = [row.plain for row in self.rows if row.plain is not None]
@@ -146,7 +153,12 @@ class Calibration:
     # --- as a file -----------------------------------------------------------------------------
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write it as JSON."""
+        """Write it as JSON.
+
+        Args:
+            path (`str | PathLike`):
+                The file.
+        """
         data = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -163,6 +175,10 @@ class Calibration:
 
         Its plans are for the model that was calibrated: `apply` and `backend` refuse others, and
         name what differs. Raises `OptionError` where the file is no calibration.
+
+        Args:
+            path (`str | PathLike`):
+                The file.
         """
         try:
             data = json.loads(Path(path).read_text())
