@@ -2,6 +2,7 @@
 
 from dit_cache_fx.api import apply, restore
 from dit_cache_fx.cached_model import CachedModel
+from dit_cache_fx.calibration import Calibration, calibrate
 from dit_cache_fx.dynamo import Backend, backend
 from dit_cache_fx.errors import (
     CaptureError,
@@ -50,6 +51,7 @@ __all__ = [
     "Batch",
     "CacheReport",
     "CachedModel",
+    "Calibration",
     "CaptureError",
     "CaptureReport",
     "Clock",
@@ -83,6 +85,7 @@ __all__ = [
     "VerifyError",
     "apply",
     "backend",
+    "calibrate",
     "export",
     "interval_schedule",
     "load",

@@ -24,6 +24,7 @@ from dit_cache_fx.forward_patch import installed_on
 from dit_cache_fx.pipeline import behind, cache_pipeline, restore_pipeline, uncached
 from dit_cache_fx.runtime.engine import Engine
 from dit_cache_fx.strategies import ALIASES, Strategy, check_block_ids, make_strategy
+from dit_cache_fx.strategies.calibrated import check_model
 
 PipelineT = TypeVar("PipelineT")
 #: the arguments of `apply` that are not the strategy's, and their defaults
@@ -171,6 +172,7 @@ def _apply_to_model(
             "blocks in an nn.ModuleList (blocks=['attribute.path'])"
         )
     names = None if blocks is None else tuple(b.name for b in lists)
+    check_model(chosen, model)
     _check_ids_early(chosen, lists, known=blocks is not None)
     return _cached(model, chosen, names, timestep, check)
 

@@ -31,6 +31,7 @@ LAYERS = (
     "forward_patch",
     "pipeline",
     "api",
+    "calibration",
     "export",
     "dynamo",
     "helpers",

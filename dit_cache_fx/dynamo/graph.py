@@ -207,7 +207,9 @@ class CachedGraph:
                 return self._entries.get(key)
             if key not in self._entries:
                 try:
-                    self._entries[key] = lower(self._outlined, inputs, self._shared, self._compile)
+                    self._entries[key] = lower(
+                        self._outlined, inputs, self._shared, self._compile, self._piece.whole
+                    )
                     self._shared.caches = True
                 except (CaptureError, DiscoveryError) as error:
                     self._entries[key] = None
@@ -223,7 +225,7 @@ class CachedGraph:
         return sum(key[: len(like)] == like for key in self._entries)  # type: ignore
 
     def _lower_rows(self, inputs: Sequence[Input], alone: Alone | None = None) -> Entry:
-        entry = lower(self._outlined, inputs, self._shared, self._compile, alone)
+        entry = lower(self._outlined, inputs, self._shared, self._compile, self._piece.whole, alone)
         if entry.changed:
             raise CaptureError(_READ_BATCH)
         return entry

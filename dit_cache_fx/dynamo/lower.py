@@ -16,12 +16,13 @@ from dit_cache_fx.dynamo.parts import compiled_part
 from dit_cache_fx.dynamo.shared import Shared
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.alone import Alone
-from dit_cache_fx.ir.program import operations
+from dit_cache_fx.ir.program import operations, tensor_spec
 from dit_cache_fx.lowering import Part, Variants, lower_variants
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.passes import run_passes
 from dit_cache_fx.runtime.graphs import block_bytes
 from dit_cache_fx.strategies import check_block_ids, spread_over
+from dit_cache_fx.strategies.calibrated import check_graph
 from dit_cache_fx.values.pytree import Identity
 from dit_cache_fx.values.tensor_spec import TensorSpec
 from dit_cache_fx.values.wrapped import is_distributed
@@ -53,9 +54,12 @@ def lower(
     inputs: Sequence[Input],
     shared: Shared,
     compile_graph: Compile,
+    whole: bool,
     alone: Alone | None = None,
 ) -> Entry:
     """The graphs for inputs like these, which `compile_graph` compiles when they are called first.
+
+    `whole`: Dynamo's graph is the whole model, not a piece of it.
 
     Raises `CaptureError` or `DiscoveryError` where there can be none.
     """
@@ -65,7 +69,10 @@ def lower(
         raise CaptureError(_DISTRIBUTED)
     traced = capture_graph(outlined, inputs, strategy)
     program = traced.program
-    check_block_ids(strategy, {**program.block_lists, **outlined.elsewhere})
+    lists = {**program.block_lists, **outlined.elsewhere}
+    check_block_ids(strategy, lists)
+    owned = [program.node(name) for name in sorted(program.owned) if whole]
+    check_graph(strategy, lists, [tensor_spec(node).shape for node in owned])
     nodes = operations(program.graph)
     program.alone = alone
     run_passes(program, strategy)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -81,6 +81,14 @@ class Program:
     @property
     def model(self) -> nn.Module:
         return self.gm.get_submodule("model")
+
+    def copied(self) -> Program:
+        """A program with a graph of its own over the same live model."""
+        graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
+        copy_nodes(graph, self.graph.nodes, new)
+        attributes = attributes_of(self.gm, self.graph)
+        gm = graph_module(self.model, attributes, graph, type(self.gm).__name__)
+        return replace(self, gm=gm, block_lists=dict(self.block_lists))
 
     def node(self, name: str) -> fx.Node:
         """The node called `name`."""

@@ -27,7 +27,7 @@ from dit_cache_fx.capture.fingerprint import Fingerprint, fingerprint, volatile
 from dit_cache_fx.capture.record import Recording
 from dit_cache_fx.errors import CaptureError, warn
 from dit_cache_fx.ir.alone import Alone
-from dit_cache_fx.ir.program import operations
+from dit_cache_fx.ir.program import Program, operations
 from dit_cache_fx.lowering import (
     CompiledSteps,
     OneGraph,
@@ -45,7 +45,7 @@ from dit_cache_fx.runtime.hooked import Hooks
 from dit_cache_fx.runtime.reasons import WhyCaptured, changes
 from dit_cache_fx.runtime.step_count import StepCount
 from dit_cache_fx.runtime.together import Layout
-from dit_cache_fx.strategies import check_block_ids, spread_over
+from dit_cache_fx.strategies import Strategy, check_block_ids, spread_over
 from dit_cache_fx.values.pytree import Skeleton
 
 #: most input signatures whose graphs are kept at one time
@@ -84,6 +84,7 @@ class Entry(Lowered):
     count: StepCount
     skeleton: Skeleton  # of the call that it was captured from
     hooks: Hooks
+    untouched: Program | None = None  # before the passes, where other strategies need it
     breaks: bool = False  # its blocks cannot be compiled as one graph
     apart: bool = False  # it was compiled as one graph for each kind of step
     carried: dict[tuple[str, ...], Carried] = field(default_factory=dict)  # by cache context
@@ -94,6 +95,26 @@ class Entry(Lowered):
     _one_graph: OneGraph | None = None
     _compiled_steps: CompiledSteps | None = None
     key: GraphKey | None = None  # one object for all its calls: to compare it costs nothing
+
+    def lowered_for(self, strategy: Strategy, count: StepCount) -> Entry:
+        """The same capture, lowered for another strategy that reads the same of the model."""
+        assert self.untouched is not None
+        program = self.untouched.copied()
+        run_passes(program, strategy)
+        return Entry(
+            program,
+            lower_variants(program),
+            self.nodes,
+            self.block_bytes,
+            self.serial,
+            strategy,
+            replace(self.captured, program=program),
+            self.fingerprint,
+            self.volatile,
+            count,
+            self.skeleton,
+            self.hooks,
+        )
 
     def guards(self) -> list[str]:
         guards = self.captured.guards
@@ -132,7 +153,7 @@ class Entry(Lowered):
         names = [self.program.inputs[i] for i in self.conditioning] if check_conditioning else []
         guards, accepted = self.captured.guards, self.captured.accepted.copy()
         asserted = None if guards is None else assertions(guards, accepted)
-        course = self.count.told_course()
+        course = self.count.lasting_course()
         steps = fixed_steps(self.strategy, course.num_steps, course.timesteps)
         return Stateful(self.program, self.variants, self.strategy, asserted, names, steps, course)
 
@@ -181,6 +202,7 @@ class Graphs:
         self.count = count
         self.timestep_argument = timestep_argument  # once it is known
         self.entries: OrderedDict[GraphKey, tuple[Entry, ...]] = OrderedDict()
+        self.keep_programs = False  # as they are before the passes, for other strategies
         self._serial = 0
         self._newest: Entry | None = None  # that answered a call
         self._told: set[str] = set()
@@ -261,14 +283,18 @@ class Graphs:
             entry = self._capture(call, rows)
         with self.subject.turns.of_model():  # it is known now whether forward sets attributes
             first = check(entry)
+        self.keep(key, entry, MAX_CAPTURES if rows is None else MAX_GROUPS)
+        guards = entry.captured.guards
+        shapes = () if guards is None else guards.shapes(guards.expected)
+        return Found(entry, shapes, first, because)
+
+    def keep(self, key: GraphKey, entry: Entry, most: int = MAX_CAPTURES) -> None:
+        """Know a graph, the newest of its signature; more than `most` of its kind are dropped."""
         with self._lock:
             self.entries[key] = (*self.entries.get(key, ())[1 - MAX_VARIANTS :], entry)
             self.entries.move_to_end(key)
             self._newest, entry.key = entry, key
-            self._bound(type(key), MAX_CAPTURES if rows is None else MAX_GROUPS)
-        guards = entry.captured.guards
-        shapes = () if guards is None else guards.shapes(guards.expected)
-        return Found(entry, shapes, first, because)
+            self._bound(type(key), most)
 
     def _bound(self, kind: type, most: int) -> None:
         """Drop the oldest graphs whose keys are of this kind."""
@@ -329,6 +355,7 @@ class Graphs:
         self.timestep_argument = program.timestep_argument
         check_block_ids(strategy, program.block_lists)
         nodes = operations(program.graph)
+        untouched = program.copied() if self.keep_programs else None
         program.alone = None if rows is None else Alone(rows.count, rows.one.variants.held)
         run_passes(program, strategy)
         self._serial += 1
@@ -344,7 +371,8 @@ class Graphs:
             volatile(before, after),
             self.count,
             call.skeleton,
-            Hooks(model),
+            hooks=Hooks(model),
+            untouched=untouched,
         )
         entry.apart = captured.spread  # `cond` takes no distributed tensors
         entry.layout = None if rows is None else Layout.of(rows.one, entry, rows.count)

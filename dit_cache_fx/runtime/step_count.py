@@ -128,7 +128,7 @@ class StepCount:
             course = self._left(told.timesteps, told.num_steps, value)
         if course.gains_nothing:
             self._warn_once(_ALL.format(len(course.before) + (course.num_steps or 0)))
-        return course
+        return self._remarked(course)
 
     def told_steps(self, course: Course, own: bool = False) -> int | None:
         """How many steps a generation of this course has, where that is said and not learnt."""
@@ -143,12 +143,33 @@ class StepCount:
         return replace(self.strategy.course(number, told[at:]), before=told[begin:at])
 
     def _learnt_course(self, number: int | None, value: float | None) -> Course:
-        learnt = self.learnt
-        known = learnt is not None and learnt[0] == value and number in (None, len(learnt))
-        if not known:
-            self._warn_where_needed(_UNKNOWN)
-        course = self.strategy.course(number or self.counted, learnt if known else None)
-        return replace(course, learnt=known)
+        """By the timesteps of the generation before, or those that the plan was made for."""
+        for known in (self.learnt, self._meant):
+            if known is not None and known[0] == value and number in (None, len(known)):
+                course = self.strategy.course(len(known), known)
+                return replace(course, learnt=True)
+        self._warn_where_needed(_UNKNOWN)
+        return self.strategy.course(number or self.counted)
+
+    def lasting_course(self) -> Course:
+        """The steps of every generation of a program that nobody tells anything later."""
+        told, meant = self.told_course(), self._meant
+        if told.timesteps is not None or meant is None or told.num_steps not in (None, len(meant)):
+            return told
+        return self.strategy.course(len(meant), meant)
+
+    @property
+    def _meant(self) -> tuple[float, ...] | None:
+        plan = self.strategy.plan
+        return None if plan is None else plan.meant_for
+
+    def _remarked(self, course: Course) -> Course:
+        """The course, with what a user should know of it said once."""
+        if course.plan is not None and course.timesteps is not None:
+            remark = course.plan.remark(course.timesteps)
+            if remark is not None:
+                self._warn_once(remark)
+        return course
 
     def on_way(self, course: Course, values: Sequence[float], step: int, value: float) -> Course:
         """The course at a call; one that turns out to be another's knows no timesteps.
@@ -160,7 +181,8 @@ class StepCount:
         if not course.covers(step):
             self._warn_where_needed(_SHORT)
         elif step == 1 and len(values) == 1 and self._is_anothers(course, (values[0], value)):
-            return replace(course, timesteps=None)
+            plan = course.plan and course.plan.otherwise()
+            return replace(course, timesteps=None, plan=plan)
         return course
 
     def _is_anothers(self, course: Course, values: tuple[float, float]) -> bool:

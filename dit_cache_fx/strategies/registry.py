@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING, fields
 from typing import Any
 
 from dit_cache_fx.errors import OptionError
@@ -53,3 +54,24 @@ def make_strategy(strategy: str | Strategy, options: dict[str, Any]) -> Strategy
                 name, value, f"{strategy} has no such option; it has {options_of(kind)}"
             )
     return kind(**options)
+
+
+#: the options that say which steps compute
+SCHEDULING = (
+    "no_cache_steps",
+    "compute_ratio",
+    "schedule",
+    "computed_steps",
+    "num_steps",
+    "timesteps",
+)
+
+
+def predictor_options(strategy: Strategy) -> dict[str, Any]:
+    """The options that are not the default ones, but for those that say which steps compute."""
+    given = {f.name: (getattr(strategy, f.name), f.default) for f in fields(strategy)}
+    return {
+        name: value
+        for name, (value, default) in given.items()
+        if name not in SCHEDULING and (default is MISSING or value != default)
+    }

@@ -84,6 +84,22 @@ class Schedule:
             OptionError: The schedule cannot be followed in so many steps.
         """
 
+    @property
+    def meant_for(self) -> tuple[float, ...] | None:
+        """The timesteps that it was made for, where it was made for some.
+
+        A generation that begins with the first of these is taken to have them.
+        """
+        return None
+
+    def otherwise(self) -> Schedule:
+        """The schedule for a generation that turns out to have unknown timesteps after all."""
+        return self
+
+    def remark(self, timesteps: Sequence[float]) -> str | None:
+        """What a user should know of it in a generation of these timesteps."""
+        return None
+
 
 @dataclass(frozen=True)
 class ListedSteps(Schedule):

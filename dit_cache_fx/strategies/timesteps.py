@@ -16,9 +16,9 @@ _EXPECTED = (
     "finite numbers, or a function that gives one, such as lambda: pipe.scheduler.timesteps"
 )
 #: models are given a scheduler's timestep as it is, or as a share of 1000, or counted from the end
-_UNITS = ((1.0, 0.0), (1000.0, 0.0), (-1.0, 1.0), (-1000.0, 1000.0))
+UNITS = ((1.0, 0.0), (1000.0, 0.0), (-1.0, 1.0), (-1000.0, 1000.0))
 #: share of the largest timestep by which one may be off: what bfloat16 rounds
-_ROUNDED = 2.0**-8
+ROUNDED = 2.0**-8
 
 
 def checked_timesteps(value: Any, name: str = "timesteps") -> tuple[float, ...]:
@@ -56,7 +56,7 @@ def from_call(timesteps: Sequence[float], value: float) -> tuple[float, ...]:
 
 def place_of(timesteps: Sequence[float], value: float) -> int | None:
     """The index of the one that a call has; None where none is like it, in any unit."""
-    places = [_nearest(timesteps, scale * value + shift) for scale, shift in _UNITS]
+    places = [_nearest(timesteps, scale * value + shift) for scale, shift in UNITS]
     return min((place for place in places if place is not None), default=None)
 
 
@@ -65,18 +65,18 @@ def contradicted(timesteps: Sequence[float], first: float, second: float) -> boo
 
     Nothing contradicts them where the first call's is in no unit in which models take them.
     """
-    units = [unit for unit in _UNITS if _like(timesteps, 0, first, unit)]
+    units = [unit for unit in UNITS if _like(timesteps, 0, first, unit)]
     return bool(units) and not any(_like(timesteps, 1, second, unit) for unit in units)
 
 
 def _like(timesteps: Sequence[float], index: int, value: float, unit: tuple[float, float]) -> bool:
     scale, shift = unit
-    return abs(timesteps[index] - scale * value - shift) <= _ROUNDED * max(map(abs, timesteps))
+    return abs(timesteps[index] - scale * value - shift) <= ROUNDED * max(map(abs, timesteps))
 
 
 def _nearest(timesteps: Sequence[float], value: float) -> int | None:
     index = min(range(len(timesteps)), key=lambda i: abs(timesteps[i] - value))
-    allowed = _ROUNDED * max(map(abs, timesteps))
+    allowed = ROUNDED * max(map(abs, timesteps))
     return index if abs(timesteps[index] - value) <= allowed else None
 
 

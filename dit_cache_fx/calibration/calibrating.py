@@ -1,0 +1,232 @@
+"""`calibrate`: the plans for a model, its sampler and some runs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
+from typing import Any
+
+from dit_cache_fx.cached_model import CachedModel, is_compiled
+from dit_cache_fx.calibration.calibration import Calibration, Row, calibrated
+from dit_cache_fx.calibration.candidates import candidates, predictors
+from dit_cache_fx.calibration.engines import answering
+from dit_cache_fx.calibration.judge import Judge, Judged, generations, winner
+from dit_cache_fx.calibration.progress import Progress
+from dit_cache_fx.calibration.reference import Reference, Run
+from dit_cache_fx.calibration.results import psnr, result_of
+from dit_cache_fx.calibration.simulate import Recorded
+from dit_cache_fx.errors import OptionError
+from dit_cache_fx.strategies.model_signature import ModelSignature
+
+#: samples that the search goes by
+MAX_SAMPLES = 24
+#: what a generation with cached steps takes beside its computed steps, as a share of a whole one
+_OVERHEAD = 0.15
+#: candidates of each number of computed steps, as far as is known before they are made
+_USUAL = 11
+
+Plain = Callable[[int], Sequence[Any]]
+
+
+def calibrate(
+    cached: CachedModel,
+    runs: Sequence[Run],
+    computed: int | Sequence[int] = (7, 10, 15, 25),
+    *,
+    plain: Plain | None = None,
+    progress: bool = True,
+) -> Calibration:
+    """Find the best plan for each number of computed steps, for a model and the sampler in use.
+
+    Each run is recorded once with every step computed. On the recordings a dynamic programme and
+    small moves of the steps look for good schedules of each predictor; the best of these, evenly
+    placed steps and the presets are then judged in real generations, by the mean over the runs of
+    the PSNR in dB to what the same run gives with every step computed. A plan is never worse there
+    than the preset with as many steps.
+
+    It tells the number of generations and the time before it starts, on standard error. Ctrl-C
+    ends it early: the numbers of computed steps that were judged by then are returned. The cached
+    model is left as it was, also where a run raises; nothing else may call it meanwhile.
+
+    Args:
+        cached (`CachedModel`):
+            What `apply` returned, in the pipeline that the runs use. Its own strategy is among the
+            candidates.
+        runs (`Sequence[Callable]`):
+            Functions without arguments. Each generates once through `cached`, the same each time
+            (with a generator that is seeded inside of it), and returns what it generates: a tensor,
+            several, arrays, or PIL pictures. 4 to 20 samples are enough.
+        computed (`int | Sequence[int]`, defaults to `(7, 10, 15, 25)`):
+            Numbers of computed steps.
+        plain (`Callable`, *optional*):
+            Called with each of these numbers, with the model uncached: what the plain sampler gives
+            in so many steps, one result for each run. For the table and the plot.
+        progress (`bool`, defaults to `True`):
+            Say how far it is on standard error, with a bar where tqdm is installed.
+
+    Raises:
+        OptionError: an argument that cannot work, or a run that does not call the cached model,
+            returns nothing, gives something else each time, or has timesteps of its own.
+    """
+    cached = _checked_model(cached)
+    runs = _checked_runs(runs)
+    numbers = _checked_numbers(computed)
+    if plain is not None and not callable(plain):
+        raise OptionError("plain", plain, "a function of a number of steps")
+    bar = Progress(progress)
+    try:
+        return _Calibrating(cached, runs, numbers, plain, bar).run()
+    finally:
+        bar.end()
+
+
+class _Calibrating:
+    """One calibration under way."""
+
+    def __init__(
+        self,
+        cached: CachedModel,
+        runs: Sequence[Run],
+        numbers: Sequence[int],
+        plain: Plain | None,
+        progress: Progress,
+    ) -> None:
+        self._cached = cached
+        self._runs = runs
+        self._numbers = numbers
+        self._plain = plain
+        self._progress = progress
+        self._reference = Reference(cached, runs)
+
+    def run(self) -> Calibration:
+        self._record()
+        rows: list[Row] = []
+        try:
+            self._judge(rows)
+        except KeyboardInterrupt:
+            if not rows:
+                raise
+            missing = [n for n in self._numbers if n not in {row.computed for row in rows}]
+            self._progress.tell(f"interrupted: no plan for {missing} computed steps")
+        return Calibration(self._signature(), self._reference.timesteps, len(self._runs), (*rows,))
+
+    def _record(self) -> None:
+        reference = self._reference
+        reference.record()
+        steps = len(reference.timesteps)
+        if max(self._numbers) > steps:
+            told = f"at most {steps}, the number of steps of a generation of runs[0]"
+            raise OptionError("computed", list(self._numbers), told)
+        reference.check_repeats()
+        self._tell()
+        for _ in self._runs[1:]:
+            reference.record()
+            self._progress.advance("recorded")
+
+    def _tell(self) -> None:
+        """How long it will take."""
+        runs, steps, seconds = len(self._runs), len(self._reference.timesteps), 0.0
+        each = generations(_USUAL, runs)
+        total = (runs - 1) + each * len(self._numbers)
+        for number in self._numbers:
+            seconds += each * (number / steps + _OVERHEAD) * self._reference.seconds
+        seconds += (runs - 1) * self._reference.seconds
+        self._progress.tell(
+            f"calibrating for {list(self._numbers)} computed steps of {steps}: about {total} more "
+            f"generations, {runs - 1} of them with every step computed, in about {seconds:.0f} s "
+            f"(a whole one takes {self._reference.seconds:.2g} s)"
+        )
+        self._progress.begin(total)
+
+    def _judge(self, rows: list[Row]) -> None:
+        reference = self._reference
+        own = self._cached._engine.subject.strategy
+        recorded = Recorded.of(reference.timesteps, reference.trajectories, MAX_SAMPLES)
+        tried = candidates(
+            recorded, predictors(own, reference.timesteps), reference.timesteps, self._numbers
+        )
+        judge = Judge(self._cached, self._runs, reference, self._progress)
+        for number in self._numbers:
+            judged = [Judged(candidate) for candidate in tried[number]]
+            try:
+                judge.judge(judged)
+                rows += self._row(number, judged, self._plain)
+            except KeyboardInterrupt:
+                rows += self._row(number, judged, plain=None)
+                raise
+
+    def _row(self, number: int, judged: Sequence[Judged], plain: Plain | None) -> list[Row]:
+        best = winner(judged, len(self._runs))
+        if best is None:
+            return []
+        whole = [entry for entry in judged if len(entry.scores) == len(self._runs)]
+        preset = next((entry.mean for entry in whole if entry.candidate.preset), best.mean)
+        row = Row(
+            number,
+            calibrated(
+                best.candidate.predictor,
+                best.candidate.steps,
+                self._reference.timesteps,
+                self._signature(),
+            ),
+            best.candidate.placement,
+            best.mean,
+            min(best.samples),
+            preset,
+            None if plain is None else self._plain_psnr(plain, number),
+        )
+        return [row]
+
+    def _plain_psnr(self, plain: Plain, number: int) -> float:
+        name = f"plain({number})"
+        with answering(self._cached, None):
+            values = plain(number)
+        reference, expected = self._reference, f"a list of {len(self._runs)} results, one a run"
+        if not isinstance(values, Sequence) or len(values) != len(self._runs):
+            raise OptionError(name, repr(values)[:60], expected)
+        found = [
+            fmean(psnr(result_of(value, name, 1, expected), whole, reference.peak, name))
+            for value, whole in zip(values, reference.results, strict=True)
+        ]
+        return fmean(found)
+
+    def _signature(self) -> ModelSignature:
+        entry = self._reference.engine.graphs.all()[-1]
+        return ModelSignature.of(self._cached._model, entry.program.block_lists)
+
+
+def _checked_model(cached: Any) -> CachedModel:
+    cached = cached._orig_mod if is_compiled(cached) else cached
+    if not isinstance(cached, CachedModel):
+        raise OptionError("cached", type(cached).__name__, "what dit_cache_fx.apply returned")
+    return cached
+
+
+def _checked_runs(runs: Any) -> list[Run]:
+    expected = "functions without arguments, each of which generates once through the cached model"
+    given = list(runs) if isinstance(runs, Iterable) else [runs]
+    if not given or not all(map(callable, given)):
+        raise OptionError("runs", repr(runs)[:60], expected)
+    return given
+
+
+def _checked_numbers(computed: Any) -> list[int]:
+    numbers = [computed] if isinstance(computed, int) else computed
+    expected = "how many steps are computed in full: integers from 1, at least one"
+    if not isinstance(numbers, Iterable) or isinstance(numbers, str):
+        raise OptionError("computed", computed, expected)
+    found = [_number(number) for number in numbers]
+    if not found or min(found) < 1:
+        raise OptionError("computed", computed, expected)
+    return sorted(set(found))
+
+
+def _number(value: Any) -> int:
+    """The value as an integer; 0 where it is none."""
+    if isinstance(value, bool):
+        return 0
+    try:
+        return operator.index(value)
+    except TypeError:
+        return 0

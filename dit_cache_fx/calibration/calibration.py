@@ -1,0 +1,268 @@
+"""What `calibrate` returns."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dit_cache_fx.calibration.candidates import describe
+from dit_cache_fx.calibration.plot import Curve, draw
+from dit_cache_fx.errors import OptionError
+from dit_cache_fx.strategies import NumSteps, Strategy, make_strategy
+from dit_cache_fx.strategies.calibrated import CalibratedSteps
+from dit_cache_fx.strategies.model_signature import ModelSignature
+from dit_cache_fx.strategies.registry import predictor_options
+from dit_cache_fx.strategies.timesteps import Timesteps
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_FORMAT, _VERSION = "dit_cache_fx calibration", 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found for a number of computed steps; PSNR in dB, the mean over the runs.
+
+    `plan`: the strategy. `placement`: where its steps come from. `lowest`: of a single sample.
+    `preset`: the PSNR of the preset that computes as many steps, where timesteps are known.
+    `plain`: that of the plain sampler in so many steps, where the user gave a function for it.
+    """
+
+    computed: int
+    plan: Strategy
+    placement: str
+    psnr: float
+    lowest: float
+    preset: float
+    plain: float | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The plans that a calibration has found, by their number of computed steps.
+
+    `model`: what they are for. `timesteps`: of the calibrated generations' calls, as the model was
+    given them. `runs`: how many the plans were judged on. Printed, it is a table.
+    """
+
+    model: ModelSignature
+    timesteps: tuple[float, ...]
+    runs: int
+    rows: tuple[Row, ...]
+
+    def plan(
+        self,
+        computed: int | None = None,
+        *,
+        psnr: float | None = None,
+        timesteps: Timesteps | None = None,
+        num_steps: NumSteps | None = None,
+    ) -> Strategy:
+        """A plan for `apply(model, plan)` or `backend(strategy=plan)`.
+
+        For another number of steps, or other timesteps, it is carried over by noise level, with one
+        warning.
+
+        Args:
+            computed (`int`, *optional*):
+                The number of computed steps; one of those that were calibrated.
+            psnr (`float`, *optional*):
+                Instead of it, the PSNR in dB to reach on the calibrated runs, with as few computed
+                steps as possible.
+            timesteps (`Timesteps`, *optional*):
+                The option of this name of every strategy. Without it a generation that begins like
+                the calibrated ones is taken to have their timesteps.
+            num_steps (`NumSteps`, *optional*):
+                The option of this name of every strategy.
+
+        Raises:
+            OptionError: no such plan, with what there is.
+        """
+        row = self._row(computed, psnr)
+        return replace(row.plan, timesteps=timesteps, num_steps=num_steps)
+
+    def _row(self, computed: int | None, psnr: float | None) -> Row:
+        if (computed is None) == (psnr is None):
+            raise OptionError("computed", computed, "one of computed= and psnr=")
+        if psnr is not None:
+            return self._reaching(psnr)
+        for row in self.rows:
+            if row.computed == computed:
+                return row
+        known = [row.computed for row in self.rows]
+        raise OptionError("computed", computed, f"a number that was calibrated: one of {known}")
+
+    def _reaching(self, psnr: Any) -> Row:
+        if isinstance(psnr, bool) or not isinstance(psnr, (int, float)) or math.isnan(psnr):
+            raise OptionError("psnr", psnr, "a PSNR in dB, such as 45.0")
+        for row in sorted(self.rows, key=lambda row: row.computed):
+            if row.psnr >= psnr:
+                return row
+        best = max(self.rows, key=lambda row: row.psnr)
+        raise OptionError(
+            "psnr",
+            psnr,
+            f"at most {best.psnr:.1f} dB, which {best.computed} computed steps reach; calibrate "
+            "with more computed steps to have more",
+        )
+
+    def plot(self, path: str | PathLike[str] | None = None) -> Figure:
+        """PSNR over computed steps: of the plans, the presets, and the plain sampler if known.
+
+        Raises `MissingPackageError` without matplotlib.
+
+        Args:
+            path (`str | PathLike`, *optional*):
+                Where to write it (PNG, PDF, SVG by its ending).
+        """
+        steps = [row.computed for row in self.rows]
+        plain = [row.plain for row in self.rows if row.plain is not None]
+        curves = [
+            Curve("calibrated plans", steps, [row.psnr for row in self.rows]),
+            Curve("presets", steps, [row.preset for row in self.rows]),
+        ]
+        if plain:
+            known = [row.computed for row in self.rows if row.plain is not None]
+            curves.append(Curve("plain sampler", known, plain))
+        return draw(curves, self._title, path)
+
+    @property
+    def _title(self) -> str:
+        runs = "1 run" if self.runs == 1 else f"{self.runs} runs"
+        return f"{self.model.model}, {len(self.timesteps)} steps, {runs}"
+
+    def __str__(self) -> str:
+        header = ["computed", "dB", "lowest", "preset", "plain", "plan"]
+        table = [header, *(_cells(row) for row in self.rows)]
+        widths = [max(len(line[i]) for line in table) for i in range(len(header))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i == len(header) - 1 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in table
+        ]
+        return "\n".join([f"{self._title}; PSNR to every step computed", *lines])
+
+    # --- as a file -----------------------------------------------------------------------------
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write it as JSON.
+
+        Args:
+            path (`str | PathLike`):
+                The file.
+        """
+        data = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "model": self.model.to_json(),
+            "timesteps": list(self.timesteps),
+            "runs": self.runs,
+            "rows": [_row_to_json(row) for row in self.rows],
+        }
+        Path(path).write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+    @staticmethod
+    def load(path: str | PathLike[str]) -> Calibration:
+        """What `save` has written.
+
+        Its plans are for the model that was calibrated: `apply` and `backend` refuse others, and
+        name what differs. Raises `OptionError` where the file is no calibration.
+
+        Args:
+            path (`str | PathLike`):
+                The file.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+        except ValueError as error:  # no JSON, or no text at all
+            raise OptionError("path", str(path), f"{_EXPECTED} ({error})") from None
+        if not isinstance(data, dict) or data.get("format") != _FORMAT:
+            raise OptionError("path", str(path), _EXPECTED)
+        if data.get("version") != _VERSION:
+            told = f"version {_VERSION} of the format; this file has {data.get('version')!r}"
+            raise OptionError("path", str(path), told)
+        try:
+            return _from_json(data)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise OptionError("path", str(path), f"{_EXPECTED} ({error!r})") from None
+
+
+_EXPECTED = "a file that Calibration.save has written"
+
+
+def calibrated(
+    predictor: Strategy, steps: frozenset[int], timesteps: tuple[float, ...], model: ModelSignature
+) -> Strategy:
+    """The plan: a predictor with the steps that it computes."""
+    schedule = CalibratedSteps(steps, timesteps, model)
+    return replace(predictor, no_cache_steps=None, schedule=schedule)
+
+
+def _from_json(data: Mapping[str, Any]) -> Calibration:
+    model = ModelSignature.from_json(data["model"])
+    timesteps = tuple(float(t) for t in data["timesteps"])
+    rows = tuple(_row_from_json(row, timesteps, model) for row in data["rows"])
+    return Calibration(model, timesteps, int(data["runs"]), rows)
+
+
+def _row_to_json(row: Row) -> dict[str, Any]:
+    schedule = row.plan.schedule
+    assert isinstance(schedule, CalibratedSteps)
+    options = predictor_options(row.plan)
+    ids = options.get("no_cache_block_id")
+    if ids is not None:
+        options["no_cache_block_id"] = {name: sorted(i) for name, i in ids.items()}
+    return {
+        "computed": row.computed,
+        "strategy": row.plan.name,
+        "options": options,
+        "steps": sorted(schedule.steps),
+        "placement": row.placement,
+        "psnr": _finite(row.psnr),
+        "lowest": _finite(row.lowest),
+        "preset": _finite(row.preset),
+        "plain": _finite(row.plain),
+    }
+
+
+def _row_from_json(
+    data: Mapping[str, Any], timesteps: tuple[float, ...], model: ModelSignature
+) -> Row:
+    predictor = make_strategy(data["strategy"], {**data["options"], "no_cache_steps": {0}})
+    steps = frozenset(int(step) for step in data["steps"])
+    if not steps <= set(range(len(timesteps))):
+        raise TypeError(f"steps {sorted(steps)} of {len(timesteps)}")
+    psnr, lowest, preset = (_number(data[name]) for name in ("psnr", "lowest", "preset"))
+    plan = calibrated(predictor, steps, timesteps, model)
+    plain = None if data["plain"] is None else float(data["plain"])
+    return Row(int(data["computed"]), plan, str(data["placement"]), psnr, lowest, preset, plain)
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinities."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _number(value: float | None) -> float:
+    return -math.inf if value is None else float(value)
+
+
+def _cells(row: Row) -> list[str]:
+    plain = "-" if row.plain is None else f"{row.plain:.1f}"
+    plan = f"{describe(row.plan)}, {row.placement}"
+    return [
+        str(row.computed),
+        f"{row.psnr:.1f}",
+        f"{row.lowest:.1f}",
+        f"{row.preset:.1f}",
+        plain,
+        plan,
+    ]
