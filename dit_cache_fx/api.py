@@ -69,12 +69,12 @@ def apply(
     The two share their weights and their blocks. The first call of each input signature captures a
     graph.
 
-    A pipeline is given back itself, with a cached model in the place of its `transformer` (and of
-    `transformer_2`, where it has one). They go by the timesteps of `pipe.scheduler`. Two of them
-    share the steps of a run, whichever makes them. `restore` puts the originals back.
+    Given a pipeline, put cached models in the place of its `transformer` and, if it has one, of its
+    `transformer_2`, and return the pipeline. They go by the timesteps of `pipe.scheduler`, and two
+    of them share the steps of a run. `restore` puts the originals back.
 
     Args:
-        model (`nn.Module` or a pipeline):
+        model (`nn.Module | DiffusionPipeline`):
             A diffusion transformer in evaluation mode, or a pipeline that holds one.
         strategy (`str | Strategy`):
             "deepcache", "teacache", "taylorcache", "newtoncache", "hicache", "foca", "exponential",
@@ -90,7 +90,7 @@ def apply(
             changes something around its blocks that they may read, the blocks run once more.
         options (`Any`):
             The options of the strategy, where `strategy` is a name: see the classes of these names.
-            For a pipeline also by a transformer's name what differs for that one:
+            For a pipeline, also the options that differ for one transformer, by its name:
             `transformer_2={"schedule": "quality"}`, or False to leave it uncached.
 
     Raises:
@@ -98,9 +98,7 @@ def apply(
         DiscoveryError: The model holds no block list.
 
     Example:
-        >>> pipe.transformer = dit_cache_fx.apply(
-        ...     pipe.transformer, "taylorcache", schedule="quality", num_steps=50
-        ... )
+        >>> pipe = dit_cache_fx.apply(pipe, "taylorcache", schedule="quality")
     """
     arguments: dict[str, Any] = {"blocks": blocks, "timestep": timestep, "check": check}
     if isinstance(model, nn.Module):
@@ -129,9 +127,16 @@ def restore(model: PipelineT) -> PipelineT: ...
 
 
 def restore(model: Any) -> Any:
-    """The model behind a cached one; a pipeline itself, with its original transformers again.
+    """Return the model behind a cached one, or a pipeline with its original transformers again.
 
-    What was held is freed.
+    The held tensors are freed.
+
+    Args:
+        model (`CachedModel | DiffusionPipeline`):
+            The cached model or the pipeline that `apply` returned.
+
+    Example:
+        >>> pipe = dit_cache_fx.restore(pipe)
     """
     if not isinstance(model, nn.Module):
         restore_pipeline(model)

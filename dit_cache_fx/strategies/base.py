@@ -68,9 +68,9 @@ class Strategy:
             The blocks that always run: for each block list, their indices. Name a list as the model
             does; "double_blocks" and "single_blocks" are the first and the second list.
         process_group (`ProcessGroup | DeviceMesh`, *optional*):
-            The processes that run the model together (by context, tensor or data parallelism) and
-            must decide alike. When None, they are found where the model's weights or the call's
-            tensors are DTensors, and from the parallel configuration of diffusers.
+            The processes that run the model together (by context, tensor or data parallelism),
+            which must decide alike. When None, they are found where the model's weights or the
+            tensors of a call are DTensors, and from the parallel configuration of diffusers.
 
     Raises:
         OptionError: An option cannot work, or none says which steps compute.
@@ -173,7 +173,12 @@ class Strategy:
         return self.process_group  # type: ignore[no-any-return]
 
     def totals(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Sums over all processes. The tensors are of one shape."""
+        """Sums over all processes.
+
+        Args:
+            tensors (`Tensor`):
+                Tensors of one shape.
+        """
         if self.ranks is None:
             return tensors
         sums = self.ranks.total(torch.stack([t.double() for t in tensors]))
@@ -183,6 +188,10 @@ class Strategy:
         """The mean of each tensor, over all of its parts where each process has one.
 
         A rule that takes its numbers from here decides on several devices as it does on one.
+
+        Args:
+            tensors (`Tensor`):
+                The tensors, or this process's parts of them.
         """
         if self.ranks is None:
             return tuple(t.mean() for t in tensors)
@@ -192,7 +201,12 @@ class Strategy:
         return tuple(m.to(t.dtype) for m, t in zip(totals / sizes, tensors, strict=True))
 
     def norms(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The norm of each tensor in float64, in the same way."""
+        """The norm of each tensor in float64, over all of its parts where each process has one.
+
+        Args:
+            tensors (`Tensor`):
+                The tensors, or this process's parts of them.
+        """
         wide = [t.double() for t in tensors]
         if self.ranks is None:
             return tuple(t.norm() for t in wide)
