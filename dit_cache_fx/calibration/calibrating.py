@@ -39,35 +39,39 @@ def calibrate(
 ) -> Calibration:
     """Find the best plan for each number of computed steps, for a model and the sampler in use.
 
-    Each run is recorded once with every step computed. On the recordings a dynamic programme and
-    small moves of the steps look for good schedules of each predictor; the best of these, evenly
-    placed steps and the presets are then judged in real generations, by the mean over the runs of
-    the PSNR in dB to what the same run gives with every step computed. A plan is never worse there
-    than the preset with as many steps.
+    Each run is recorded once with every step computed. On the recordings, dynamic programming and
+    small moves of the steps search for good schedules of each predictor. The best of these, evenly
+    placed steps and the presets are then judged in real generations: by the mean over the runs of
+    the PSNR in dB to the same run with every step computed. There, a plan is never worse than the
+    preset with as many steps.
 
-    It tells the number of generations and the time before it starts, on standard error. Ctrl-C
-    ends it early: the numbers of computed steps that were judged by then are returned. The cached
-    model is left as it was, also where a run raises; nothing else may call it meanwhile.
+    Before it starts, it prints the number of generations and the time on standard error. Ctrl-C
+    ends it early and returns the results so far. The cached model is left as it was, also if a run
+    raises; nothing else may call it meanwhile.
 
     Args:
         cached (`CachedModel`):
-            What `apply` returned, in the pipeline that the runs use. Its own strategy is among the
-            candidates.
-        runs (`Sequence[Callable]`):
+            The model that `apply` returned, in the pipeline that the runs use. Its own strategy is
+            among the candidates.
+        runs (`Sequence[Callable[[], Any]]`):
             Functions without arguments. Each generates once through `cached`, the same each time
-            (with a generator that is seeded inside of it), and returns what it generates: a tensor,
-            several, arrays, or PIL pictures. 4 to 20 samples are enough.
+            (with a generator that it seeds), and returns the result: a tensor, several, arrays, or
+            PIL images. 4 to 20 samples are enough.
         computed (`int | Sequence[int]`, defaults to `(7, 10, 15, 25)`):
-            Numbers of computed steps.
-        plain (`Callable`, *optional*):
-            Called with each of these numbers, with the model uncached: what the plain sampler gives
-            in so many steps, one result for each run. For the table and the plot.
+            The numbers of computed steps.
+        plain (`Callable[[int], Any]`, *optional*):
+            A function of each of these numbers, called with the model uncached: the results of the
+            plain sampler in so many steps, one for each run. For the table and the plot.
         progress (`bool`, defaults to `True`):
-            Say how far it is on standard error, with a bar where tqdm is installed.
+            Report the progress on standard error, with a bar if tqdm is installed.
 
     Raises:
-        OptionError: an argument that cannot work, or a run that does not call the cached model,
-            returns nothing, gives something else each time, or has timesteps of its own.
+        OptionError: An argument cannot work, or a run does not call the cached model, returns
+            nothing, differs from one time to the next, or has timesteps of its own.
+
+    Example:
+        >>> calibration = dit_cache_fx.calibrate(cached, runs, computed=(10, 15))
+        >>> cached = dit_cache_fx.apply(model, calibration.plan(10))
     """
     cached = _checked_model(cached)
     runs = _checked_runs(runs)

@@ -27,11 +27,23 @@ _FORMAT, _VERSION = "dit_cache_fx calibration", 1
 
 @dataclass(frozen=True)
 class Row:
-    """What was found for a number of computed steps; PSNR in dB, the mean over the runs.
+    """The result for one number of computed steps. A PSNR is in dB, the mean over the runs.
 
-    `plan`: the strategy. `placement`: where its steps come from. `lowest`: of a single sample.
-    `preset`: the PSNR of the preset that computes as many steps, where timesteps are known.
-    `plain`: that of the plain sampler in so many steps, where the user gave a function for it.
+    Attributes:
+        computed (`int`):
+            The number of computed steps.
+        plan (`Strategy`):
+            The plan.
+        placement (`str`):
+            The origin of its steps, in words.
+        psnr (`float`):
+            The PSNR to the run with every step computed.
+        lowest (`float`):
+            The lowest PSNR of a single sample.
+        preset (`float`):
+            The PSNR of the preset that computes as many steps, where timesteps are known.
+        plain (`float`, *optional*):
+            The PSNR of the plain sampler in so many steps, where `plain` was given.
     """
 
     computed: int
@@ -45,10 +57,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The plans that a calibration has found, by their number of computed steps.
+    """The plans that a calibration found, by their number of computed steps. Print it.
 
-    `model`: what they are for. `timesteps`: of the calibrated generations' calls, as the model was
-    given them. `runs`: how many the plans were judged on. Printed, it is a table.
+    Attributes:
+        model (`ModelSignature`):
+            The model that they are for.
+        timesteps (`tuple[float, ...]`):
+            The timesteps of the calibrated calls, as the model got them.
+        runs (`int`):
+            The number of runs that the plans were judged on.
+        rows (`tuple[Row, ...]`):
+            The results, one for each number of computed steps.
     """
 
     model: ModelSignature
@@ -64,25 +83,28 @@ class Calibration:
         timesteps: Timesteps | None = None,
         num_steps: NumSteps | None = None,
     ) -> Strategy:
-        """A plan for `apply(model, plan)` or `backend(strategy=plan)`.
+        """Return a plan for `apply(model, plan)` or `backend(strategy=plan)`.
 
         For another number of steps, or other timesteps, it is carried over by noise level, with one
         warning.
 
         Args:
             computed (`int`, *optional*):
-                The number of computed steps; one of those that were calibrated.
+                The number of computed steps, one of those that were calibrated.
             psnr (`float`, *optional*):
-                Instead of it, the PSNR in dB to reach on the calibrated runs, with as few computed
-                steps as possible.
-            timesteps (`Timesteps`, *optional*):
-                The option of this name of every strategy. Without it a generation that begins like
+                Instead of `computed`: the PSNR in dB to reach on the calibrated runs, with as few
+                computed steps as possible.
+            timesteps (`Iterable[float] | Callable[[], Iterable[float]]`, *optional*):
+                The option of this name of every strategy. When None, a generation that begins like
                 the calibrated ones is taken to have their timesteps.
-            num_steps (`NumSteps`, *optional*):
+            num_steps (`int | Callable[[], int]`, *optional*):
                 The option of this name of every strategy.
 
         Raises:
-            OptionError: no such plan, with what there is.
+            OptionError: There is no such plan. The text lists the plans.
+
+        Example:
+            >>> cached = dit_cache_fx.apply(model, calibration.plan(psnr=45.0))
         """
         row = self._row(computed, psnr)
         return replace(row.plan, timesteps=timesteps, num_steps=num_steps)
@@ -113,13 +135,17 @@ class Calibration:
         )
 
     def plot(self, path: str | PathLike[str] | None = None) -> Figure:
-        """PSNR over computed steps: of the plans, the presets, and the plain sampler if known.
+        """Draw the PSNR over the number of computed steps.
 
-        Raises `MissingPackageError` without matplotlib.
+        One curve for the plans, one for the presets, and one for the plain sampler, if it is known.
+        It needs matplotlib.
 
         Args:
-            path (`str | PathLike`, *optional*):
-                Where to write it (PNG, PDF, SVG by its ending).
+            path (`str | PathLike[str]`, *optional*):
+                The file to write; its ending (`.png`, `.pdf`, `.svg`) selects the format.
+
+        Raises:
+            MissingPackageError: Matplotlib is not installed.
         """
         steps = [row.computed for row in self.rows]
         plain = [row.plain for row in self.rows if row.plain is not None]
@@ -153,11 +179,11 @@ class Calibration:
     # --- as a file -----------------------------------------------------------------------------
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write it as JSON.
+        """Write the calibration as JSON.
 
         Args:
-            path (`str | PathLike`):
-                The file.
+            path (`str | PathLike[str]`):
+                The file to write.
         """
         data = {
             "format": _FORMAT,
@@ -171,14 +197,17 @@ class Calibration:
 
     @staticmethod
     def load(path: str | PathLike[str]) -> Calibration:
-        """What `save` has written.
+        """Read a calibration that `save` has written.
 
-        Its plans are for the model that was calibrated: `apply` and `backend` refuse others, and
-        name what differs. Raises `OptionError` where the file is no calibration.
+        Its plans are for the calibrated model: `apply` and `backend` refuse others, and name what
+        differs.
 
         Args:
-            path (`str | PathLike`):
-                The file.
+            path (`str | PathLike[str]`):
+                The file to read.
+
+        Raises:
+            OptionError: The file is no calibration.
         """
         try:
             data = json.loads(Path(path).read_text())

@@ -93,11 +93,16 @@ class Schedule:
         return None
 
     def otherwise(self) -> Schedule:
-        """The schedule for a generation that turns out to have unknown timesteps after all."""
+        """The schedule for a generation that turns out to have other timesteps than expected."""
         return self
 
     def remark(self, timesteps: Sequence[float]) -> str | None:
-        """What a user should know of it in a generation of these timesteps."""
+        """A remark for the user about a generation with these timesteps; None if there is none.
+
+        Args:
+            timesteps (`Sequence[float]`):
+                The timesteps, one for each call of the model.
+        """
         return None
 
 
