@@ -14,7 +14,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from os import PathLike
 from types import MappingProxyType
@@ -532,8 +532,24 @@ _BY_NUMBER = {int(getattr(SDPBackend, name)): name for name in _ATTENTION}
 
 def attention_backends() -> tuple[str, ...]:
     """Names of the `SDPBackend`s that attention may use, the preferred one first."""
+    if torch.cuda.is_initialized():
+        _let_torch_order_attention()
     ordered = [_BY_NUMBER[number] for number in torch._C._get_sdp_priority_order()]
     return tuple([name for name in ordered if _ATTENTION[name]()])
+
+
+@cache
+@not_a_compiled_frame
+def _let_torch_order_attention() -> None:
+    """Let torch choose its order of attention kernels for this GPU.
+
+    It does so at the process's first attention on one. Between two calls of a model that would look
+    like an order that the user has set.
+    """
+    query = torch.zeros(1, 1, 1, 8, dtype=torch.float16, device="cuda")
+    attend = torch.nn.functional.scaled_dot_product_attention
+    with without_dispatch_modes(), torch.no_grad(), suppress(RuntimeError):  # all are switched off
+        attend(query, query, query)
 
 
 def use_attention_backends(names: Sequence[str]) -> None:

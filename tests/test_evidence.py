@@ -19,6 +19,7 @@ from torch import Tensor
 
 import dit_cache_fx
 from dit_cache_fx import CachedModel, DitCacheWarning
+from dit_cache_fx.runtime.trajectory import Trajectory
 from tests.toys import ByHand, ToyDiT, make, toy_inputs
 
 STEPS = 8
@@ -384,3 +385,24 @@ def test_a_second_timestep_is_known_by_the_name_of_the_first() -> None:
         cached(x=sample(0, step), text=TEXT, **times)
     actions = [r.action for r in cached.cache_report().timeline]
     assert actions == ["computed", "reused", "reused"]
+
+
+def test_what_a_generation_before_has_left_is_not_compared_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A run that ends at the timestep of the run before: on a GPU, comparing waits."""
+    cached = cache(computed=(0, 2))
+    for step in range(STEPS):
+        call(cached, sample(0, step), time(step))
+    compared: list[bool] = []
+    judge = Trajectory.judge
+
+    def judging(self: Trajectory, *args: Any, wait: bool, **options: Any) -> Any:
+        compared.append(wait)
+        return judge(self, *args, wait=wait, **options)
+
+    monkeypatch.setattr(Trajectory, "judge", judging)
+    for step in range(1, STEPS):  # starts lower, ends at the same timestep
+        call(cached, sample(1, step), time(step))
+    assert compared
+    assert not any(compared[1:])

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_cache_fx
+from dit_cache_fx import _torch
 from dit_cache_fx._torch import (
     CompiledFrame,
     Emitter,
@@ -749,6 +750,17 @@ def test_attention_backends_are_read_and_set_in_their_order() -> None:
         assert attention_backends() == before
     assert set(attention_backends()) == set(before)
     use_attention_backends(before)
+
+
+def test_torch_orders_its_kernels_before_their_order_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At the first attention on some GPUs it puts another kernel first."""
+    ordered: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(_torch, "_let_torch_order_attention", lambda: ordered.append(True))
+    attention_backends()
+    assert ordered == [True]
 
 
 def test_every_attention_backend_has_a_name() -> None:

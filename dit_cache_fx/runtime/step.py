@@ -71,18 +71,23 @@ class Step:
     def given(self, names: Collection[str]) -> dict[str, torch.Tensor]:
         """For a variant that reads `names`: the clock, and what is held (else placeholders)."""
         held = self._held() or [spec.placeholder() for spec in self._specs.values()]
-        return {**self.clock(names), **dict(zip(self._specs, held, strict=True))}
+        return {**self._device_clock(names), **dict(zip(self._specs, held, strict=True))}
 
     def compiled_given(self, names: Collection[str]) -> dict[str, torch.Tensor]:
         """The same for a variant that was compiled: in the strides that it was compiled for.
 
         The clock is where the held tensors are: CUDA graphs take nothing from the CPU.
         """
-        given = self.held(names)
-        for name, value in self.clock(names).items():
-            # without a wait: the host's memory is read before this returns
-            given[name] = value.to(next(iter(self._specs.values())).device, non_blocking=True)
-        return given
+        return {**self.held(names), **self._device_clock(names)}
+
+    def _device_clock(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        """The clock where the held tensors are: a condition on the CPU would be waited for."""
+        clock = self.clock(names)
+        device = next((spec.device for spec in self._specs.values()), None)
+        if not clock or device is None or device.type == "cpu":
+            return clock
+        # without a wait: the host's memory is read before this returns
+        return {name: value.to(device, non_blocking=True) for name, value in clock.items()}
 
     def held(self, names: Collection[str]) -> dict[str, torch.Tensor]:
         """What is held, of `names`; zeros where nothing is."""

@@ -31,6 +31,13 @@ compilers: list[dict[str, Any] | None] = [None, {}]
 each_form = pytest.mark.parametrize("options", compilers, ids=["eager", "compile_steps"])
 
 
+class MovingDiT(ToyDiT):
+    """It takes a timestep from the CPU."""
+
+    def condition(self, timestep: Tensor, text: Tensor) -> Tensor:
+        return super().condition(timestep.to(text.device), text)
+
+
 def steps(cached: Any, device: str, on_cpu: bool, told: bool) -> list[Callable[[], Tensor]]:
     """The calls of a generation, conditioning of the same tensor."""
     text = on(device, toy_inputs(0.0)["text"])
@@ -60,7 +67,7 @@ def generations(cached: Any, device: str, on_cpu: bool, told: bool) -> list[Coun
 
 
 def cached_on(device: str, strategy: str, options: dict[str, Any] | None) -> Any:
-    cached = dit_cache_fx.apply(make(ToyDiT).to(device), strategy, no_cache_steps=COMPUTED)
+    cached = dit_cache_fx.apply(make(MovingDiT).to(device), strategy, no_cache_steps=COMPUTED)
     if options is not None:
         cached.compile_steps(**options)
     return cached
