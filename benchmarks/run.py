@@ -199,7 +199,7 @@ class Process:
     """A worker in a process of its own."""
 
     def __init__(self, job: Job, folder: Path, timeout: float) -> None:
-        context = _processes()
+        context = _processes(job.device)
         self.timeout = timeout
         self.log = folder / f"{job.device}-{job.model}-{job.system}.log"
         self.connection, theirs = context.Pipe()
@@ -231,9 +231,13 @@ class Process:
         self.connection.close()
 
 
-def _processes() -> BaseContext:
-    """Workers are forked from a process that has imported everything and run nothing."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+def _processes(device: str) -> BaseContext:
+    """Workers are forked from a process that has imported everything and run nothing.
+
+    For a GPU each is started anew: libraries ask for one when they are imported, and no process
+    that was forked after that can use it.
+    """
+    if device != "cpu" or "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.preload"])

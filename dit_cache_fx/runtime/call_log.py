@@ -13,6 +13,7 @@ from dit_cache_fx.errors import warn
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.generation import TimestepValue, as_number, timestep_value
+from dit_cache_fx.runtime.hooked import NO_HOOKS, Hooked
 from dit_cache_fx.runtime.matching import CallEvidence
 from dit_cache_fx.runtime.placement import Placement, place
 from dit_cache_fx.runtime.session import MAX_BRANCHES, Session
@@ -147,6 +148,7 @@ class CallLog:
         value: TimestepValue,
         tensors: Sequence[torch.Tensor],
         derived: bool = False,
+        hooked: Hooked = NO_HOOKS,
     ) -> CallEvidence:
         """What tells where a call belongs. `key`: of its signature; `tensors`: the call's own.
 
@@ -163,6 +165,7 @@ class CallLog:
             conditioning=TensorIdentity([tensors[i] for i in places], _signed(lowered)),
             sample=None if sample is None else _probe(lowered, sample),
             derived=derived,
+            hooked=hooked,
         )
 
     def begin(

@@ -136,8 +136,9 @@ class Engine:
         position = entry.program.timestep_position
         assert position is not None
         read = self.call_log.read(tensors[position]) if explicit is None else float(explicit)
-        hooked = (key, entry.hooks.now())
-        return self.call_log.evidence(session, entry, hooked, read, tensors)
+        hooked = entry.hooks.now()
+        found = (key, session.passes.of(read, hooked))
+        return self.call_log.evidence(session, entry, found, read, tensors, hooked=hooked)
 
     def done(self, start: CallStart, found: Found[First]) -> None:
         """Note a call that has succeeded."""

@@ -7,16 +7,28 @@ what tells a branch.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
-#: of each layer with hooks: its place, how often its forward is wrapped, hooks before and behind it
-Hooked = tuple[tuple[int, int, int, int], ...]
-
+from dit_cache_fx.runtime.generation import TimestepValue, distance
 
 _BEFORE, _BEHIND = "_forward_pre_hooks", "_forward_hooks"
+
+
+class Hooked(NamedTuple):
+    """Layers by their places. `wrapped`: how often their forward is wrapped, where it is.
+
+    `hooks`: how many hooks run before and behind them, where any do.
+    """
+
+    wrapped: tuple[tuple[int, int], ...] = ()
+    hooks: tuple[tuple[int, int, int], ...] = ()
+
+
+NO_HOOKS = Hooked()
 
 
 class Hooks:
@@ -27,14 +39,39 @@ class Hooks:
         self._hooks = [own[name] for own in self._layers for name in (_BEFORE, _BEHIND)]
 
     def now(self) -> Hooked:
-        """Those that there are; the same for each call of a branch."""
-        hooks = any(self._hooks)
-        some = [
-            (place, _wrapped(own.get("forward")), len(own[_BEFORE]), len(own[_BEHIND]))
-            for place, own in enumerate(self._layers)
-            if "forward" in own or (hooks and (own[_BEFORE] or own[_BEHIND]))
-        ]
-        return tuple(layer for layer in some if any(layer[1:]))
+        """Those that there are."""
+        replaced = [(i, own["forward"]) for i, own in enumerate(self._layers) if "forward" in own]
+        wrapped = tuple([(i, depth) for i, forward in replaced if (depth := _wrapped(forward))])
+        return Hooked(wrapped, self._registered() if any(self._hooks) else ())
+
+    def _registered(self) -> tuple[tuple[int, int, int], ...]:
+        counts = [(i, len(own[_BEFORE]), len(own[_BEHIND])) for i, own in enumerate(self._layers)]
+        return tuple([count for count in counts if any(count[1:])])
+
+
+class Passes:
+    """Tells the calls of one step apart by the hooks that they find.
+
+    A wrapped forward always counts. Registered hooks count beside those of the step's first call:
+    what is registered in the middle of a generation, and stays, only looks on or belongs to all.
+    """
+
+    def __init__(self) -> None:
+        self._value: TimestepValue | None = None
+        self._first = NO_HOOKS
+
+    def of(self, value: TimestepValue, hooked: Hooked) -> Hashable:
+        """What a call at this timestep finds; the same for each call of a branch."""
+        other = self._stands_at(value) and hooked.hooks != self._first.hooks
+        return hooked.wrapped, hooked.hooks if other else None
+
+    def note(self, value: TimestepValue, hooked: Hooked) -> None:
+        """A call at this timestep has succeeded."""
+        if not self._stands_at(value):
+            self._value, self._first = value, hooked
+
+    def _stands_at(self, value: TimestepValue) -> bool:
+        return self._value is not None and distance(self._value, value) == 0
 
 
 def _wrapped(forward: Any) -> int:

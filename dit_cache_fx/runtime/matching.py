@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.generation import Jump, TimestepValue, way_of
+from dit_cache_fx.runtime.hooked import NO_HOOKS, Hooked
 from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.runtime.trajectory import Judgement, SampleProbe, Verdict
 from dit_cache_fx.values.identity import TensorIdentity
@@ -24,7 +25,7 @@ class CallEvidence(NamedTuple):
 
     `key`: its signature. `serial`: the graph that answers it. `context`: the cache contexts that it
     is in. `explicit`: `value` is a step index that the user has set. `derived`: it is of a piece of
-    a model, so its conditioning may be made from the timestep.
+    a model, so its conditioning may be made from the timestep. `hooked`: the hooks that it finds.
     """
 
     key: Hashable
@@ -35,6 +36,7 @@ class CallEvidence(NamedTuple):
     conditioning: TensorIdentity
     sample: SampleProbe | None = None
     derived: bool = False
+    hooked: Hooked = NO_HOOKS
 
 
 class Match(NamedTuple):

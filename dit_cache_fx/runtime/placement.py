@@ -60,6 +60,7 @@ class Placement:
         if self.new:
             _forget_others(session, call, generation)
         session.calls += 1
+        session.passes.note(call.value, call.hooked)
         session.newest = branch.generation = generation
         generation.course = self.course
         generation.enter(self.position, branch.identity)

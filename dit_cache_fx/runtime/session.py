@@ -10,6 +10,7 @@ from typing import Any
 from dit_cache_fx.errors import OptionError
 from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.generation import Generation
+from dit_cache_fx.runtime.hooked import Passes
 from dit_cache_fx.runtime.scope import Scope
 from dit_cache_fx.runtime.step_count import StepCount
 from dit_cache_fx.strategies.timesteps import Timesteps, given_timesteps
@@ -40,6 +41,7 @@ class Session:
         self.lock = threading.RLock()
         #: the step index that the user has set, instead of the timestep's value
         self.explicit: int | None = None
+        self.passes = Passes()
         self.branches: list[Branch] = []
         self.newest: Generation | None = None
         self.records: deque[Any] = deque(maxlen=MAX_RECORDS)

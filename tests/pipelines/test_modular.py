@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 import dit_cache_fx
 from dit_cache_fx import CachedModel
-from dit_cache_fx.runtime.hooked import Hooks
+from dit_cache_fx.runtime.hooked import Hooked, Hooks
 from tests.pipelines.blocks import blocks_of, replaced_forwards
 from tests.pipelines.families import flux, wan
 from tests.pipelines.families.wan22 import build as build_wan22
 from tests.reference import copied
-from tests.toys import ToyDiT, make
+from tests.toys import TOY, ByHand, ToyDiT, actions, generation, make
 
 modular = pytest.importorskip("diffusers.modular_pipelines")
 from diffusers.modular_pipelines.flux.modular_blocks_flux import FluxCoreDenoiseStep  # noqa: E402
@@ -188,16 +188,16 @@ def looks_on(*seen: Any) -> None:
 def test_hooks_are_told() -> None:
     model = make(ToyDiT)
     hooks = Hooks(model)
-    assert hooks.now() == ()
+    assert hooks.now() == Hooked()
     inner = model.blocks[1].mix
     handles = [inner.register_forward_hook(looks_on)]
     behind = hooks.now()
     handles.append(inner.register_forward_pre_hook(looks_on))
     both = hooks.now()
-    assert len({(), behind, both}) == 3
+    assert len({Hooked(), behind, both}) == 3
     for handle in handles:
         handle.remove()
-    assert hooks.now() == ()
+    assert hooks.now() == Hooked()
 
 
 def test_a_wrapped_forward_is_told_and_one_that_was_put_back_is_none() -> None:
@@ -205,7 +205,37 @@ def test_a_wrapped_forward_is_told_and_one_that_was_put_back_is_none() -> None:
     hooks, block = Hooks(model), model.blocks[1]
     own = block.forward
     with replaced_forwards([block], lambda forward: lambda *args: forward(*args)):
-        once = hooks.now()
-        assert once
+        assert hooks.now().wrapped
     block.forward = own  # as hooks do that were there
-    assert hooks.now() == ()
+    assert hooks.now() == Hooked()
+
+
+def perturbs(*args: Any) -> Tensor:
+    """A hook that changes what a layer gives."""
+    return 2 * args[-1]
+
+
+@torch.no_grad()
+def test_a_pass_with_a_hook_of_its_own_has_a_state_of_its_own() -> None:
+    """The same call twice a step, the second time with a hook on a block."""
+    model = make(ToyDiT)
+    cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps={0, 2})
+    plain, hooked = ByHand(model, ["blocks"]), ByHand(model, ["blocks"])
+    hooked.model.blocks[1].register_forward_hook(perturbs)
+    for computes, inputs in generation(TOY, {0, 2}, steps=4):
+        assert torch.equal(cached(**inputs), plain(computes, **inputs))
+        handle = model.blocks[1].register_forward_hook(perturbs)
+        assert torch.equal(cached(**inputs), hooked(computes, **inputs))
+        handle.remove()
+    assert cached.cache_report().calls_reused == 4
+
+
+@torch.no_grad()
+def test_a_hook_that_is_registered_in_the_middle_and_stays_changes_nothing() -> None:
+    model = make(ToyDiT)
+    cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps={0, 2})
+    for step, (_, inputs) in enumerate(generation(TOY, {0, 2}, steps=4)):
+        if step == 1:
+            model.blocks[1].register_forward_hook(looks_on)
+        cached(**inputs)
+    assert actions(cached) == "CrCr"

@@ -493,11 +493,50 @@ COMPILING = (
     ),
 )
 
+SEVERAL = (
+    Scenario(
+        "Requests at different steps in one batch",
+        "vllm-project/vllm-omni#3775",
+        "step execution and continuous batching run without a cache only",
+        "each row gets what it gets alone",
+        "batch/test_backend.py::test_rows_get_what_they_get_alone",
+    ),
+    Scenario(
+        "Ranks that decide by their own part of the data",
+        "vllm-project/vllm-omni#6180",
+        "one rank computes, the other reuses: a deadlock in the next collective",
+        "where one computes, all do",
+        "distributed/test_apart.py::test_where_one_computes_all_do",
+    ),
+    Scenario(
+        "A sequence split over devices (context parallelism)",
+        "vipshop/cache-dit#457",
+        "errors, or each rank with a cache of its own",
+        "equal to one process; each rank holds its part",
+        "distributed/test_diffusers.py::test_context_parallelism",
+    ),
+    Scenario(
+        "A guidance pass that perturbs the model by hooks, with the arguments of another pass",
+        OWN,
+        "both passes share one state",
+        "a branch of its own",
+        "pipelines/test_modular.py::test_each_pass_of_a_guider_has_a_state_of_its_own",
+    ),
+    Scenario(
+        "Wan2.2: two experts, the second from the middle of the run on",
+        OWN,
+        "each counts its own steps, and a preset is laid out for the wrong number",
+        "one plan for the run",
+        "pipelines/test_experts.py::test_the_plan_is_the_runs",
+    ),
+)
+
 SECTIONS = {
     "Who calls, and when": CALLERS,
     "Branches, windows, tiles": BRANCHES,
     "Samplers, sizes, runs of several stages": SAMPLERS,
     "Models and what surrounds their blocks": MODELS,
     "Compiling": COMPILING,
+    "Batches, devices, several models": SEVERAL,
 }
 SCENARIOS = tuple(scenario for section in SECTIONS.values() for scenario in section)
