@@ -97,7 +97,7 @@ def test_a_failure_is_a_row_and_not_tried_again(tmp_path: Path) -> None:
 def test_a_crash_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The worker is forked here, so that it need not import everything anew."""
     fork = multiprocessing.get_context("fork")
-    monkeypatch.setattr("benchmarks.run._processes", lambda: fork)
+    monkeypatch.setattr("benchmarks.run._processes", lambda _: fork)
     monkeypatch.setattr("benchmarks.run.serve", lambda *_: os._exit(3))
     row = measure(_one_worker(tmp_path))["models"]["dit"]["rows"]["eager"]
     assert row["failed"] == "failed: crashed (exit code 3)"

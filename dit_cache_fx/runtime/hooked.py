@@ -18,6 +18,10 @@ from dit_cache_fx.runtime.generation import TimestepValue, distance
 _BEFORE, _BEHIND = "_forward_pre_hooks", "_forward_hooks"
 
 
+#: of how many sets of hooks it is known which pass they belong to
+MAX_KNOWN = 64
+
+
 class Hooked(NamedTuple):
     """Layers by their places. `wrapped`: how often their forward is wrapped, where it is.
 
@@ -50,25 +54,37 @@ class Hooks:
 
 
 class Passes:
-    """Tells the calls of one step apart by the hooks that they find.
+    """Tells the passes of a step apart by the hooks that they find.
 
-    A wrapped forward always counts. Registered hooks count beside those of the step's first call:
-    what is registered in the middle of a generation, and stays, only looks on or belongs to all.
+    A wrapped forward always counts. Registered hooks that no call has found before are another pass
+    where the timestep stands still. Where it moves on, the step's first pass has them from now on:
+    what is registered in the middle of a generation only looks on, or is there for all passes.
     """
 
     def __init__(self) -> None:
         self._value: TimestepValue | None = None
-        self._first = NO_HOOKS
+        self._first = 0  # the pass that the newest step began with
+        self._newest = 0  # the highest number of a pass
+        self._known: dict[Hashable, int] = {}  # registered hooks -> a pass
 
     def of(self, value: TimestepValue, hooked: Hooked) -> Hashable:
-        """What a call at this timestep finds; the same for each call of a branch."""
-        other = self._stands_at(value) and hooked.hooks != self._first.hooks
-        return hooked.wrapped, hooked.hooks if other else None
+        """The pass of a call at this timestep; nothing is noted."""
+        return hooked.wrapped, self._number(value, hooked)
 
     def note(self, value: TimestepValue, hooked: Hooked) -> None:
         """A call at this timestep has succeeded."""
+        number = self._known[hooked.hooks] = self._number(value, hooked)
+        self._newest = max(self._newest, number)
+        if len(self._known) > MAX_KNOWN:
+            del self._known[next(iter(self._known))]
         if not self._stands_at(value):
-            self._value, self._first = value, hooked
+            self._value, self._first = value, number
+
+    def _number(self, value: TimestepValue, hooked: Hooked) -> int:
+        known = self._known.get(hooked.hooks)
+        if known is not None:
+            return known
+        return self._newest + 1 if self._stands_at(value) else self._first
 
     def _stands_at(self, value: TimestepValue) -> bool:
         return self._value is not None and distance(self._value, value) == 0
