@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dit_cache_fx
 from dit_cache_fx.capture.autograd_functions import forward_only
-from tests.toys import TOY, ByHand, ToyDiT, actions, follows, generation, make
+from tests.toys import TOY, ByHand, ToyDiT, actions, default_dtype, follows, generation, make
 
 STEPS = {0, 2, 3}
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -36,16 +36,6 @@ def _no_grad() -> Iterator[None]:
 class Watching(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @contextmanager

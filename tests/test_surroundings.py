@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 import dit_cache_fx
 from dit_cache_fx.errors import CaptureError
-from tests.toys import DIM, Block, ToyDiT, make, new, runs_of, toy_inputs
+from tests.toys import DIM, Block, ToyDiT, default_dtype, make, new, runs_of, toy_inputs
 
 STEPS = (900.0, 300.0)
 Call = Callable[..., Any]
@@ -275,16 +275,6 @@ def deterministic() -> Iterator[None]:
 class Watching(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize(

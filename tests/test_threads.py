@@ -300,19 +300,14 @@ def test_a_graph_of_the_backend_is_compiled_once() -> None:
 
 
 def test_what_the_backend_does_not_cache_is_compiled_once() -> None:
-    model, compiles = make(ToyDiT), list[Any]()
-
-    def inner(gm: fx.GraphModule, _: Any) -> Any:
-        compiles.append(gm)
-        return gm.forward
-
-    cache = dit_cache_fx.backend("deepcache", no_cache_steps=STEPS, inner=inner)
+    model, counting = make(ToyDiT), Counting()
+    cache = dit_cache_fx.backend("deepcache", no_cache_steps=STEPS, inner=counting)
     compiled = torch.compile(model, backend=cache)
     compiled(**inputs(0))
-    before = len(compiles)
+    before = counting.count
     cache.disable()
     results = together([lambda: compiled(**inputs(0))] * THREADS)
-    assert len(compiles) == before + 1
+    assert counting.count == before + 1
     assert all(torch.equal(result, model(**inputs(0))) for result in results)
 
 
@@ -324,22 +319,17 @@ class NumberedDiT(ToyDiT):
 
 
 def test_what_it_does_not_cache_is_compiled_once_for_each_number() -> None:
-    model, compiles = make(NumberedDiT), list[Any]()
-
-    def inner(gm: fx.GraphModule, _: Any) -> Any:
-        compiles.append(gm)
-        return gm.forward
-
-    cache = dit_cache_fx.backend("deepcache", no_cache_steps=STEPS, inner=inner)
+    model, counting = make(NumberedDiT), Counting()
+    cache = dit_cache_fx.backend("deepcache", no_cache_steps=STEPS, inner=counting)
     compiled = torch.compile(model, backend=cache)
     calls = [{**inputs(0), "timestep": time} for time in (60.0, 50.0, 40.0)]
     for given in calls:
         compiled(**given)
-    before = len(compiles)
+    before = counting.count
     cache.disable()
     for times, given in enumerate(calls[1:], 1):
         results = together([partial(compiled, **given)] * THREADS)
-        assert len(compiles) == before + times
+        assert counting.count == before + times
         assert all(torch.equal(result, model(**given)) for result in results)
 
 

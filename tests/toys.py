@@ -634,6 +634,17 @@ def generation(
 
 
 @contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within it tensors are made of this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
 def runs_of(modules: Sequence[nn.Module] | nn.ModuleList) -> Iterator[list[int]]:
     """A list of how often each of the modules ran within the context."""
     counts = [0] * len(modules)

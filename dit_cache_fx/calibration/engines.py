@@ -112,18 +112,15 @@ class _Relowered(Graphs):
         super().__init__(own.subject, own.timestep_argument, own.count)
         self._origin = origin
 
-    def find(
+    def _captured(
         self,
         call: FlatCall,
         key: GraphKey,
         check: Callable[[Entry], _T],
-        rows: RowsOf | None = None,
+        rows: RowsOf | None,
     ) -> Found[_T]:
-        found: Found[_T] | None = self._accepting(call, key)
-        if found is not None:
-            return found
         if rows is not None:  # the graph of a batch depends on what is held for each row
-            return super().find(call, key, check, rows)
+            return super()._captured(call, key, check, rows)
         known = self._origin.graphs.find(call, key, partial(self._origin._first, call))
         self.timestep_argument = self._origin.graphs.timestep_argument
         entry = known.entry.lowered_for(self.subject.strategy, self.count)

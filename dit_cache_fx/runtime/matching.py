@@ -53,7 +53,7 @@ def find_branch(session: Session, call: CallEvidence) -> Match | None:
     alike = _of_conditioning(session.of(call.key, call.context), call)
     ahead = [(b, varying) for b, varying in alike if _moves_on(b, call)]
     if any(b.held for b, _ in ahead):  # what a generation before left empty here is not meant
-        ahead = [(b, varying) for b, varying in ahead if b.held or not _stands_at(b, call)]
+        ahead = [p for p in ahead if p[0].held or not p[0].trajectory.stands_at(call.value)]
     several = len(ahead) > 1
     matches = [m for b, varying in ahead if (m := _match(b, varying, call, several, session))]
     found = matches[0] if len(matches) == 1 else _nearest(session, call, matches)
@@ -79,10 +79,6 @@ def _of_conditioning(
     others = [(b, places) for b, places in values if places]
     least = min((len(places) for _, places in others), default=0)
     return equal + [(b, places) for b, places in others if len(places) == least]
-
-
-def _stands_at(branch: Branch, call: CallEvidence) -> bool:
-    return branch.trajectory.stands_at(call.value)
 
 
 def _moves_on(branch: Branch, call: CallEvidence) -> bool:

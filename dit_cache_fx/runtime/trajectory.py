@@ -47,10 +47,7 @@ class SampleProbe:
         sample = own_part(sample.detach() if sample.requires_grad else sample)
         real = torch.view_as_real(sample) if sample.is_complex() else sample
         stride = max(1, real.numel() // PROBED) | 1  # odd: not one column of a picture
-        flat = real.reshape(-1)
-        some = flat if stride == 1 else flat[::stride]
-        is_float = some.dtype == torch.float32
-        self.values = some.clone() if is_float else some.to(torch.float32, copy=True)
+        self.values = real.reshape(-1)[::stride].to(torch.float32, copy=True)
 
     @staticmethod
     def of(values: torch.Tensor) -> SampleProbe:

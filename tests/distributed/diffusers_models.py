@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import (
-    FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     WanTransformer3DModel,
 )
 from torch import nn
 
+from examples.several_devices import tiny_flux
 from tests.distributed.models import STEPS, Call
 
 
@@ -34,20 +34,6 @@ class Family(NamedTuple):
             return {"hidden_states": sample, "timestep": time, **constant}
 
         return arguments
-
-
-def flux() -> nn.Module:
-    return FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        axes_dims_rope=[4, 4, 8],
-    )
 
 
 def flux_more() -> dict[str, Any]:
@@ -87,7 +73,7 @@ def qwen() -> nn.Module:
 
 
 FAMILIES = {
-    "flux": Family(flux, (1, 16, 4), flux_more),
+    "flux": Family(tiny_flux, (1, 16, 4), flux_more),
     "wan": Family(
         wan, (1, 4, 2, 8, 8), lambda: {"encoder_hidden_states": torch.randn(1, 8, 16)}, 1000.0
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,9 +17,12 @@ from torch._dynamo.utils import counters
 
 import dit_cache_fx
 from dit_cache_fx import DitCacheWarning
+from tests.compile.compiling import new_compiler
 from tests.support.case import SupportCase
 from tests.support.checks import CLOSE, COMPUTED, Seen, error_of
 from tests.support.classes import SUPPORT
+
+__all__ = ["new_compiler"]
 
 #: views among the inputs, values read out of constants, a piece that changes what it is given
 SOME = (
@@ -63,15 +66,6 @@ def chosen(cases: tuple[SupportCase, ...]) -> list[Any]:
         pytest.param(c, id=c.name, marks=() if c.name in SOME else pytest.mark.exhaustive)
         for c in cases
     ]
-
-
-@pytest.fixture(autouse=True)
-def new_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
 
 
 def run(seen: Seen, model: Callable[..., Any]) -> tuple[list[torch.Tensor], int]:
