@@ -81,6 +81,14 @@ def test_the_page_has_a_line_for_each_layer_in_this_order() -> None:
     assert tuple(re.findall(r"^\| `(\w+)` \|", table, re.M)) == LAYERS
 
 
+def test_a_folder_of_tests_is_a_room_or_stands_in_the_page() -> None:
+    page = (PACKAGE.parent / "docs" / "layout.md").read_text()
+    across = set(re.findall(r"^\| `tests/(\w+)` \|", page, re.M))
+    folders = {path.parent.name for path in Path(__file__).parent.glob("*/__init__.py")}
+    assert folders - across <= set(LAYERS)
+    assert across <= folders
+
+
 def test_no_import_runs_up() -> None:
     assert arrows_up() == []
 

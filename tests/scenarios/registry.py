@@ -60,14 +60,14 @@ CALLERS = (
         "vllm-project/vllm-omni#3775",
         "step execution and continuous batching run without a cache only",
         "with a session each, every request gets what it gets alone",
-        "test_sessions.py::test_requests_in_turn_get_what_they_get_alone",
+        "runtime/test_sessions.py::test_requests_in_turn_get_what_they_get_alone",
     ),
     Scenario(
         "Requests with one prompt take turns, without sessions",
         OWN,
         "each gets the other's picture",
         "told apart by their samples",
-        "test_evidence.py::test_requests_with_one_prompt_in_turn_are_told_apart_by_their_samples",
+        "runtime/test_evidence.py::test_requests_with_one_prompt_in_turn_are_told_apart_by_their_samples",
     ),
     Scenario(
         "A server warms up with one step and never says how many steps follow",
@@ -81,28 +81,28 @@ CALLERS = (
         "vipshop/cache-dit#540",
         "the number has to be given beforehand, and counters are wrong where it differs",
         "one `apply` serves runs of any length",
-        "test_schedule.py::test_one_apply_serves_runs_of_any_length",
+        "strategies/test_schedule.py::test_one_apply_serves_runs_of_any_length",
     ),
     Scenario(
         "The number of steps is only known when the pipeline runs",
         "sgl-project/sglang#17140",
         "the first request's number stays in force",
         "a function is asked once a generation",
-        "test_schedule.py::test_the_number_of_steps_from_a_function_once_a_generation",
+        "strategies/test_schedule.py::test_the_number_of_steps_from_a_function_once_a_generation",
     ),
     Scenario(
         "The same graph is queued again with another seed or prompt",
         "Icyoung/ComfyUI-MiniMaxH3-TeaCache#1",
         "the step counter is spent: the second run is not cached, and nothing says so",
         "the second run computes as many blocks as the first",
-        "test_counts.py::test_a_second_generation_runs_as_many_blocks_as_the_first",
+        "runtime/test_counts.py::test_a_second_generation_runs_as_many_blocks_as_the_first",
     ),
     Scenario(
         "Another prompt or picture after the first run",
         "kijai/ComfyUI-KJNodes#344",
         "noise, in which the first run's picture is seen",
         "bit by bit what a fresh cache gives",
-        "test_edges.py::test_two_generations_with_two_prompts[FluxTransformer2DModel]",
+        "capture/test_edges.py::test_two_generations_with_two_prompts[FluxTransformer2DModel]",
     ),
     Scenario(
         "An editing model looks at its source picture once before the steps",
@@ -116,7 +116,7 @@ CALLERS = (
         "vllm-project/vllm-omni#2240",
         "the first request behind the warm-up fails: another length",
         "each has a graph and a state",
-        "test_edges.py::test_image_to_video_and_text_to_video_generations_alternate",
+        "capture/test_edges.py::test_image_to_video_and_text_to_video_generations_alternate",
     ),
     Scenario(
         "A run is cancelled, then the next one starts",
@@ -130,21 +130,21 @@ CALLERS = (
         OWN,
         "goes on from the other run's state",
         "its sample does not go on from the one before: it starts by computing",
-        "test_evidence.py::test_a_run_broken_off_then_one_that_starts_lower",
+        "runtime/test_evidence.py::test_a_run_broken_off_then_one_that_starts_lower",
     ),
     Scenario(
         "An exception in the middle of a step",
         OWN,
         "counters are ahead of the sampler",
         "the failed call leaves no trace, and may be made again",
-        "test_edges.py::test_a_failed_call_can_be_made_again",
+        "capture/test_edges.py::test_a_failed_call_can_be_made_again",
     ),
     Scenario(
         "Steps with gradients on in the middle of a run",
         OWN,
         "they are not counted, and older state is used behind them",
         "they count; where a computed step was missed, the next call computes",
-        "test_evidence.py::test_steps_that_ran_uncached_count",
+        "runtime/test_evidence.py::test_steps_that_ran_uncached_count",
     ),
     Scenario(
         "Switched off and on within a run",
@@ -165,7 +165,7 @@ CALLERS = (
         "huggingface/diffusers#12012",
         "`ValueError: No context is set`",
         "branches are told by their conditioning",
-        "test_branches.py::test_interleaved_branches_have_states_of_their_own"
+        "runtime/test_branches.py::test_interleaved_branches_have_states_of_their_own"
         "[WanTransformer3DModel]",
     ),
     Scenario(
@@ -173,14 +173,14 @@ CALLERS = (
         "QwenLM/Qwen-Image#236",
         "steps of both are counted together",
         "each thread gets what it gets alone",
-        "test_threads.py::test_each_thread_gets_what_it_gets_alone",
+        "runtime/test_threads.py::test_each_thread_gets_what_it_gets_alone",
     ),
     Scenario(
         "Another thread compiles while one is served",
         OWN,
         "a flag of the whole process sends the call to another state",
         "the thread is served as ever",
-        "test_threads.py::test_a_thread_is_served_while_another_one_compiles",
+        "runtime/test_threads.py::test_a_thread_is_served_while_another_one_compiles",
     ),
 )
 
@@ -190,7 +190,7 @@ BRANCHES = (
         "sgl-project/sglang#35054",
         "reset twice in the first step, so that the schedule is shifted",
         "both share the step; they may change places",
-        "test_branches.py::test_branches_change_places_between_steps_and_keep_their_state",
+        "runtime/test_branches.py::test_branches_change_places_between_steps_and_keep_their_state",
     ),
     Scenario(
         "Both branches in one call or in two, as memory allows",
@@ -204,14 +204,14 @@ BRANCHES = (
         "kijai/ComfyUI-KJNodes#262",
         "the reset does not trigger, and the run uses the last one's state",
         "guidance may start, skip steps and stop",
-        "test_branches.py::test_guidance_that_starts_late_skips_steps_or_stops",
+        "runtime/test_branches.py::test_guidance_that_starts_late_skips_steps_or_stops",
     ),
     Scenario(
         "Guidance ends within the run, embeddings made anew in each call",
         OWN,
         "the branch that goes on is answered from the one that ended",
         "the branch is told by its values",
-        "test_evidence.py::test_guidance_that_ends_with_conditioning_made_anew_in_each_call",
+        "runtime/test_evidence.py::test_guidance_that_ends_with_conditioning_made_anew_in_each_call",
     ),
     Scenario(
         "A callback of the pipeline switches guidance off",
@@ -246,14 +246,14 @@ BRANCHES = (
         "kijai/ComfyUI-WanVideoWrapper#134",
         "the cache takes windows for steps and skips everything",
         "windows are known again by their samples",
-        "test_evidence.py::test_windows_of_one_picture_are_known_again_by_their_samples",
+        "runtime/test_evidence.py::test_windows_of_one_picture_are_known_again_by_their_samples",
     ),
     Scenario(
         "Tiles that nothing tells apart",
         OWN,
         "each is answered from another one",
         "computed, and one warning says why",
-        "test_evidence.py::test_windows_that_nothing_tells_apart_compute_with_one_warning",
+        "runtime/test_evidence.py::test_windows_that_nothing_tells_apart_compute_with_one_warning",
     ),
 )
 
@@ -285,7 +285,7 @@ SAMPLERS = (
         "welltop-cn/ComfyUI-TeaCache#8",
         "`The size of tensor a must match the size of tensor b` until a restart",
         "a state for each size",
-        "test_edges.py::test_a_generation_at_another_resolution_and_back",
+        "capture/test_edges.py::test_a_generation_at_another_resolution_and_back",
     ),
     Scenario(
         "A batch of several pictures that changes within the run",
@@ -299,14 +299,14 @@ SAMPLERS = (
         OWN,
         "the next chunk goes on from the last one's state",
         "any element that moves back begins a generation",
-        "test_evidence.py::test_any_element_of_a_timestep_that_moves_back_is_another_generation",
+        "runtime/test_evidence.py::test_any_element_of_a_timestep_that_moves_back_is_another_generation",
     ),
     Scenario(
         "Timesteps in bfloat16: neighbours are one number",
         "modelscope/DiffSynth-Studio#562",
         "988.49 and 987.17 are both 988",
         "a timestep again from the same branch is the next step",
-        "test_evidence.py::test_timesteps_that_round_to_one_value_are_steps",
+        "runtime/test_evidence.py::test_timesteps_that_round_to_one_value_are_steps",
     ),
     Scenario(
         "A scheduler cuts its timesteps to whole numbers",
@@ -320,7 +320,7 @@ SAMPLERS = (
         OWN,
         "the second evaluation is taken for the other branch",
         "it is the next step",
-        "test_evidence.py::test_a_sampler_that_evaluates_timesteps_twice",
+        "runtime/test_evidence.py::test_a_sampler_that_evaluates_timesteps_twice",
     ),
     Scenario(
         "Distilled models of four steps",
@@ -342,7 +342,7 @@ SAMPLERS = (
         "huggingface/diffusers#13806",
         "off by one: predicted where it should be computed",
         "computed steps are those listed",
-        "test_counts.py::test_each_cached_block_runs_once_for_each_computed_step",
+        "runtime/test_counts.py::test_each_cached_block_runs_once_for_each_computed_step",
     ),
 )
 
@@ -359,14 +359,14 @@ MODELS = (
         "vllm-project/vllm-omni#5079",
         "residuals with stale hints: the video deviates from its source",
         "other values are other conditioning; in a context they compute first",
-        "test_edges.py::test_residuals_between_blocks_that_change_every_step",
+        "capture/test_edges.py::test_residuals_between_blocks_that_change_every_step",
     ),
     Scenario(
         "LoRA strength given with each call",
         OWN,
         "lost behind the first call",
         "the strength is that of the call",
-        "test_surroundings.py::test_the_strength_of_lora_is_that_of_the_call",
+        "capture/test_surroundings.py::test_the_strength_of_lora_is_that_of_the_call",
     ),
     Scenario(
         "LoRA loaded, switched and removed between runs",
@@ -387,21 +387,21 @@ MODELS = (
         "ddalcu/mlx-serve#170",
         "the comparison with NaN is false for ever: no step is skipped any more",
         "computes, and the rule recovers",
-        "test_no_number.py::test_eagerly",
+        "capture/test_no_number.py::test_eagerly",
     ),
     Scenario(
         "Autocast within the model's forward",
         OWN,
         "blocks run in float32 on computed steps",
         "is part of the graph",
-        "test_surroundings.py::test_autocast_that_forward_enters",
+        "capture/test_surroundings.py::test_autocast_that_forward_enters",
     ),
     Scenario(
         "Autocast on and off",
         "pytorch/pytorch#181564",
         "a graph of one autocast dtype serves another one",
         "a graph for each",
-        "test_edges.py::test_autocast_on_and_off",
+        "capture/test_edges.py::test_autocast_on_and_off",
     ),
     Scenario(
         "Quantised weights",
@@ -430,21 +430,21 @@ MODELS = (
         OWN,
         "fails, or is bypassed",
         "captured as it is",
-        "test_patched_forward.py::test_each_way_to_put_a_forward_on_a_model",
+        "capture/test_patched_forward.py::test_each_way_to_put_a_forward_on_a_model",
     ),
     Scenario(
         "A forward that counts its own calls (a TeaCache patch)",
         OWN,
         "two caches on one model: the count of the first call stays",
         "refused by name",
-        "test_side_effects.py::test_a_forward_with_a_cache_of_its_own_is_refused",
+        "capture/test_side_effects.py::test_a_forward_with_a_cache_of_its_own_is_refused",
     ),
     Scenario(
         "The caller changes a result in place",
         OWN,
         "what is held changes too",
         "is held apart",
-        "test_edges.py::test_the_caller_may_change_the_result",
+        "capture/test_edges.py::test_the_caller_may_change_the_result",
     ),
     Scenario(
         "Copies of a cached model",
@@ -458,7 +458,7 @@ MODELS = (
         "huggingface/diffusers#13467",
         "a hidden state for each hooked layer stays on the device until the next run",
         "freed with the session",
-        "test_sessions.py::test_what_a_session_holds_is_freed_when_it_is_closed_or_dropped",
+        "runtime/test_sessions.py::test_what_a_session_holds_is_freed_when_it_is_closed_or_dropped",
     ),
 )
 
@@ -499,7 +499,7 @@ SEVERAL = (
         "vllm-project/vllm-omni#3775",
         "step execution and continuous batching run without a cache only",
         "each row gets what it gets alone",
-        "batch/test_backend.py::test_rows_get_what_they_get_alone",
+        "runtime/batch/test_backend.py::test_rows_get_what_they_get_alone",
     ),
     Scenario(
         "Ranks that decide by their own part of the data",

@@ -9,9 +9,9 @@ import torch
 
 import dit_cache_fx
 from dit_cache_fx import CaptureError, DeepCache, OptionError, Strategy, TaylorCache, TeaCache
-from tests.backend.inner import Inner
-from tests.batch.serving import Serving, joined
-from tests.batch.test_refusals import MixingDiT
+from tests.dynamo.inner import Inner
+from tests.runtime.batch.serving import Serving, joined
+from tests.runtime.batch.test_refusals import MixingDiT
 from tests.toys import ToyDiT, make
 
 

@@ -9,7 +9,7 @@ import torch
 
 from dit_cache_fx import DeepCache, TaylorCache
 from dit_cache_fx.runtime.together import sizes
-from tests.batch.serving import Serving
+from tests.runtime.batch.serving import Serving
 from tests.toys import ToyDiT, make
 
 

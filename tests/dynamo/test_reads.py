@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import dit_cache_fx
 from dit_cache_fx import Backend
-from tests.backend.test_backend import STEPS, TIMES, actions, compare, warned
+from tests.dynamo.test_backend import STEPS, TIMES, actions, compare, warned
 from tests.toys import Block, ByHand, ToyDiT, make, toy_inputs
 
 

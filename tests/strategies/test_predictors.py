@@ -15,7 +15,7 @@ from dit_cache_fx import Clock, Exponential, FoCa, HiCache, NewtonCache, TaylorC
 from dit_cache_fx.strategies.clock import MOMENTS
 from dit_cache_fx.strategies.hicache import hermite
 from tests.compile.compiling import Counting, breaks, compiled, no_recompile
-from tests.test_corrector import LENGTH, SHIFTED, ByHand
+from tests.strategies.test_corrector import LENGTH, SHIFTED, ByHand
 from tests.test_errors import refused
 from tests.toys import ToyDiT, actions, make, toy_inputs
 

@@ -17,11 +17,11 @@ from dit_cache_fx import CachedModel, Clock, OptionError, TaylorCache
 from dit_cache_fx.strategies import Course
 from dit_cache_fx.strategies.clock import MOMENTS
 from dit_cache_fx.strategies.schedule import ListedSteps
-from tests.backend.inner import Inner
+from tests.capture.test_timesteps import shifted
 from tests.compile.compiling import Counting, breaks, compiled, no_recompile
+from tests.dynamo.inner import Inner
 from tests.reference import split
 from tests.test_errors import refused
-from tests.test_timesteps import shifted
 from tests.toys import ToyDiT, actions, make, toy_inputs
 
 STEPS = frozenset({0, 1, 4, 7, 9, 12})

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import dit_cache_fx
 from dit_cache_fx import CachedModel
 from dit_cache_fx.capture.turns import Turns
-from tests.test_threads import PATIENCE, begun, together
+from tests.runtime.test_threads import PATIENCE, begun, together
 from tests.toys import Block, ToyDiT, make, toy_inputs
 
 SCALES = (None, 0.5, 2.0)

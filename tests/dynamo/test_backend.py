@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 import dit_cache_fx
 from dit_cache_fx import Backend, DitCacheWarning, OptionError
-from tests.backend.inner import Inner
+from tests.dynamo.inner import Inner
 from tests.toys import (
     DIM,
     TOKENS,

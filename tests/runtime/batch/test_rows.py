@@ -25,7 +25,7 @@ from dit_cache_fx import (
     TaylorCache,
     TeaCache,
 )
-from tests.batch.serving import Serving, joined, near, row_of
+from tests.runtime.batch.serving import Serving, joined, near, row_of
 from tests.toys import JoinedDiT, NestedDiT, ToyDiT, UShapeDiT, make, runs_of, toy_inputs
 from tests.zoo.case import Case
 from tests.zoo.diffusers_models import CASES

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import dit_cache_fx
 from dit_cache_fx import DeepCache, FirstBlockCache, Strategy, TeaCache
 from dit_cache_fx.export import export
-from tests.backend.inner import Inner
 from tests.compile.compiling import new_compiler
+from tests.dynamo.inner import Inner
 from tests.toys import DIM, TOKENS, ToyDiT, actions, make, rows
 
 __all__ = ["new_compiler"]

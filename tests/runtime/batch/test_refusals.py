@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dit_cache_fx import CaptureError, DeepCache, OptionError, TaylorCache
 from dit_cache_fx.values.rows import CallRows
-from tests.batch.serving import Serving, joined, near, row_of
+from tests.runtime.batch.serving import Serving, joined, near, row_of
 from tests.toys import DIM, TOKENS, Block, ToyDiT, make, toy_inputs
 
 

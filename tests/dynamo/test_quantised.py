@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import dit_cache_fx
-from tests.backend.test_backend import STEPS, TIMES, actions, compare
+from tests.dynamo.test_backend import STEPS, TIMES, actions, compare
 from tests.pipelines.int8 import quantise
 from tests.toys import ByHand, ToyDiT, make, toy_inputs
 

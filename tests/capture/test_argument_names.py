@@ -14,8 +14,8 @@ from dit_cache_fx.export import export
 from dit_cache_fx.ir.names import held_name, is_reserved, measured_name, state_name, unreserved
 from dit_cache_fx.lowering.clock import ClockState
 from dit_cache_fx.strategies import Clock
-from tests.backend.inner import Inner
 from tests.compile.compiling import RULE, new_compiler
+from tests.dynamo.inner import Inner
 from tests.toys import DIM, ToyDiT, actions, make, toy_inputs
 
 __all__ = ["new_compiler"]

@@ -1,6 +1,6 @@
 """Golden graphs of the Dynamo front end: Dynamo's graph, outlined, and the flat variants.
 
-`EXPECTTEST_ACCEPT=1 python -m pytest tests/backend/test_golden.py` writes the graphs anew.
+`EXPECTTEST_ACCEPT=1 python -m pytest tests/dynamo/test_golden.py` writes the graphs anew.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import fx, nn
 
 import dit_cache_fx
 from dit_cache_fx.dynamo.outline import outline
-from tests.backend.inner import Inner
+from tests.dynamo.inner import Inner
 from tests.passes.toy import Toy, code, inputs
 
 

@@ -23,7 +23,7 @@ from dit_cache_fx.ir.graph_text import lines, ranges
 from dit_cache_fx.report.plot import ACTIONS, branches, step_map
 from tests.toys import DEPTH, DIM, TOKENS, MaskedDiT, ReadingDiT, ToyDiT, make, toy_inputs
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def cached_toy(strategy: Any = "deepcache", **options: Any) -> Any:

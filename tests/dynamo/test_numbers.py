@@ -11,7 +11,7 @@ from torch import Tensor
 
 import dit_cache_fx
 from dit_cache_fx import Backend, DitCacheWarning
-from tests.backend.test_backend import STEPS, actions, warned
+from tests.dynamo.test_backend import STEPS, actions, warned
 from tests.toys import DIM, Block, ByHand, ToyDiT, make, toy_inputs
 
 
