@@ -28,19 +28,19 @@ HEAD = (
     "error, computed steps",
 )
 ABOUT = """\
-Seconds and milliseconds are medians over {generations} generations of {steps} steps. The systems take \
-turns, one generation each, and never run at the same time.
+Seconds and milliseconds are medians over {generations} generations of {steps} steps. The systems \
+take turns, one generation each, and never run at the same time.
 
-- *x limit*: relative to the physical limit: {computed} x the uncached compiled step + {reused} x the \
-compiled time of the work that a reused step cannot skip.
+- *x limit*: relative to the physical limit: {computed} x the uncached compiled step + {reused} x \
+the compiled time of the work that a reused step cannot skip.
 - *compile*: the extra time of the first generation, with empty compiler caches.
 - *graphs*, *breaks*, *recompiles*: counted by Dynamo.
 - *cache*: the memory still used after a generation.
 - *peak*: the memory allocated on the GPU, including the weights.
 - *error*: the largest relative difference to the uncached output on a computed step.
 
-FirstBlockCache chooses its steps itself. Its threshold is set so that it computes the same number of \
-steps, or nearly.
+FirstBlockCache chooses its steps itself. Its threshold is set so that it computes the same number \
+of steps, or nearly.
 """
 
 
