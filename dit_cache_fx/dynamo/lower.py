@@ -18,9 +18,8 @@ from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.alone import Alone
 from dit_cache_fx.ir.program import operations, tensor_spec
 from dit_cache_fx.lowering import Part, Variants, lower_variants
-from dit_cache_fx.lowering.lowered_program import Lowered
+from dit_cache_fx.lowering.lowered_program import Lowered, block_bytes
 from dit_cache_fx.passes import run_passes
-from dit_cache_fx.runtime.graphs import block_bytes
 from dit_cache_fx.strategies import check_block_ids, spread_over
 from dit_cache_fx.strategies.calibrated import check_graph
 from dit_cache_fx.values.pytree import Identity

@@ -22,9 +22,10 @@ from dit_cache_fx.runtime.batch_engine import BatchEngine
 from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.call_log import CallLog, CallStart
 from dit_cache_fx.runtime.drive import Compiler, Results, Serving, drive
+from dit_cache_fx.runtime.entry import Entry, GraphKey, RowsOf, input_key
 from dit_cache_fx.runtime.execution import StepCompiler
 from dit_cache_fx.runtime.generation import as_number
-from dit_cache_fx.runtime.graphs import Entry, Found, GraphKey, Graphs, RowsOf, input_key
+from dit_cache_fx.runtime.graphs import Found, Graphs
 from dit_cache_fx.runtime.matching import CallEvidence
 from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.runtime.step import Step

@@ -36,8 +36,8 @@ from dit_cache_fx.runtime.drive import (
     drive,
     lasting,
 )
+from dit_cache_fx.runtime.entry import Entry
 from dit_cache_fx.runtime.first_runs import FirstRuns
-from dit_cache_fx.runtime.graphs import Entry
 from dit_cache_fx.runtime.step import Step
 from dit_cache_fx.runtime.together import Together
 
