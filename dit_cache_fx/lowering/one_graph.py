@@ -18,7 +18,7 @@ from dit_cache_fx.lowering.part import Part
 from dit_cache_fx.lowering.preamble import Preamble, pinned, split_preamble
 from dit_cache_fx.lowering.variants import Variants
 from dit_cache_fx.strategies import CLOCK, Clock, RuleState, Strategy
-from dit_cache_fx.strategies.rule import begun, decided, device_of
+from dit_cache_fx.strategies.decision import begun, decided, device_of
 from dit_cache_fx.strategies.signals import in_one, signal_of
 from dit_cache_fx.strategies.traced import traced
 from dit_cache_fx.values.identity import storage_key

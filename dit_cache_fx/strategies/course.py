@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from dit_cache_fx.strategies.clock import MOMENTS
-from dit_cache_fx.strategies.schedule import USUAL_STEPS, Later, Schedule
+from dit_cache_fx.strategies.combined import Later
+from dit_cache_fx.strategies.even import USUAL_STEPS
+from dit_cache_fx.strategies.schedule import Schedule
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.strategies.base import RuleState, Strategy
+from dit_cache_fx.strategies.base import Strategy
+from dit_cache_fx.strategies.checks import check_count, check_positive
 from dit_cache_fx.strategies.clock import Clock
 from dit_cache_fx.strategies.ends import with_ends
-from dit_cache_fx.strategies.residual import check_count, check_positive
+from dit_cache_fx.strategies.rule import RuleState
 from dit_cache_fx.strategies.schedule import Schedule
 
 

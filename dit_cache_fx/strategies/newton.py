@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_cache_fx.errors import OptionError
+from dit_cache_fx.strategies.checks import check_range
 from dit_cache_fx.strategies.clock import Clock
 from dit_cache_fx.strategies.taylorcache import TaylorCache, slope
 
@@ -54,10 +55,8 @@ class NewtonCache(TaylorCache):
         super().__post_init__()
         if max(self.orders) > 2:
             raise OptionError("max_order", self.max_order, "at most 2 here")
-        value = self.curvature
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not 0 <= value <= 1:
-            raise OptionError("curvature", value, "a share from 0 (a line) to 1 (the parabola)")
+        expected = "a share from 0 (a line) to 1 (the parabola)"
+        check_range("curvature", self.curvature, 0, 1, expected)
 
     def differences(self, value: Tensor, held: Sequence[Tensor], clock: Clock) -> list[Tensor]:
         if len(held) < 3:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from dit_cache_fx.errors import OptionError
 from dit_cache_fx.strategies.base import Strategy
 from dit_cache_fx.strategies.clock import Clock
 
@@ -27,20 +25,3 @@ class ResidualCache(Strategy):
 
     def reuse(self, held: Sequence[Tensor], start: Tensor | None, clock: Clock) -> Tensor:
         return held[0] if start is None else start + held[0]
-
-
-def check_count(name: str, value: Any, least: int, optional: bool = False) -> None:
-    """Raise `OptionError` where it is no integer from `least` on."""
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise OptionError(name, value, f"an integer from {least}" + optional * ", or None")
-
-
-def check_positive(name: str, value: Any, example: float, optional: bool = False) -> None:
-    """Raise `OptionError` where it is no finite number above 0."""
-    if optional and value is None:
-        return
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not value > 0 or not math.isfinite(value):
-        raise OptionError(name, value, f"a number above 0, for instance {example:g}")

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.strategies.base import RuleState, Strategy
+from dit_cache_fx.strategies.base import Strategy
+from dit_cache_fx.strategies.checks import check_count, check_positive, check_range
 from dit_cache_fx.strategies.clock import MOMENTS, Clock
-from dit_cache_fx.strategies.residual import check_positive
+from dit_cache_fx.strategies.rule import RuleState
 from dit_cache_fx.strategies.tolerance import expected_error, measured_error
 
 #: share of the highest frequency up to which a frequency is in the low band
@@ -84,9 +85,7 @@ class TaylorCache(Strategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         for option in ("max_order", "low_freqs_order", "high_freqs_order"):
-            value = getattr(self, option)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise OptionError(option, value, "an integer from 0")
+            check_count(option, getattr(self, option), 0)
         check_positive("tolerance", self.tolerance, 0.01, optional=True)
         self._check_corrector()
         if self.axis not in AXES:
@@ -167,11 +166,9 @@ class TaylorCache(Strategy):
         return torch.where(again, before, corrected)
 
     def _check_corrector(self) -> None:
-        value = self.corrector
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not 0 <= value <= 2:
-            raise OptionError("corrector", value, "a share from 0 (off) to 2, for instance 0.5")
-        if value and max(self.orders) >= MOMENTS:
+        expected = "a share from 0 (off) to 2, for instance 0.5"
+        check_range("corrector", self.corrector, 0, 2, expected)
+        if self.corrector and max(self.orders) >= MOMENTS:
             most = f"at most {MOMENTS - 1} with a corrector"
             raise OptionError("max_order", self.max_order, most)
 
