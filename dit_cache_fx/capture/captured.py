@@ -98,7 +98,7 @@ class Captured:
     whole: set[nn.Module]  # every module that the graph calls as a node
     accepted: set[Shapes]  # guard shapes that the graph was checked with
     turns: Turns  # of the model's graphs
-    not_held: frozenset[str] = frozenset()  # block results that the recording did not hold
+    not_recorded: frozenset[str] = frozenset()  # block results that were not recorded
     #: the tensors of the newest call that the guards depend on, and its guard shapes
     newest: tuple[TensorIdentity, Shapes] | None = None
     unread: Sequence[str] = ()  # attributes that forward sets for others, in words
@@ -212,7 +212,7 @@ def can_replay(captured: Captured) -> bool:
     program = captured.program
     read = {name for region in program.regions for name in region.values}
     read |= {value.name for call in program.block_calls() for value in block_values(call)}
-    return not read & captured.not_held
+    return not read & captured.not_recorded
 
 
 @contextmanager
@@ -233,7 +233,7 @@ def replayed(captured: Captured) -> Iterator[None]:
         yield
 
 
-def not_held(program: Program, recording: Recording) -> frozenset[str]:
+def not_recorded(program: Program, recording: Recording) -> frozenset[str]:
     """The names of block results whose values the recording does not hold."""
     calls: dict[str, Iterator[ModuleCall]] = {}
     missing: list[str] = []

@@ -19,7 +19,7 @@ from torch import nn
 from dit_cache_fx._torch import without_dispatch_modes
 from dit_cache_fx.capture.attributes import attributes, restore
 from dit_cache_fx.capture.blocks import mark_blocks
-from dit_cache_fx.capture.captured import Captured, Subject, not_held, sharded_owners
+from dit_cache_fx.capture.captured import Captured, Subject, not_recorded, sharded_owners
 from dit_cache_fx.capture.check import IllegalInputs, compare, refusable, refuse, second_inputs
 from dit_cache_fx.capture.leaves import BlockList, kept_modules
 from dit_cache_fx.capture.normal_form import normal_form
@@ -101,7 +101,7 @@ def _traced(
     # up live without a check
     whole = set() if recording.settings else set(kept)
     captured = Captured(program, program.gm, guards, recording, blocks, whole, set(), subject.turns)
-    captured.not_held = not_held(program, recording)
+    captured.not_recorded = not_recorded(program, recording)
     captured.opened, captured.ranks = sharded_owners(program), subject.strategy.ranks
     made = [layout for c in recording.calls for layout in c.layouts]
     captured.spread = any(made) or any(map(is_distributed, tensors))

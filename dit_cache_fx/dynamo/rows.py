@@ -164,7 +164,7 @@ class RowAnswers:
             _run(answer(rows, found))
             result: Sequence[Any] = output(rows)
             for row, start, own in zip(rows, starts, tensors, strict=True):
-                start.step.commit(own, [], row.kept)
+                start.step.commit(own, [], row.recorded)
                 self._call_log.done(
                     start, lambda: [one.program.arguments[i] for i in one.conditioning]
                 )

@@ -44,8 +44,8 @@ class Region:
 
     def __str__(self) -> str:
         values = [
-            value if start is None else f"{value} (from {start})"
-            for value, start in zip(self.values, self.inputs, strict=True)
+            value if run_input is None else f"{value} (from {run_input})"
+            for value, run_input in zip(self.values, self.inputs, strict=True)
         ]
         blocks = " ".join(map(str, self.blocks))
         return f"run {self.index}: {blocks} -> {', '.join(values) or '?'}"

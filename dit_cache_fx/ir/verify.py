@@ -99,10 +99,10 @@ def _verify_run(program: Program, run: CachedRun) -> None:
     _verify_results(run, region, where)
     compute, reuse = (_side(program, name, where) for name in (run.compute, run.reuse))
     taken = [len(side.graph.find_nodes(op="placeholder")) for side in (compute, reuse)]
-    held = taken[1] - len(CLOCK_NAMES) - len(run.run_inputs)
-    if held < 0 or held % max(len(region.values), 1):
+    cached = taken[1] - len(CLOCK_NAMES) - len(run.run_inputs)
+    if cached < 0 or cached % max(len(region.values), 1):
         raise VerifyError(
-            f"{where}its reuse side takes {taken[1]} operands: no number of held tensors for "
+            f"{where}its reuse side takes {taken[1]} operands: no number of cached tensors for "
             f"{len(region.values)} values, the clock and {len(run.run_inputs)} run inputs"
         )
     if taken[0] != taken[1] + len(run.operands):
@@ -110,7 +110,7 @@ def _verify_run(program: Program, run: CachedRun) -> None:
             f"{where}its compute side takes {taken[0]} operands, {taken[1] + len(run.operands)} "
             "are given"
         )
-    _verify_gives(compute, len(region.values) + held, f"{where}its compute side")
+    _verify_gives(compute, len(region.values) + cached, f"{where}its compute side")
     _verify_gives(reuse, len(region.values), f"{where}its reuse side")
 
 

@@ -69,7 +69,7 @@ def lower_one_graph(
 
     After (no rule):
 
-        %cond = cond(%forced, compute, reuse, (%held_h_0, %x, %t))
+        %cond = cond(%forced, compute, reuse, (%cached_h_0, %x, %t))
         %out = getitem(%cond, 0)
         %h = getitem(%cond, 1)
         return (%out, %h)

@@ -73,7 +73,7 @@ def lower_variants(program: Program) -> Variants:
 
         %c = call_module[model.time_embedder](%t)           %c = call_module[model...](%t)
         %h = call_module[model.blocks.0](%x, %c)            return (call_module[model.proj_out](
-        return (call_module[model.proj_out](%h, %c), %h)        %held_h_0, %c),)
+        return (call_module[model.proj_out](%h, %c), %h)        %cached_h_0, %c),)
     """
     prefix, carried = _prefix(program)
     compute, reuse = (_Side(program, kind, carried).lower() for kind in ("compute", "reuse"))

@@ -36,12 +36,12 @@ def guard_runs(program: Program, strategy: Strategy) -> None:
         %b1 = getitem(%run_0, 0)
         %out = call_module[model.proj_out](%b1)
 
-        run_0_compute(held, distance, computed, gap, reach, way, x, temb):
+        run_0_compute(cached, distance, computed, gap, reach, way, x, temb):
             %b0 = call_module[model.blocks.0](%x, %temb)
             %b1 = call_module[model.blocks.1](%b0, %temb)
             return (%b1, %b1)                                # the value, and what to hold
-        run_0_reuse(held, distance, computed, gap, reach, way):
-            return (%held,)
+        run_0_reuse(cached, distance, computed, gap, reach, way):
+            return (%cached,)
     """
     attributes = attributes_of(program.gm, program.graph)
     graph = _Rewrite(program, strategy, attributes).run()
@@ -91,7 +91,7 @@ class _Rewrite:
         return self.new[node]
 
     def _parts(self, region: Region) -> tuple[list[fx.Node], list[fx.Node], set[fx.Node]]:
-        """What the run starts from, its other operands, and its members."""
+        """The run inputs, its other operands, and its members."""
         program = self.program
         values = [program.node(name) for name in region.values]
         calls = [c for c in program.block_calls() if block_of(c) in region.blocks]

@@ -64,7 +64,7 @@ class BatchEngine:
             if outdated is None:
                 result = output(members)
                 for row, call, start, one in zip(members, calls, starts, found, strict=True):
-                    row.step.commit(call.tensors, [], row.kept)
+                    row.step.commit(call.tensors, [], row.recorded)
                     engine.done(start, one)
                 return result
         engine.outdated(found[outdated.rows[0].place].entry)

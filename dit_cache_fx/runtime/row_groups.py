@@ -26,7 +26,7 @@ class Row:
 
     `graph`: what would answer it. `kind`: what else rows must share that are answered together.
     `carried`: what the rule's graph has computed of it; None where that is not known. `results`:
-    its outputs, and what is to be held where its step computed.
+    its outputs, and what its step recorded where it computed.
     """
 
     place: int
@@ -41,7 +41,7 @@ class Row:
         return self.results[: self.graph.variants.outputs]
 
     @property
-    def kept(self) -> list[torch.Tensor]:
+    def recorded(self) -> list[torch.Tensor]:
         return self.results[self.graph.variants.outputs :]
 
 

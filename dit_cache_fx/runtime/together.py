@@ -49,7 +49,7 @@ class Layout:
     count: int
     outputs: int
     alone: Mapping[str, TensorSpec]
-    held: Mapping[str, RowPlace]
+    cached: Mapping[str, RowPlace]
     carried: Mapping[str, RowPlace | None] | None
     signal: RowPlace | None
 
@@ -74,7 +74,7 @@ class Layout:
 
     def rows(self, results: Results) -> list[list[torch.Tensor]]:
         """The outputs, and what is to be held where the step computed, of each row."""
-        places = [*[RowPlace(0)] * self.outputs, *self.held.values()]
+        places = [*[RowPlace(0)] * self.outputs, *self.cached.values()]
         split = [p.split(t) for p, t in zip(places, results, strict=False)]
         return [[rows[i] for rows in split] for i in range(self.count)]
 
@@ -142,7 +142,7 @@ class Together:
         held = self._layout.filled([step.held(names) for step in self._steps])
         clock = self._layout.filled([step.clock(names) for step in self._steps])
         device = next((spec.device for spec in self._layout.alone.values()), None)
-        places = self._layout.held
+        places = self._layout.cached
         joined = {name: places[name].joined([h[name] for h in held]) for name in held[0]}
         stacked = {name: torch.stack([c[name] for c in clock]) for name in clock[0]}
         return joined | {

@@ -26,6 +26,7 @@ from dit_cache_fx.strategies.checks import (
 from dit_cache_fx.strategies.clock import Clock
 from dit_cache_fx.strategies.course import Course
 from dit_cache_fx.strategies.even import EvenSteps, EvenTimesteps
+from dit_cache_fx.strategies.old_names import name_both_ways
 from dit_cache_fx.strategies.presets import named_schedule
 from dit_cache_fx.strategies.rule import Rule
 from dit_cache_fx.strategies.schedule import ListedSteps, Schedule
@@ -89,14 +90,18 @@ class Strategy(Rule, AcrossRanks):
     name: ClassVar[str] = ""
     #: what a step that is not computed is called in reports
     action: ClassVar[str] = "reused"
-    #: whether `reuse` reads what the cached run starts from on this step
-    reads_start: ClassVar[bool] = False
-    #: whether other streams than the sample's (text rows) start from themselves too
+    #: whether `store`, `reuse` and `measure` are given the run's input
+    reads_run_input: ClassVar[bool] = False
+    #: whether other streams than the sample's (text rows) have a run input too
     every_stream: ClassVar[bool] = False
     #: whether `Clock.gap` fades towards a generation's end
     fading: ClassVar[bool] = False
     #: whether one run of everything from the sample to the output is cached, not runs of blocks
     whole_model: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        name_both_ways(cls)
 
     def __post_init__(self) -> None:
         steps = checked_steps(self.no_cache_steps)
@@ -162,7 +167,7 @@ class Strategy(Rule, AcrossRanks):
         return 1
 
     def store(
-        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+        self, cached: Sequence[Tensor], value: Tensor, run_input: Tensor | None, clock: Clock
     ) -> Sequence[Tensor]:
         """Return the tensors to hold, on a computed step.
 
@@ -171,25 +176,25 @@ class Strategy(Rule, AcrossRanks):
         of a tensor. Otherwise the first call raises `VerifyError`.
 
         Args:
-            held (`Sequence[Tensor]`):
+            cached (`Sequence[Tensor]`):
                 The tensors held so far; zeros on the first computed step of a generation.
             value (`Tensor`):
                 The computed value that leaves the cached run.
-            start (`Tensor | None`):
+            run_input (`Tensor | None`):
                 The same stream before the run; None where the run has no input of `value`'s shape.
-                Only given if the class sets `reads_start`.
+                Only given if the class sets `reads_run_input`.
             clock (`Clock`):
                 The place of the step in its generation.
         """
         raise NotImplementedError
 
-    def reuse(self, held: Sequence[Tensor], start: Tensor | None, clock: Clock) -> Tensor:
+    def reuse(self, cached: Sequence[Tensor], run_input: Tensor | None, clock: Clock) -> Tensor:
         """Return the value to use instead of the computed one, of its shape and dtype.
 
         Args:
-            held (`Sequence[Tensor]`):
+            cached (`Sequence[Tensor]`):
                 The tensors that `store` returned on the newest computed step.
-            start (`Tensor | None`):
+            run_input (`Tensor | None`):
                 The same stream before the run, on this step; as in `store`.
             clock (`Clock`):
                 The place of the step in its generation.
@@ -201,18 +206,18 @@ class Strategy(Rule, AcrossRanks):
         return ""
 
     def measure(
-        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+        self, cached: Sequence[Tensor], value: Tensor, run_input: Tensor | None, clock: Clock
     ) -> Tensor | None:
         """Measure `value` on a computed step, for the rule and for reports.
 
         Returns a tensor of one dimension, or None where nothing is measured.
 
         Args:
-            held (`Sequence[Tensor]`):
+            cached (`Sequence[Tensor]`):
                 The tensors held since the computed step before this one.
             value (`Tensor`):
                 The computed value, as in `store`.
-            start (`Tensor | None`):
+            run_input (`Tensor | None`):
                 The same stream before the run, as in `store`.
             clock (`Clock`):
                 The place of the step in its generation.

@@ -83,13 +83,13 @@ class MagCache(ResidualCache):
         return MagnitudeSteps(self.mag_ratios, *options)
 
     def measure(
-        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+        self, cached: Sequence[Tensor], value: Tensor, run_input: Tensor | None, clock: Clock
     ) -> Tensor | None:
         """How much longer a token's residual is than on the step before, on average."""
         if not self.calibrate:
             return None
-        residual = self.store(held, value, start, clock)[0]
-        new, old = (r.double().norm(dim=-1) for r in (residual, held[0]))
+        residual = self.store(cached, value, run_input, clock)[0]
+        new, old = (r.double().norm(dim=-1) for r in (residual, cached[0]))
         (ratio,) = self.means(new / (old + 1e-8))
         return torch.where(clock.computed > 0, ratio, 1.0).reshape(1)
 

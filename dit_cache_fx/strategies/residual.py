@@ -1,4 +1,4 @@
-"""What several strategies share: the residual of a run is held, and added to this step's stream."""
+"""What several strategies share: a run's residual is cached, and added to this step's stream."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dit_cache_fx.strategies.clock import Clock
 class ResidualCache(Strategy):
     """Base of the strategies that hold a residual; a subclass decides when to compute."""
 
-    reads_start: ClassVar[bool] = True
+    reads_run_input: ClassVar[bool] = True
 
     def store(
-        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+        self, cached: Sequence[Tensor], value: Tensor, run_input: Tensor | None, clock: Clock
     ) -> Sequence[Tensor]:
-        return [value if start is None else value - start]
+        return [value if run_input is None else value - run_input]
 
-    def reuse(self, held: Sequence[Tensor], start: Tensor | None, clock: Clock) -> Tensor:
-        return held[0] if start is None else start + held[0]
+    def reuse(self, cached: Sequence[Tensor], run_input: Tensor | None, clock: Clock) -> Tensor:
+        return cached[0] if run_input is None else run_input + cached[0]

@@ -9,8 +9,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dit_cache_fx.strategies.old_names import name_both_ways
-
 #: what a rule remembers from step to step
 RuleState = tuple[Tensor, ...]
 
@@ -21,10 +19,6 @@ class Rule:
     #: whether its rule computes by itself where a signal or a change is no number, and goes on
     #: from the next step; else such a step computes, and the rule's state begins again
     bears_nans: ClassVar[bool] = False
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        name_both_ways(cls)
 
     @property
     def has_rule(self) -> bool:
