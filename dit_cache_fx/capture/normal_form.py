@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from dit_cache_fx.capture.data_guards import READS, read_count, read_list, read_shape
 from dit_cache_fx.capture.signature import FlatCall
-from dit_cache_fx.capture.trace import Trace, call_kept
+from dit_cache_fx.capture.trace import Trace, call_leaf
 from dit_cache_fx.ir.copying import add_input, body, copy_nodes
 from dit_cache_fx.ir.graph_text import short
 from dit_cache_fx.ir.names import unreserved
@@ -126,7 +126,7 @@ def translated(
         args, kwargs = fx.map_arg((node.args, node.kwargs), new.__getitem__)
         if node.op == "get_attr":
             made = graph.get_attr(_attribute(traced.gm, node, live, attributes))
-        elif node.target is call_kept:
+        elif node.target is call_leaf:
             _, name, args, kwargs = args
             made = graph.call_module(f"model.{name}", args, kwargs)
         else:

@@ -1,4 +1,4 @@
-"""Phase one of a capture: run the model once as it is, and note what each kept module returned.
+"""Phase one of a capture: run the model once as it is, and note what each leaf module returned.
 
 The blocks run exactly once, outside of any tracer. Tracing (phase two) and the first computed step
 then replay what was recorded, so a capture costs no second forward pass. Where forward has changed
@@ -47,7 +47,7 @@ class Inside:
 
 @dataclass
 class ModuleCall:
-    """One call of a kept module."""
+    """One call of a leaf module."""
 
     name: str
     specs: list[TensorSpec]
@@ -66,7 +66,7 @@ class ModuleCall:
     random: RandomState | None = None  # what it drew its random numbers from
 
     def outputs(self) -> list[torch.Tensor]:
-        """What it returned, as new tensor objects; placeholders where no value was kept."""
+        """What it returned, as new tensor objects; placeholders where no value was recorded."""
         return [
             self.values[i].detach() if i in self.values else laid_out(spec.placeholder(), layout)
             for i, (spec, layout) in enumerate(zip(self.specs, self.layouts, strict=True))
@@ -75,7 +75,7 @@ class ModuleCall:
 
 @dataclass
 class Recording:
-    """The calls of the kept modules in order, and what the model returned."""
+    """The calls of the leaf modules in order, and what the model returned."""
 
     calls: list[ModuleCall]
     output: Any
@@ -94,13 +94,13 @@ class Recording:
 
 def record(
     run: Callable[[], Any],
-    kept: Mapping[nn.Module, str],
+    leaves: Mapping[nn.Module, str],
     blocks: Collection[nn.Module],
     always_run: Collection[nn.Module] = (),
     opened: Mapping[nn.Module, Mapping[nn.Module, str]] | None = None,
     watch: Watch | None = None,
 ) -> Recording:
-    """Run the model and record its kept modules' calls.
+    """Run the model and record its leaf modules' calls.
 
     A block's output is held only when something other than a cached block reads it: holding every
     block's output would be what the cache is here to avoid. `always_run` are the blocks that are
@@ -109,7 +109,7 @@ def record(
     what blocks give are noted.
     """
     recorder = _Recorder(blocks, {b for b in blocks if b not in always_run}, opened or {}, watch)
-    with intercepted(kept, recorder.handle), recorder.reader:
+    with intercepted(leaves, recorder.handle), recorder.reader:
         output = run()
         recorder.reader.reads(flatten(output)[0])
     if watch is None:
@@ -120,7 +120,7 @@ def record(
 
 
 class _Recorder:
-    """Runs kept modules, and notes each call."""
+    """Runs leaf modules, and notes each call."""
 
     def __init__(
         self,

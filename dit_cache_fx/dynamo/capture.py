@@ -96,7 +96,7 @@ def capture_graph(outlined: Outlined, inputs: Sequence[Input], strategy: Strateg
         tensors = [value for value in faked if isinstance(value, torch.Tensor)]
         call = flatten_call(dict(zip(outlined.names, tensors, strict=True)), None)
         members = _members(outlined.lists)
-        kept = {**members, **_leaves(outlined.gm)}
+        leaves = {**members, **_leaves(outlined.gm)}
         looks_inside = value_of(strategy) == "modulated"
         opened = [blocks.modules[0] for blocks in outlined.lists] if looks_inside else []
         parts = {m: parts_of(m, members[m]) for m in opened if m in members}
@@ -111,10 +111,10 @@ def capture_graph(outlined: Outlined, inputs: Sequence[Input], strategy: Strateg
             raise CaptureError("the graph reads a value that depends on random numbers")
         try:
             versions = [version(t) for t in tensors]
-            recording = record(lambda: run(tensors), kept, set(members), opened=parts)
+            recording = record(lambda: run(tensors), leaves, set(members), opened=parts)
             changed = [i for i, t in enumerate(tensors) if version(t) != versions[i]]
             _refuse_changed_by_blocks(recording, [tensors[i] for i in changed])
-            traced = trace(_returning(run, changed) if changed else run, tensors, kept, recording)
+            traced = trace(_returning(run, changed) if changed else run, tensors, leaves, recording)
         except Exception as error:
             raise CaptureError(f"the graph of the model cannot be traced: {error}") from error
         program, guards = normal_form(outlined.gm, traced, call, outlined.timestep_argument)
