@@ -153,13 +153,10 @@ def sharded_owners(program: Program) -> tuple[Any, ...]:
     Such a module has the weights of its parts only while it runs itself. What the model has of its
     own it has in each of its calls.
     """
-    calls = [str(n.target).removeprefix("model.") for n in program.graph.nodes if _is_call(n)]
-    owners = [o for name in calls if (o := _sharded(program.model, name)) not in ("", name)]
+    calls = program.graph.find_nodes(op="call_module")
+    called = [str(node.target).removeprefix("model.") for node in calls]
+    owners = [o for name in called if (o := _sharded(program.model, name)) not in ("", name)]
     return tuple(map(program.model.get_submodule, dict.fromkeys(owners)))
-
-
-def _is_call(node: fx.Node) -> bool:
-    return node.op == "call_module"
 
 
 def _sharded(model: nn.Module, name: str) -> str:

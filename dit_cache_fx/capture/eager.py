@@ -133,7 +133,7 @@ def _recorded(
     lists: Sequence[BlockList],
     leaves: dict[nn.Module, str],
 ) -> tuple[Recording, list[str]]:
-    """Record the model; a layer that answers with numbers is looked into, and is none of the `leaves` then.
+    """Record the model; one of the `leaves` that answers with numbers is looked into, and removed.
 
     Also returns the attributes that it sets and never reads, in words.
     """

@@ -100,7 +100,7 @@ class RowCall:
 
     def _dynamic_sizes(self) -> set[int]:
         """Which inputs are the number of rows; there may be none."""
-        nodes = [n for n in self.outlined.dynamos.graph.nodes if n.op == "placeholder"]
+        nodes = self.outlined.dynamos.graph.find_nodes(op="placeholder")
         values = [node.meta.get("example_value", node.meta.get("val")) for node in nodes]
         places = dict(zip(self.outlined.names, self.outlined.tensors, strict=True))
         sizes = {str(values[places[name]].shape[0]) for name in self.rows.names}

@@ -203,6 +203,11 @@ def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.
     return _closure(nodes, set(stop), lambda node: node.all_input_nodes)
 
 
+def inputs_behind(node: fx.Node) -> list[fx.Node]:
+    """The graph's inputs that a node depends on."""
+    return [n for n in ancestors([node]) if n.op == "placeholder"]
+
+
 def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """`nodes` and all that needs them."""
     return _closure(nodes, set(), lambda node: list(node.users))

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from dit_cache_fx.ir.cached_run import cache_or_compute
+from dit_cache_fx.ir.copying import copy_nodes
 from dit_cache_fx.ir.node_meta import block_of, mark
 from dit_cache_fx.ir.program import (
     Program,
@@ -87,7 +88,7 @@ class _Rewrite:
             else:
                 for needed in node.all_input_nodes:
                     self._copy(needed)
-                self.new[node] = self.graph.node_copy(node, self.new.__getitem__)
+                copy_nodes(self.graph, [node], self.new)
         return self.new[node]
 
     def _parts(self, region: Region) -> tuple[list[fx.Node], list[fx.Node], set[fx.Node]]:
