@@ -11,7 +11,7 @@ from torch import nn
 
 from dit_cache_fx.cached_model import CachedModel, is_compiled, original
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.runtime.run import share_run
+from dit_cache_fx.runtime.shared_run import share_run
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.strategies.options import options_of
 from dit_cache_fx.strategies.registry import BY_NAME

@@ -17,7 +17,7 @@ from dit_cache_fx.capture.check import compare
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.leaves import BlockList, candidate_lists, named_list
 from dit_cache_fx.capture.normal_form import Guards
-from dit_cache_fx.capture.record import ModuleCall, Recording
+from dit_cache_fx.capture.recording import Recording
 from dit_cache_fx.capture.scalar_timestep import NumberFactories
 from dit_cache_fx.capture.settings import applied
 from dit_cache_fx.capture.side_effects import unnoticed
@@ -215,10 +215,7 @@ def can_replay(captured: Captured) -> bool:
 @contextmanager
 def replayed(captured: Captured) -> Iterator[None]:
     """Within the context the blocks return what they returned in the recorded run."""
-    calls: dict[str, Iterator[ModuleCall]] = {
-        name: iter([c for c in captured.recording.calls if c.name == name])
-        for name in captured.blocks.values()
-    }
+    calls = captured.recording.of_each(captured.blocks.values())
 
     def handle(
         module: nn.Module, name: str, call: Callable[..., Any], args: Any, kwargs: Any
@@ -232,12 +229,10 @@ def replayed(captured: Captured) -> Iterator[None]:
 
 def not_recorded(program: Program, recording: Recording) -> frozenset[str]:
     """The names of block results whose values the recording does not hold."""
-    calls: dict[str, Iterator[ModuleCall]] = {}
+    nodes = [(n, str(n.target).removeprefix("model.")) for n in program.block_calls()]
+    calls = recording.of_each(name for _, name in nodes)
     missing: list[str] = []
-    for node in program.block_calls():
-        name = str(node.target).removeprefix("model.")
-        if name not in calls:
-            calls[name] = iter([c for c in recording.calls if c.name == name])
+    for node, name in nodes:
         made = next(calls[name])
         missing += [v.name for v in block_values(node) if meta_of(v).output not in made.values]
     return frozenset(missing)

@@ -23,7 +23,8 @@ from dit_cache_fx.capture.captured import Captured, Subject, not_recorded, shard
 from dit_cache_fx.capture.check import IllegalInputs, compare, refusable, refuse, second_inputs
 from dit_cache_fx.capture.leaves import BlockList, leaf_modules
 from dit_cache_fx.capture.normal_form import normal_form
-from dit_cache_fx.capture.record import Recording, record
+from dit_cache_fx.capture.record import record
+from dit_cache_fx.capture.recording import Recording
 from dit_cache_fx.capture.refusals import (
     refuse_late_guards,
     refuse_read_number,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dit_cache_fx.capture.normal_form import Guards, data_reads, owned_tensors
-from dit_cache_fx.capture.record import Recording
+from dit_cache_fx.capture.recording import Recording
 from dit_cache_fx.capture.signature import FlatCall
 from dit_cache_fx.errors import CaptureError, DiscoveryError
 from dit_cache_fx.ir.program import Program, inputs_behind

@@ -15,7 +15,7 @@ from torch import nn
 
 from dit_cache_fx.capture.attributes import Attributes, Change, attributes, changes, restore
 from dit_cache_fx.capture.intercept import intercepted
-from dit_cache_fx.capture.record import ModuleCall, Recording
+from dit_cache_fx.capture.recording import RecordedCall, Recording
 from dit_cache_fx.capture.settings import Watch, refuse_other_values
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.values.identity import storage_key, version
@@ -56,7 +56,7 @@ class Arguments:
         """Whether forward has put items into dicts among them, as notes to its blocks."""
         return any(before[2] != _look(self.given[n])[2] for n, before in self._before.items())
 
-    def refuse_changed(self, made: Sequence[ModuleCall], notes: bool) -> None:
+    def refuse_changed(self, made: Sequence[RecordedCall], notes: bool) -> None:
         """Refuse a forward that has changed them; what its modules (`made`) did is theirs.
 
         `notes`: dicts may have new items that hold no tensor.
@@ -141,7 +141,7 @@ def refuse_state(
 
 def _rerun(run: Callable[[], Any], leaves: Mapping[nn.Module, str], recording: Recording) -> bool:
     """Run the model's own code; its modules answer as recorded. Whether it calls the same ones."""
-    calls: Iterator[ModuleCall] = iter(recording.calls)
+    calls: Iterator[RecordedCall] = iter(recording.calls)
 
     def handle(
         module: nn.Module, name: str, call: Callable[..., Any], args: Any, kwargs: Any

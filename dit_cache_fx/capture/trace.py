@@ -18,7 +18,7 @@ from dit_cache_fx._torch import Emitter, opaque, trace_functional
 from dit_cache_fx.capture.autograd_functions import forward_only
 from dit_cache_fx.capture.data_guards import DataReads, PythonReads, read_count, read_shape
 from dit_cache_fx.capture.intercept import intercepted
-from dit_cache_fx.capture.record import ModuleCall, Recording
+from dit_cache_fx.capture.recording import RecordedCall, Recording
 from dit_cache_fx.capture.scalar_timestep import NumberFactories
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.node_meta import mark, mark_tensor
@@ -190,7 +190,7 @@ class _Replay:
     """A recorded call as an operator that the tracer does not look into."""
 
     index: int
-    made: ModuleCall
+    made: RecordedCall
     inputs: Skeleton
     objects: dict[str, Any]
     given: int  # tensors of the call; behind them those that hooks leave of these

@@ -15,13 +15,15 @@ from dit_cache_fx._torch import fakes
 from dit_cache_fx.capture import BlockList, flatten_call
 from dit_cache_fx.capture.blocks import mark_blocks
 from dit_cache_fx.capture.normal_form import normal_form
-from dit_cache_fx.capture.record import Recording, record
+from dit_cache_fx.capture.record import record
+from dit_cache_fx.capture.recording import Recording
 from dit_cache_fx.capture.scalar_timestep import NumberFactories
 from dit_cache_fx.capture.signal import mark_signal, parts_of
 from dit_cache_fx.capture.trace import trace
 from dit_cache_fx.dynamo.outline import LEAVES
 from dit_cache_fx.dynamo.reads import Checked, Reads
 from dit_cache_fx.errors import CaptureError
+from dit_cache_fx.ir.copying import results_of
 from dit_cache_fx.ir.program import Program, ancestors, spec_of
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.strategies.signals import value_of
@@ -149,7 +151,7 @@ def _refuse_changed_by_blocks(recording: Recording, tensors: Sequence[torch.Tens
 
 def _refuse_changed_after_blocks(program: Program, changed: int) -> None:
     """Refuse a graph that writes what its blocks made into tensors that it is given."""
-    outputs: Any = program.graph.output_node().args[0]
+    outputs = results_of(program.graph)
     needed = ancestors(n for n in outputs[len(outputs) - changed :] if isinstance(n, fx.Node))
     if any(node in needed for node in program.block_calls()):
         raise CaptureError("the model changes a tensor that it is given by what its blocks made")

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class Entry(Lowered):
+class DynamoEntry(Lowered):
     """Graphs that answer calls of Dynamo's graph.
 
     `changed`: which of its tensors the graph changes in place. Where there are any, the graphs give
@@ -55,7 +55,7 @@ def lower(
     compile_graph: Compile,
     whole: bool,
     alone: Alone | None = None,
-) -> Entry:
+) -> DynamoEntry:
     """The graphs for inputs like these, which `compile_graph` compiles when they are called first.
 
     `whole`: Dynamo's graph is the whole model, not a piece of it.
@@ -82,7 +82,7 @@ def lower(
         return compiled_part(part, compile_graph, variants.held, outlined.dynamos, origins)
 
     ready = variants.mapped(compiled)
-    entry = Entry(
+    entry = DynamoEntry(
         program,
         ready,
         nodes,

@@ -10,6 +10,7 @@ from torch import fx
 
 from dit_cache_fx.errors import VerifyError
 from dit_cache_fx.ir.cached_run import CachedRun, cached_runs
+from dit_cache_fx.ir.copying import results_of
 from dit_cache_fx.ir.names import CLOCK_NAMES, is_reserved
 from dit_cache_fx.ir.node_meta import block_of, meta_of
 from dit_cache_fx.ir.program import Program, Region
@@ -134,6 +135,6 @@ def _side(program: Program, name: str, where: str) -> fx.GraphModule:
 
 
 def _verify_gives(side: fx.GraphModule, expected: int, what: str) -> None:
-    results: Any = side.graph.output_node().args[0]
+    results = results_of(side.graph)
     if len(results) != expected or not all(isinstance(n, fx.Node) for n in results):
         raise VerifyError(f"{what} gives {len(results)} results, {expected} expected")

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from torch import fx
 
-from dit_cache_fx.capture.record import Recording
+from dit_cache_fx.capture.recording import Recording
 from dit_cache_fx.capture.timestep import tells_time
 from dit_cache_fx.ir.program import Program, operations, tensor_spec
 from dit_cache_fx.lowering import Part, Variants

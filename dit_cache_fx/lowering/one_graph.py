@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from dit_cache_fx.ir.copying import results_of
 from dit_cache_fx.ir.graph_text import trace_graph
 from dit_cache_fx.ir.names import state_name
 from dit_cache_fx.ir.program import Program, graph_module, inline, tensor_spec
@@ -24,7 +25,8 @@ from dit_cache_fx.strategies.traced import traced
 from dit_cache_fx.values.identity import storage_key
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
-_FLAG = TensorSpec(torch.Size([]), torch.bool, torch.device("cpu"))
+#: a boolean of the host's
+FLAG = TensorSpec(torch.Size([]), torch.bool, torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,8 @@ class _Writer:
     def _placeholders(self) -> dict[str, fx.Node]:
         """All that the graph is given, by name; what has no dimensions is made so."""
         inputs = {name: tensor_spec(self.program.node(name)) for name in self.program.inputs}
-        rule = {"fresh": _FLAG, **self.state} if self.asks else {}
-        specs = {"forced": _FLAG, **rule, **CLOCK, **self.variants.held, **inputs}
+        rule = {"fresh": FLAG, **self.state} if self.asks else {}
+        specs = {"forced": FLAG, **rule, **CLOCK, **self.variants.held, **inputs}
         if self.preamble is not None:
             carried = {n: tensor_spec(self.program.node(n)) for n in self.variants.carried}
             specs |= carried | self.preamble.given
@@ -158,7 +160,7 @@ class _Writer:
 
         Here the host waits for the device.
         """
-        looked_at, flags = self._seen_specs(), {"forced": _FLAG, "fresh": _FLAG}
+        looked_at, flags = self._seen_specs(), {"forced": FLAG, "fresh": FLAG}
 
         def decide(*given: torch.Tensor) -> list[torch.Tensor]:
             signal = self._signal(given[: len(looked_at)])
@@ -180,7 +182,7 @@ class _Writer:
             return begun(self.strategy, self._signal(seen))
 
         first = traced(self.strategy, "init_state", begin, self._seen_specs())
-        results: Any = first.graph.output_node().args[0]
+        results = results_of(first.graph)
         return {state_name(i): tensor_spec(node) for i, node in enumerate(results)}
 
     def _apart(self, node: fx.Node, others: set[fx.Node]) -> fx.Node:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dit_cache_fx.ir.copying import add_input, copy_nodes
+from dit_cache_fx.ir.copying import add_input, copy_nodes, results_of
 from dit_cache_fx.ir.names import cached_name, measured_name
 from dit_cache_fx.ir.node_meta import mark_tensor
 from dit_cache_fx.ir.program import (
@@ -106,7 +106,7 @@ class Subgraphs:
         places = [graph.placeholder(cached_name(name, slot)) for slot in range(self.slots)]
         for place in places:
             mark_tensor(place, spec_of(value), device_of(value))
-        for result in _results(self.measures[index]):
+        for result in results_of(self.measures[index].graph):
             places.append(graph.placeholder(measured_name(name)))
             val = result.meta["val"]
             mark_tensor(places[-1], val.to("meta"), val.device)
@@ -204,8 +204,3 @@ def _by_row(
         return results if place is None else [place.put_back(t) for t in results]
 
     return mapped
-
-
-def _results(gm: fx.GraphModule) -> list[fx.Node]:
-    results: Any = gm.graph.output_node().args[0]
-    return list(results)

@@ -26,10 +26,10 @@ from dit_cache_fx.lowering.asserts import assertions
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.lowering.stateful import Carried, Stateful, fixed_steps
 from dit_cache_fx.passes import run_passes
+from dit_cache_fx.runtime.batch.row_steps import RowLayout
 from dit_cache_fx.runtime.first_runs import FirstRuns
 from dit_cache_fx.runtime.hooked import Hooks
 from dit_cache_fx.runtime.step_count import StepCount
-from dit_cache_fx.runtime.together import Layout
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.values.pytree import Skeleton
 
@@ -66,7 +66,7 @@ class Entry(Lowered):
     breaks: bool = False  # its blocks cannot be compiled as one graph
     apart: bool = False  # it was compiled as one graph for each kind of step
     carried: dict[tuple[str, ...], Carried] = field(default_factory=dict)  # by cache context
-    layout: Layout | None = None  # of its rows, where each is at a step of its own
+    layout: RowLayout | None = None  # of its rows, where each is at a step of its own
     served: set[float] = field(default_factory=set)  # a few of the timesteps that it answered
     first_runs: FirstRuns = field(default_factory=FirstRuns)  # with each compiler that looks on
     _lowering: threading.RLock = field(default_factory=threading.RLock)

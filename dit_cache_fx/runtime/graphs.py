@@ -20,11 +20,11 @@ from dit_cache_fx.lowering import lower_variants
 from dit_cache_fx.lowering.lowered_program import block_bytes
 from dit_cache_fx.passes import run_passes
 from dit_cache_fx.ranks import found
+from dit_cache_fx.runtime.batch.row_steps import RowLayout
 from dit_cache_fx.runtime.entry import Entry, GraphKey, RowsOf
 from dit_cache_fx.runtime.hooked import Hooks
 from dit_cache_fx.runtime.reasons import WhyCaptured, changes
 from dit_cache_fx.runtime.step_count import StepCount
-from dit_cache_fx.runtime.together import Layout
 from dit_cache_fx.strategies import check_block_ids, spread_over
 
 #: most input signatures whose graphs are kept at one time
@@ -234,7 +234,7 @@ class Graphs:
             untouched=untouched,
         )
         entry.apart = captured.spread  # `cond` takes no distributed tensors
-        entry.layout = None if rows is None else Layout.of(rows.one, entry, rows.count)
+        entry.layout = None if rows is None else RowLayout.of(rows.one, entry, rows.count)
         log.info("captured %s", entry)
         return entry
 

@@ -38,7 +38,7 @@ def sizes(rows: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """Where the rows are in what a graph of `count` rows takes and gives; in outputs: in front.
 
     `alone`: what one row by itself holds. `signal`: in what a rule looks at; `carried`: in what
@@ -54,7 +54,7 @@ class Layout:
     signal: RowPlace | None
 
     @staticmethod
-    def of(one: Lowered, many: Lowered, count: int) -> Layout:
+    def of(one: Lowered, many: Lowered, count: int) -> RowLayout:
         """Raises `CaptureError` where there is no telling the rows."""
         alone, held = one.variants.held, many.variants.held
         if one.program.output != many.program.output or alone.keys() != held.keys():
@@ -63,7 +63,7 @@ class Layout:
                 "be answered together. Call each session by itself"
             )
         signal = many.program.signal
-        return Layout(
+        return RowLayout(
             count,
             many.variants.outputs,
             alone,
@@ -116,13 +116,13 @@ def _place(name: str, one: Lowered, many: Lowered, count: int) -> RowPlace | Non
     return None if alone == together else place_of(name, alone, together, count)
 
 
-class Together:
+class RowSteps:
     """Steps of several branches that all compute, or all do not, or have not decided yet.
 
     There may be fewer than the graph has rows: the last one stands for the rest.
     """
 
-    def __init__(self, steps: Sequence[Step], layout: Layout) -> None:
+    def __init__(self, steps: Sequence[Step], layout: RowLayout) -> None:
         self._steps = steps
         self._layout = layout
 
