@@ -11,7 +11,7 @@ from dit_cache_fx.ir.names import is_measured
 from dit_cache_fx.runtime.branches import Branch, Held
 from dit_cache_fx.runtime.drive import Results
 from dit_cache_fx.strategies import CLOCK, Clock, Course, RuleState, Strategy
-from dit_cache_fx.strategies.rule import begun, decided, device_of, lost_in_any
+from dit_cache_fx.strategies.decision import begun, decided, device_of, lost_in_any
 from dit_cache_fx.strategies.signals import in_one, signal_of
 from dit_cache_fx.values.identity import storage_key
 from dit_cache_fx.values.tensor_spec import TensorSpec
