@@ -1,4 +1,4 @@
-"""The two sides of a cached run, with the strategy's functions traced into them."""
+"""Build the two sides of a cached run, with the strategy's functions traced into them."""
 
 from __future__ import annotations
 
@@ -29,11 +29,10 @@ from dit_cache_fx.values.tensor_spec import TensorSpec
 
 
 class Subgraphs:
-    """Builds the sides of one run.
+    """Builds the two sides of one run.
 
-    Both take, for each value, the tensors that are held for it (what was measured of it is the
-    last, where something is), then those of a `Clock`, then what the run starts from; the compute
-    side also its operands.
+    For each value, both sides take the held tensors (the measurement last, if there is one), then
+    those of a `Clock`, then the run's start. The compute side also takes its operands.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class Subgraphs:
         self.measures = [self._traced("measure", i) for i in self._indexes()]
 
     def compute(self, members: set[fx.Node]) -> fx.GraphModule:
-        """Runs the blocks; returns the values, then all that is to be held."""
+        """Build the side that runs the blocks; it returns the values, then all tensors to hold."""
         graph, held, clock, new = self._head([*self.run_inputs, *self.operands])
         copy_nodes(graph, [n for n in self.program.graph.nodes if n in members], new)
         values = [new[self.program.node(name)] for name in self.region.values]
@@ -67,7 +66,7 @@ class Subgraphs:
         return self._module(graph, "Compute")
 
     def reuse(self) -> fx.GraphModule:
-        """Returns the values from what is held."""
+        """Build the side that returns the values from the held tensors."""
         graph, held, clock, new = self._head(self.run_inputs)
         values: list[Any] = []
         for i in self._indexes():
@@ -86,7 +85,7 @@ class Subgraphs:
         return graph, held, clock, new
 
     def _start(self, graph: fx.Graph, index: int, new: dict[fx.Node, fx.Node]) -> list[fx.Node]:
-        """What a value starts from, in its dtype; empty where there is none."""
+        """Return the start of a value, in its dtype; empty if it has none."""
         name = self.region.inputs[index]
         if name is None:
             return []
@@ -100,7 +99,7 @@ class Subgraphs:
         return range(len(self.region.values))
 
     def _places(self, graph: fx.Graph, index: int) -> list[fx.Node]:
-        """The placeholders of what is held of a value, and of what was measured of it."""
+        """Return the placeholders of a value's held tensors, and of its measurement."""
         name = self.region.values[index]
         value = self.program.node(name)
         places = [graph.placeholder(held_name(name, slot)) for slot in range(self.slots)]
@@ -113,7 +112,7 @@ class Subgraphs:
         return places
 
     def _traced(self, name: str, index: int) -> fx.GraphModule:
-        """The graph of a strategy's function, for what is held, the clock, value and start."""
+        """Trace a strategy's function for held tensors, clock, value and start."""
         strategy, spec, start = self._strategy(index), self._spec(index), self.region.inputs[index]
         given = ["value"] * (name != "reuse") + ["start"] * (start is not None)
         slots, end = self.slots, self.slots + len(CLOCK)
@@ -138,7 +137,7 @@ class Subgraphs:
         return traced(strategy, name, _by_row(flat, places, name != "measure"), specs)
 
     def _strategy(self, index: int) -> Strategy:
-        """What is computed of a distributed tensor is of all of it already."""
+        """Return the strategy for a value. Results on a distributed tensor are global already."""
         spread = is_spread(self.program.node(self.region.values[index]))
         return without_ranks(self.strategy) if spread else self.strategy
 
@@ -151,7 +150,7 @@ class Subgraphs:
         clock: Clock,
         spec: TensorSpec,
     ) -> Sequence[torch.Tensor]:
-        """The results of a strategy's function, if they are what it has to give."""
+        """Call a strategy's function, and check its results."""
         start = named.get("start")
         if name == "reuse":
             reused = [strategy.reuse(held, start, clock)]
@@ -170,7 +169,9 @@ class Subgraphs:
         if not isinstance(measured, torch.Tensor) or measured.ndim != 1:
             what = TensorSpec.of(measured) if isinstance(measured, torch.Tensor) else repr(measured)
             raise refused(
-                self.strategy, "measure", f"gave {what}; right is a tensor of one dimension or None"
+                self.strategy,
+                "measure",
+                f"gave {what}; expected a tensor of one dimension, or None",
             )
         return [measured]
 
@@ -178,7 +179,7 @@ class Subgraphs:
         return tensor_spec(self.program.node(self.region.values[index]))
 
     def _inlined(self, graph: fx.Graph, gm: fx.GraphModule, given: list[fx.Node]) -> list[Any]:
-        """Copy a strategy's function behind `graph`."""
+        """Append a copy of a strategy's function to `graph`."""
         return inline(graph, self.attributes, gm, given)
 
     def _module(self, graph: fx.Graph, side: str) -> fx.GraphModule:
@@ -191,9 +192,9 @@ class Subgraphs:
 def _by_row(
     function: Callable[..., Sequence[torch.Tensor]], places: Sequence[RowPlace | None], back: bool
 ) -> Callable[..., Sequence[torch.Tensor]]:
-    """A function of one row for several. `places`: of the rows in its tensors; None: in front.
+    """Make a function of one row one of many rows. `places`: where tensors have rows; None: dim 0.
 
-    `back`: its results are as its first tensor; else their rows stay in front.
+    `back`: lay the results out as the first tensor; otherwise their rows stay in dimension 0.
     """
 
     def mapped(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
