@@ -76,9 +76,7 @@ class TensorIdentity:
         return frozenset([i for i, (a, b) in enumerate(pairs) if not _is_same(a, b)])
 
     def other_values(self, other: TensorIdentity, places: Collection[int]) -> frozenset[int]:
-        """Return those of `places` whose values differ or cannot be compared. May wait for a
-        device.
-        """
+        """Return those of `places` with other or unknown values. May wait for a device."""
         return frozenset(i for i in places if not self._equal(other, i))
 
     def shares(self, other: TensorIdentity) -> bool:
