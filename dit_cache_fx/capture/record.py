@@ -1,8 +1,8 @@
-"""Phase one of a capture: run the model once as it is, and note what each kept module returned.
+"""Phase one of a capture: run the model once, unchanged, and record the results of its modules.
 
 The blocks run exactly once, outside of any tracer. Tracing (phase two) and the first computed step
-then replay what was recorded, so a capture costs no second forward pass. Where forward has changed
-something around its blocks that they may read, they run once more, in the graph (`rerun`).
+then replay the recording, so a capture costs no second forward pass. If forward changed something
+around its blocks that they may read, they run a second time, in the graph (`rerun`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from dit_cache_fx.values.wrapped import Layout, laid_out, settled
 
 @dataclass
 class Inside:
-    """What a block did inside: the call that it got, and the calls of its parts."""
+    """The inside of a block: its call, and the calls of its parts."""
 
     block: nn.Module
     parts: Mapping[nn.Module, str]
@@ -54,19 +54,19 @@ class ModuleCall:
     skeleton: Skeleton
     layouts: list[Layout | None] = field(default_factory=list)
     values: dict[int, torch.Tensor] = field(default_factory=dict)
-    mutated: tuple[int, ...] = ()  # which of its tensor arguments it changed in place
+    mutated: tuple[int, ...] = ()  # the tensor arguments that it changed in place
     like: tuple[int | None, ...] = ()  # for each output a tensor argument of the same shape
     inside: Inside | None = None
-    rewrites: bool = False  # whether it put something else into a container among its arguments
+    rewrites: bool = False  # whether it changed a container among its arguments
     changed: frozenset[int] = frozenset()  # addresses of memory that it changed
-    writes: frozenset[int] = frozenset()  # the same, where it did not return it
+    writes: frozenset[int] = frozenset()  # the same, without returning it
     within: Within = field(default_factory=Within)  # the contexts that it was called in
-    digests: Checksums = field(default_factory=list)  # of what it returned
-    split: Split | None = None  # what hooks leave of its arguments
-    random: RandomState | None = None  # what it drew its random numbers from
+    digests: Checksums = field(default_factory=list)  # of its results
+    split: Split | None = None  # hooks that split its arguments
+    random: RandomState | None = None  # the random state that it started from
 
     def outputs(self) -> list[torch.Tensor]:
-        """What it returned, as new tensor objects; placeholders where no value was kept."""
+        """Return its results as new tensor objects; placeholders for values that were not kept."""
         return [
             self.values[i].detach() if i in self.values else laid_out(spec.placeholder(), layout)
             for i, (spec, layout) in enumerate(zip(self.specs, self.layouts, strict=True))
@@ -75,17 +75,17 @@ class ModuleCall:
 
 @dataclass
 class Recording:
-    """The calls of the kept modules in order, and what the model returned."""
+    """The calls of the kept modules in order, and the model's result."""
 
     calls: list[ModuleCall]
     output: Any
-    settings: tuple[Setting, ...] = ()  # what forward sets on its modules
+    settings: tuple[Setting, ...] = ()  # attributes that forward sets on its modules
     suspect: bool = False  # whether blocks may depend on more than their arguments
     before: Attributes = field(default_factory=dict)  # of the modules, before the recorded run
-    world: World | None = None  # what blocks may read beside them, before the recorded run
+    world: World | None = None  # other state that blocks may read, before the recorded run
 
     def forget(self) -> None:
-        """Let go of the values: only the first answer needs them."""
+        """Drop the values: only the first answer needs them."""
         self.output, self.before, self.world = None, {}, None
         for made in self.calls:
             made.values.clear()
@@ -100,13 +100,13 @@ def record(
     opened: Mapping[nn.Module, Mapping[nn.Module, str]] | None = None,
     watch: Watch | None = None,
 ) -> Recording:
-    """Run the model and record its kept modules' calls.
+    """Run the model, and record its kept modules' calls.
 
-    A block's output is held only when something other than a cached block reads it: holding every
-    block's output would be what the cache is here to avoid. `always_run` are the blocks that are
-    never cached; what they read and give is held too. `opened`: blocks -> their parts, whose calls
-    are recorded as well. `watch` sees what the model sets around its modules; with it, digests of
-    what blocks give are noted.
+    A block's output is held only if something other than a cached block reads it; holding every
+    output would defeat the purpose of the cache. `always_run` are the blocks that are never cached;
+    their inputs and outputs are held too. `opened`: blocks -> their parts, whose calls are recorded
+    as well. `watch` observes the attributes that the model sets on its modules; with it, checksums
+    of block outputs are recorded.
     """
     recorder = _Recorder(blocks, {b for b in blocks if b not in always_run}, opened or {}, watch)
     with intercepted(kept, recorder.handle), recorder.reader:
@@ -174,7 +174,7 @@ class _Recorder:
         self.reader.produced(made, outputs)
         if module not in self._blocks:
             self.reader.hold(made, outputs)
-        elif module not in self._cached:  # a copy: whoever gets it may change it in place
+        elif module not in self._cached:  # a copy: the reader may change it in place
             made.values.update((i, t.clone()) for i, t in enumerate(outputs))
 
     def _within(self, name: str) -> Within:
@@ -209,7 +209,7 @@ def _note_changes(
     given: Skeleton,
     arguments: Any,
 ) -> None:
-    """Note what the call has changed of its arguments."""
+    """Note the arguments that the call changed."""
     after, form = flatten(arguments)
     made.rewrites = given != form or any(a is not b for a, b in zip(inputs, after, strict=True))
     shapes = [t.shape for t in inputs]
@@ -219,13 +219,13 @@ def _note_changes(
 
 
 class _Reader(TorchDispatchMode):
-    """Watches which recorded outputs are read by the model's own code."""
+    """Watches which recorded outputs the model's own code reads."""
 
     def __init__(self) -> None:
         super().__init__()
-        #: by id of a tensor that a module gave: of which call, which of its tensors
+        #: by id of an output tensor: its call, and its index there
         self._origin: dict[int, tuple[ref[torch.Tensor], ModuleCall, int]] = {}
-        #: what is held itself, by the memory that it is in
+        #: outputs that are held without a copy, by their memory
         self._held: dict[int, list[tuple[ModuleCall, int]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -251,7 +251,7 @@ class _Reader(TorchDispatchMode):
                 call.values[index] = call.values[index].clone()
 
     def changed(self, places: Collection[int]) -> None:
-        """A module has changed this memory: what was held there is not known any more."""
+        """A module has changed this memory: forget the outputs that were held there."""
         for place in places:
             for call, index in self._held.pop(place, ()):
                 del call.values[index]
@@ -259,7 +259,7 @@ class _Reader(TorchDispatchMode):
     def reads(self, tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:
             origin = self._origin.get(id(tensor))
-            if origin is None or origin[0]() is not tensor:  # an id may come back
+            if origin is None or origin[0]() is not tensor:  # ids are reused
                 continue
             _, call, index = origin
             if index not in call.values:  # a copy: the model may change it in place afterwards
@@ -267,7 +267,7 @@ class _Reader(TorchDispatchMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Take the mode off: what runs inside must not see it (compiled blocks refuse modes)."""
+        """Disable the mode: code inside must not see it (compiled blocks refuse modes)."""
         self.__exit__(None, None, None)
         try:
             yield

@@ -265,7 +265,7 @@ def test_an_ambiguous_timestep_lists_the_candidates() -> None:
     cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps=STEPS)
     with pytest.raises(
         DiscoveryError,
-        match=r"timestep argument cannot be told.*\['tau', 'rho'\]. Name it: timestep='...'",
+        match=r"cannot determine the timestep argument.*\['tau', 'rho'\]. Name it: timestep='...'",
     ):
         cached(**inputs)
 
