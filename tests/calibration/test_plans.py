@@ -161,7 +161,7 @@ def test_told_timesteps_are_carried_over_with_one_warning() -> None:
 
 def test_untold_timesteps_are_learnt_and_then_carried_over() -> None:
     model = cached(plan())
-    with pytest.warns(DitCacheWarning, match="the timesteps are not known at"):
+    with pytest.warns(DitCacheWarning, match="the timesteps are unknown at"):
         first = done(model, steps=16)
     assert computed(first) == [0, 2, 4, 6, 8, 10, 12, 14]  # as large a share, to the end
     with pytest.warns(DitCacheWarning, match="carried over to these 16 by noise level: 4 are"):

@@ -201,7 +201,7 @@ def test_a_function_is_asked_once_a_generation_at_its_first_call() -> None:
 
 def test_they_are_learnt_from_the_generation_before() -> None:
     cached = toy(computed_steps=4, num_steps=12)
-    with pytest.warns(DitCacheWarning, match=r"timesteps are not known .* give timesteps="):
+    with pytest.warns(DitCacheWarning, match=r"timesteps are unknown .* pass timesteps="):
         assert run(cached, SHIFTED) == BY_INDEX
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -267,7 +267,7 @@ def test_a_first_call_like_none_of_them_takes_them_all() -> None:
 @pytest.mark.parametrize("nothing", [None, [], torch.zeros(0)])
 def test_a_function_that_does_not_know_yet(nothing: Any) -> None:
     cached = toy(computed_steps=4, num_steps=12, timesteps=lambda: nothing)
-    with pytest.warns(DitCacheWarning, match="timesteps are not known"):
+    with pytest.warns(DitCacheWarning, match="timesteps are unknown"):
         assert run(cached, SHIFTED) == BY_INDEX
 
 

@@ -324,7 +324,7 @@ def test_gradients_are_wanted() -> None:
     inside, cache = make(ToyDiT), deepcache(inner="eager")
     model = compiled(inside, cache)
     with torch.enable_grad():
-        output = warned(lambda: model(**toy_inputs(1.0)), "gradients are enabled and wanted")
+        output = warned(lambda: model(**toy_inputs(1.0)), "gradients are enabled and required")
         assert torch.equal(output, inside(**toy_inputs(1.0)))
         output.sum().backward()
         assert model(**toy_inputs(0.9)).requires_grad

@@ -278,7 +278,7 @@ def test_plot_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch
 
 
 def test_plot_before_the_first_call() -> None:
-    with pytest.raises(DitCacheError, match="Call the cached model first"):
+    with pytest.raises(DitCacheError, match="call the cached model first"):
         cached_toy().plot()
 
 
