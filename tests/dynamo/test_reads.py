@@ -256,7 +256,7 @@ def test_a_changed_tensor_in_the_memory_of_another_one_is_left_to_the_model() ->
             assert torch.equal(got, want(**others, log=others["x"][0, 0])), step
             assert torch.equal(inputs["x"], others["x"])
 
-    warned(calls, "in the memory of another")
+    warned(calls, "shares memory with another")
 
 
 # --- calls that run uncached -------------------------------------------------------------------
