@@ -30,19 +30,21 @@ KINDS: tuple[type[Strategy], ...] = (
     MagCache,
     EasyCache,
 )
-#: cache-dit's name beside our own
+#: with cache-dit's name for one of them
 BY_NAME: dict[str, type[Strategy]] = {s.name: s for s in KINDS} | {"dbcache": FirstBlockCache}
 
 
 def make_strategy(strategy: str | Strategy, options: dict[str, Any]) -> Strategy:
-    """A strategy object from a name and options, or the object itself.
+    """Return a strategy object from a name and options, or the object itself.
 
     Raises `OptionError` for an unknown name or option, or a value that cannot work.
     """
     if isinstance(strategy, Strategy):
         if options:
             raise OptionError(
-                "strategy", strategy, f"an object has its options already; got {sorted(options)}"
+                "strategy",
+                strategy,
+                f"an object has its options already; got {sorted(options)}: set them on the object",
             )
         return strategy
     kind = BY_NAME.get(strategy) if isinstance(strategy, str) else None
@@ -56,7 +58,7 @@ def make_strategy(strategy: str | Strategy, options: dict[str, Any]) -> Strategy
     return kind(**options)
 
 
-#: the options that say which steps compute
+#: the options that select the steps to compute
 SCHEDULING = (
     "no_cache_steps",
     "compute_ratio",
@@ -68,7 +70,7 @@ SCHEDULING = (
 
 
 def predictor_options(strategy: Strategy) -> dict[str, Any]:
-    """The options that are not the default ones, but for those that say which steps compute."""
+    """Return the options with other values than the defaults, except those that select steps."""
     given = {f.name: (getattr(strategy, f.name), f.default) for f in fields(strategy)}
     return {
         name: value

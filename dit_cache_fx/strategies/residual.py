@@ -1,4 +1,4 @@
-"""What several strategies share: the residual of a run is held, and added to this step's stream."""
+"""Base of the strategies that hold the residual of a run and add it to this step's stream."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ResidualCache(Strategy):
 
 
 def check_count(name: str, value: Any, least: int, optional: bool = False) -> None:
-    """Raise `OptionError` where it is no integer from `least` on."""
+    """Raise `OptionError` if the value is no integer from `least` on."""
     if optional and value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -38,9 +38,9 @@ def check_count(name: str, value: Any, least: int, optional: bool = False) -> No
 
 
 def check_positive(name: str, value: Any, example: float, optional: bool = False) -> None:
-    """Raise `OptionError` where it is no finite number above 0."""
+    """Raise `OptionError` if the value is no finite number above 0."""
     if optional and value is None:
         return
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not value > 0 or not math.isfinite(value):
-        raise OptionError(name, value, f"a number above 0, for instance {example:g}")
+        raise OptionError(name, value, f"a number above 0, for example {example:g}")

@@ -1,7 +1,7 @@
-"""Which steps of a generation are computed in full.
+"""Schedules: select the steps of a generation to compute in full.
 
-A schedule is a pure function of the step and of what is known of the generation: its number of
-steps, and its timesteps.
+A schedule is a pure function of the step and of the known properties of the generation: its number
+of steps, and its timesteps.
 """
 
 from __future__ import annotations
@@ -15,66 +15,65 @@ from typing import Any, ClassVar
 
 from dit_cache_fx.errors import OptionError
 
-#: a ratio is taken as a fraction with at most this denominator, so that 0.29 is 29 of 100
+#: ratios are converted to fractions with at most this denominator: 0.29 is 29 of 100
 _DENOMINATOR = 1000
-#: how many steps a generation is taken to have as long as nothing is known of it
+#: the assumed number of steps while it is unknown
 USUAL_STEPS = 50
-#: how far to look for the next computed step where the number of steps is not known
+#: how far to search for the next computed step if the number of steps is unknown
 _FAR = 1000
 
 
 class Schedule:
-    """Base class of the schedules. A schedule of your own defines `computes`.
+    """Base class of the schedules. A subclass defines `computes`.
 
     Example:
         >>> class FirstHalf(dit_cache_fx.Schedule):
         ...     def computes(self, step, num_steps):
         ...         return num_steps is None or step < num_steps // 2
-        >>> dit_cache_fx.apply(model, "taylorcache", schedule=FirstHalf())
+        >>> cached = dit_cache_fx.apply(model, "taylorcache", schedule=FirstHalf())
     """
 
-    #: whether it places its steps by their number; if not, `num_steps` changes nothing
+    #: whether the steps depend on their number; if not, `num_steps` changes nothing
     needs_num_steps: ClassVar[bool] = True
-    #: whether it is meant for generations whose timesteps are known
+    #: whether it is meant for generations with known timesteps
     needs_timesteps: ClassVar[bool] = False
-    #: whether it chooses by itself how many steps are computed, of however many there are
+    #: whether it chooses by itself how many of the steps compute
     sets_share: ClassVar[bool] = False
 
     def computes(self, step: int, num_steps: int | None) -> bool:
-        """Whether a step computes in full. Step 0 always does.
+        """Return whether a step computes in full. Step 0 always does.
 
         Args:
             step (`int`):
                 The step, counted from 0.
             num_steps (`int | None`):
-                The number of steps in the running generation, above `step`; None where it is not
-                known.
+                The number of steps in the running generation, above `step`; None if unknown.
         """
         raise NotImplementedError
 
     def placed(self, timesteps: Sequence[float]) -> Schedule:
-        """The schedule for a generation whose timesteps are known.
+        """Return the schedule for a generation whose timesteps are known.
 
         Args:
             timesteps (`Sequence[float]`):
-                The timesteps, one for each call of the model.
+                The timesteps, one for each call of the model, in the model's unit.
         """
         return self
 
     def next_computed(self, step: int, num_steps: int | None) -> int | None:
-        """The next computed step after `step`; None where there is none, as far as is known.
+        """Return the next computed step after `step`; None if there is none, as far as is known.
 
         Args:
             step (`int`):
                 The step, counted from 0.
             num_steps (`int | None`):
-                The number of steps in the running generation; None where it is not known.
+                The number of steps in the running generation; None if unknown.
         """
         end = step + _FAR if num_steps is None else num_steps
         return next((s for s in range(step + 1, end) if self.computes(s, num_steps)), None)
 
     def check(self, num_steps: int) -> None:
-        """Check that the schedule suits a generation of `num_steps` steps.
+        """Check that the schedule fits a generation of `num_steps` steps.
 
         Args:
             num_steps (`int`):
@@ -86,29 +85,29 @@ class Schedule:
 
     @property
     def meant_for(self) -> tuple[float, ...] | None:
-        """The timesteps that it was made for, where it was made for some.
+        """The timesteps that the schedule was made for; None if it fits any.
 
-        A generation that begins with the first of these is taken to have them.
+        A generation that begins with the first of these is assumed to have them.
         """
         return None
 
     def otherwise(self) -> Schedule:
-        """The schedule for a generation that turns out to have other timesteps than expected."""
+        """Return the schedule for a generation with other timesteps than expected."""
         return self
 
     def remark(self, timesteps: Sequence[float]) -> str | None:
-        """A remark for the user about a generation with these timesteps; None if there is none.
+        """Return a remark for the user on a generation with these timesteps; None if there is none.
 
         Args:
             timesteps (`Sequence[float]`):
-                The timesteps, one for each call of the model.
+                The timesteps, one for each call of the model, in the model's unit.
         """
         return None
 
 
 @dataclass(frozen=True)
 class ListedSteps(Schedule):
-    """These steps, however many there are."""
+    """These steps, for any number of steps."""
 
     steps: frozenset[int]
 
@@ -124,7 +123,7 @@ class ListedSteps(Schedule):
 
 @dataclass(frozen=True)
 class Later(Schedule):
-    """The rest of a run's schedule, whose first `steps` steps are another model's."""
+    """The rest of a run's schedule, whose first `steps` steps belong to another model."""
 
     of: Schedule
     steps: int
@@ -144,8 +143,14 @@ class EvenSteps(Schedule):
         ratio (`float`):
             The share of the steps, above 0 and at most 1.
 
+    Raises:
+        OptionError: The ratio is no such number.
+
     Example:
-        >>> dit_cache_fx.apply(model, "taylorcache", schedule=dit_cache_fx.EvenSteps(0.4))
+        >>> schedule = dit_cache_fx.EvenSteps(0.4)
+        >>> [step for step in range(12) if schedule.computes(step, 50)]
+        [0, 3, 5, 8, 10]
+        >>> cached = dit_cache_fx.apply(model, "taylorcache", schedule=schedule)
     """
 
     ratio: float
@@ -164,16 +169,22 @@ class EvenAndLast(Schedule):
     """A share of the steps and `more` of them: evenly spaced ones, and the last.
 
     A skipped step costs in proportion to its share of the way, so short runs compute a larger
-    share. As long as the number of steps is not known, the share is that of a run of 50.
+    share. While the number of steps is unknown, the share is that of a run of 50.
 
     Args:
         ratio (`float`):
             The share of the steps, above 0 and at most 1.
         more (`int`, defaults to `6`):
-            The number of steps to compute on top of the share.
+            The number of steps to compute in addition to the share.
+
+    Raises:
+        OptionError: An argument is no such number.
 
     Example:
-        >>> dit_cache_fx.apply(model, "taylorcache", schedule=dit_cache_fx.EvenAndLast(0.3, more=4))
+        >>> schedule = dit_cache_fx.EvenAndLast(0.3, more=4)
+        >>> sum(schedule.computes(step, 50) for step in range(50))
+        19
+        >>> cached = dit_cache_fx.apply(model, "taylorcache", schedule=schedule)
     """
 
     ratio: float
@@ -192,25 +203,32 @@ class EvenAndLast(Schedule):
         return step == num_steps - 1 or _passes(step, self._even(num_steps))
 
     def _even(self, num_steps: int) -> Fraction:
-        """The share of the evenly spaced steps: the last one comes on top."""
+        """Return the share of the evenly spaced steps: the last one is added to them."""
         count = math.ceil(num_steps * _fraction(self.ratio)) + self.more
         return Fraction(min(max(count - 1, 1), num_steps), num_steps)
 
 
 @dataclass(frozen=True)
 class EvenTimesteps(Schedule):
-    """A number of steps, evenly spaced in timestep: step 0 and the last are among them.
+    """A number of steps, evenly spaced in timestep, including step 0 and the last step.
 
-    Computed step i of K is the one whose timestep is nearest to
-    `first + (last - first) * i / (K - 1)`, among those not taken yet. As long as the timesteps are
-    not known, the steps are evenly spaced by index.
+    Computed step i of K is the one whose timestep is nearest to `first + (last - first) * i / (K -
+    1)`, among those not chosen yet. While the timesteps are unknown, the steps are evenly spaced by
+    index.
 
     Args:
         computed_steps (`int`):
             The number of steps to compute, from 1.
 
+    Raises:
+        OptionError: The number is no such integer, or larger than the number of steps.
+
     Example:
-        >>> dit_cache_fx.apply(model, "taylorcache", schedule=dit_cache_fx.EvenTimesteps(10))
+        >>> schedule = dit_cache_fx.EvenTimesteps(3).placed([1000.0, 990.0, 900.0, 510.0, 20.0])
+        >>> [step for step in range(5) if schedule.computes(step, 5)]
+        [0, 3, 4]
+        >>> options = dict(schedule=dit_cache_fx.EvenTimesteps(10))
+        >>> cached = dit_cache_fx.apply(model, "taylorcache", **options)
     """
 
     computed_steps: int
@@ -226,7 +244,7 @@ class EvenTimesteps(Schedule):
         parts, way = self.computed_steps - 1, num_steps - 1
         if step == 0 or parts >= way:
             return True
-        nearest = (2 * step + 1) * parts // (2 * way)  # the last i with its place up to here
+        nearest = (2 * step + 1) * parts // (2 * way)  # the last i whose place is up to here
         return 2 * nearest * way > (2 * step - 1) * parts
 
     def placed(self, timesteps: Sequence[float]) -> Schedule:
@@ -238,9 +256,9 @@ class EvenTimesteps(Schedule):
 
 @dataclass(frozen=True)
 class EvenNoise(EvenAndLast):
-    """As many computed steps as `EvenAndLast` has, evenly spaced in timestep.
+    """As many computed steps as in `EvenAndLast`, evenly spaced in timestep.
 
-    As long as the timesteps are not known, they are the steps of `EvenAndLast`.
+    While the timesteps are unknown, the steps are those of `EvenAndLast`.
     """
 
     def placed(self, timesteps: Sequence[float]) -> Schedule:
@@ -250,10 +268,9 @@ class EvenNoise(EvenAndLast):
 
 
 def evenly_spaced(places: Sequence[float], count: int) -> frozenset[int]:
-    """The indexes of `count` places, evenly spaced from the first place to the last.
+    """Return the indices of `count` places, evenly spaced from the first place to the last.
 
-    Where there are not as many, the indexes of all. Of two places that are equally near the first
-    is taken.
+    If there are fewer places, all indices. Of two equally near places the first is chosen.
     """
     if count >= len(places):
         return frozenset(range(len(places)))
@@ -267,7 +284,9 @@ def evenly_spaced(places: Sequence[float], count: int) -> frozenset[int]:
 
 
 def interval_schedule(num_steps: int, start: int, end: int, interval: int) -> set[int]:
-    """The steps `range(0, start)`, `range(start, end, interval)` and `range(end, num_steps)`.
+    """Return the steps `range(0, start)`, `range(start, end, interval)`, `range(end, num_steps)`.
+
+    This is the schedule of the published AngelSlim helpers.
 
     Args:
         num_steps (`int`):
@@ -277,16 +296,19 @@ def interval_schedule(num_steps: int, start: int, end: int, interval: int) -> se
         end (`int`):
             The end of the sparse interval; this step and all after it compute.
         interval (`int`):
-            The distance between computed steps in the sparse interval, from 1.
+            The distance between computed steps in the sparse interval, in steps, from 1.
 
     Returns:
-        The steps, for `no_cache_steps`.
+        The set of step indices, for `no_cache_steps`.
 
     Raises:
         OptionError: An argument is no such integer, or `start <= end <= num_steps` does not hold.
 
     Example:
-        >>> dit_cache_fx.interval_schedule(50, 11, 45, 4)  # HunyuanVideo-1.5: 25 of 50 steps
+        >>> steps = dit_cache_fx.interval_schedule(50, 11, 45, 4)  # of HunyuanVideo-1.5
+        >>> len(steps)
+        25
+        >>> cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps=steps)
     """
     for name, value in (("num_steps", num_steps), ("start", start), ("end", end)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -299,20 +321,20 @@ def interval_schedule(num_steps: int, start: int, end: int, interval: int) -> se
 
 
 def check_ratio(name: str, value: Any) -> None:
-    """Raise `OptionError` where it is no share of the steps."""
+    """Raise `OptionError` if the value is no share of the steps."""
     if not _is_number(value) or not 0 < value <= 1:
         raise OptionError(name, value, "a share of the steps above 0 and at most 1, such as 0.5")
 
 
 def check_num_steps(value: Any, source: str = "num_steps") -> None:
-    """Raise `OptionError` where it is no number of steps."""
+    """Raise `OptionError` if the value is no number of steps."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise OptionError(source, value, "the steps of a generation: an integer from 1")
+        raise OptionError(source, value, "the number of steps of a generation: an integer from 1")
 
 
 def check_computed_steps(value: Any, num_steps: int | None = None) -> None:
-    """Raise `OptionError` where no generation, or none of `num_steps`, has so many steps."""
-    expected = "how many steps of a generation are computed in full: an integer from 1"
+    """Raise `OptionError` if no generation, or none of `num_steps`, has so many steps."""
+    expected = "the number of steps of a generation to compute in full: an integer from 1"
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise OptionError("computed_steps", value, expected)
     if num_steps is not None and value > num_steps:
@@ -332,14 +354,14 @@ def _fraction(ratio: float) -> Fraction:
     return max(Fraction(ratio).limit_denominator(_DENOMINATOR), Fraction(1, _DENOMINATOR))
 
 
-#: what `schedule="..."` stands for; docs/schedules.md has the measurements
+#: the presets of `schedule="..."`; docs/schedules.md has the measurements
 PRESETS: Mapping[str, EvenNoise] = MappingProxyType(
     {"quality": EvenNoise(0.4), "balanced": EvenNoise(0.2), "fast": EvenNoise(0.1)}
 )
 
 
 def named_schedule(value: Any) -> Schedule:
-    """The schedule of `schedule=value`: a preset's name, or the object itself."""
+    """Return the schedule of `schedule=value`: of a preset's name, or the object itself."""
     if isinstance(value, str) and value in PRESETS:
         return PRESETS[value]
     if isinstance(value, Schedule):

@@ -372,7 +372,7 @@ def test_a_function_that_gives_no_timesteps(value: Any) -> None:
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, True, "5", [5]])
 def test_numbers_of_computed_steps_that_cannot_be(value: Any) -> None:
-    text = r"computed_steps=.*: how many steps .* are computed in full: an integer from 1"
+    text = r"computed_steps=.*: how many steps .* to compute in full: an integer from 1"
     refused(text, make(ToyDiT), computed_steps=value)
     with pytest.raises(OptionError, match=text):
         EvenTimesteps(value)

@@ -394,7 +394,7 @@ def _refusing(gm: Any, inputs: Any) -> Any:
     ("options", "match"),
     [
         ({"inner": "inductr"}, r"inner='inductr': one of \[.*'inductor'.*\], or a callable"),
-        ({"inner": 3}, r"inner=3: a backend's name, or a callable \(graph, inputs\)"),
+        ({"inner": 3}, r"inner=3: the name of a backend, or a callable \(graph, inputs\)"),
         ({"mode": "fast"}, r"mode='fast': one of \['default', 'reduce-overhead'"),
         ({"options": {"max_autotun": True}}, r"options=.*max_autotun.*options of inductor"),
         ({"options": {"max_autotune": 3}}, r"options=.*options of inductor"),

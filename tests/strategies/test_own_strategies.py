@@ -66,11 +66,11 @@ def _reuse(result: Callable[..., Any]) -> Callable[..., Any]:
 REFUSED = {
     "dtype": (
         _store(lambda held, value, clock: [value.double()]),
-        ["store gave torch.float64[1, 6, 8] on cpu", f"right is {SPEC}", "slots()"],
+        ["store gave torch.float64[1, 6, 8] on cpu", f"expected {SPEC}", "slots()"],
     ),
     "shape": (
         _store(lambda held, value, clock: [value.mean(1, keepdim=True)]),
-        ["store gave torch.float32[1, 1, 8] on cpu", f"right is {SPEC}"],
+        ["store gave torch.float32[1, 1, 8] on cpu", f"expected {SPEC}"],
     ),
     "one too many": (
         _store(lambda held, value, clock: [value, value]),
@@ -96,17 +96,17 @@ REFUSED = {
     ),
     "branches": (
         _reuse(lambda held, clock: held[0] if clock.distance < 2 else held[0] * 0.5),
-        ["reuse reads a value out of a tensor", "clock", "torch.where"],
+        ["reuse reads a value from a tensor", "clock", "torch.where"],
     ),
     "reads": (
         _reuse(lambda held, clock: held[0] * float(clock.computed)),
-        ["reuse reads a value out of a tensor"],
+        ["reuse reads a value from a tensor"],
     ),
     "reuse dtype": (
         _reuse(lambda held, clock: held[0].half()),
-        ["reuse gave torch.float16[1, 6, 8] on cpu", f"right is {SPEC}", "the value"],
+        ["reuse gave torch.float16[1, 6, 8] on cpu", f"expected {SPEC}", "the value"],
     ),
-    "reuse list": (_reuse(lambda held, clock: [held[0]]), ["reuse gave list", f"right is {SPEC}"]),
+    "reuse list": (_reuse(lambda held, clock: [held[0]]), ["reuse gave list", f"expected {SPEC}"]),
     "fails": (
         _store(lambda held, value, clock: [value @ value]),
         ["store raises RuntimeError", f"held[0]: {SPEC}"],
@@ -205,7 +205,7 @@ REFUSED_RULES = {
     ),
     "other state": (
         _should_compute(lambda s, m, f: (f, (s.double().mean(),))),
-        ["should_compute gave torch.float64[] on cpu", "right is torch.float32[] on cpu"],
+        ["should_compute gave torch.float64[] on cpu", "expected torch.float32[] on cpu"],
     ),
     "more state": (
         _should_compute(lambda s, m, f: (f, (*m, f))),
@@ -254,7 +254,7 @@ def test_a_rule_that_branches_in_python_cannot_be_one_graph() -> None:
     for step in range(2):  # here each step asks it
         cached(**toy_inputs(900.0 - step))
     assert len(actions(cached)) == 2
-    told = "strategy Mine: should_compute reads a value out of a tensor"
+    told = "strategy Mine: should_compute reads a value from a tensor"
     compiled = torch.compile(cached, backend="eager", fullgraph=True)
     with pytest.raises(VerifyError, match=told):
         compiled(**toy_inputs(800.0))

@@ -441,10 +441,14 @@ def test_nothing_is_read_on_reused_steps(monkeypatch: pytest.MonkeyPatch) -> Non
         (MagCache, {"mag_ratios": [1.0], "retention_ratio": 2}, "retention_ratio=2: a share"),
         (EasyCache, {"threshold": -0.1}, "threshold=-0.1: a number above 0"),
         (EasyCache, {"warmup_steps": None}, "warmup_steps=None: an integer from 0"),
-        (EasyCache, {"no_cache_block_id": {"blocks": {1}}}, "None: the whole model is reused"),
-        (TaylorCache, {"tolerance": 0}, "tolerance=0: a number above 0, for instance"),
+        (
+            EasyCache,
+            {"no_cache_block_id": {"blocks": {1}}},
+            "None: EasyCache reuses the whole model",
+        ),
+        (TaylorCache, {"tolerance": 0}, "tolerance=0: a number above 0, for example"),
         (TaylorCache, {"tolerance": math.inf}, "tolerance=inf: a number above 0"),
-        (TaylorCache, {}, "or give tolerance="),
+        (TaylorCache, {}, "or pass a tolerance"),
     ],
 )
 def test_options_that_cannot_work(kind: Any, options: dict[str, Any], text: str) -> None:
