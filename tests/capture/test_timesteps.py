@@ -236,7 +236,7 @@ def test_both_branches_of_a_step_share_them() -> None:
 def test_those_of_a_longer_run_are_not_taken_for_a_shorter_one() -> None:
     """The second call tells that the generation is another one than the one before."""
     cached = toy(computed_steps=4)
-    with pytest.warns(DitCacheWarning, match="not known"):
+    with pytest.warns(DitCacheWarning, match="timesteps are unknown"):
         run(cached, shifted(30))
     expected = toy(computed_steps=4, num_steps=30)
     with pytest.warns(DitCacheWarning):
@@ -372,7 +372,7 @@ def test_a_function_that_gives_no_timesteps(value: Any) -> None:
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, True, "5", [5]])
 def test_numbers_of_computed_steps_that_cannot_be(value: Any) -> None:
-    text = r"computed_steps=.*: how many steps .* to compute in full: an integer from 1"
+    text = r"computed_steps=.*: the number of steps .* to compute in full: an integer from 1"
     refused(text, make(ToyDiT), computed_steps=value)
     with pytest.raises(OptionError, match=text):
         EvenTimesteps(value)
@@ -400,7 +400,7 @@ def test_more_computed_steps_than_were_counted_are_all() -> None:
 
 
 def test_a_number_beside_other_timesteps() -> None:
-    text = "num_steps=11: there are 12 timesteps: one of both is enough"
+    text = "num_steps=11: there are 12 timesteps: pass only one of both"
     refused(text, make(ToyDiT), computed_steps=3, num_steps=11, timesteps=SHIFTED)
 
 

@@ -79,7 +79,7 @@ def test_more_values_than_graphs_are_not_cached() -> None:
             inputs = {**toy_inputs(1.0), "mask": torch.arange(12)[None] < words}
             assert torch.equal(model(**inputs), inside(**inputs))
 
-    warned(calls, r"reads more than 8 values out of tensors")
+    warned(calls, r"reads more than 8 values from tensors")
 
 
 class NumberOfTensorDiT(ToyDiT):

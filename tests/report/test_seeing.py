@@ -370,7 +370,7 @@ def test_logs_say_why_a_call_is_captured(caplog: pytest.LogCaptureFixture) -> No
     assert re.search(
         r"a graph is not valid for this call: it reads \S+ of text: .* \(captured with", text
     )
-    assert "capturing: none of the 1 graphs for such inputs is for this call" in text
+    assert "capturing: none of the 1 graphs for such inputs fits this call" in text
     assert "the model has changed since the capture: gain of the model: 1.0 -> 2.0" in text
 
 

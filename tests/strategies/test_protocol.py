@@ -153,7 +153,7 @@ def test_methods_of_old_names_work_with_one_warning() -> None:
 
     text = "begin is now init_state, decide is now should_compute, measured is now metric"
     assert [str(w.message) for w in caught] == [
-        f"Old has methods of old names, which will go: {text}"
+        f"Old has methods with old names, which will be removed: {text}"
     ]
     cached = dit_cache_fx.apply(model(), Old())
     run(cached)

@@ -269,7 +269,7 @@ def test_the_report_says_what_the_schedule_is() -> None:
 def test_two_schedules_at_once(options: dict[str, Any]) -> None:
     first, second = options
     refused(
-        rf"{second}=.*: {first} is given too: give one of \['no_cache_steps', 'compute_ratio', "
+        rf"{second}=.*: {first} is given too: pass one of \['no_cache_steps', 'compute_ratio', "
         r"'schedule', 'computed_steps'\]",
         make(ToyDiT),
         **options,
