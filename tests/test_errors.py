@@ -364,7 +364,7 @@ def test_blocks_of_another_model() -> None:
 
 def test_an_empty_choice_of_blocks() -> None:
     refused(
-        r"blocks=\[\]: at least one block list, or None to find them",
+        r"blocks=\[\]: at least one block list, or None to determine them",
         make(ToyDiT),
         no_cache_steps={0},
         blocks=[],

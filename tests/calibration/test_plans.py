@@ -80,7 +80,7 @@ def test_a_plan_by_its_number_or_its_quality() -> None:
 @pytest.mark.parametrize(
     ("given", "match"),
     [
-        ({"computed": 5}, r"^computed=5: a number that was calibrated: one of \[3, 4, 6\]"),
+        ({"computed": 5}, r"^computed=5: a calibrated number: one of \[3, 4, 6\]"),
         ({"psnr": 45.6}, r"^psnr=45.6: at most 45.5 dB, which 4 computed steps reach"),
         ({"psnr": "45"}, "^psnr='45': a PSNR in dB"),
         ({"psnr": float("nan")}, "^psnr=nan: a PSNR in dB"),

@@ -245,7 +245,7 @@ def test_a_transformer_left_out() -> None:
     dit_cache_fx.apply(pipe, "deepcache", no_cache_steps={0}, transformer_2=False)
     assert pipe.transformer_2 is second
     assert isinstance(pipe.transformer, CachedModel)
-    with refused("nothing is left to be cached"):
+    with refused("at least one transformer to cache"):
         dit_cache_fx.apply(SD3.build(), "deepcache", no_cache_steps={0}, transformer=False)
 
 
@@ -304,7 +304,7 @@ def test_nothing_is_cached_where_one_of_two_cannot_be() -> None:
 
 def test_applied_twice() -> None:
     pipe = dit_cache_fx.apply(SD3.build(), "deepcache", no_cache_steps={0})
-    with refused(r"its transformer is cached already: dit_cache_fx.restore\(pipe\) first"):
+    with refused(r"its transformer is cached already: call dit_cache_fx.restore\(pipe\) first"):
         dit_cache_fx.apply(pipe, "taylorcache", no_cache_steps={0})
     dit_cache_fx.apply(dit_cache_fx.restore(pipe), "taylorcache", no_cache_steps={0})
     assert pipe.transformer._call_log.strategy.name == "taylorcache"

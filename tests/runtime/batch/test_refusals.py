@@ -85,7 +85,7 @@ def test_the_step_cannot_be_set_for_a_batch() -> None:
     serving = serving_of()
     with (
         serving.cached.batch(serving.sessions),
-        pytest.raises(OptionError, match="cur_timestep=3: to be set in each session"),
+        pytest.raises(OptionError, match="cur_timestep=3: None here: set it in each session"),
     ):
         serving.cached.cur_timestep = 3
 
