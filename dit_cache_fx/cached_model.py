@@ -55,7 +55,7 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
     Every attribute that does not belong to the cache is read from and written to the model.
 
     Example:
-        >>> cached = dit_cache_fx.apply(model, "taylorcache", computed_steps=10, num_steps=50)
+        >>> cached = dit_cache_fx.apply(model, "taylorcache", compute_ratio=0.5)
         >>> with torch.no_grad():
         ...     noise = cached(sample, timestep, prompt)
         >>> isinstance(cached, type(model))

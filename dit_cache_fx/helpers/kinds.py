@@ -11,12 +11,14 @@ from dit_cache_fx.strategies import Strategy, TaylorCache, TeaCache
 
 
 class DeepCacheHelper(CacheHelper):
-    """DeepCache, with blocks that always run. The other arguments are those of `CacheHelper`.
+    """DeepCache, with blocks that always run.
 
     Args:
         no_cache_block_id (`Mapping[str, Iterable[int]]`, *optional*):
             The blocks that run on every step: "double_blocks" or "single_blocks" -> indices in the
             list that was passed under this name.
+        more (`Any`):
+            `model` and `timestep`, as in `CacheHelper`.
 
     Example:
         >>> never = {"double_blocks": [2]}
@@ -44,14 +46,14 @@ class DeepCacheHelper(CacheHelper):
 class TeaCacheHelper(CacheHelper):
     """TeaCache: a reused step adds the residual of the blocks to this step's stream.
 
-    The other arguments are those of `CacheHelper`.
-
     Args:
         cache_name (`str`, defaults to `"img"`):
             The block argument that carries the stream.
         stored_input (`bool`, defaults to `False`):
             Add the residual to the input of the step that it comes from, as AngelSlim's helper
             does. That returns the last result, like DeepCache.
+        more (`Any`):
+            `model` and `timestep`, as in `CacheHelper`.
 
     Example:
         >>> helper = TeaCacheHelper(model.blocks, no_cache_steps=range(0, 50, 2), cache_name="h")
@@ -85,8 +87,6 @@ class TeaCacheHelper(CacheHelper):
 class TaylorCacheHelper(CacheHelper):
     """TaylorCache: extrapolate results from their last computed values.
 
-    The other arguments are those of `CacheHelper`.
-
     Args:
         max_order (`int`, defaults to `2`):
             The highest order of a derivative, as in `TaylorCache`.
@@ -97,6 +97,8 @@ class TaylorCacheHelper(CacheHelper):
         skip_first (`bool`, defaults to `False`):
             Leave the generation's first computed step out of the differences, as AngelSlim's helper
             does.
+        more (`Any`):
+            `model` and `timestep`, as in `CacheHelper`.
 
     Example:
         >>> helper = TaylorCacheHelper(model.blocks, no_cache_steps=range(0, 50, 2), max_order=1)

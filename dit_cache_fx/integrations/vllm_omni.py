@@ -136,6 +136,10 @@ def cached_in(pipeline: Any) -> dict[str, CachedModel]:
     Args:
         pipeline (`Any`):
             A pipeline of vllm-omni.
+
+    Example:
+        >>> DitCacheBackend({"strategy": "taylorcache", "computed_steps": 4}).enable(pipeline)
+        >>> reports = {name: model.cache_report() for name, model in cached_in(pipeline).items()}
     """
     found = transformers_of(pipeline)
     return {name: model for name, model in found.items() if isinstance(model, CachedModel)}

@@ -73,6 +73,13 @@ class CacheReport:
             The option that places the computed steps; empty where they are listed.
         num_steps (`int | None`):
             The number of steps in a generation, as far as it is known.
+
+    Example:
+        >>> report = cached.cache_report()
+        >>> report.steps_computed, report.steps_reused
+        (4, 8)
+        >>> print(report)
+        taylorcache...
     """
 
     strategy: str

@@ -127,6 +127,11 @@ class Explanation:
             The steps on which the blocks compute, in words.
         graphs (`tuple[GraphExplanation, ...]`):
             The captured graphs.
+
+    Example:
+        >>> explanation = cached.explain()
+        >>> [run.blocks for run in explanation.graphs[0].runs]
+        [('blocks.0', 'blocks.1', 'blocks.2')]
     """
 
     strategy: str

@@ -23,7 +23,8 @@ class Batch(Splits):
     Example:
         >>> batch = cached.batch([cached.new_session(), cached.new_session()])
         >>> with batch:
-        ...     noise = cached(torch.cat([sample, sample]), timestep, prompts)
+        ...     samples, prompts = torch.cat([sample, sample]), torch.cat([prompt, prompt])
+        ...     noise = cached(samples, torch.tensor([900.0, 40.0]), prompts)
     """
 
     def __init__(

@@ -67,7 +67,12 @@ class StepRecord:
         context (`str`, *optional*):
             The cache context; nested ones are joined by "/".
         measured (`float`, *optional*):
-            The number that the strategy's own rule compared when it decided.
+            The number that the strategy's own rule compared in its decision.
+
+    Example:
+        >>> timeline = cached.cache_report().timeline
+        >>> [record.step for record in timeline if record.action == "computed"]
+        [0, 4, 7, 11]
     """
 
     step: int

@@ -79,7 +79,7 @@ class Strategy:
             does.
 
     Example:
-        >>> options = dict(compute_ratio=0.5, no_cache_block_id={"transformer_blocks": {0}})
+        >>> options = dict(compute_ratio=0.5, no_cache_block_id={"double_blocks": {0}})
         >>> cached = dit_cache_fx.apply(model, "deepcache", **options)
     """
 
