@@ -62,6 +62,7 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
     is_traceable_wrapper_subclass,
 )
+from torch.utils.hooks import RemovableHandle
 
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
@@ -517,6 +518,11 @@ def _proxy_mode() -> ProxyTorchDispatchMode | None:
     here = torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
     mode = get_proxy_mode() if here else torch._C._get_dispatch_mode(_PROXY)
     return mode if isinstance(mode, ProxyTorchDispatchMode) else None
+
+
+def hooks_registered() -> int:
+    """Return the number of hooks that this process has registered, including removed ones."""
+    return RemovableHandle.next_id
 
 
 _ATTENTION: Mapping[str, Callable[[], bool]] = MappingProxyType(

@@ -21,16 +21,16 @@ class Alone:
     """
 
     count: int
-    held: Mapping[str, TensorSpec]
+    cached: Mapping[str, TensorSpec]
 
     def spec(self, name: str) -> TensorSpec:
         """Return the spec that a single row has under this name."""
-        if name not in self.held:
+        if name not in self.cached:
             raise CaptureError(
                 f"several sessions in one call hold {name}, and a single session does not: they "
                 "cannot run as one batch. Call each session by itself"
             )
-        return self.held[name]
+        return self.cached[name]
 
     def place(self, name: str, many: TensorSpec) -> RowPlace:
         """Return the dimension of the rows in the tensor held under this name."""

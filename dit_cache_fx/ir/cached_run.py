@@ -19,8 +19,8 @@ def cache_or_compute(
 ) -> tuple[torch.Tensor, ...]:
     """Return the values of cached run `run`; a lowering replaces this node by the decision.
 
-    `compute(*held, *clock, *run_inputs, *operands)` gives the values, then the tensors to hold.
-    `reuse(*held, *clock, *run_inputs)` gives the values.
+    `compute(*cached, *clock, *run_inputs, *operands)` gives the values, then the tensors to cache.
+    `reuse(*cached, *clock, *run_inputs)` gives the values.
     """
     raise AssertionError("a program must be lowered before it runs")
 

@@ -1,4 +1,4 @@
-"""Copy nodes from one graph to another."""
+"""The parts of a graph, and copies of its nodes in another one."""
 
 from __future__ import annotations
 
@@ -31,6 +31,12 @@ def copy_nodes(
 def body(graph: fx.Graph) -> list[fx.Node]:
     """Return the nodes between the placeholders and the output."""
     return [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+
+
+def results_of(graph: fx.Graph) -> list[Any]:
+    """Return the outputs of a graph whose result is a list of nodes (or constants)."""
+    results: Any = graph.output_node().args[0]
+    return list(results)
 
 
 def add_input(graph: fx.Graph, node: fx.Node, name: str | None = None) -> fx.Node:

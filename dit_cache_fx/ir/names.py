@@ -11,12 +11,12 @@ CLOCK_NAMES = ("distance", "computed", "gap", "reach", "way")
 
 #: the clock, the flags of a decision, and the other entries of a state besides tensors
 _WORDS = frozenset({*CLOCK_NAMES, "forced", "fresh", "clock", "checksum", "lost"})
-_HELD, _MEASURED, _STATE = "held_", "measured_", "state_"
+_CACHED, _MEASURED, _STATE = "cached_", "measured_", "state_"
 
 
-def held_name(value: str, slot: int) -> str:
-    """Return the operand name of a held tensor: a slot of a value of a cached run."""
-    return f"{_HELD}{value}_{slot}"
+def cached_name(value: str, slot: int) -> str:
+    """Return the operand name of a cached tensor: a slot of a value of a cached run."""
+    return f"{_CACHED}{value}_{slot}"
 
 
 def measured_name(value: str) -> str:
@@ -36,7 +36,7 @@ def state_name(index: int) -> str:
 
 def is_reserved(name: str) -> bool:
     """Return whether the name could be mistaken for an operand of a lowered graph."""
-    return name in _WORDS or name.startswith((_HELD, _MEASURED, _STATE))
+    return name in _WORDS or name.startswith((_CACHED, _MEASURED, _STATE))
 
 
 def unreserved(name: str) -> str:

@@ -22,7 +22,7 @@ from torch import fx, nn
 from dit_cache_fx.errors import VerifyError
 from dit_cache_fx.ir.alone import Alone
 from dit_cache_fx.ir.contexts import generate_contexts
-from dit_cache_fx.ir.copying import body, copy_nodes
+from dit_cache_fx.ir.copying import body, copy_nodes, results_of
 from dit_cache_fx.ir.node_meta import BlockId, is_block, meta_of
 from dit_cache_fx.values.pytree import Skeleton
 from dit_cache_fx.values.tensor_spec import TensorSpec
@@ -44,8 +44,8 @@ class Region:
 
     def __str__(self) -> str:
         values = [
-            value if start is None else f"{value} (from {start})"
-            for value, start in zip(self.values, self.inputs, strict=True)
+            value if run_input is None else f"{value} (from {run_input})"
+            for value, run_input in zip(self.values, self.inputs, strict=True)
         ]
         blocks = " ".join(map(str, self.blocks))
         return f"run {self.index}: {blocks} -> {', '.join(values) or '?'}"
@@ -163,8 +163,7 @@ def inline(
     for node in gm.graph.find_nodes(op="get_attr"):
         if "." not in node.target:
             new[node].target = _added(attributes, node.target, getattr(gm, node.target))
-    results: Any = gm.graph.output_node().args[0]
-    return [new[n] if isinstance(n, fx.Node) else n for n in results]
+    return [new[n] if isinstance(n, fx.Node) else n for n in results_of(gm.graph)]
 
 
 def _added(attributes: dict[str, Any], name: str, value: object) -> str:
@@ -201,6 +200,11 @@ def is_spread(node: fx.Node) -> bool:
 def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:
     """Return `nodes` and all their inputs; the search does not go past `stop`."""
     return _closure(nodes, set(stop), lambda node: node.all_input_nodes)
+
+
+def inputs_behind(node: fx.Node) -> list[fx.Node]:
+    """Return the graph's inputs that a node depends on."""
+    return [n for n in ancestors([node]) if n.op == "placeholder"]
 
 
 def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:

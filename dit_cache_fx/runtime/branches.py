@@ -16,7 +16,7 @@ from dit_cache_fx.values.tensor_spec import TensorSpec
 from dit_cache_fx.values.wrapped import inner, nbytes, settled
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Held:
     """A held tensor, with its version: it is not used if it changed in place since.
 

@@ -83,7 +83,7 @@ def way_of(before: TimestepValue, now: TimestepValue, direction: int, explicit: 
     return way if way in allowed else None
 
 
-@dataclass
+@dataclass(slots=True)
 class StepPosition:
     """An immutable position in a generation.
 

@@ -52,8 +52,9 @@ def find_branch(session: Session, call: CallEvidence) -> Match | None:
     """Return the branch of a call, if the evidence identifies one."""
     alike = _of_conditioning(session.of(call.key, call.context), call)
     ahead = [(b, varying) for b, varying in alike if _moves_on(b, call)]
-
-    if any(b.held for b, _ in ahead):  # emptied branches of earlier generations do not count
+    if len(ahead) > 1 and any(
+        b.held for b, _ in ahead
+    ):  # emptied branches of earlier generations do not count
         ahead = [p for p in ahead if p[0].held or not p[0].trajectory.stands_at(call.value)]
     several = len(ahead) > 1
     matches = [m for b, varying in ahead if (m := _match(b, varying, call, several, session))]
@@ -70,7 +71,7 @@ def _of_conditioning(
     """
     given = call.conditioning
     objects = [(b, given.other_objects(b.conditioning)) for b in branches]
-    same = [(b, places) for b, places in objects if not places]
+    same = [pair for pair in objects if not pair[1]]
     if any(b.held for b, _ in same):  # emptied branches of earlier generations do not count
         return same
     values = [(b, given.other_values(b.conditioning, places)) for b, places in objects]

@@ -18,7 +18,7 @@ from dit_cache_fx.runtime.trajectory import Trajectory, Verdict
 from dit_cache_fx.strategies import Course
 
 
-@dataclass
+@dataclass(slots=True)
 class Placement:
     """The place of a call. Nothing is recorded before `settle`: a call that raises has no effect.
 

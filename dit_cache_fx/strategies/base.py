@@ -7,40 +7,37 @@ compute, the runtime calls `should_compute`, or the one graph contains it.
 
 from __future__ import annotations
 
-import copy
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.ranks import Ranks, ranks_of
-from dit_cache_fx.strategies.clock import Clock
-from dit_cache_fx.strategies.course import Course
-from dit_cache_fx.strategies.old_names import name_both_ways
-from dit_cache_fx.strategies.schedule import (
-    EvenSteps,
-    EvenTimesteps,
-    ListedSteps,
-    Schedule,
+from dit_cache_fx.ranks import ranks_of
+from dit_cache_fx.strategies.across_ranks import AcrossRanks
+from dit_cache_fx.strategies.checks import (
     check_num_steps,
     check_ratio,
-    named_schedule,
+    checked_block_ids,
+    checked_steps,
 )
+from dit_cache_fx.strategies.clock import Clock
+from dit_cache_fx.strategies.course import Course
+from dit_cache_fx.strategies.even import EvenSteps, EvenTimesteps
+from dit_cache_fx.strategies.old_names import name_both_ways
+from dit_cache_fx.strategies.presets import named_schedule
+from dit_cache_fx.strategies.rule import Rule
+from dit_cache_fx.strategies.schedule import ListedSteps, Schedule
 from dit_cache_fx.strategies.timesteps import Timesteps, checked_timesteps
 
 #: the number of steps in a generation, or a function that returns it
 NumSteps = int | Callable[[], int]
-#: tensors that a rule passes from step to step
-RuleState = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Strategy:
+class Strategy(Rule, AcrossRanks):
     """Base class of the strategies. A subclass defines `store` and `reuse`.
 
     One of the first four options selects the steps to compute in full; the first step of a
@@ -96,13 +93,10 @@ class Strategy:
     name: ClassVar[str] = ""
     #: the name in reports for a step that is not computed
     action: ClassVar[str] = "reused"
-    #: whether `reuse` reads the input of the cached run on this step
-    reads_start: ClassVar[bool] = False
-    #: whether other streams than the sample's (text rows) have an input of their own too
+    #: whether `store`, `reuse` and `measure` get the run's input
+    reads_run_input: ClassVar[bool] = False
+    #: whether other streams than the sample's (text rows) have a run input too
     every_stream: ClassVar[bool] = False
-    #: whether its rule handles a signal or a change that is not finite: it computes, and recovers
-    #: on the next step; otherwise such a step computes, and the rule's state starts again
-    bears_nans: ClassVar[bool] = False
     #: whether `Clock.gap` fades towards the end of a generation
     fading: ClassVar[bool] = False
     #: whether one run from the sample to the output is cached, instead of runs of blocks
@@ -113,7 +107,8 @@ class Strategy:
         name_both_ways(cls)
 
     def __post_init__(self) -> None:
-        steps, ids = _steps(self.no_cache_steps), _block_ids(self.no_cache_block_id)
+        steps = checked_steps(self.no_cache_steps)
+        ids = checked_block_ids(self.no_cache_block_id)
         object.__setattr__(self, "no_cache_steps", steps)
         object.__setattr__(self, "process_group", ranks_of(self.process_group))
         object.__setattr__(self, "no_cache_block_id", ids)
@@ -168,53 +163,6 @@ class Strategy:
         """Whether the strategy benefits from knowing a generation's timesteps in advance."""
         return self.by_timestep or (self.plan is not None and self.plan.needs_timesteps)
 
-    # --- on several devices ----------------------------------------------------------------
-
-    @property
-    def ranks(self) -> Ranks | None:
-        """The processes that must decide alike; None if there is one, or none is known."""
-        return self.process_group  # type: ignore[no-any-return]
-
-    def totals(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Return sums over all processes.
-
-        Args:
-            tensors (`Tensor`):
-                Tensors of one shape and dtype.
-        """
-        if self.ranks is None:
-            return tensors
-        sums = self.ranks.total(torch.stack([t.double() for t in tensors]))
-        return tuple(s.to(t.dtype) for s, t in zip(sums, tensors, strict=True))
-
-    def means(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Return the mean of each tensor, over all of its parts if each process has one.
-
-        A rule that uses these numbers decides on several devices as it does on one.
-
-        Args:
-            tensors (`Tensor`):
-                The tensors, or this process's parts of them.
-        """
-        if self.ranks is None:
-            return tuple(t.mean() for t in tensors)
-        sums = torch.stack([t.sum(dtype=torch.float64) for t in tensors])
-        counts = torch.tensor([t.numel() for t in tensors], dtype=sums.dtype, device=sums.device)
-        totals, sizes = self.totals(sums, counts)
-        return tuple(m.to(t.dtype) for m, t in zip(totals / sizes, tensors, strict=True))
-
-    def norms(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Return the norm of each tensor in float64, over all of its parts if each process has one.
-
-        Args:
-            tensors (`Tensor`):
-                The tensors, or this process's parts of them.
-        """
-        wide = [t.double() for t in tensors]
-        if self.ranks is None:
-            return tuple(t.norm() for t in wide)
-        return tuple(t.sqrt() for t in self.totals(*((t * t).sum() for t in wide)))
-
     # --- what to keep and what to give back ------------------------------------------------
 
     def slots(self) -> int:
@@ -222,34 +170,35 @@ class Strategy:
         return 1
 
     def store(
-        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+        self, cached: Sequence[Tensor], value: Tensor, run_input: Tensor | None, clock: Clock
     ) -> Sequence[Tensor]:
-        """Return the tensors to hold, on a computed step.
+        """Return the tensors to cache, on a computed step.
 
         There are `slots()` of them, each with the shape and dtype of `value`. This function and
         `reuse` are traced once: do not change the arguments in place, and do not branch in Python
         on the value of a tensor. Otherwise the first call raises `VerifyError`.
 
         Args:
-            held (`Sequence[Tensor]`):
-                The `slots()` tensors held so far; zeros on the first computed step of a generation.
+            cached (`Sequence[Tensor]`):
+                The `slots()` tensors cached so far; zeros on the first computed step of a
+                generation.
             value (`Tensor`):
                 The computed value that leaves the cached run, usually `[batch, tokens, channels]`.
-            start (`Tensor | None`):
+            run_input (`Tensor | None`):
                 The same stream before the run, in the shape and dtype of `value`; None if the run
-                has no such input. Only passed if the class sets `reads_start`.
+                has no such input. Only passed if the class sets `reads_run_input`.
             clock (`Clock`):
                 The position of the step in its generation.
         """
         raise NotImplementedError
 
-    def reuse(self, held: Sequence[Tensor], start: Tensor | None, clock: Clock) -> Tensor:
+    def reuse(self, cached: Sequence[Tensor], run_input: Tensor | None, clock: Clock) -> Tensor:
         """Return the value that replaces the computed one, of the same shape and dtype.
 
         Args:
-            held (`Sequence[Tensor]`):
+            cached (`Sequence[Tensor]`):
                 The tensors that `store` returned on the newest computed step.
-            start (`Tensor | None`):
+            run_input (`Tensor | None`):
                 The same stream before the run, on this step; as in `store`.
             clock (`Clock`):
                 The position of the step in its generation.
@@ -261,18 +210,18 @@ class Strategy:
         return ""
 
     def measure(
-        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+        self, cached: Sequence[Tensor], value: Tensor, run_input: Tensor | None, clock: Clock
     ) -> Tensor | None:
         """Measure `value` on a computed step, for the rule and for reports.
 
         Returns a tensor of one dimension, or None if nothing is measured.
 
         Args:
-            held (`Sequence[Tensor]`):
-                The tensors held since the computed step before this one.
+            cached (`Sequence[Tensor]`):
+                The tensors cached since the computed step before this one.
             value (`Tensor`):
                 The computed value, as in `store`.
-            start (`Tensor | None`):
+            run_input (`Tensor | None`):
                 The same stream before the run, as in `store`.
             clock (`Clock`):
                 The position of the step in its generation.
@@ -289,77 +238,6 @@ class Strategy:
                 The number of all calls of blocks.
         """
         return False
-
-    # --- when to compute (optional) --------------------------------------------------------
-
-    @property
-    def has_rule(self) -> bool:
-        """Return whether `should_compute` takes part in the decision, besides the schedule."""
-        return False
-
-    def looks_at(self) -> str | tuple[str, ...]:
-        """Return the name of the `signal` that the rule reads, or several names.
-
-        At most one may be a value of the model: the first block's "modulated" input or its "input",
-        its "conditioning", the timestep's "embedding", the "residual" (the sum that the always
-        running blocks at the model's head add to their stream), or the "sample", the model's noisy
-        input.
-
-        The others are fields of `Clock` ("distance", "computed", "way"), and "measured", one row
-        for each held value: the result of `measure` on the newest computed step. A rule that reads
-        no value of the model runs on the CPU, and nothing is read from the device on a reused step.
-        """
-        return "modulated"
-
-    def init_state(self, signal: Any) -> RuleState:
-        """Return the state of the rule after the first step of a generation.
-
-        Args:
-            signal (`Any`):
-                The tensor that `looks_at` names; a tuple of tensors if it names several.
-        """
-        raise NotImplementedError
-
-    def should_compute(
-        self, signal: Any, state: RuleState, forced: Tensor
-    ) -> tuple[Tensor, RuleState]:
-        """Decide whether this step computes.
-
-        Returns a boolean tensor of no dimensions, and the new state. The state keeps its number of
-        tensors, their shapes and dtypes; nothing is changed in place. If the signal or the `metric`
-        is not finite, the step computes and the state starts again (unless the class sets
-        `bears_nans`).
-
-        Args:
-            signal (`Any`):
-                The tensor that `looks_at` names; a tuple of tensors if it names several.
-            state (`RuleState`):
-                The state that the step before returned.
-            forced (`Tensor`):
-                Whether the step computes in any case: a boolean tensor of no dimensions.
-        """
-        raise NotImplementedError
-
-    @property
-    def threshold(self) -> float | None:
-        """The number that the rule compares `metric` with, for reports; None if there is none."""
-        return None
-
-    def metric(self, state: RuleState, measured: Tensor | None = None) -> Tensor | None:
-        """Return the number that the rule compared in its last decision, for reports.
-
-        It is a tensor of no dimensions, or None.
-
-        Args:
-            state (`RuleState`):
-                The state of the rule; empty if it has none.
-            measured (`Tensor`, *optional*):
-                The result of `measure`, one row for each held value; None if nothing is measured.
-        """
-        return None
-
-    def _rule_hint(self) -> str:
-        return ""
 
     # --- options that cannot work ----------------------------------------------------------
 
@@ -401,61 +279,3 @@ class Strategy:
             number = len(self.timesteps)
         if self.plan is not None and number is not None:
             self.plan.check(number)
-
-
-_S = TypeVar("_S", bound=Strategy)
-
-
-def spread_over(strategy: _S, ranks: Ranks | None) -> _S:
-    """Return the strategy for a model run by these processes; the user's group has priority."""
-    return strategy if ranks is None or strategy.ranks is not None else _with(strategy, ranks)
-
-
-def without_ranks(strategy: _S) -> _S:
-    """Return the strategy for values that need no other process."""
-    return strategy if strategy.ranks is None else _with(strategy, None)
-
-
-def _with(strategy: _S, ranks: Ranks | None) -> _S:
-    other = copy.copy(strategy)
-    object.__setattr__(other, "process_group", ranks)
-    return other
-
-
-def options_of(strategy: type[Strategy]) -> list[str]:
-    """Return the names of a strategy's options."""
-    return [f.name for f in fields(strategy)]
-
-
-def _steps(steps: Any) -> frozenset[int] | None:
-    if steps is None:
-        return None
-    expected = "a collection of step indices: integers from 0"
-    try:
-        items = [_index(s) for s in steps]
-    except TypeError:
-        raise OptionError("no_cache_steps", steps, expected) from None
-    if any(s < 0 for s in items):
-        raise OptionError("no_cache_steps", sorted(items), expected)
-    return frozenset(items)
-
-
-def _index(value: Any) -> int:
-    if isinstance(value, bool):
-        raise TypeError(value)
-    return operator.index(value)
-
-
-def _block_ids(ids: Any) -> dict[str, frozenset[int]] | None:
-    if ids is None:
-        return None
-    expected = (
-        "a mapping from the name of a block list to a collection of block indices (integers from 0)"
-    )
-    try:
-        items = {str(k): frozenset(_index(i) for i in v) for k, v in dict(ids).items()}
-    except (TypeError, ValueError):
-        raise OptionError("no_cache_block_id", ids, expected) from None
-    if any(i < 0 for v in items.values() for i in v):
-        raise OptionError("no_cache_block_id", ids, expected)
-    return items

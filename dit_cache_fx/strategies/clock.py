@@ -47,10 +47,10 @@ class Clock(NamedTuple):
 
         >>> class Damped(dit_cache_fx.Strategy):
         ...     name = "damped"
-        ...     def store(self, held, value, start, clock):
+        ...     def store(self, cached, value, run_input, clock):
         ...         return [value]
-        ...     def reuse(self, held, start, clock):
-        ...         return (held[0] * torch.exp(-0.01 * clock.distance)).to(held[0].dtype)
+        ...     def reuse(self, cached, run_input, clock):
+        ...         return (cached[0] * torch.exp(-0.01 * clock.distance)).to(cached[0].dtype)
         >>> cached = dit_cache_fx.apply(model, Damped(compute_ratio=0.5))
     """
 

@@ -27,7 +27,7 @@ def version(tensor: torch.Tensor) -> int:
 
 def storage_key(tensor: torch.Tensor) -> int:
     """Return a key of the tensor's memory: the same for all its views."""
-    owner = next(inner(tensor), tensor)
+    owner = next(inner(tensor), tensor) if is_wrapper(tensor) else tensor
     if owner.layout is not torch.strided:
         return id(owner)
     storage = owner.untyped_storage()

@@ -38,7 +38,7 @@ def sizes(rows: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """The dimension of the rows in each operand and result of a graph; 0 in outputs.
 
     `alone`: the held tensors of a single row. `signal`: in the rule's operand; `carried`: in the
@@ -49,12 +49,12 @@ class Layout:
     count: int
     outputs: int
     alone: Mapping[str, TensorSpec]
-    held: Mapping[str, RowPlace]
+    cached: Mapping[str, RowPlace]
     carried: Mapping[str, RowPlace | None] | None
     signal: RowPlace | None
 
     @staticmethod
-    def of(one: Lowered, many: Lowered, count: int) -> Layout:
+    def of(one: Lowered, many: Lowered, count: int) -> RowLayout:
         """Find the layout. Raises `CaptureError` if the rows cannot be determined."""
         alone, held = one.variants.held, many.variants.held
         if one.program.output != many.program.output or alone.keys() != held.keys():
@@ -63,7 +63,7 @@ class Layout:
                 "run as one batch. Call each session by itself"
             )
         signal = many.program.signal
-        return Layout(
+        return RowLayout(
             count,
             many.variants.outputs,
             alone,
@@ -74,7 +74,7 @@ class Layout:
 
     def rows(self, results: Results) -> list[list[torch.Tensor]]:
         """Return the outputs of each row, and the tensors to hold if the step computed."""
-        places = [*[RowPlace(0)] * self.outputs, *self.held.values()]
+        places = [*[RowPlace(0)] * self.outputs, *self.cached.values()]
         split = [p.split(t) for p, t in zip(places, results, strict=False)]
         return [[rows[i] for rows in split] for i in range(self.count)]
 
@@ -116,13 +116,13 @@ def _place(name: str, one: Lowered, many: Lowered, count: int) -> RowPlace | Non
     return None if alone == together else place_of(name, alone, together, count)
 
 
-class Together:
+class RowSteps:
     """Steps of several branches that all compute, all reuse, or have not decided yet.
 
     There may be fewer than the graph has rows: the last one fills the rest.
     """
 
-    def __init__(self, steps: Sequence[Step], layout: Layout) -> None:
+    def __init__(self, steps: Sequence[Step], layout: RowLayout) -> None:
         self._steps = steps
         self._layout = layout
 
@@ -142,7 +142,7 @@ class Together:
         held = self._layout.filled([step.held(names) for step in self._steps])
         clock = self._layout.filled([step.clock(names) for step in self._steps])
         device = next((spec.device for spec in self._layout.alone.values()), None)
-        places = self._layout.held
+        places = self._layout.cached
         joined = {name: places[name].joined([h[name] for h in held]) for name in held[0]}
         stacked = {name: torch.stack([c[name] for c in clock]) for name in clock[0]}
         return joined | {
