@@ -18,7 +18,7 @@ class CaptureReport:
 
     Attributes:
         inputs (`str`):
-            The inputs of the calls that it answers.
+            The inputs of the calls that it answers: names and shapes.
         runs (`tuple[tuple[str, ...], ...]`):
             The names of the blocks that are cached together, for each run.
         values (`tuple[str, ...]`):
