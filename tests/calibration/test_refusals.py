@@ -31,7 +31,12 @@ def refused(
 
 
 def test_a_model_that_is_not_cached() -> None:
-    refused("cached='ToyDiT': what dit_cache_fx.apply returned", lambda _: [print], 3, make(ToyDiT))
+    refused(
+        "cached='ToyDiT': the model that dit_cache_fx.apply returned",
+        lambda _: [print],
+        3,
+        make(ToyDiT),
+    )
 
 
 @pytest.mark.parametrize("runs", [[], [None], "text", [sample, 3]])
