@@ -279,6 +279,11 @@ def block_call_of(value: fx.Node) -> fx.Node:
     return value
 
 
+def module_name(call: fx.Node) -> str:
+    """The attribute path, in the model, of the module that a node calls."""
+    return str(call.target).removeprefix("model.")
+
+
 def operations(graph: fx.Graph) -> int:
     """How many nodes of the graph compute something."""
     return sum(n.op in ("call_function", "call_method", "call_module") for n in graph.nodes)
