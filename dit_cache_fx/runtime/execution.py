@@ -107,7 +107,8 @@ def plain(
 ) -> Serving:
     """Run the graph of the step's kind; the decision is the host's."""
     variants, given = entry.variants, entry.inputs(call)
-    yield from _ruled(entry, variants, step, given)
+    if entry.strategy.has_rule:
+        yield from _ruled(entry, variants, step, given)
     part = variants.compute if step.computes else variants.reuse
     given.update(step.given(part.names))
     graph_call = GraphCall(part.run, part.operands(given), entry.captured.around)
