@@ -72,6 +72,9 @@ _REAL = (torch.Tensor, nn.Parameter)
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
+# --- operators that tracing does not look into ---------------------------------------------------
+
+
 class OpaqueCall(Protocol):
     """What `opaque` runs, and how it appears in the graph."""
 
@@ -161,6 +164,9 @@ def emit_node(target: Callable[..., Any], args: Any, kwargs: Any, name: str) -> 
     return True
 
 
+# --- tracing -------------------------------------------------------------------------------------
+
+
 def reads_data() -> tuple[type[Exception], ...]:
     """What code raises that needs a tensor's values where there are none (`trace_shapes`)."""
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
@@ -177,6 +183,34 @@ def trace_shapes(
         return _traced(function, inputs)
 
 
+def trace_functional(
+    function: Callable[..., list[torch.Tensor]], tensors: Sequence[torch.Tensor]
+) -> fx.GraphModule:
+    """The graph of `function(*tensors)` on ATen level, without in-place operations."""
+    return _traced(torch.func.functionalize(function), tensors)
+
+
+def _traced(
+    function: Callable[..., Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor]
+) -> fx.GraphModule:
+    """The graph of `function(*inputs)` on ATen level, as `make_fx` traces it.
+
+    `make_fx` also replaces `nn.Module.__call__` for all threads, and sets a flag at which every
+    compiled function of the process raises. Here only this thread's mode stack changes.
+    """
+    tracer: Any = PythonKeyTracer()
+    tracer.root, tracer.tensor_attrs = nn.Module(), {}
+    tracer.graph = fx.Graph(tracer_cls=PythonKeyTracer)
+    with ProxyTorchDispatchMode(tracer, "real"), disable_autocast_cache():
+        names = [f"input_{number}" for number in range(len(inputs))]
+        proxies = [tracer.create_proxy("placeholder", name, (), {}) for name in names]
+        with disable_proxy_modes_tracing():
+            track_tensor_tree([*inputs], proxies, constant=None, tracer=tracer)
+        results = [tracer.unwrap_proxy(t) for t in function(*inputs)]
+        tracer.create_node("output", "output", (tracer.create_arg(results),), {})
+    return fx.GraphModule(tracer.root, tracer.graph)
+
+
 @contextmanager
 def fakes(values: Sequence[Any]) -> Iterator[list[Any]]:
     """Within it nothing is computed; gives stand-ins without data for the tensors among `values`.
@@ -186,6 +220,9 @@ def fakes(values: Sequence[Any]) -> Iterator[list[Any]]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         yield [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in values]
+
+
+# --- compilers -----------------------------------------------------------------------------------
 
 
 def like_dynamos(
@@ -231,6 +268,9 @@ def lookup_backend(backend: Any) -> Callable[..., Any]:
 
     function: Callable[..., Any] = torch._dynamo.lookup_backend(backend)
     return function
+
+
+# --- what Dynamo knows of a graph and its frame --------------------------------------------------
 
 
 class Piece(NamedTuple):
@@ -331,6 +371,9 @@ def dynamos_tensor() -> Callable[..., torch.Tensor]:
 
     made: Callable[..., torch.Tensor] = torch._refs.tensor
     return made
+
+
+# --- functions under torch.compile ---------------------------------------------------------------
 
 
 def not_a_compiled_frame(function: _F) -> _F:
@@ -468,6 +511,9 @@ def look_again(callback: object) -> None:
         set_eval_frame(callback)  # type: ignore[arg-type]
 
 
+# --- structured logs -----------------------------------------------------------------------------
+
+
 def trace_text(name: str, text: Callable[[], str]) -> None:
     """Add an artifact to torch's structured trace (`TORCH_TRACE`), where there is one.
 
@@ -479,6 +525,9 @@ def trace_text(name: str, text: Callable[[], str]) -> None:
         payload_fn=text,
         expect_trace_id=False,
     )
+
+
+# --- what traces this thread ---------------------------------------------------------------------
 
 
 @constant_result
@@ -519,10 +568,7 @@ def _proxy_mode() -> ProxyTorchDispatchMode | None:
     return mode if isinstance(mode, ProxyTorchDispatchMode) else None
 
 
-def hooks_registered() -> int:
-    """How many hooks this process has registered so far, on any module; removed ones count."""
-    return RemovableHandle.next_id
-
+# --- attention kernels and autocast --------------------------------------------------------------
 
 _ATTENTION: Mapping[str, Callable[[], bool]] = MappingProxyType(
     {
@@ -573,6 +619,14 @@ def emit_end_of_autocast(graph: fx.Graph, entered: fx.Node) -> None:
     graph.call_function(_exit_autocast, (entered,))
 
 
+# --- hooks, modes, tensor subclasses -------------------------------------------------------------
+
+
+def hooks_registered() -> int:
+    """How many hooks this process has registered so far, on any module; removed ones count."""
+    return RemovableHandle.next_id
+
+
 def is_subclass(value: object) -> bool:
     """Whether it is a tensor made of others, that says by itself what operators do (int8)."""
     return isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value)
@@ -603,32 +657,7 @@ def without_mode(kind: type[TorchFunctionMode]) -> Iterator[None]:
         yield
 
 
-def trace_functional(
-    function: Callable[..., list[torch.Tensor]], tensors: Sequence[torch.Tensor]
-) -> fx.GraphModule:
-    """The graph of `function(*tensors)` on ATen level, without in-place operations."""
-    return _traced(torch.func.functionalize(function), tensors)
-
-
-def _traced(
-    function: Callable[..., Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor]
-) -> fx.GraphModule:
-    """The graph of `function(*inputs)` on ATen level, as `make_fx` traces it.
-
-    `make_fx` also replaces `nn.Module.__call__` for all threads, and sets a flag at which every
-    compiled function of the process raises. Here only this thread's mode stack changes.
-    """
-    tracer: Any = PythonKeyTracer()
-    tracer.root, tracer.tensor_attrs = nn.Module(), {}
-    tracer.graph = fx.Graph(tracer_cls=PythonKeyTracer)
-    with ProxyTorchDispatchMode(tracer, "real"), disable_autocast_cache():
-        names = [f"input_{number}" for number in range(len(inputs))]
-        proxies = [tracer.create_proxy("placeholder", name, (), {}) for name in names]
-        with disable_proxy_modes_tracing():
-            track_tensor_tree([*inputs], proxies, constant=None, tracer=tracer)
-        results = [tracer.unwrap_proxy(t) for t in function(*inputs)]
-        tracer.create_node("output", "output", (tracer.create_arg(results),), {})
-    return fx.GraphModule(tracer.root, tracer.graph)
+# --- collectives ---------------------------------------------------------------------------------
 
 
 def members(group: Any) -> list[int]:
@@ -679,6 +708,9 @@ def _reached(group: str, device: torch.device) -> torch.device:
     """The device itself, where a group's processes can send what is there; else one of theirs."""
     devices = {d.type for d in _group_of(group)._device_types}
     return device if device.type in devices or not devices else torch.device(sorted(devices)[0])
+
+
+# --- packages of AOTInductor ---------------------------------------------------------------------
 
 
 def aoti_package(
