@@ -33,19 +33,19 @@ class Region:
     """A run of cached blocks, from the pass that made it on.
 
     `blocks`: its members in call order. `values`: names of the nodes that leave it, each one
-    tensor to hold. `inputs`: for each value the node that the strategy may set it against (the
+    tensor to cache. `run_inputs`: for each value the node that the strategy may set it against (the
     same stream before the run), or None.
     """
 
     index: int
     blocks: tuple[BlockId, ...]
     values: tuple[str, ...] = ()
-    inputs: tuple[str | None, ...] = ()
+    run_inputs: tuple[str | None, ...] = ()
 
     def __str__(self) -> str:
         values = [
             value if run_input is None else f"{value} (from {run_input})"
-            for value, run_input in zip(self.values, self.inputs, strict=True)
+            for value, run_input in zip(self.values, self.run_inputs, strict=True)
         ]
         blocks = " ".join(map(str, self.blocks))
         return f"run {self.index}: {blocks} -> {', '.join(values) or '?'}"

@@ -177,7 +177,9 @@ def _runs(entry: Lowered, strategy: Strategy) -> Iterator[RunExplanation]:
         results = results_of(getattr(program.gm, run.compute).graph)
         names = [
             _cached_as(value, run_input, _source(result))
-            for value, run_input, result in zip(region.values, region.inputs, results, strict=False)
+            for value, run_input, result in zip(
+                region.values, region.run_inputs, results, strict=False
+            )
         ]
         slots, measured = strategy.slots(), bool(entry.variants.measured)
         slotted = [

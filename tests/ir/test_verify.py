@@ -88,7 +88,7 @@ def test_a_value_that_is_no_node_is_refused() -> None:
     program.regions = (region,)
     with pytest.raises(VerifyError, match="no node is called"):
         verify(program)
-    program.regions = (replace(region, inputs=()),)
+    program.regions = (replace(region, run_inputs=()),)
     with pytest.raises(VerifyError, match="run 0 has 1 values"):
         verify(program)
 
