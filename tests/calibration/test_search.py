@@ -36,7 +36,7 @@ def mask(steps: Sequence[int], number: int = 10) -> Tensor:
 
 def by_runtime(strategy: Strategy, values: Tensor) -> Tensor:
     """The outputs as the runtime makes them, by its own steps and clocks."""
-    branch, specs = Branch(), {f"held_{i}": SPEC for i in range(strategy.slots())}
+    branch, specs = Branch(), {f"cached_{i}": SPEC for i in range(strategy.slots())}
     course = strategy.course(len(TIMES), TIMES)
     outputs = []
     for index, value in enumerate(values):

@@ -176,7 +176,7 @@ class FlatDiT(ToyDiT):
     [
         (MixingDiT, "Row 0 gives something else in the call than by itself .*mixes rows"),
         (MeanDiT, r"output loss is \[\] for 3 rows and \[\] for fewer"),
-        (FlatDiT, r"held_\w+ is torch.float32\[6, 1, 8\] on cpu for one session and "
+        (FlatDiT, r"cached_\w+ is torch.float32\[6, 1, 8\] on cpu for one session and "
          r"torch.float32\[12, 1, 8\] on cpu for 2: it has no dimension of sessions"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
