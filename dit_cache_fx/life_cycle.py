@@ -37,7 +37,7 @@ class LifeCycle:
         raise NotImplementedError
 
     def clear_states(self) -> None:
-        """Forget the held tensors and the place in the generation; keep the graphs."""
+        """Forget the cached tensors and the place in the generation; keep the graphs."""
         self._call_log.tracker.clear()
 
     def reset_states(self) -> None:
@@ -126,7 +126,7 @@ class LifeCycle:
         self._enabled = True
 
     def disable(self) -> None:
-        """Run exactly as the original model, and free the held tensors."""
+        """Run exactly as the original model, and free the cached tensors."""
         self._enabled = False
         self.clear_states()
 

@@ -34,7 +34,7 @@ _T = TypeVar("_T")
 def answering(cached: CachedModel, engine: Engine | None) -> Iterator[None]:
     """Redirect the calls of a cached model to another engine; None: to the model itself.
 
-    Its own held tensors and generation do not change.
+    Its own cached tensors and generation do not change.
     """
     before = cached._engine, cached._enabled
     cached._engine, cached._enabled = engine or cached._engine, engine is not None

@@ -61,7 +61,7 @@ class RowGraphs:
         """Return the graph for several rows, and their layout."""
 
         def make() -> tuple[Lowered, RowLayout | None]:
-            many = self._lower(inputs, Alone(count, one.variants.held))
+            many = self._lower(inputs, Alone(count, one.variants.cached))
             return many, RowLayout.of(one, many, count)
 
         return self._found(key, make)

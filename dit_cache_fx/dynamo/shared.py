@@ -48,7 +48,7 @@ class Shared:
     ranks: Ranks | None = None
 
     def serial(self, program: Hashable) -> int:
-        """Return the number of a program: graphs of one program share their held tensors.
+        """Return the number of a program: graphs of one program share their cached tensors.
 
         Threads that wait for one compilation of Dynamo get a graph each.
         """

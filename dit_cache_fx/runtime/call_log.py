@@ -182,16 +182,16 @@ class CallLog:
     ) -> CallStart:
         """Find the branch and the step of a call; nothing is recorded before `done`.
 
-        `lowered`: its graph. `shapes`: of its masked selections; held tensors from other shapes are
-        not used.
+        `lowered`: its graph. `shapes`: of its masked selections; cached tensors from other shapes
+        are not used.
         """
         placed = place(session, call, self.count)
         if placed.branch.shapes != shapes:
             emptied = replace(placed.branch.emptied(), shapes=shapes)
             placed = replace(placed, branch=emptied, replaced=placed.replaced or placed.branch)
-        held = lowered.variants.held
+        cached = lowered.variants.cached
         step = Step(
-            lowered.strategy, placed.branch, placed.index, held, placed.course, placed.missed
+            lowered.strategy, placed.branch, placed.index, cached, placed.course, placed.missed
         )
         return CallStart(session, placed, step)
 
@@ -244,7 +244,7 @@ class CallLog:
 
     def _metric(self, step: Step, branch: Branch) -> Measured:
         """Return the metric as a number if the device need not be waited for, otherwise a copy."""
-        state, measured = branch.memory, step.measured() if step.computes else None
+        state, measured = branch.rule_state, step.measured() if step.computes else None
         known = state is not None or measured is not None
         tensor = self.strategy.metric(state or (), measured) if known else None
         if tensor is None:

@@ -57,7 +57,7 @@ class Engine:
     # --- life cycle --------------------------------------------------------------------------
 
     def clear_states(self) -> None:
-        """Forget the held tensors and the place in the generation; keep the graphs."""
+        """Forget the cached tensors and the place in the generation; keep the graphs."""
         self.call_log.tracker.clear()
         self.graphs.forget_carried()
 
@@ -257,7 +257,7 @@ class Engine:
         """Return the first step of a branch that holds nothing, or of several of them."""
         layout, strategy = entry.layout, entry.strategy
         if layout is None:
-            return Step(strategy, Branch(), 0, entry.variants.held)
+            return Step(strategy, Branch(), 0, entry.variants.cached)
         steps = [Step(strategy, Branch(), 0, layout.alone) for _ in range(layout.count)]
         return RowSteps(steps, layout)
 

@@ -47,14 +47,14 @@ class Placement:
         Steps that `cur_timestep` left out do not count.
         """
         since = range(self.branch.answered + 1, self.position.index)
-        if not since or not self.branch.held:
+        if not since or not self.branch.cached:
             return []
         return [step for step in since if step in self.generation.entered]
 
     def settle(self, session: Session, answered: bool) -> bool:
         """Record the call; `answered`: by a graph of the cache, not by the model itself.
 
-        Returns whether the branch could keep its held tensors.
+        Returns whether the branch could keep its cached tensors.
         """
         call, branch, generation = self.call, self.branch, self.generation
         if self.new:
@@ -68,10 +68,10 @@ class Placement:
         branch.serial, branch.called = call.serial, session.calls
         if answered:
             branch.answered = self.index
-        kept = session.add(branch, self.replaced, self.new)
+        could_hold = session.add(branch, self.replaced, self.new)
         if self.new:
             branch.number = session.number_of(branch)
-        return kept
+        return could_hold
 
 
 def place(session: Session, call: CallEvidence, count: StepCount) -> Placement:

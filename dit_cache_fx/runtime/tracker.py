@@ -71,12 +71,12 @@ class Tracker:
             return list(self._sessions)
 
     def clear(self) -> None:
-        """Forget the held tensors and the place in the generations; their steps are counted."""
+        """Forget the cached tensors and the place in the generations; their steps are counted."""
         self.session.end(self.count)
         for session in self.sessions():
             session.clear()
 
     def forget(self) -> None:
-        """Forget the held tensors."""
+        """Forget the cached tensors."""
         for session in self.sessions():
             session.forget()
