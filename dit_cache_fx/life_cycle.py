@@ -14,8 +14,8 @@ from dit_cache_fx.report.explain import Explanation, explain
 from dit_cache_fx.report.plot import draw
 from dit_cache_fx.runtime.batch import Batch
 from dit_cache_fx.runtime.call_log import CallLog
-from dit_cache_fx.runtime.scope import CacheContext
-from dit_cache_fx.runtime.session import Session
+from dit_cache_fx.runtime.tracking.scope import CacheContext
+from dit_cache_fx.runtime.tracking.session import Session
 from dit_cache_fx.strategies.checks import check_count, check_num_steps
 from dit_cache_fx.strategies.timesteps import Timesteps, given_timesteps
 

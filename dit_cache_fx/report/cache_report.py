@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from dit_cache_fx.lowering.lowered_program import Lowered
-from dit_cache_fx.runtime.branches import Branch
-from dit_cache_fx.runtime.call_log import CallLog, StepRecord
+from dit_cache_fx.runtime.call_log import CallLog
+from dit_cache_fx.runtime.step_record import StepRecord
+from dit_cache_fx.runtime.tracking.branches import Branch
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.strategies.schedule import ListedSteps
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from dit_cache_fx.ir.names import is_measured
-from dit_cache_fx.runtime.branches import Branch, CachedTensor
 from dit_cache_fx.runtime.drive import Results
+from dit_cache_fx.runtime.tracking.branches import Branch, CachedTensor
 from dit_cache_fx.strategies import CLOCK, Clock, Course, RuleState, Strategy
 from dit_cache_fx.strategies.decision import begun, decided, device_of, lost_in_any
 from dit_cache_fx.strategies.signals import in_one, signal_of

@@ -22,11 +22,11 @@ from dit_cache_fx.dynamo.parts import _AtFirstCall
 from dit_cache_fx.helpers import DeepCacheHelper
 from dit_cache_fx.lowering import Part
 from dit_cache_fx.runtime import execution
-from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.drive import Compiler, drive
 from dit_cache_fx.runtime.entry import input_key
 from dit_cache_fx.runtime.first_runs import FirstRuns
 from dit_cache_fx.runtime.step import Step
+from dit_cache_fx.runtime.tracking.branches import Branch
 from tests.compile.compiling import RULE, Counting
 from tests.toys import MaskedDiT, ToyDiT, make, toy_inputs
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from dit_cache_fx.runtime.branches import Branch
-from dit_cache_fx.runtime.generation import Generation, StepPosition, as_number
-from dit_cache_fx.runtime.matching import CallEvidence, Match, find_branch
-from dit_cache_fx.runtime.session import Session
-from dit_cache_fx.runtime.step_count import StepCount
-from dit_cache_fx.runtime.trajectory import Trajectory, Verdict
+from dit_cache_fx.runtime.tracking.branches import Branch
+from dit_cache_fx.runtime.tracking.generation import Generation, StepPosition
+from dit_cache_fx.runtime.tracking.matching import CallEvidence, Match, find_branch
+from dit_cache_fx.runtime.tracking.session import Session
+from dit_cache_fx.runtime.tracking.step_count import StepCount
+from dit_cache_fx.runtime.tracking.timestep_value import as_number
+from dit_cache_fx.runtime.tracking.trajectory import Trajectory, Verdict
 from dit_cache_fx.strategies import Course
 
 
@@ -60,7 +61,7 @@ class Placement:
         if self.new:
             _forget_others(session, call, generation)
         session.calls += 1
-        session.passes.note(call.value, call.hooked)
+        session.forward_passes.note(call.value, call.hooked)
         session.newest = branch.generation = generation
         generation.course = self.course
         generation.enter(self.position, branch.identity)

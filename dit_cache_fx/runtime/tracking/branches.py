@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from dit_cache_fx.runtime.generation import Generation
-from dit_cache_fx.runtime.trajectory import Trajectory
+from dit_cache_fx.runtime.tracking.generation import Generation
+from dit_cache_fx.runtime.tracking.trajectory import Trajectory
 from dit_cache_fx.strategies import RuleState
 from dit_cache_fx.values.identity import TensorIdentity, storage_key, version
 from dit_cache_fx.values.tensor_spec import TensorSpec

@@ -6,9 +6,9 @@ import threading
 from weakref import WeakSet, ref
 
 from dit_cache_fx.runtime.batch import Batch
-from dit_cache_fx.runtime.scope import Scope
-from dit_cache_fx.runtime.session import Session
-from dit_cache_fx.runtime.step_count import StepCount
+from dit_cache_fx.runtime.tracking.scope import Scope
+from dit_cache_fx.runtime.tracking.session import Session
+from dit_cache_fx.runtime.tracking.step_count import StepCount
 
 
 class Tracker:

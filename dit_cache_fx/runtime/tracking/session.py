@@ -8,11 +8,11 @@ from collections.abc import Hashable
 from typing import Any
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.runtime.branches import Branch
-from dit_cache_fx.runtime.generation import Generation
-from dit_cache_fx.runtime.hooked import Passes
-from dit_cache_fx.runtime.scope import Scope
-from dit_cache_fx.runtime.step_count import StepCount
+from dit_cache_fx.runtime.tracking.branches import Branch
+from dit_cache_fx.runtime.tracking.generation import Generation
+from dit_cache_fx.runtime.tracking.hooks import ForwardPasses
+from dit_cache_fx.runtime.tracking.scope import Scope
+from dit_cache_fx.runtime.tracking.step_count import StepCount
 from dit_cache_fx.strategies.timesteps import Timesteps, given_timesteps
 
 #: the largest number of branches of a session with cached tensors
@@ -49,7 +49,7 @@ class Session:
         self.lock = threading.RLock()
         #: the step index that the user has set, in place of the timestep
         self.explicit: int | None = None
-        self.passes = Passes()
+        self.forward_passes = ForwardPasses()
         self.branches: list[Branch] = []
         self.newest: Generation | None = None
         self.records: deque[Any] = deque(maxlen=MAX_RECORDS)

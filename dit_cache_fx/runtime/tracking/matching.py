@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
-from dit_cache_fx.runtime.branches import Branch
-from dit_cache_fx.runtime.generation import Jump, TimestepValue, way_of
-from dit_cache_fx.runtime.hooked import NO_HOOKS, Hooked
-from dit_cache_fx.runtime.session import Session
-from dit_cache_fx.runtime.trajectory import Judgement, SampleProbe, Verdict
+from dit_cache_fx.runtime.tracking.branches import Branch
+from dit_cache_fx.runtime.tracking.generation import Jump
+from dit_cache_fx.runtime.tracking.hooks import NO_HOOKS, Hooked
+from dit_cache_fx.runtime.tracking.session import Session
+from dit_cache_fx.runtime.tracking.timestep_value import TimestepValue, way_of
+from dit_cache_fx.runtime.tracking.trajectory import Judgement, SampleProbe, Verdict
 from dit_cache_fx.values.identity import TensorIdentity
 
 #: a sample belongs to the nearest branch if it is nearer than this share of the next distance
