@@ -147,7 +147,7 @@ def _returning(
 def _refuse_changed_by_blocks(recording: Recording, tensors: Sequence[torch.Tensor]) -> None:
     theirs = {place for made in recording.calls for place in made.changed}
     if theirs & {storage_key(t) for t in tensors}:
-        raise CaptureError("a block changes a tensor in place that the model is given")
+        raise CaptureError("a block writes into a tensor that the model was called with")
 
 
 def _refuse_changed_after_blocks(program: Program, changed: int) -> None:

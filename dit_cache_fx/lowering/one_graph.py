@@ -194,7 +194,7 @@ class _Writer:
         return _own(self.graph, node) if shared else node
 
     def _flat(self, node: fx.Node) -> fx.Node:
-        """Fix the layout of a tensor: Inductor may choose another than `cond`'s branches expect."""
+        """Flatten a tensor: Inductor may choose another layout than `cond`'s branches expect."""
         return self.graph.call_function(torch.ops.aten.reshape.default, (node, [-1]))
 
     # --- the decision --------------------------------------------------------------------------

@@ -155,7 +155,7 @@ class Subgraphs:
         run_input = named.get("run_input")
         if name == "reuse":
             reused = [strategy.reuse(cached, run_input, clock)]
-            agree(strategy, name, reused, [spec], "it stands for the value")
+            agree(strategy, name, reused, [spec], "it replaces the value")
             return reused
         if name == "measure":
             return self._numbers(strategy.measure(cached, named["value"], run_input, clock))

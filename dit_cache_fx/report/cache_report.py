@@ -19,7 +19,7 @@ class CaptureReport:
 
     Attributes:
         inputs (`str`):
-            The inputs of the calls that it answers.
+            The inputs of the calls that it answers: names and shapes.
         runs (`tuple[tuple[str, ...], ...]`):
             The names of the blocks that are cached together, for each run.
         values (`tuple[str, ...]`):
@@ -71,7 +71,7 @@ class CacheReport:
         timeline (`tuple[StepRecord, ...]`):
             The calls of the last generation, in order.
         schedule (`str`):
-            The option that places the computed steps; empty where they are listed.
+            The option that selects the computed steps; empty if it is a list of them.
         num_steps (`int | None`):
             The number of steps in a generation, as far as it is known.
 

@@ -62,7 +62,7 @@ class Engine:
         self.graphs.forget_carried()
 
     def reset_states(self) -> None:
-        """Forget everything, graphs and counts included."""
+        """Forget everything, including graphs and counts."""
         self.clear_states()
         self.call_log.count.forget()
         self.graphs.clear()

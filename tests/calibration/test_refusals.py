@@ -52,7 +52,7 @@ def test_more_computed_than_there_are_steps() -> None:
 
 def test_runs_that_do_not_call_the_model() -> None:
     refused(
-        r"runs\[0\]='no call of the cached model': a whole generation through the model",
+        r"runs\[0\]='no call of the cached model': a whole generation through the calibrated model",
         lambda _: [lambda: torch.ones(3)],
     )
     uncached = make(ToyDiT)

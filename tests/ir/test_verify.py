@@ -242,7 +242,7 @@ def test_without_any_one_pass_a_computed_step_is_the_models_own(name: str) -> No
 
 
 def test_a_pass_that_there_is_not_cannot_be_left_out() -> None:
-    with pytest.raises(OptionError, match=r"skip=\['sinking'\]: names of passes"):
+    with pytest.raises(OptionError, match=r"skip=\['sinking'\]: the names of passes"):
         run_passes(captured(DEEP), DEEP, skip={"sinking"})
 
 

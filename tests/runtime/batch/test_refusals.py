@@ -73,7 +73,7 @@ def test_shared_are_names(shared: Any) -> None:
 
 def test_shared_are_arguments_of_the_call() -> None:
     serving = serving_of()
-    text = r"shared=\['ids'\]: names of the call's arguments: \['x', 'timestep', 'text'\]"
+    text = r"shared=\['ids'\]: the names of the call's arguments: \['x', 'timestep', 'text'\]"
     with (
         serving.cached.batch(serving.sessions, shared=("ids",)),
         pytest.raises(OptionError, match=text),
