@@ -33,7 +33,7 @@ class RunExplanation:
         blocks (`tuple[str, ...]`):
             The names of the blocks.
         held (`tuple[tuple[str, TensorSpec], ...]`):
-            The held tensors: name, and shape, dtype and device.
+            The cached tensors: name, and shape, dtype and device.
     """
 
     blocks: tuple[str, ...]
@@ -180,12 +180,14 @@ def _explained(entry: Lowered, strategy: Strategy, full: bool) -> GraphExplanati
 
 
 def _runs(entry: Lowered, strategy: Strategy) -> Iterator[RunExplanation]:
-    program, held = entry.program, iter(entry.variants.held.values())
+    program, cached = entry.program, iter(entry.variants.cached.values())
     for region, run in zip(program.regions, cached_runs(program.graph), strict=True):
         results = results_of(getattr(program.gm, run.compute).graph)
         names = [
             _cached_as(value, run_input, _source(result))
-            for value, run_input, result in zip(region.values, region.inputs, results, strict=False)
+            for value, run_input, result in zip(
+                region.values, region.run_inputs, results, strict=False
+            )
         ]
         slots, measured = strategy.slots(), bool(entry.variants.measured)
         slotted = [
@@ -193,7 +195,7 @@ def _runs(entry: Lowered, strategy: Strategy) -> Iterator[RunExplanation]:
             for n in names
             for name in (*_slots(n, slots), *([f"{MEASURED} of {n}"] if measured else []))
         ]
-        tensors = tuple((name, next(held)) for name in slotted)
+        tensors = tuple((name, next(cached)) for name in slotted)
         yield RunExplanation(tuple(map(str, region.blocks)), tensors)
 
 

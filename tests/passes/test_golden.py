@@ -366,7 +366,7 @@ def test_a_value_read_behind_the_run_is_held(strategy: Strategy) -> None:
 def test_a_slice_of_a_joined_stream_starts_from_its_part() -> None:
     program = passed(TeaCache(no_cache_steps=[0]), "find_values", _Joined())
     (region,) = program.regions
-    assert region.inputs == ("model_x_embedder",)
+    assert region.run_inputs == ("model_x_embedder",)
     (value,) = region.values
     assert program.node(value).target is torch.ops.aten.slice.Tensor
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import dit_cache_fx
 from dit_cache_fx import CachedModel, DitCacheWarning
-from dit_cache_fx.runtime.trajectory import Trajectory
+from dit_cache_fx.runtime.tracking.trajectory import Trajectory
 from tests.toys import ByHand, ToyDiT, make, toy_inputs
 
 STEPS = 8

@@ -105,7 +105,7 @@ def test_what_a_session_holds_is_freed_when_it_is_closed_or_dropped() -> None:
             cache(**toy_inputs(1000.0))
         assert session.bytes_held == cache.cache_report().bytes_held > 0
         (branch,) = session.branches
-        held.append(ref(branch.held[0].tensor))
+        held.append(ref(branch.cached[0].tensor))
         del branch
         if close:
             session.close()

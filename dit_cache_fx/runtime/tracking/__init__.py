@@ -1,0 +1,1 @@
+"""Which session, branch, generation and step a call belongs to."""
