@@ -287,6 +287,27 @@ def test_results_keep_the_models_dtype(strategy: str, dtype: torch.dtype) -> Non
         assert cached(**inputs).dtype == dtype
 
 
+class _InTheSamplesDtype(ToyDiT):
+    """Computes in its weights' dtype, and answers in that of the sample."""
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Any:
+        return super().forward(x.to(self.embed.weight.dtype), timestep, text).to(x.dtype)
+
+
+def test_samples_of_two_dtypes_are_two_signatures() -> None:
+    """The same values, in turn: each has a state of its own, and is answered in its dtype."""
+    model = make(_InTheSamplesDtype)
+    cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps=STEPS)
+    by_hand = ByHand(model, ["blocks"])
+    for computes, inputs in generation(TOY, STEPS):
+        for dtype in (torch.float32, torch.float64):
+            given = inputs | {"x": inputs["x"].to(dtype)}
+            got = cached(**given)
+            assert got.dtype == dtype
+            assert torch.equal(got, by_hand(computes, branch=dtype, **given))
+    assert len(cached.cache_report().captures) == 2
+
+
 def test_autocast_on_and_off() -> None:
     cached, by_hand = pair(TOY)
     for enabled in (True, False, True):
