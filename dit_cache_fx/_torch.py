@@ -61,6 +61,7 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
     is_traceable_wrapper_subclass,
 )
+from torch.utils.hooks import RemovableHandle
 
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
@@ -516,6 +517,11 @@ def _proxy_mode() -> ProxyTorchDispatchMode | None:
     here = torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
     mode = get_proxy_mode() if here else torch._C._get_dispatch_mode(_PROXY)
     return mode if isinstance(mode, ProxyTorchDispatchMode) else None
+
+
+def hooks_registered() -> int:
+    """How many hooks this process has registered so far, on any module; removed ones count."""
+    return RemovableHandle.next_id
 
 
 _ATTENTION: Mapping[str, Callable[[], bool]] = MappingProxyType(

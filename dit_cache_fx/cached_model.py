@@ -23,8 +23,8 @@ from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.runtime.call_log import WANTS_GRADIENTS, CallLog
 from dit_cache_fx.runtime.drive import NOTHING, Compiler, Serving, drive
 from dit_cache_fx.runtime.engine import Engine, requires_grad
+from dit_cache_fx.runtime.entry import Entry
 from dit_cache_fx.runtime.execution import StepCompiler
-from dit_cache_fx.runtime.graphs import Entry
 
 #: attributes that belong to the cached model itself; every other one is the model's
 _OWN = frozenset({"_model", "_engine", "_rebuild", "_enabled", "_compiled_call_impl"})

@@ -16,7 +16,7 @@ from dit_cache_fx.runtime.batch import Batch
 from dit_cache_fx.runtime.call_log import CallLog
 from dit_cache_fx.runtime.scope import CacheContext
 from dit_cache_fx.runtime.session import Session
-from dit_cache_fx.strategies.schedule import check_num_steps
+from dit_cache_fx.strategies.checks import check_count, check_num_steps
 from dit_cache_fx.strategies.timesteps import Timesteps, given_timesteps
 
 if TYPE_CHECKING:
@@ -63,8 +63,7 @@ class LifeCycle:
         if self._call_log.tracker.batch is not None:
             expected = "to be set in each session (with session: cached.cur_timestep = ...)"
             raise OptionError("cur_timestep", step, expected)
-        if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
-            raise OptionError("cur_timestep", step, "a step index: an integer from 0, or None")
+        check_count("cur_timestep", step, 0, optional=True, meaning="a step index")
         self._call_log.tracker.session.explicit = step
 
     @property

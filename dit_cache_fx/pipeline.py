@@ -11,9 +11,9 @@ from torch import nn
 
 from dit_cache_fx.cached_model import CachedModel, is_compiled, original
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.runtime.run import share_run
+from dit_cache_fx.runtime.shared_run import share_run
 from dit_cache_fx.strategies import Strategy
-from dit_cache_fx.strategies.base import options_of
+from dit_cache_fx.strategies.options import options_of
 from dit_cache_fx.strategies.registry import BY_NAME
 
 #: what a pipeline's attribute is called that holds a model to cache, whatever else is in its name

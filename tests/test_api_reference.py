@@ -26,6 +26,7 @@ from dit_cache_fx.strategies import make_strategy
 from dit_cache_fx.strategies.registry import BY_NAME, KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = dit_cache_fx.__name__
 REFERENCE = ROOT / "docs" / "reference"
 
 _SECTION = re.compile(r"^(Args|Attributes|Example):\n((?:    .*\n|\n(?=    ))+)", re.M)
@@ -92,9 +93,10 @@ def public() -> list[Any]:
 
 
 def members(path: str) -> dict[str, Any]:
-    """What the pages show of a class."""
-    listed, own = shown()[path], vars(at(path)).items()
-    return {n: m for n, m in own if (n[0] != "_" if listed is None else n in listed)}
+    """What the pages show of a class, inherited members included."""
+    listed, bases = shown()[path], [k for k in at(path).__mro__ if k.__module__.startswith(PACKAGE)]
+    all_ = {name: member for kind in reversed(bases) for name, member in vars(kind).items()}
+    return {n: m for n, m in all_.items() if (n[0] != "_" if listed is None else n in listed)}
 
 
 def functions() -> list[FunctionType]:

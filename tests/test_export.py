@@ -129,7 +129,7 @@ def test_state_goes_in_and_out() -> None:
         outputs, after = program(state, given)
         assert torch.equal(outputs[0], by_hand(computes, **inputs))
         assert all(torch.equal(state[name], before[name]) for name in state)  # it is not changed
-        held = [n for n in state if n.startswith("held")]
+        held = [n for n in state if n.startswith("cached")]
         assert all(torch.equal(after[n], state[n]) != computes for n in held)
         state = after
     assert made.initial_state()["clock"].eq(0).all()

@@ -15,8 +15,9 @@ from dit_cache_fx.calibration.plot import Curve, draw
 from dit_cache_fx.errors import OptionError
 from dit_cache_fx.strategies import NumSteps, Strategy, make_strategy
 from dit_cache_fx.strategies.calibrated import CalibratedSteps
+from dit_cache_fx.strategies.checks import is_number
 from dit_cache_fx.strategies.model_signature import ModelSignature
-from dit_cache_fx.strategies.registry import predictor_options
+from dit_cache_fx.strategies.options import predictor_options
 from dit_cache_fx.strategies.timesteps import Timesteps
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class Calibration:
         raise OptionError("computed", computed, f"a number that was calibrated: one of {known}")
 
     def _reaching(self, psnr: Any) -> Row:
-        if isinstance(psnr, bool) or not isinstance(psnr, (int, float)) or math.isnan(psnr):
+        if not is_number(psnr) or math.isnan(psnr):
             raise OptionError("psnr", psnr, "a PSNR in dB, such as 45.0")
         for row in sorted(self.rows, key=lambda row: row.computed):
             if row.psnr >= psnr:

@@ -13,8 +13,9 @@ from dit_cache_fx.calibration.programme import best_schedules
 from dit_cache_fx.calibration.search import improved
 from dit_cache_fx.calibration.simulate import Recorded
 from dit_cache_fx.strategies import NewtonCache, Strategy, TaylorCache
-from dit_cache_fx.strategies.registry import BY_NAME, predictor_options
-from dit_cache_fx.strategies.schedule import EvenTimesteps, evenly_spaced
+from dit_cache_fx.strategies.even import EvenTimesteps, evenly_spaced
+from dit_cache_fx.strategies.options import predictor_options
+from dit_cache_fx.strategies.registry import BY_NAME
 
 #: how many predictors have their steps searched, and how many candidates of each kind are judged
 SEARCHED = 8

@@ -21,8 +21,9 @@ from dit_cache_fx.capture import FlatCall
 from dit_cache_fx.runtime.call_log import CallLog
 from dit_cache_fx.runtime.drive import Compiler, Serving
 from dit_cache_fx.runtime.engine import Engine
+from dit_cache_fx.runtime.entry import Entry, GraphKey, RowsOf
 from dit_cache_fx.runtime.generation import Generation, as_number
-from dit_cache_fx.runtime.graphs import Entry, Found, GraphKey, Graphs, RowsOf
+from dit_cache_fx.runtime.graphs import Found, Graphs
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.values.pytree import flatten
 

@@ -71,15 +71,15 @@ def factors(strategy: Strategy, timesteps: tuple[float, ...], masks: Tensor) -> 
     course = strategy.course(len(timesteps), timesteps)
     rows, steps = masks.shape
     clock, one = _Clocks(course, masks), torch.eye(steps, dtype=torch.float64)
-    held = [torch.zeros(rows, steps, dtype=torch.float64)] * strategy.slots()
+    cached = [torch.zeros(rows, steps, dtype=torch.float64)] * strategy.slots()
     found = []
     for step in range(steps):
         computes, now = masks[:, step, None], clock.at(step)
         value = one[step].expand(rows, steps)
-        found.append(torch.where(computes, value, strategy.reuse(held, None, now)))
+        found.append(torch.where(computes, value, strategy.reuse(cached, None, now)))
         if bool(computes.any()):
-            new = strategy.store(held, value, None, now)
-            held = [torch.where(computes, a, b) for a, b in zip(new, held, strict=True)]
+            new = strategy.store(cached, value, None, now)
+            cached = [torch.where(computes, a, b) for a, b in zip(new, cached, strict=True)]
         clock.advance(step)
     return torch.stack(found, 1)
 

@@ -17,7 +17,7 @@ from dit_cache_fx.capture.check import compare
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.leaves import BlockList, candidate_lists, named_list
 from dit_cache_fx.capture.normal_form import Guards
-from dit_cache_fx.capture.record import ModuleCall, Recording
+from dit_cache_fx.capture.recording import Recording
 from dit_cache_fx.capture.scalar_timestep import NumberFactories
 from dit_cache_fx.capture.settings import applied
 from dit_cache_fx.capture.side_effects import unnoticed
@@ -98,7 +98,7 @@ class Captured:
     whole: set[nn.Module]  # every module that the graph calls as a node
     accepted: set[Shapes]  # guard shapes that the graph was checked with
     turns: Turns  # of the model's graphs
-    not_held: frozenset[str] = frozenset()  # block results that the recording did not hold
+    not_recorded: frozenset[str] = frozenset()  # block results that were not recorded
     #: the tensors of the newest call that the guards depend on, and its guard shapes
     newest: tuple[TensorIdentity, Shapes] | None = None
     unread: Sequence[str] = ()  # attributes that forward sets for others, in words
@@ -153,13 +153,10 @@ def sharded_owners(program: Program) -> tuple[Any, ...]:
     Such a module has the weights of its parts only while it runs itself. What the model has of its
     own it has in each of its calls.
     """
-    calls = [str(n.target).removeprefix("model.") for n in program.graph.nodes if _is_call(n)]
-    owners = [o for name in calls if (o := _sharded(program.model, name)) not in ("", name)]
+    calls = program.graph.find_nodes(op="call_module")
+    called = [str(node.target).removeprefix("model.") for node in calls]
+    owners = [o for name in called if (o := _sharded(program.model, name)) not in ("", name)]
     return tuple(map(program.model.get_submodule, dict.fromkeys(owners)))
-
-
-def _is_call(node: fx.Node) -> bool:
-    return node.op == "call_module"
 
 
 def _sharded(model: nn.Module, name: str) -> str:
@@ -212,16 +209,13 @@ def can_replay(captured: Captured) -> bool:
     program = captured.program
     read = {name for region in program.regions for name in region.values}
     read |= {value.name for call in program.block_calls() for value in block_values(call)}
-    return not read & captured.not_held
+    return not read & captured.not_recorded
 
 
 @contextmanager
 def replayed(captured: Captured) -> Iterator[None]:
     """Within the context the blocks return what they returned in the recorded run."""
-    calls: dict[str, Iterator[ModuleCall]] = {
-        name: iter([c for c in captured.recording.calls if c.name == name])
-        for name in captured.blocks.values()
-    }
+    calls = captured.recording.of_each(captured.blocks.values())
 
     def handle(
         module: nn.Module, name: str, call: Callable[..., Any], args: Any, kwargs: Any
@@ -233,14 +227,12 @@ def replayed(captured: Captured) -> Iterator[None]:
         yield
 
 
-def not_held(program: Program, recording: Recording) -> frozenset[str]:
+def not_recorded(program: Program, recording: Recording) -> frozenset[str]:
     """The names of block results whose values the recording does not hold."""
-    calls: dict[str, Iterator[ModuleCall]] = {}
+    nodes = [(n, str(n.target).removeprefix("model.")) for n in program.block_calls()]
+    calls = recording.of_each(name for _, name in nodes)
     missing: list[str] = []
-    for node in program.block_calls():
-        name = str(node.target).removeprefix("model.")
-        if name not in calls:
-            calls[name] = iter([c for c in recording.calls if c.name == name])
+    for node, name in nodes:
         made = next(calls[name])
         missing += [v.name for v in block_values(node) if meta_of(v).output not in made.values]
     return frozenset(missing)

@@ -17,7 +17,7 @@ from torch import nn
 from dit_cache_fx._torch import without_mode
 from dit_cache_fx.capture.ambient import Ambient
 from dit_cache_fx.capture.intercept import intercepted
-from dit_cache_fx.capture.record import ModuleCall, Recording
+from dit_cache_fx.capture.recording import RecordedCall, Recording
 from dit_cache_fx.capture.samples import Samples, other_block
 from dit_cache_fx.capture.scalar_timestep import NumberFactories
 from dit_cache_fx.errors import CaptureError, DitCacheError
@@ -190,7 +190,7 @@ def _called(
         return call(module, *args, **kwargs)
 
 
-def stand_in(made: ModuleCall, index: int, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def stand_in(made: RecordedCall, index: int, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Values in the place of a block's outputs: other ones for each block, equal in each run."""
     outputs = []
     for place, spec in enumerate(made.specs):

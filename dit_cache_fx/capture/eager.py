@@ -1,6 +1,6 @@
 """From a model's forward to a checked `Program`, in one recorded run of the model.
 
-`record` runs the model once, `trace` makes the graph of what it does around its kept modules,
+`record` runs the model once, `trace` makes the graph of what it does around its leaf modules,
 `normal_form` makes that a program, `mark_blocks` finds the trunk and `check` compares program and
 model on inputs that neither has seen.
 """
@@ -19,11 +19,12 @@ from torch import nn
 from dit_cache_fx._torch import without_dispatch_modes
 from dit_cache_fx.capture.attributes import attributes, restore
 from dit_cache_fx.capture.blocks import mark_blocks
-from dit_cache_fx.capture.captured import Captured, Subject, not_held, sharded_owners
+from dit_cache_fx.capture.captured import Captured, Subject, not_recorded, sharded_owners
 from dit_cache_fx.capture.check import IllegalInputs, compare, refusable, refuse, second_inputs
-from dit_cache_fx.capture.leaves import BlockList, kept_modules
+from dit_cache_fx.capture.leaves import BlockList, leaf_modules
 from dit_cache_fx.capture.normal_form import normal_form
-from dit_cache_fx.capture.record import Recording, record
+from dit_cache_fx.capture.record import record
+from dit_cache_fx.capture.recording import Recording
 from dit_cache_fx.capture.refusals import (
     refuse_late_guards,
     refuse_read_number,
@@ -35,7 +36,7 @@ from dit_cache_fx.capture.settings import Watch, refuse_made_values
 from dit_cache_fx.capture.side_effects import (
     Arguments,
     left_behind,
-    refuse_kept_state,
+    refuse_state,
     unnoticed,
 )
 from dit_cache_fx.capture.signal import mark_signal, parts_of
@@ -61,12 +62,12 @@ def capture(subject: Subject, call: FlatCall, timestep_argument: str | None) -> 
     with torch.inference_mode(False), torch.no_grad():
         tensors = [t.clone() if t.is_inference() else t for t in call.tensors]
         lists = subject.lists()
-        kept = kept_modules(subject.model, lists)
-        recording, unread = _recorded(subject, call, tensors, lists, kept)
+        leaves = leaf_modules(subject.model, lists)
+        recording, unread = _recorded(subject, call, tensors, lists, leaves)
         with unnoticed(subject.model), without_dispatch_modes():
             with together(subject.strategy.ranks):
                 captured = _traced(
-                    subject, call, tensors, lists, kept, recording, timestep_argument
+                    subject, call, tensors, lists, leaves, recording, timestep_argument
                 )
             captured.unread = unread
             if subject.check:
@@ -80,14 +81,14 @@ def _traced(
     call: FlatCall,
     tensors: Sequence[torch.Tensor],
     lists: Sequence[BlockList],
-    kept: dict[nn.Module, str],
+    leaves: dict[nn.Module, str],
     recording: Recording,
     timestep_argument: str | None,
 ) -> Captured:
     """The graph of a recorded call, its blocks marked."""
-    members = {m: kept[m] for blocks in lists for m in blocks.modules}
+    members = {m: leaves[m] for blocks in lists for m in blocks.modules}
     with _explained("the model's own code (outside its blocks and layers) cannot be traced"):
-        traced = trace(lambda inputs: subject.run(call, inputs), tensors, kept, recording)
+        traced = trace(lambda inputs: subject.run(call, inputs), tensors, leaves, recording)
     if timestep_argument is None:
         timestep_argument = guessed_timestep(call)
     require_timestep(call, timestep_argument)
@@ -99,9 +100,9 @@ def _traced(
     blocks = {m: name for m, name in members.items() if f"model.{name}" in trunk}
     # what forward sets on a module, the graph depends on: then nothing of the model is looked
     # up live without a check
-    whole = set() if recording.settings else set(kept)
+    whole = set() if recording.settings else set(leaves)
     captured = Captured(program, program.gm, guards, recording, blocks, whole, set(), subject.turns)
-    captured.not_held = not_held(program, recording)
+    captured.not_recorded = not_recorded(program, recording)
     captured.opened, captured.ranks = sharded_owners(program), subject.strategy.ranks
     made = [layout for c in recording.calls for layout in c.layouts]
     captured.spread = any(made) or any(map(is_distributed, tensors))
@@ -131,33 +132,33 @@ def _recorded(
     call: FlatCall,
     tensors: Sequence[torch.Tensor],
     lists: Sequence[BlockList],
-    kept: dict[nn.Module, str],
+    leaves: dict[nn.Module, str],
 ) -> tuple[Recording, list[str]]:
-    """Record the model; a layer that answers with numbers is looked into, so leaves `kept`.
+    """Record the model; one of the `leaves` that answers with numbers is looked into, and removed.
 
     Also returns the attributes that it sets and never reads, in words.
     """
     model = subject.model
-    members = {m: kept[m] for blocks in lists for m in blocks.modules}
+    members = {m: leaves[m] for blocks in lists for m in blocks.modules}
     before = attributes(model.named_modules())
-    theirs = {m for module in kept for m in module.modules()}
-    watch = Watch(kept, World(model, theirs) if subject.check else None)
+    theirs = {m for module in leaves for m in module.modules()}
+    watch = Watch(leaves, World(model, theirs) if subject.check else None)
     arguments = Arguments(unflatten_call(call.skeleton, list(tensors)))
     recording = record(
         lambda: subject.answer(call, arguments.given),
-        kept,
+        leaves,
         set(members),
         {m for m, name in members.items() if subject.always_runs(name)},
-        {m: parts_of(m, kept[m]) for m in subject.opened(lists)},
+        {m: parts_of(m, leaves[m]) for m in subject.opened(lists)},
         watch,
     )
     numbers = {c.name for c in recording.calls if any(v is not None for v in constants(c.skeleton))}
-    open_layers = [m for m, name in kept.items() if name in numbers and m not in members]
+    open_layers = [m for m, name in leaves.items() if name in numbers and m not in members]
     if open_layers:
         for module in open_layers:
-            del kept[module]
+            del leaves[module]
         restore(model.named_modules(), before)
-        return _recorded(subject, call, tensors, lists, kept)
+        return _recorded(subject, call, tensors, lists, leaves)
     refuse_rewritten_arguments(recording)
     refuse_written_memory(model, call, tensors, recording)
     arguments.refuse_changed(recording.calls, notes=True)
@@ -169,7 +170,7 @@ def _recorded(
     noted, after = arguments.noted(), Arguments(arguments.given)
     again = partial(subject.answer, call, after.given)
     with without_dispatch_modes():
-        unread = refuse_kept_state(model, again, kept, recording, left, noted)
+        unread = refuse_state(model, again, leaves, recording, left, noted)
     after.refuse_changed([], notes=False)
     return recording, unread
 

@@ -1,6 +1,6 @@
-"""Which modules a capture keeps whole: the candidate blocks, and the layers around them.
+"""The leaf modules of a capture: the candidate blocks, and the layers around them.
 
-A kept module is one `call_module` of the user's own, live module. So hooks, quantised or offloaded
+A leaf module is one `call_module` of the user's own, live module. So hooks, quantised or offloaded
 weights, LoRA layers put in its place later and compiled forwards all keep working, and nothing of
 its inside is baked into the graph.
 """
@@ -50,26 +50,27 @@ def _lists(module: nn.Module, prefix: str) -> Iterator[BlockList]:
             yield from _lists(child, f"{path}.")
 
 
-def kept_modules(model: nn.Module, lists: Sequence[BlockList]) -> dict[nn.Module, str]:
-    """Module -> its name, for every module that the capture keeps whole.
+def leaf_modules(model: nn.Module, lists: Sequence[BlockList]) -> dict[nn.Module, str]:
+    """Module -> its name, for every module that the capture does not look into.
 
     Layers inside blocks are among them: some models call one from outside (a block's embedding).
     """
-    kept: dict[nn.Module, str] = {}
+    leaves: dict[nn.Module, str] = {}
     for blocks in lists:
         for index, block in enumerate(blocks.modules):
-            kept.setdefault(block, f"{blocks.name}.{index}")
-    _keep_layers(model, "", kept)
-    return kept
+            leaves.setdefault(block, f"{blocks.name}.{index}")
+    _add_layers(model, "", leaves)
+    return leaves
 
 
-def _keep_layers(module: nn.Module, prefix: str, kept: dict[nn.Module, str]) -> None:
+def _add_layers(module: nn.Module, prefix: str, leaves: dict[nn.Module, str]) -> None:
     for name, child in module.named_children():
         path = f"{prefix}{name}"
-        if child not in kept and _is_layer(child) and not any(m in kept for m in child.modules()):
-            kept[child] = path
+        inside = any(module in leaves for module in child.modules())
+        if not inside and _is_layer(child):
+            leaves[child] = path
         else:
-            _keep_layers(child, f"{path}.", kept)
+            _add_layers(child, f"{path}.", leaves)
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -11,12 +11,12 @@ from torch import fx, nn
 
 from dit_cache_fx.capture.data_guards import READS, read_count, read_list, read_shape
 from dit_cache_fx.capture.signature import FlatCall
-from dit_cache_fx.capture.trace import Trace, call_kept
+from dit_cache_fx.capture.trace import Trace, call_leaf
 from dit_cache_fx.ir.copying import add_input, body, copy_nodes
 from dit_cache_fx.ir.graph_text import short
 from dit_cache_fx.ir.names import unreserved
 from dit_cache_fx.ir.node_meta import mark, meta_of
-from dit_cache_fx.ir.program import Program, ancestors, graph_module, is_kept
+from dit_cache_fx.ir.program import Program, ancestors, graph_module, inputs_behind, is_kept
 
 # without autograd and without in-place operations these return their argument
 _IDENTITIES = (
@@ -40,7 +40,7 @@ class Guards:
 
     def described(self, read: Sequence[Any]) -> list[str]:
         """What was read, in words, with the values in `read`."""
-        nodes = [n for n in self.gm.graph.nodes if n.target in READS]
+        nodes = data_reads(self.gm.graph)
         return [
             f"{_reading(n)}: {short([*value] if isinstance(value, torch.Size) else value)}"
             for n, value in zip(nodes, read, strict=True)
@@ -53,6 +53,11 @@ class Guards:
     def shapes(self, read: Sequence[Any]) -> tuple[torch.Size, ...]:
         """Those of the reads that may differ after a check."""
         return tuple(v for v in read if isinstance(v, torch.Size))
+
+
+def data_reads(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that read a value or a shape out of a tensor's data, in order."""
+    return [node for node in graph.nodes if node.target in READS]
 
 
 def normal_form(
@@ -126,7 +131,7 @@ def translated(
         args, kwargs = fx.map_arg((node.args, node.kwargs), new.__getitem__)
         if node.op == "get_attr":
             made = graph.get_attr(_attribute(traced.gm, node, live, attributes))
-        elif node.target is call_kept:
+        elif node.target is call_leaf:
             _, name, args, kwargs = args
             made = graph.call_module(f"model.{name}", args, kwargs)
         else:
@@ -181,7 +186,7 @@ def owned_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _reading(node: fx.Node) -> str:
     """What a guard reads, and of which inputs."""
-    inputs = sorted(n.name for n in ancestors([node]) if n.op == "placeholder")
+    inputs = sorted(n.name for n in inputs_behind(node))
     what = _WHAT.get(node.target) or str(node.args[0])
     return f"{what} of {', '.join(inputs) or 'a constant'}"
 
@@ -197,7 +202,7 @@ _WHAT: dict[Any, str] = {
 def _split_guards(
     model: nn.Module, graph: fx.Graph, attributes: dict[str, Any], read: Sequence[Any]
 ) -> Guards | None:
-    reads = [node for node in graph.nodes if node.target in READS]
+    reads = data_reads(graph)
     if not reads:
         return None
     needed = ancestors(reads)

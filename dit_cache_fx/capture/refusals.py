@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from dit_cache_fx.capture.data_guards import READS
-from dit_cache_fx.capture.normal_form import Guards, owned_tensors
-from dit_cache_fx.capture.record import Recording
+from dit_cache_fx.capture.normal_form import Guards, data_reads, owned_tensors
+from dit_cache_fx.capture.recording import Recording
 from dit_cache_fx.capture.signature import FlatCall
 from dit_cache_fx.errors import CaptureError, DiscoveryError
-from dit_cache_fx.ir.program import Program, ancestors
+from dit_cache_fx.ir.program import Program, inputs_behind
 from dit_cache_fx.values.identity import storage_key
 
 _APART = (
@@ -38,9 +37,8 @@ def refuse_read_number(call: FlatCall, program: Program, guards: Guards | None) 
     """
     if call.number is None or guards is None:
         return
-    reads = [n for n in guards.gm.graph.nodes if n.target in READS]
-    for node, value in zip(reads, guards.expected, strict=True):
-        given = {n.name for n in ancestors([node]) if n.op == "placeholder"}
+    for node, value in zip(data_reads(guards.gm.graph), guards.expected, strict=True):
+        given = {n.name for n in inputs_behind(node)}
         if program.timestep_input in given and not isinstance(value, (bool, torch.Size)):
             raise CaptureError(
                 "the model's own code computes with the value of the timestep "

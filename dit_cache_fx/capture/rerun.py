@@ -16,7 +16,7 @@ from torch import nn
 
 from dit_cache_fx.capture.captured import Captured
 from dit_cache_fx.capture.intercept import intercepted
-from dit_cache_fx.capture.record import ModuleCall
+from dit_cache_fx.capture.recording import RecordedCall
 from dit_cache_fx.capture.samples import other_block
 from dit_cache_fx.capture.side_effects import unnoticed
 from dit_cache_fx.errors import DitCacheError
@@ -31,7 +31,7 @@ class Rerun:
         self.running = ""
         self.pairs: list[tuple[str, Checksums, Checksums]] = []
 
-    def given(self, made: ModuleCall, outputs: list[torch.Tensor]) -> None:
+    def given(self, made: RecordedCall, outputs: list[torch.Tensor]) -> None:
         self.pairs.append((made.name, made.digests, [checksum(t) for t in outputs]))
 
     def differing(self) -> str | None:
@@ -52,10 +52,7 @@ def rerunning(model: nn.Module, captured: Captured) -> Iterator[Rerun]:
     """
     rerun = Rerun()
     recording = captured.recording
-    calls: dict[str, Iterator[ModuleCall]] = {
-        name: iter([c for c in recording.calls if c.name == name])
-        for name in captured.blocks.values()
-    }
+    calls = recording.of_each(captured.blocks.values())
 
     def handle(
         module: nn.Module, name: str, call: Callable[..., Any], args: Any, kwargs: Any

@@ -44,19 +44,19 @@ class Setting:
 
 
 class Watch:
-    """Notes what the model's own code sets on kept modules; what they set themselves is theirs.
+    """Notes what the model's own code sets on leaf modules; what they set themselves is theirs.
 
     `suspect`: whether it has also changed something that they may read in another way.
     """
 
-    def __init__(self, kept: Mapping[nn.Module, str], world: World | None) -> None:
-        self._kept = kept
+    def __init__(self, leaves: Mapping[nn.Module, str], world: World | None) -> None:
+        self._leaves = leaves
         self.world = world
         self.suspect = False
         self.known: Attributes = {}
         self.settings: dict[tuple[int, Any], Setting] = {}
         self._called: set[int] = set()
-        for module in kept:
+        for module in leaves:
             self.known.update(self._attributes(module))
 
     def calls(self, module: nn.Module) -> None:
@@ -64,7 +64,7 @@ class Watch:
         self.looks()
         now = self._attributes(module)
         for change in changes(self.known, now):
-            setting = Setting(change.slim(), self._kept[module])
+            setting = Setting(change.slim(), self._leaves[module])
             known = self.settings.setdefault(change.place, setting)
             again = id(change.owner.holder) in self._called
             if (known is setting and again) or not same(known.change.now, change.now):
@@ -83,7 +83,7 @@ class Watch:
             self.suspect = self.world.changed()
 
     def _attributes(self, module: nn.Module) -> Attributes:
-        name = self._kept[module]
+        name = self._leaves[module]
         return attributes((f"{name}.{n}" if n else name, m) for n, m in module.named_modules())
 
 

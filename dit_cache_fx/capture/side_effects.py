@@ -15,7 +15,7 @@ from torch import nn
 
 from dit_cache_fx.capture.attributes import Attributes, Change, attributes, changes, restore
 from dit_cache_fx.capture.intercept import intercepted
-from dit_cache_fx.capture.record import ModuleCall, Recording
+from dit_cache_fx.capture.recording import RecordedCall, Recording
 from dit_cache_fx.capture.settings import Watch, refuse_other_values
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.values.identity import storage_key, version
@@ -56,7 +56,7 @@ class Arguments:
         """Whether forward has put items into dicts among them, as notes to its blocks."""
         return any(before[2] != _look(self.given[n])[2] for n, before in self._before.items())
 
-    def refuse_changed(self, made: Sequence[ModuleCall], notes: bool) -> None:
+    def refuse_changed(self, made: Sequence[RecordedCall], notes: bool) -> None:
         """Refuse a forward that has changed them; what its modules (`made`) did is theirs.
 
         `notes`: dicts may have new items that hold no tensor.
@@ -87,8 +87,8 @@ def _notes_only(before: Skeleton, after: Skeleton) -> bool:
     if before.kind is not after.kind or not issubclass(before.kind, dict):
         return False
     was, now = (dict(zip(c.keys, c.children, strict=True)) for c in (before, after))
-    kept = all(key in now and _notes_only(child, now[key]) for key, child in was.items())
-    return kept and not any(key_paths(now[key]) for key in now.keys() - was.keys())
+    same = all(key in now and _notes_only(child, now[key]) for key, child in was.items())
+    return same and not any(key_paths(now[key]) for key in now.keys() - was.keys())
 
 
 def _look(value: Any) -> tuple[list[torch.Tensor], list[int], Skeleton]:
@@ -99,10 +99,10 @@ def _look(value: Any) -> tuple[list[torch.Tensor], list[int], Skeleton]:
 # --- attributes ----------------------------------------------------------------------------------
 
 
-def refuse_kept_state(
+def refuse_state(
     model: nn.Module,
     run: Callable[[], Any],
-    kept: Mapping[nn.Module, str],
+    leaves: Mapping[nn.Module, str],
     recording: Recording,
     left: Sequence[Change],
     noted: bool = False,
@@ -121,9 +121,9 @@ def refuse_kept_state(
     read: set[tuple[nn.Module, str]] = set()
     with unnoticed(model):
         with _observed({(c.owner.module, c.attribute) for c in left}, read):
-            went_on = _rerun(run, kept, recording)
+            went_on = _rerun(run, leaves, recording)
         again = changes(before, attributes(model.named_modules()))
-    inside = {m for module in kept for m in module.modules()}
+    inside = {m for module in leaves for m in module.modules()}
     for change in again if went_on else left:
         module = change.owner.module
         if change.in_place or module in inside or (module, change.attribute) in read:
@@ -139,9 +139,9 @@ def refuse_kept_state(
     return sorted({str(change) for change in again})
 
 
-def _rerun(run: Callable[[], Any], kept: Mapping[nn.Module, str], recording: Recording) -> bool:
+def _rerun(run: Callable[[], Any], leaves: Mapping[nn.Module, str], recording: Recording) -> bool:
     """Run the model's own code; its modules answer as recorded. Whether it calls the same ones."""
-    calls: Iterator[ModuleCall] = iter(recording.calls)
+    calls: Iterator[RecordedCall] = iter(recording.calls)
 
     def handle(
         module: nn.Module, name: str, call: Callable[..., Any], args: Any, kwargs: Any
@@ -152,7 +152,7 @@ def _rerun(run: Callable[[], Any], kept: Mapping[nn.Module, str], recording: Rec
         refuse_other_values(recording.settings, name)
         return unflatten(made.skeleton, [t.clone() for t in made.outputs()])
 
-    with intercepted(kept, handle):
+    with intercepted(leaves, handle):
         try:
             run()
         except _AnotherWay:

@@ -15,8 +15,8 @@ from torch import fx, nn
 
 from dit_cache_fx.capture.normal_form import translated
 from dit_cache_fx.capture.outer_signal import mark_residual, mark_sample
-from dit_cache_fx.capture.record import ModuleCall, Recording
-from dit_cache_fx.capture.trace import Trace, call_kept, trace
+from dit_cache_fx.capture.recording import RecordedCall, Recording
+from dit_cache_fx.capture.trace import Trace, call_leaf, trace
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.node_meta import mark
 from dit_cache_fx.ir.program import (
@@ -107,7 +107,7 @@ def _mark_inside(program: Program, strategy: Strategy, recording: Recording) -> 
         call.inside = None
 
 
-def mark_modulated(program: Program, made: ModuleCall, cache_name: str) -> None:
+def mark_modulated(program: Program, made: RecordedCall, cache_name: str) -> None:
     """Add the first block's modulated input to the program and take it as the signal.
 
     `made`: the recorded call of that block, with its inside. A block without conditioning has no
@@ -147,7 +147,7 @@ def _modulated(
     """The first value passed to a part of the block that depends on stream and conditioning."""
     of_stream = descendants(p for p, n in given.items() if n is stream)
     of_both = of_stream & descendants(p for p, n in given.items() if n in conditioning)
-    for call in traced.gm.graph.find_nodes(op="call_function", target=call_kept):
+    for call in traced.gm.graph.find_nodes(op="call_function", target=call_leaf):
         value: fx.Node | None = next((n for n in call.all_input_nodes if n in of_both), None)
         if value is not None:
             return value

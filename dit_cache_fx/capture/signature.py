@@ -61,6 +61,7 @@ class CallSignature:
         self._var_positional = _first(kinds, inspect.Parameter.VAR_POSITIONAL)
         self._keeps_places = takes_anything(forward)
         self._named = all(kind in _BY_NAME for kind in kinds.values())
+        self._by_place = [n for n, kind in kinds.items() if kind is _BY_NAME[0]]
         self._defaults = {n: p.default for n, p in self._signature.parameters.items()}
         self._required = {n for n, d in self._defaults.items() if d is inspect.Parameter.empty}
 
@@ -69,8 +70,11 @@ class CallSignature:
 
         A function that takes `*args` gets by position what was given so.
         """
-        if not args and self._named and self._required <= kwargs.keys() <= self._defaults.keys():
-            return {name: kwargs.get(name, default) for name, default in self._defaults.items()}
+        if self._named:
+            given = dict(zip(self._by_place, args, strict=False), **kwargs)
+            whole = len(given) == len(args) + len(kwargs)  # none too many, none given twice
+            if whole and self._required <= given.keys() <= self._defaults.keys():
+                return {**self._defaults, **given}
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = dict(bound.arguments)

@@ -1,6 +1,6 @@
-"""Phase two of a capture: the model's own code as a graph, its kept modules as single nodes.
+"""Phase two of a capture: the model's own code as a graph, its leaf modules as single nodes.
 
-No kept module runs here: each returns what the recording holds. What the code reads out of a tensor
+No leaf module runs here: each returns what the recording holds. What the code reads out of a tensor
 becomes a guard (`reads`).
 """
 
@@ -18,7 +18,7 @@ from dit_cache_fx._torch import Emitter, opaque, trace_functional
 from dit_cache_fx.capture.autograd_functions import forward_only
 from dit_cache_fx.capture.data_guards import DataReads, PythonReads, read_count, read_shape
 from dit_cache_fx.capture.intercept import intercepted
-from dit_cache_fx.capture.record import ModuleCall, Recording
+from dit_cache_fx.capture.recording import RecordedCall, Recording
 from dit_cache_fx.capture.scalar_timestep import NumberFactories
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.node_meta import mark, mark_tensor
@@ -33,8 +33,8 @@ from dit_cache_fx.values.pytree import Skeleton, flatten, key_paths, unflatten
 from dit_cache_fx.values.wrapped import is_distributed
 
 
-def call_kept(index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Stands for the call of a kept module (the recording's call `index`) while tracing."""
+def call_leaf(index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Stands for the call of a leaf module (the recording's call `index`) while tracing."""
     raise AssertionError("placeholder of the capture")
 
 
@@ -50,18 +50,18 @@ class Trace:
 def trace(
     run: Callable[[Sequence[torch.Tensor]], Any],
     tensors: Sequence[torch.Tensor],
-    kept: Mapping[nn.Module, str],
+    leaves: Mapping[nn.Module, str],
     recording: Recording,
 ) -> Trace:
-    """Trace `run(tensors)`; its kept modules answer from `recording`.
+    """Trace `run(tensors)`; its leaf modules answer from `recording`.
 
     Operators that are made of others (`pad_sequence`) come out taken apart, with the in-place
     operations inside them: then the graph is traced once more, operator by operator.
     """
-    traced = _trace(run, tensors, kept, _Player(recording))
+    traced = _trace(run, tensors, leaves, _Player(recording))
     if _mutations(traced.gm):
         player = _Player(recording)
-        again = _trace(_Retrace(traced, player).run_all, tensors, kept, player)
+        again = _trace(_Retrace(traced, player).run_all, tensors, leaves, player)
         traced = replace(again, output=traced.output)
     _refuse_read_after_change(traced.gm.graph, recording)
     left = _mutations(traced.gm)
@@ -73,7 +73,7 @@ def trace(
 def _trace(
     run: Callable[[Sequence[torch.Tensor]], Any],
     tensors: Sequence[torch.Tensor],
-    kept: Mapping[nn.Module, str],
+    leaves: Mapping[nn.Module, str],
     player: _Player,
 ) -> Trace:
     read: list[Any] = []
@@ -81,15 +81,15 @@ def _trace(
 
     def body(*inputs: torch.Tensor) -> list[torch.Tensor]:
         with (
-            intercepted(kept, player.handle),
+            intercepted(leaves, player.handle),
             forward_only(),
             PythonReads(read),
             NumberFactories(),
             DataReads(read),
         ):
-            leaves, skeleton = flatten(run(inputs))
+            results, skeleton = flatten(run(inputs))
         output.append(skeleton)
-        return leaves
+        return results
 
     # one object passed as two arguments must be two inputs of the graph
     gm = trace_functional(body, [t.detach() for t in tensors])
@@ -103,7 +103,7 @@ def _trace(
 def _refuse_read_after_change(graph: fx.Graph, recording: Recording) -> None:
     """Refuse a model that reads what one of its modules changed in place."""
     order = {node: place for place, node in enumerate(graph.nodes)}
-    for node in graph.find_nodes(op="call_function", target=call_kept):
+    for node in graph.find_nodes(op="call_function", target=call_leaf):
         if not recording.calls[node.args[0]].mutated:
             continue
         copies = [n for n in node.all_input_nodes if n.target is torch.ops.aten.clone.default]
@@ -132,7 +132,7 @@ class _Retrace(fx.Interpreter):
         return self.run(*inputs)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is call_kept:
+        if target is call_leaf:
             index, _, *arguments = args
             return self._player.answer(index, *map(_mutable, arguments))
         return (
@@ -152,7 +152,7 @@ def _mutable(value: Any) -> Any:
 
 
 class _Player:
-    """Answers the calls of kept modules from a recording, in order."""
+    """Answers the calls of leaf modules from a recording, in order."""
 
     def __init__(self, recording: Recording) -> None:
         self._calls = recording.calls
@@ -190,7 +190,7 @@ class _Replay:
     """A recorded call as an operator that the tracer does not look into."""
 
     index: int
-    made: ModuleCall
+    made: RecordedCall
     inputs: Skeleton
     objects: dict[str, Any]
     given: int  # tensors of the call; behind them those that hooks leave of these
@@ -208,7 +208,7 @@ class _Replay:
             lambda *container: self._container(graph, *container),
         )
         name = self.made.name
-        node = graph.call(call_kept, (self.index, name, args, kwargs), {}, _node_name(name))
+        node = graph.call(call_leaf, (self.index, name, args, kwargs), {}, _node_name(name))
         parts = tuple(proxy.node.name for proxy in inputs[self.given :])
         mark(node.node, within=self.made.within or None, parts=parts or None)
         proxies = []

@@ -15,13 +15,15 @@ from dit_cache_fx._torch import fakes
 from dit_cache_fx.capture import BlockList, flatten_call
 from dit_cache_fx.capture.blocks import mark_blocks
 from dit_cache_fx.capture.normal_form import normal_form
-from dit_cache_fx.capture.record import Recording, record
+from dit_cache_fx.capture.record import record
+from dit_cache_fx.capture.recording import Recording
 from dit_cache_fx.capture.scalar_timestep import NumberFactories
 from dit_cache_fx.capture.signal import mark_signal, parts_of
 from dit_cache_fx.capture.trace import trace
 from dit_cache_fx.dynamo.outline import LEAVES
 from dit_cache_fx.dynamo.reads import Checked, Reads
 from dit_cache_fx.errors import CaptureError
+from dit_cache_fx.ir.copying import results_of
 from dit_cache_fx.ir.program import Program, ancestors, spec_of
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.strategies.signals import value_of
@@ -96,7 +98,7 @@ def capture_graph(outlined: Outlined, inputs: Sequence[Input], strategy: Strateg
         tensors = [value for value in faked if isinstance(value, torch.Tensor)]
         call = flatten_call(dict(zip(outlined.names, tensors, strict=True)), None)
         members = _members(outlined.lists)
-        kept = {**members, **_leaves(outlined.gm)}
+        leaves = {**members, **_leaves(outlined.gm)}
         looks_inside = value_of(strategy) == "modulated"
         opened = [blocks.modules[0] for blocks in outlined.lists] if looks_inside else []
         parts = {m: parts_of(m, members[m]) for m in opened if m in members}
@@ -111,10 +113,10 @@ def capture_graph(outlined: Outlined, inputs: Sequence[Input], strategy: Strateg
             raise CaptureError("the graph reads a value that depends on random numbers")
         try:
             versions = [version(t) for t in tensors]
-            recording = record(lambda: run(tensors), kept, set(members), opened=parts)
+            recording = record(lambda: run(tensors), leaves, set(members), opened=parts)
             changed = [i for i, t in enumerate(tensors) if version(t) != versions[i]]
             _refuse_changed_by_blocks(recording, [tensors[i] for i in changed])
-            traced = trace(_returning(run, changed) if changed else run, tensors, kept, recording)
+            traced = trace(_returning(run, changed) if changed else run, tensors, leaves, recording)
         except Exception as error:
             raise CaptureError(f"the graph of the model cannot be traced: {error}") from error
         program, guards = normal_form(outlined.gm, traced, call, outlined.timestep_argument)
@@ -149,7 +151,7 @@ def _refuse_changed_by_blocks(recording: Recording, tensors: Sequence[torch.Tens
 
 def _refuse_changed_after_blocks(program: Program, changed: int) -> None:
     """Refuse a graph that writes what its blocks made into tensors that it is given."""
-    outputs: Any = program.graph.output_node().args[0]
+    outputs = results_of(program.graph)
     needed = ancestors(n for n in outputs[len(outputs) - changed :] if isinstance(n, fx.Node))
     if any(node in needed for node in program.block_calls()):
         raise CaptureError("the model changes a tensor that it is given by what its blocks made")

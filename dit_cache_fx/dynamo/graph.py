@@ -12,7 +12,7 @@ import torch
 from dit_cache_fx._torch import Piece
 from dit_cache_fx.dynamo.capture import Input, Outlined
 from dit_cache_fx.dynamo.inner import Compile
-from dit_cache_fx.dynamo.lower import Entry, lower
+from dit_cache_fx.dynamo.lower import DynamoEntry, lower
 from dit_cache_fx.dynamo.parts import flat
 from dit_cache_fx.dynamo.reads import as_number
 from dit_cache_fx.dynamo.rows import RowAnswers
@@ -67,7 +67,7 @@ class CachedGraph:
         self._compile = compile_graph
         self._outlined = outlined
         self._piece = piece
-        self._entries: OrderedDict[Hashable, Entry | None] = OrderedDict()
+        self._entries: OrderedDict[Hashable, DynamoEntry | None] = OrderedDict()
         self._dynamos = plain  # its graph as it was, where that is compiled already
         self._plain: OrderedDict[Hashable, Compiled] = OrderedDict()
         self._making = threading.RLock()  # of entries and plain graphs, each is made once
@@ -132,7 +132,7 @@ class CachedGraph:
         return value
 
     def _serve(
-        self, lowered: Entry, value: TimestepValue, tensors: Sequence[torch.Tensor]
+        self, lowered: DynamoEntry, value: TimestepValue, tensors: Sequence[torch.Tensor]
     ) -> Sequence[Any]:
         call_log, variants = self._shared.call_log, lowered.variants
         session = call_log.tracker.session
@@ -193,14 +193,14 @@ class CachedGraph:
 
     # --- a capture ---------------------------------------------------------------------------
 
-    def _entry(self, key: Hashable, inputs: Sequence[Input]) -> Entry | None:
+    def _entry(self, key: Hashable, inputs: Sequence[Input]) -> DynamoEntry | None:
         """The graphs for inputs like these; None where they cannot be made."""
         entry = self._entries.get(key) or self._made(key, inputs)
         if entry is None:
             self._missed(self._reason)
         return entry
 
-    def _made(self, key: Hashable, inputs: Sequence[Input]) -> Entry | None:
+    def _made(self, key: Hashable, inputs: Sequence[Input]) -> DynamoEntry | None:
         with self._making:
             if self._values(inputs) >= MAX_VALUES:
                 self._reason = _TOO_MANY_VALUES
@@ -224,7 +224,7 @@ class CachedGraph:
         like = self._key(inputs[: len(inputs) - self._outlined.read])
         return sum(key[: len(like)] == like for key in self._entries)  # type: ignore
 
-    def _lower_rows(self, inputs: Sequence[Input], alone: Alone | None = None) -> Entry:
+    def _lower_rows(self, inputs: Sequence[Input], alone: Alone | None = None) -> DynamoEntry:
         entry = lower(self._outlined, inputs, self._shared, self._compile, self._piece.whole, alone)
         if entry.changed:
             raise CaptureError(_READ_BATCH)
@@ -235,7 +235,7 @@ class CachedGraph:
         self._called = True
 
 
-def _shares_changed(entry: Entry, tensors: Sequence[torch.Tensor]) -> bool:
+def _shares_changed(entry: DynamoEntry, tensors: Sequence[torch.Tensor]) -> bool:
     """Whether a tensor that the graph changes in place lies in the memory of another one."""
     if not entry.changed:
         return False

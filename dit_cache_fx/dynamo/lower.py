@@ -18,9 +18,8 @@ from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.alone import Alone
 from dit_cache_fx.ir.program import operations, tensor_spec
 from dit_cache_fx.lowering import Part, Variants, lower_variants
-from dit_cache_fx.lowering.lowered_program import Lowered
+from dit_cache_fx.lowering.lowered_program import Lowered, block_bytes
 from dit_cache_fx.passes import run_passes
-from dit_cache_fx.runtime.graphs import block_bytes
 from dit_cache_fx.strategies import check_block_ids, spread_over
 from dit_cache_fx.strategies.calibrated import check_graph
 from dit_cache_fx.values.pytree import Identity
@@ -39,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class Entry(Lowered):
+class DynamoEntry(Lowered):
     """Graphs that answer calls of Dynamo's graph.
 
     `changed`: which of its tensors the graph changes in place. Where there are any, the graphs give
@@ -56,7 +55,7 @@ def lower(
     compile_graph: Compile,
     whole: bool,
     alone: Alone | None = None,
-) -> Entry:
+) -> DynamoEntry:
     """The graphs for inputs like these, which `compile_graph` compiles when they are called first.
 
     `whole`: Dynamo's graph is the whole model, not a piece of it.
@@ -83,7 +82,7 @@ def lower(
         return compiled_part(part, compile_graph, variants.held, outlined.dynamos, origins)
 
     ready = variants.mapped(compiled)
-    entry = Entry(
+    entry = DynamoEntry(
         program,
         ready,
         nodes,

@@ -15,7 +15,7 @@ from dit_cache_fx.capture.blocks import is_composite
 from dit_cache_fx.capture.leaves import candidate_lists
 from dit_cache_fx.dynamo.capture import Outlined
 from dit_cache_fx.dynamo.outline import is_number, outline
-from dit_cache_fx.dynamo.reads import cut, is_read
+from dit_cache_fx.dynamo.reads import cut, reads_of
 from dit_cache_fx.dynamo.sources import argument_of, is_owned, path_of
 from dit_cache_fx.errors import DiscoveryError, OptionError
 
@@ -74,7 +74,7 @@ def outlined_graph(
         constant=None if step is not None or named is None else frame.numbers.get(named),
         numbers_beside=frozenset((n, v) for n, v in frame.numbers.items() if n != named),
         reads=reads,
-        asks=any(is_read(n) and not is_number(n) for n in gm.graph.nodes),
+        asks=any(not is_number(n) for n in reads_of(gm.graph)),
     )
 
 

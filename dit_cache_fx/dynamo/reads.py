@@ -18,7 +18,7 @@ from dit_cache_fx.dynamo.outline import outer_member
 from dit_cache_fx.dynamo.sources import Path, module_calls, path_of
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.copying import copy_nodes
-from dit_cache_fx.ir.program import ancestors
+from dit_cache_fx.ir.program import ancestors, inputs_behind
 from dit_cache_fx.values.random_state import RandomState
 
 _IN_PLACE = (
@@ -83,7 +83,7 @@ def cut(
     anyway. What a block makes is not there before the graph runs: such reads are left.
     """
     members = {c.path for n in gm.graph.nodes if (c := outer_member(module_calls(n))) is not None}
-    found = [n for n in gm.graph.nodes if is_read(n) and n.args[0] not in numbers]
+    found = [n for n in reads_of(gm.graph) if n.args[0] not in numbers]
     found = [n for n in found if _is_before_blocks(n, members) and not _is_after_change(n)]
     moving = [n for n in found if timestep is not None and timestep in ancestors([n])]
     apart = [n for n in found if n not in moving]
@@ -92,14 +92,14 @@ def cut(
     return _given(gm, apart, moving), Reads(_reading(gm, apart), len(apart)) if apart else None
 
 
-def is_read(node: fx.Node) -> bool:
-    """Whether it gives the value of a tensor."""
-    return node.op == "call_method" and node.target == "item"
+def reads_of(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that give the value of a tensor."""
+    return list(graph.find_nodes(op="call_method", target="item"))
 
 
 def _is_before_blocks(node: fx.Node, members: Collection[Path]) -> bool:
     """Whether no weight of a block is needed for it."""
-    sources = [path_of(dynamo_source(n)) for n in ancestors([node]) if n.op == "placeholder"]
+    sources = [path_of(dynamo_source(n)) for n in inputs_behind(node)]
     return not any(source[: len(path)] == path for source in sources for path in members)
 
 

@@ -19,14 +19,14 @@ from dit_cache_fx.errors import OptionError
 from dit_cache_fx.ir.alone import Alone
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.runtime.batch import Batch
+from dit_cache_fx.runtime.batch.row_check import compare_rows, tolerance
+from dit_cache_fx.runtime.batch.row_groups import Group, Row, answer, decide, output
+from dit_cache_fx.runtime.batch.row_steps import RowLayout, RowSteps
 from dit_cache_fx.runtime.call_log import CallLog, CallStart
 from dit_cache_fx.runtime.drive import GraphCall, Serving, lasting
 from dit_cache_fx.runtime.generation import TimestepValue
-from dit_cache_fx.runtime.row_check import compare_rows, tolerance
-from dit_cache_fx.runtime.row_groups import Group, Row, answer, decide, output
 from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.runtime.step import Step
-from dit_cache_fx.runtime.together import Layout, Together
 from dit_cache_fx.values.rows import CallRows
 
 #: most graphs of rows of one of Dynamo's graphs that are kept
@@ -40,7 +40,7 @@ class RowGraphs:
 
     def __init__(self, lower: Lower) -> None:
         self._lower = lower
-        self._made: OrderedDict[Hashable, tuple[Lowered, Layout | None]] = OrderedDict()
+        self._made: OrderedDict[Hashable, tuple[Lowered, RowLayout | None]] = OrderedDict()
         self._making = threading.RLock()
 
     def forget(self) -> None:
@@ -57,18 +57,18 @@ class RowGraphs:
 
     def of_many(
         self, key: Hashable, inputs: Sequence[Input], one: Lowered, count: int
-    ) -> tuple[Lowered, Layout | None]:
+    ) -> tuple[Lowered, RowLayout | None]:
         """The graph for several, and where the rows are in it."""
 
-        def make() -> tuple[Lowered, Layout | None]:
+        def make() -> tuple[Lowered, RowLayout | None]:
             many = self._lower(inputs, Alone(count, one.variants.held))
-            return many, Layout.of(one, many, count)
+            return many, RowLayout.of(one, many, count)
 
         return self._found(key, make)
 
     def _found(
-        self, key: Hashable, make: Callable[[], tuple[Lowered, Layout | None]]
-    ) -> tuple[Lowered, Layout | None]:
+        self, key: Hashable, make: Callable[[], tuple[Lowered, RowLayout | None]]
+    ) -> tuple[Lowered, RowLayout | None]:
         found = self._made.get(key)
         if found is None:
             with self._making:
@@ -100,7 +100,7 @@ class RowCall:
 
     def _dynamic_sizes(self) -> set[int]:
         """Which inputs are the number of rows; there may be none."""
-        nodes = [n for n in self.outlined.dynamos.graph.nodes if n.op == "placeholder"]
+        nodes = self.outlined.dynamos.graph.find_nodes(op="placeholder")
         values = [node.meta.get("example_value", node.meta.get("val")) for node in nodes]
         places = dict(zip(self.outlined.names, self.outlined.tensors, strict=True))
         sizes = {str(values[places[name]].shape[0]) for name in self.rows.names}
@@ -164,7 +164,7 @@ class RowAnswers:
             _run(answer(rows, found))
             result: Sequence[Any] = output(rows)
             for row, start, own in zip(rows, starts, tensors, strict=True):
-                start.step.commit(own, [], row.kept)
+                start.step.commit(own, [], row.recorded)
                 self._call_log.done(
                     start, lambda: [one.program.arguments[i] for i in one.conditioning]
                 )
@@ -188,7 +188,7 @@ class RowAnswers:
         named = dict(zip(lowered.program.inputs, tensors, strict=True))
         variants = lowered.variants
 
-        def decided(step: Step | Together, given: dict[str, torch.Tensor]) -> Serving:
+        def decided(step: Step | RowSteps, given: dict[str, torch.Tensor]) -> Serving:
             part = variants.compute if step.computes else variants.reuse
             given.update(step.compiled_given(part.names))
             return (yield GraphCall(part.run, part.operands(given)))

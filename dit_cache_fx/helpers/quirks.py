@@ -13,19 +13,19 @@ class StoredInputTeaCache(TeaCache):
     """The residual is added to the input that it was taken from."""
 
     def store(
-        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+        self, cached: Sequence[Tensor], value: Tensor, run_input: Tensor | None, clock: Clock
     ) -> Sequence[Tensor]:
-        return [value if start is None else start + (value - start)]
+        return [value if run_input is None else run_input + (value - run_input)]
 
-    def reuse(self, held: Sequence[Tensor], start: Tensor | None, clock: Clock) -> Tensor:
-        return held[0]
+    def reuse(self, cached: Sequence[Tensor], run_input: Tensor | None, clock: Clock) -> Tensor:
+        return cached[0]
 
 
 class LateTaylorCache(TaylorCache):
     """A generation's first computed step does not count: differences start from the second."""
 
     def store(
-        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+        self, cached: Sequence[Tensor], value: Tensor, run_input: Tensor | None, clock: Clock
     ) -> Sequence[Tensor]:
         later = clock._replace(computed=(clock.computed - 1).clamp(min=0))
-        return super().store(held, value, start, later)
+        return super().store(cached, value, run_input, later)

@@ -21,16 +21,16 @@ class Alone:
     """
 
     count: int
-    held: Mapping[str, TensorSpec]
+    cached: Mapping[str, TensorSpec]
 
     def spec(self, name: str) -> TensorSpec:
         """What a row alone holds under this name."""
-        if name not in self.held:
+        if name not in self.cached:
             raise CaptureError(
                 f"several sessions in one call hold {name}, and one session alone does not: they "
                 "cannot be answered together. Call each session by itself"
             )
-        return self.held[name]
+        return self.cached[name]
 
     def place(self, name: str, many: TensorSpec) -> RowPlace:
         """Where the rows are in what is held under this name."""

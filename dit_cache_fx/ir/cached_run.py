@@ -19,8 +19,8 @@ def cache_or_compute(
 ) -> tuple[torch.Tensor, ...]:
     """The values of cached run `run`, computed or reused; a lowering says how it is decided.
 
-    `compute(*held, *clock, *run_inputs, *operands)` gives the values, then what to hold.
-    `reuse(*held, *clock, *run_inputs)` gives the values.
+    `compute(*cached, *clock, *run_inputs, *operands)` gives the values, then what to cache.
+    `reuse(*cached, *clock, *run_inputs)` gives the values.
     """
     raise AssertionError("a program has to be lowered before it runs")
 

@@ -1,4 +1,4 @@
-"""Nodes of one graph, copied to another."""
+"""The parts of a graph, and its nodes copied to another."""
 
 from __future__ import annotations
 
@@ -31,6 +31,12 @@ def copy_nodes(
 def body(graph: fx.Graph) -> list[fx.Node]:
     """The nodes between the placeholders and the output."""
     return [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+
+
+def results_of(graph: fx.Graph) -> list[Any]:
+    """What the graph gives, where that is a row of nodes (or of constants)."""
+    results: Any = graph.output_node().args[0]
+    return list(results)
 
 
 def add_input(graph: fx.Graph, node: fx.Node, name: str | None = None) -> fx.Node:

@@ -11,12 +11,12 @@ CLOCK_NAMES = ("distance", "computed", "gap", "reach", "way")
 
 #: the clock, the flags of a decision, and what a state holds beside the tensors
 _WORDS = frozenset({*CLOCK_NAMES, "forced", "fresh", "clock", "checksum", "lost"})
-_HELD, _MEASURED, _STATE = "held_", "measured_", "state_"
+_CACHED, _MEASURED, _STATE = "cached_", "measured_", "state_"
 
 
-def held_name(value: str, slot: int) -> str:
-    """What is held in a slot for a value of a cached run."""
-    return f"{_HELD}{value}_{slot}"
+def cached_name(value: str, slot: int) -> str:
+    """The tensor cached in a slot for a value of a cached run."""
+    return f"{_CACHED}{value}_{slot}"
 
 
 def measured_name(value: str) -> str:
@@ -36,7 +36,7 @@ def state_name(index: int) -> str:
 
 def is_reserved(name: str) -> bool:
     """Whether a node of that name could be taken for an operand of a lowered graph."""
-    return name in _WORDS or name.startswith((_HELD, _MEASURED, _STATE))
+    return name in _WORDS or name.startswith((_CACHED, _MEASURED, _STATE))
 
 
 def unreserved(name: str) -> str:

@@ -44,8 +44,8 @@ class Region:
 
     def __str__(self) -> str:
         values = [
-            value if start is None else f"{value} (from {start})"
-            for value, start in zip(self.values, self.inputs, strict=True)
+            value if run_input is None else f"{value} (from {run_input})"
+            for value, run_input in zip(self.values, self.inputs, strict=True)
         ]
         blocks = " ".join(map(str, self.blocks))
         return f"run {self.index}: {blocks} -> {', '.join(values) or '?'}"
@@ -209,6 +209,11 @@ def is_spread(node: fx.Node) -> bool:
 def ancestors(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:
     """`nodes` and all that they need; what is in `stop` is included but not looked behind."""
     return _closure(nodes, set(stop), lambda node: node.all_input_nodes)
+
+
+def inputs_behind(node: fx.Node) -> list[fx.Node]:
+    """The graph's inputs that a node depends on."""
+    return [n for n in ancestors([node]) if n.op == "placeholder"]
 
 
 def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:

@@ -1,4 +1,4 @@
-"""What a run's value starts from: the same stream where the run begins."""
+"""The run input of a run's value: the same stream where the run begins."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from dit_cache_fx.ir.program import (
 )
 
 
-def start_of(
+def run_input_of(
     program: Program, region: Region, value: fx.Node, cache_name: str, every: bool = False
 ) -> fx.Node | None:
     """The first block's input that `value` continues; None where there is none.
 
     Only the tracked stream has one: an input of `value`'s shape that depends on the noisy sample,
     called `cache_name` where the block has an argument of that name. A value that the block list
-    wires to another argument (text rows) is none of it, and starts from that one with `every`.
+    wires to another argument (text rows) is none of it; with `every` that one is its run input.
     """
     first = next(c for c in program.block_calls() if block_of(c) == region.blocks[0])
     list_name = block_of(first).list_name
@@ -76,28 +76,28 @@ def _candidates(program: Program, call: fx.Node, shapes: set[torch.Size]) -> dic
     }
 
 
-def padded_start(
+def padded_run_input(
     program: Program, region: Region, value: fx.Node, cache_name: str
 ) -> fx.Node | None:
-    """What a joined `value` starts from: the stream, with zeros for the rows that join it.
+    """The run input of a joined `value`: the stream, with zeros for the rows that join it.
 
-    Where the run concatenates its stream with another (image and text rows), `value - start` is a
-    residual in the stream's rows and the value itself in the others. The padded stream is added to
-    the graph. None where the run joins nothing.
+    Where the run concatenates its stream with another (image and text rows), `value - run_input` is
+    a residual in the stream's rows and the value itself in the others. The padded stream is added
+    to the graph. None where the run joins nothing.
     """
     first = next(c for c in program.block_calls() if block_of(c) == region.blocks[0])
-    start = stream_input(program, first, cache_name)
-    joined, spec = spec_of(value), None if start is None else spec_of(start)
-    if start is None or spec is None or joined is None or joined.ndim != spec.ndim:
+    run_input = stream_input(program, first, cache_name)
+    joined, spec = spec_of(value), None if run_input is None else spec_of(run_input)
+    if run_input is None or spec is None or joined is None or joined.ndim != spec.ndim:
         return None
-    start = unchanged(start)
+    run_input = unchanged(run_input)
     inside = descendants([first])
     cat = torch.ops.aten.cat.default
     for node in program.graph.find_nodes(op="call_function", target=cat):
         if node in inside:
             offset = _offset(node, spec.shape)
             if _shape(node) == joined.shape and offset is not None:
-                return _pad(program, first, start, joined.shape, *offset)
+                return _pad(program, first, run_input, joined.shape, *offset)
     return None
 
 
@@ -143,17 +143,17 @@ def _offset(cat: fx.Node, shape: torch.Size) -> tuple[int, int] | None:
 
 
 def _pad(
-    program: Program, before: fx.Node, start: fx.Node, shape: torch.Size, dim: int, begin: int
+    program: Program, before: fx.Node, run_input: fx.Node, shape: torch.Size, dim: int, begin: int
 ) -> fx.Node:
-    spec = spec_of(start)
+    spec = spec_of(run_input)
     assert spec is not None
     after = shape[dim] - spec.shape[dim] - begin
     padding = [0, 0] * (len(shape) - 1 - dim) + [begin, after]  # the last dimension comes first
     with program.graph.inserting_before(before):
         padded = program.graph.call_function(
-            torch.ops.aten.constant_pad_nd.default, (start, padding, 0)
+            torch.ops.aten.constant_pad_nd.default, (run_input, padding, 0)
         )
-    mark_tensor(padded, spec.new_empty(shape), device_of(start))
+    mark_tensor(padded, spec.new_empty(shape), device_of(run_input))
     return padded
 
 

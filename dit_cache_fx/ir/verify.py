@@ -10,6 +10,7 @@ from torch import fx
 
 from dit_cache_fx.errors import VerifyError
 from dit_cache_fx.ir.cached_run import CachedRun, cached_runs
+from dit_cache_fx.ir.copying import results_of
 from dit_cache_fx.ir.names import CLOCK_NAMES, is_reserved
 from dit_cache_fx.ir.node_meta import block_of, meta_of
 from dit_cache_fx.ir.program import Program, Region
@@ -99,10 +100,10 @@ def _verify_run(program: Program, run: CachedRun) -> None:
     _verify_results(run, region, where)
     compute, reuse = (_side(program, name, where) for name in (run.compute, run.reuse))
     taken = [len(side.graph.find_nodes(op="placeholder")) for side in (compute, reuse)]
-    held = taken[1] - len(CLOCK_NAMES) - len(run.run_inputs)
-    if held < 0 or held % max(len(region.values), 1):
+    cached = taken[1] - len(CLOCK_NAMES) - len(run.run_inputs)
+    if cached < 0 or cached % max(len(region.values), 1):
         raise VerifyError(
-            f"{where}its reuse side takes {taken[1]} operands: no number of held tensors for "
+            f"{where}its reuse side takes {taken[1]} operands: no number of cached tensors for "
             f"{len(region.values)} values, the clock and {len(run.run_inputs)} run inputs"
         )
     if taken[0] != taken[1] + len(run.operands):
@@ -110,7 +111,7 @@ def _verify_run(program: Program, run: CachedRun) -> None:
             f"{where}its compute side takes {taken[0]} operands, {taken[1] + len(run.operands)} "
             "are given"
         )
-    _verify_gives(compute, len(region.values) + held, f"{where}its compute side")
+    _verify_gives(compute, len(region.values) + cached, f"{where}its compute side")
     _verify_gives(reuse, len(region.values), f"{where}its reuse side")
 
 
@@ -134,6 +135,6 @@ def _side(program: Program, name: str, where: str) -> fx.GraphModule:
 
 
 def _verify_gives(side: fx.GraphModule, expected: int, what: str) -> None:
-    results: Any = side.graph.output_node().args[0]
+    results = results_of(side.graph)
     if len(results) != expected or not all(isinstance(n, fx.Node) for n in results):
         raise VerifyError(f"{what} gives {len(results)} results, {expected} expected")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import fx
 
+from dit_cache_fx.capture.recording import Recording
 from dit_cache_fx.capture.timestep import tells_time
 from dit_cache_fx.ir.program import Program, operations, tensor_spec
 from dit_cache_fx.lowering import Part, Variants
@@ -107,6 +109,15 @@ class Lowered:
         times = {argument for argument in program.arguments if tells_time(argument, step)}
         moving = {program.sample, step, *program.beside, *times}
         return [i for i in self.given if program.arguments[i] not in moving]
+
+
+def block_bytes(recording: Recording, blocks: Iterable[str]) -> dict[str, int]:
+    """Bytes of all results of each of these blocks."""
+    found = dict.fromkeys(blocks, 0)
+    for call in recording.calls:
+        if call.name in found:
+            found[call.name] += sum(spec.nbytes for spec in call.specs)
+    return found
 
 
 def _nodes(*parts: Part | None) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from dit_cache_fx.ir.copying import results_of
 from dit_cache_fx.ir.graph_text import trace_graph
 from dit_cache_fx.ir.names import state_name
 from dit_cache_fx.ir.program import Program, graph_module, inline, tensor_spec
@@ -18,13 +19,14 @@ from dit_cache_fx.lowering.part import Part
 from dit_cache_fx.lowering.preamble import Preamble, pinned, split_preamble
 from dit_cache_fx.lowering.variants import Variants
 from dit_cache_fx.strategies import CLOCK, Clock, RuleState, Strategy
-from dit_cache_fx.strategies.rule import begun, decided, device_of
+from dit_cache_fx.strategies.decision import begun, decided, device_of
 from dit_cache_fx.strategies.signals import in_one, signal_of
 from dit_cache_fx.strategies.traced import traced
 from dit_cache_fx.values.identity import storage_key
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
-_FLAG = TensorSpec(torch.Size([]), torch.bool, torch.device("cpu"))
+#: a boolean of the host's
+FLAG = TensorSpec(torch.Size([]), torch.bool, torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def lower_one_graph(
 
     After (no rule):
 
-        %cond = cond(%forced, compute, reuse, (%held_h_0, %x, %t))
+        %cond = cond(%forced, compute, reuse, (%cached_h_0, %x, %t))
         %out = getitem(%cond, 0)
         %h = getitem(%cond, 1)
         return (%out, %h)
@@ -113,8 +115,8 @@ class _Writer:
     def _placeholders(self) -> dict[str, fx.Node]:
         """All that the graph is given, by name; what has no dimensions is made so."""
         inputs = {name: tensor_spec(self.program.node(name)) for name in self.program.inputs}
-        rule = {"fresh": _FLAG, **self.state} if self.asks else {}
-        specs = {"forced": _FLAG, **rule, **CLOCK, **self.variants.held, **inputs}
+        rule = {"fresh": FLAG, **self.state} if self.asks else {}
+        specs = {"forced": FLAG, **rule, **CLOCK, **self.variants.held, **inputs}
         if self.preamble is not None:
             carried = {n: tensor_spec(self.program.node(n)) for n in self.variants.carried}
             specs |= carried | self.preamble.given
@@ -158,7 +160,7 @@ class _Writer:
 
         Here the host waits for the device.
         """
-        looked_at, flags = self._seen_specs(), {"forced": _FLAG, "fresh": _FLAG}
+        looked_at, flags = self._seen_specs(), {"forced": FLAG, "fresh": FLAG}
 
         def decide(*given: torch.Tensor) -> list[torch.Tensor]:
             signal = self._signal(given[: len(looked_at)])
@@ -180,7 +182,7 @@ class _Writer:
             return begun(self.strategy, self._signal(seen))
 
         first = traced(self.strategy, "init_state", begin, self._seen_specs())
-        results: Any = first.graph.output_node().args[0]
+        results = results_of(first.graph)
         return {state_name(i): tensor_spec(node) for i, node in enumerate(results)}
 
     def _apart(self, node: fx.Node, others: set[fx.Node]) -> fx.Node:

@@ -12,8 +12,8 @@ from torch import nn
 from dit_cache_fx.errors import OptionError
 from dit_cache_fx.ir.program import Program
 from dit_cache_fx.lowering.clock import ClockState
-from dit_cache_fx.lowering.one_graph import lower_one_graph
-from dit_cache_fx.lowering.path import Path
+from dit_cache_fx.lowering.graph_course import GraphCourse
+from dit_cache_fx.lowering.one_graph import FLAG, lower_one_graph
 from dit_cache_fx.lowering.variants import Variants
 from dit_cache_fx.strategies import Course, Strategy
 from dit_cache_fx.strategies.schedule import ListedSteps
@@ -22,7 +22,6 @@ from dit_cache_fx.values.tensor_spec import TensorSpec
 State = dict[str, torch.Tensor]
 #: whose multiples have fractions that are spread evenly
 _IRRATIONAL = (math.sqrt(5), math.sqrt(2))
-_FLAG = TensorSpec(torch.Size([]), torch.bool, torch.device("cpu"))
 #: steps up to which a schedule is written out; more than that are all computed
 MOST_STEPS = 1000
 
@@ -91,8 +90,9 @@ class Stateful(nn.Module):
         self.register_buffer("steps", computed, persistent=False)
         self.until = steps.until
         course = course or strategy.course()
-        needs_path = course.by_timestep or {"gap", "way"} & set(one.part.names)
-        self.path = Path(course, max(MOST_STEPS, course.num_steps or 0)) if needs_path else None
+        needs_course = course.by_timestep or {"gap", "way"} & set(one.part.names)
+        most = max(MOST_STEPS, course.num_steps or 0)
+        self.course = GraphCourse(course, most) if needs_course else None
 
     def initial(self) -> State:
         """The state before the first call."""
@@ -105,7 +105,7 @@ class Stateful(nn.Module):
     @property
     def _remembered(self) -> dict[str, TensorSpec]:
         """What the strategy's rule keeps, where it has one."""
-        return {"lost": _FLAG, **self._one.state} if self._one.asks else {}
+        return {"lost": FLAG, **self._one.state} if self._one.asks else {}
 
     def forward(
         self, state: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]
@@ -136,12 +136,12 @@ class Stateful(nn.Module):
         """The tensors of the clock that the graph reads."""
         reach = torch.where(clock.computed > 1, clock.reach, 0.0)
         times = {"computed": clock.computed, "distance": clock.distance, "reach": reach}
-        if self.path is None:
+        if self.course is None:
             return times
         return times | {
-            "distance": self.path.distance(clock),
-            "gap": self.path.gap(clock),
-            "way": self.path.way(clock),
+            "distance": self.course.distance(clock),
+            "gap": self.course.gap(clock),
+            "way": self.course.way(clock),
         }
 
 

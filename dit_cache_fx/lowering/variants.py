@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from dit_cache_fx.ir.cached_run import CachedRun, cached_runs, is_cached_run
-from dit_cache_fx.ir.copying import body, copy_nodes
+from dit_cache_fx.ir.copying import body, copy_nodes, results_of
 from dit_cache_fx.ir.graph_text import trace_graph
 from dit_cache_fx.ir.names import is_measured
 from dit_cache_fx.ir.node_meta import is_block, mark, meta_of
@@ -74,14 +74,14 @@ def lower_variants(program: Program) -> Variants:
 
         %c = call_module[model.time_embedder](%t)           %c = call_module[model...](%t)
         %h = call_module[model.blocks.0](%x, %c)            return (call_module[model.proj_out](
-        return (call_module[model.proj_out](%h, %c), %h)        %held_h_0, %c),)
+        return (call_module[model.proj_out](%h, %c), %h)        %cached_h_0, %c),)
     """
     prefix, carried = _prefix(program)
     compute, reuse = (_Side(program, kind, carried).lower() for kind in ("compute", "reuse"))
     for name, part in (("compute", compute), ("reuse", reuse), ("prefix", prefix)):
         if part is not None:
             trace_graph(name, part.gm)
-    return Variants(compute, reuse, prefix, _held(program), carried, len(_results(program)))
+    return Variants(compute, reuse, prefix, _held(program), carried, len(results_of(program.graph)))
 
 
 def _held(program: Program) -> dict[str, TensorSpec]:
@@ -94,11 +94,6 @@ def _held(program: Program) -> dict[str, TensorSpec]:
         for place in places[: names.index(next(iter(CLOCK)))]:
             held[place.name] = tensor_spec(place)
     return held
-
-
-def _results(program: Program) -> list[fx.Node]:
-    results: Any = program.graph.output_node().args[0]
-    return list(results)
 
 
 def _prefix(program: Program) -> tuple[Part | None, tuple[str, ...]]:
@@ -156,7 +151,7 @@ class _Side:
             mark(node, signal=False)
         for node in filter(is_block, self.done):
             mark(self.new[node], block=None)
-        self.graph.output((*(self.new[n] for n in _results(self.program)), *self.recorded))
+        self.graph.output((*(self.new[n] for n in results_of(self.program.graph)), *self.recorded))
         return Part.of(self.program.model, self.attributes, self.graph, self.kind.capitalize())
 
     def _instead(self, node: fx.Node) -> Any:
@@ -184,7 +179,7 @@ class _Side:
         origins = {meta_of(node).origin: node for node in body(side.graph)}
         self.sunk.update((name, new[node]) for name, node in origins.items() if name is not None)
         adopt(self.attributes, side, new)
-        results: Any = side.graph.output_node().args[0]
+        results = results_of(side.graph)
         values = next(len(r.values) for r in self.program.regions if r.index == run.index)
         self.recorded += [new[n] for n in results[values:]]
         return [new[n] for n in results[:values]]

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from dit_cache_fx.ir.cached_run import cache_or_compute
+from dit_cache_fx.ir.copying import copy_nodes
 from dit_cache_fx.ir.node_meta import block_of, mark
 from dit_cache_fx.ir.program import (
     Program,
@@ -36,12 +37,12 @@ def guard_runs(program: Program, strategy: Strategy) -> None:
         %b1 = getitem(%run_0, 0)
         %out = call_module[model.proj_out](%b1)
 
-        run_0_compute(held, distance, computed, gap, reach, way, x, temb):
+        run_0_compute(cached, distance, computed, gap, reach, way, x, temb):
             %b0 = call_module[model.blocks.0](%x, %temb)
             %b1 = call_module[model.blocks.1](%b0, %temb)
             return (%b1, %b1)                                # the value, and what to hold
-        run_0_reuse(held, distance, computed, gap, reach, way):
-            return (%held,)
+        run_0_reuse(cached, distance, computed, gap, reach, way):
+            return (%cached,)
     """
     attributes = attributes_of(program.gm, program.graph)
     graph = _Rewrite(program, strategy, attributes).run()
@@ -87,11 +88,11 @@ class _Rewrite:
             else:
                 for needed in node.all_input_nodes:
                     self._copy(needed)
-                self.new[node] = self.graph.node_copy(node, self.new.__getitem__)
+                copy_nodes(self.graph, [node], self.new)
         return self.new[node]
 
     def _parts(self, region: Region) -> tuple[list[fx.Node], list[fx.Node], set[fx.Node]]:
-        """What the run starts from, its other operands, and its members."""
+        """The run inputs, its other operands, and its members."""
         program = self.program
         values = [program.node(name) for name in region.values]
         calls = [c for c in program.block_calls() if block_of(c) in region.blocks]

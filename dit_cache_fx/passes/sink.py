@@ -89,8 +89,8 @@ def _absorb(
     graph = fx.Graph()
     mapped: dict[fx.Node, fx.Node] = {}
     copy_nodes(graph, head, mapped)
-    starts = head[len(head) - len(run.run_inputs) :]
-    new = {node: mapped[place] for node, place in zip(run.run_inputs, starts, strict=True)}
+    inputs = head[len(head) - len(run.run_inputs) :]
+    new = {node: mapped[place] for node, place in zip(run.run_inputs, inputs, strict=True)}
     new.update((node, add_input(graph, node)) for node in outside)
     copy_nodes(graph, [n for n in nodes if n in sunk], new)
     for node in sunk:

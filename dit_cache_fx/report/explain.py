@@ -5,11 +5,11 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
 
 from dit_cache_fx.ir.cached_run import cached_runs
+from dit_cache_fx.ir.copying import results_of
 from dit_cache_fx.ir.graph_text import lines, ranges
 from dit_cache_fx.ir.node_meta import block_of, is_block, meta_of
 from dit_cache_fx.lowering.lowered_program import Lowered
@@ -174,10 +174,10 @@ def _explained(entry: Lowered, strategy: Strategy, full: bool) -> GraphExplanati
 def _runs(entry: Lowered, strategy: Strategy) -> Iterator[RunExplanation]:
     program, held = entry.program, iter(entry.variants.held.values())
     for region, run in zip(program.regions, cached_runs(program.graph), strict=True):
-        results: Any = getattr(program.gm, run.compute).graph.output_node().args[0]
+        results = results_of(getattr(program.gm, run.compute).graph)
         names = [
-            _held_as(value, start, _source(result))
-            for value, start, result in zip(region.values, region.inputs, results, strict=False)
+            _cached_as(value, run_input, _source(result))
+            for value, run_input, result in zip(region.values, region.inputs, results, strict=False)
         ]
         slots, measured = strategy.slots(), bool(entry.variants.measured)
         slotted = [
@@ -193,9 +193,9 @@ def _slots(name: str, slots: int) -> list[str]:
     return [f"{name}, slot {i}" for i in range(slots)] if slots > 1 else [name]
 
 
-def _held_as(value: str, start: str | None, source: str | None) -> str:
+def _cached_as(value: str, run_input: str | None, source: str | None) -> str:
     name = value if source is None else f"{value} of {source}"
-    return name if start is None else f"{name}, less {start}"
+    return name if run_input is None else f"{name}, less {run_input}"
 
 
 def _source(node: fx.Node) -> str | None:

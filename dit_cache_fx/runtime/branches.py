@@ -16,7 +16,7 @@ from dit_cache_fx.values.tensor_spec import TensorSpec
 from dit_cache_fx.values.wrapped import inner, nbytes, settled
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Held:
     """A tensor that is held, and its version then: one that was changed since is not used.
 

@@ -157,15 +157,15 @@ class CallLog:
         sample = None if lowered.sample is None else tensors[lowered.sample]
         places = [i for i in lowered.conditioning if tensors[i] is not sample]
         return CallEvidence(
-            key=(key, *[lowered.program.inputs[i] for i in places]),
-            serial=lowered.serial,
-            context=self.tracker.context,
-            value=value,
-            explicit=session.explicit is not None,
-            conditioning=TensorIdentity([tensors[i] for i in places], _signed(lowered)),
-            sample=None if sample is None else _probe(lowered, sample),
-            derived=derived,
-            hooked=hooked,
+            (key, *[lowered.program.inputs[i] for i in places]),
+            lowered.serial,
+            self.tracker.context,
+            value,
+            session.explicit is not None,
+            TensorIdentity([tensors[i] for i in places], _signed(lowered)),
+            None if sample is None else _probe(lowered, sample),
+            derived,
+            hooked,
         )
 
     def begin(

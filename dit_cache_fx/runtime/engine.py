@@ -18,17 +18,18 @@ from dit_cache_fx.capture.samples import other_block
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ranks import every
 from dit_cache_fx.runtime import execution
-from dit_cache_fx.runtime.batch_engine import BatchEngine
+from dit_cache_fx.runtime.batch.batch_engine import BatchEngine
+from dit_cache_fx.runtime.batch.row_steps import RowSteps
 from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.call_log import CallLog, CallStart
 from dit_cache_fx.runtime.drive import Compiler, Results, Serving, drive
+from dit_cache_fx.runtime.entry import Entry, GraphKey, RowsOf, input_key
 from dit_cache_fx.runtime.execution import StepCompiler
 from dit_cache_fx.runtime.generation import as_number
-from dit_cache_fx.runtime.graphs import Entry, Found, GraphKey, Graphs, RowsOf, input_key
+from dit_cache_fx.runtime.graphs import Found, Graphs
 from dit_cache_fx.runtime.matching import CallEvidence
 from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.runtime.step import Step
-from dit_cache_fx.runtime.together import Together
 from dit_cache_fx.values.pytree import flatten, unflatten
 from dit_cache_fx.values.wrapped import own_part
 
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 class First(NamedTuple):
     """The answer of a new graph to the call that it was captured from."""
 
-    step: Step | Together
+    step: Step | RowSteps
     results: Results
 
 
@@ -237,7 +238,7 @@ class Engine:
             recording.forget()
         return First(step, results)
 
-    def _compared(self, entry: Entry, step: Step | Together, call: FlatCall) -> Results:
+    def _compared(self, entry: Entry, step: Step | RowSteps, call: FlatCall) -> Results:
         """The graph's answer, whose blocks give what they gave in the model."""
         model, captured = self.subject.model, entry.captured
         with rerunning(model, captured) as rerun:
@@ -252,16 +253,16 @@ class Engine:
         log.info("block %s gives something else each time", block)
         return flatten(captured.recording.output)[0] + list(results[entry.variants.outputs :])
 
-    def _new_step(self, entry: Entry) -> Step | Together:
+    def _new_step(self, entry: Entry) -> Step | RowSteps:
         """The first step of a branch that holds nothing, or of several of them."""
         layout, strategy = entry.layout, entry.strategy
         if layout is None:
             return Step(strategy, Branch(), 0, entry.variants.held)
         steps = [Step(strategy, Branch(), 0, layout.alone) for _ in range(layout.count)]
-        return Together(steps, layout)
+        return RowSteps(steps, layout)
 
 
-def _plain(entry: Entry, step: Step | Together, call: FlatCall) -> Results:
+def _plain(entry: Entry, step: Step | RowSteps, call: FlatCall) -> Results:
     with torch.no_grad():
         results: Results = drive(execution.plain(entry, step, call))
     return results

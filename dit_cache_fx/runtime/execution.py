@@ -27,6 +27,7 @@ from dit_cache_fx.lowering import (
     Variants,
     lower_compiled_steps,
 )
+from dit_cache_fx.runtime.batch.row_steps import RowSteps
 from dit_cache_fx.runtime.drive import (
     NOTHING,
     Compiler,
@@ -36,10 +37,9 @@ from dit_cache_fx.runtime.drive import (
     drive,
     lasting,
 )
+from dit_cache_fx.runtime.entry import Entry
 from dit_cache_fx.runtime.first_runs import FirstRuns
-from dit_cache_fx.runtime.graphs import Entry
 from dit_cache_fx.runtime.step import Step
-from dit_cache_fx.runtime.together import Together
 
 log = logging.getLogger(__name__)
 
@@ -103,11 +103,12 @@ def _nothing() -> None:
 
 
 def plain(
-    entry: Entry, step: Step | Together, call: FlatCall, compiler: Compiler = NOTHING
+    entry: Entry, step: Step | RowSteps, call: FlatCall, compiler: Compiler = NOTHING
 ) -> Serving:
     """Run the graph of the step's kind; the decision is the host's."""
     variants, given = entry.variants, entry.inputs(call)
-    yield from _ruled(entry, variants, step, given)
+    if entry.strategy.has_rule:
+        yield from _ruled(entry, variants, step, given)
     part = variants.compute if step.computes else variants.reuse
     given.update(step.given(part.names))
     graph_call = GraphCall(part.run, part.operands(given), entry.captured.around)
@@ -125,7 +126,7 @@ def compiled_steps(
 
 def decided(
     entry: Entry,
-    step: Step | Together,
+    step: Step | RowSteps,
     given: dict[str, torch.Tensor],
     compiled: CompiledSteps,
     compiler: Compiler = NOTHING,
@@ -143,7 +144,7 @@ def decided(
 
 
 def _alone(
-    entry: Entry, step: Step | Together, graph_call: GraphCall, compiler: Compiler
+    entry: Entry, step: Step | RowSteps, graph_call: GraphCall, compiler: Compiler
 ) -> Serving:
     """Run a graph; where a compiler looks on, the first one of each kind of step goes alone."""
     if not compiler.looks_on:
@@ -215,7 +216,7 @@ def _compiled(graph_call: GraphCall, first: bool) -> Serving:
 
 
 def _ruled(
-    entry: Entry, variants: Variants, step: Step | Together, given: dict[str, torch.Tensor]
+    entry: Entry, variants: Variants, step: Step | RowSteps, given: dict[str, torch.Tensor]
 ) -> Serving:
     """Ask the strategy's own rule, where it has one; what its graph carries on is given then."""
     value: torch.Tensor | None = None
@@ -227,7 +228,7 @@ def _ruled(
 
 
 def _prepared(
-    entry: Entry, preamble: Preamble, step: Step | Together, given: Mapping[str, torch.Tensor]
+    entry: Entry, preamble: Preamble, step: Step | RowSteps, given: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Run the preamble on the host."""
     part = preamble.part

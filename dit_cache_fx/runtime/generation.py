@@ -83,7 +83,7 @@ def way_of(before: TimestepValue, now: TimestepValue, direction: int, explicit: 
     return way if way in allowed else None
 
 
-@dataclass
+@dataclass(slots=True)
 class StepPosition:
     """A place in a generation; never changed.
 

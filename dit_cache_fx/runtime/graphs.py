@@ -6,47 +6,26 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
-import torch
-from torch import fx, nn
+from torch import nn
 
-from dit_cache_fx._torch import constant_result, not_a_compiled_frame
-from dit_cache_fx.capture import (
-    Captured,
-    FlatCall,
-    Shapes,
-    Subject,
-    accepts,
-    capture,
-    named_timestep,
-)
-from dit_cache_fx.capture.ambient import Ambient
-from dit_cache_fx.capture.fingerprint import Fingerprint, fingerprint, volatile
-from dit_cache_fx.capture.record import Recording
+from dit_cache_fx.capture import FlatCall, Shapes, Subject, accepts, capture, named_timestep
+from dit_cache_fx.capture.fingerprint import fingerprint, volatile
 from dit_cache_fx.errors import CaptureError, warn
 from dit_cache_fx.ir.alone import Alone
-from dit_cache_fx.ir.program import Program, operations
-from dit_cache_fx.lowering import (
-    CompiledSteps,
-    OneGraph,
-    lower_compiled_steps,
-    lower_one_graph,
-    lower_variants,
-)
-from dit_cache_fx.lowering.asserts import assertions
-from dit_cache_fx.lowering.lowered_program import Lowered
-from dit_cache_fx.lowering.stateful import Carried, Stateful, fixed_steps
+from dit_cache_fx.ir.program import operations
+from dit_cache_fx.lowering import lower_variants
+from dit_cache_fx.lowering.lowered_program import block_bytes
 from dit_cache_fx.passes import run_passes
 from dit_cache_fx.ranks import found
-from dit_cache_fx.runtime.first_runs import FirstRuns
+from dit_cache_fx.runtime.batch.row_steps import RowLayout
+from dit_cache_fx.runtime.entry import Entry, GraphKey, RowsOf
 from dit_cache_fx.runtime.hooked import Hooks
 from dit_cache_fx.runtime.reasons import WhyCaptured, changes
 from dit_cache_fx.runtime.step_count import StepCount
-from dit_cache_fx.runtime.together import Layout
-from dit_cache_fx.strategies import Strategy, check_block_ids, spread_over
-from dit_cache_fx.values.pytree import Skeleton
+from dit_cache_fx.strategies import check_block_ids, spread_over
 
 #: most input signatures whose graphs are kept at one time
 MAX_CAPTURES = 32
@@ -57,127 +36,7 @@ MAX_VARIANTS = 8
 
 log = logging.getLogger(__name__)
 
-#: what two calls must share to run the same graph
-InputKey = tuple[Hashable, Ambient]
-
-
-class RowsKey(NamedTuple):
-    """What two groups of rows must share. `one`: the number of the graph for a row by itself."""
-
-    call: InputKey
-    one: int
-
-
-GraphKey = InputKey | RowsKey
-
-
 _T = TypeVar("_T")
-
-
-@dataclass(eq=False)
-class Entry(Lowered):
-    """A captured and lowered graph."""
-
-    captured: Captured
-    fingerprint: Fingerprint
-    volatile: frozenset[tuple[str, str]]  # what of it the forward changes by itself
-    count: StepCount
-    skeleton: Skeleton  # of the call that it was captured from
-    hooks: Hooks
-    untouched: Program | None = None  # before the passes, where other strategies need it
-    breaks: bool = False  # its blocks cannot be compiled as one graph
-    apart: bool = False  # it was compiled as one graph for each kind of step
-    carried: dict[tuple[str, ...], Carried] = field(default_factory=dict)  # by cache context
-    layout: Layout | None = None  # of its rows, where each is at a step of its own
-    served: set[float] = field(default_factory=set)  # a few of the timesteps that it answered
-    first_runs: FirstRuns = field(default_factory=FirstRuns)  # with each compiler that looks on
-    _lowering: threading.RLock = field(default_factory=threading.RLock)
-    _one_graph: OneGraph | None = None
-    _compiled_steps: CompiledSteps | None = None
-    key: GraphKey | None = None  # one object for all its calls: to compare it costs nothing
-
-    def lowered_for(self, strategy: Strategy, count: StepCount) -> Entry:
-        """The same capture, lowered for another strategy that reads the same of the model."""
-        assert self.untouched is not None
-        program = self.untouched.copied()
-        run_passes(program, strategy)
-        return Entry(
-            program,
-            lower_variants(program),
-            self.nodes,
-            self.block_bytes,
-            self.serial,
-            strategy,
-            replace(self.captured, program=program),
-            self.fingerprint,
-            self.volatile,
-            count,
-            self.skeleton,
-            self.hooks,
-        )
-
-    def guards(self) -> list[str]:
-        guards = self.captured.guards
-        return [] if guards is None else guards.described(guards.expected)
-
-    def captured_graph(self) -> fx.GraphModule:
-        return self.captured.gm
-
-    @property
-    def one_graph(self) -> OneGraph:
-        """The graph that decides by itself."""
-        with self._lowering:
-            if self._one_graph is None:
-                self._one_graph = lower_one_graph(self.program, self.variants, self.strategy)
-            return self._one_graph
-
-    @property
-    def compiled_steps(self) -> CompiledSteps:
-        """The graphs of each kind of step."""
-        with self._lowering:
-            if self._compiled_steps is None:
-                self._compiled_steps = lower_compiled_steps(self.variants)
-            return self._compiled_steps
-
-    def broken(self) -> None:
-        """Its blocks cannot be in one graph: let the compiler look at each of them by itself."""
-        self.breaks = True
-        not_a_compiled_frame(self.variants.compute.run)
-
-    def inputs(self, call: FlatCall) -> dict[str, torch.Tensor]:
-        """The tensors of a call by the names that the graphs have for them."""
-        return dict(zip(self.program.inputs, call.tensors, strict=True))
-
-    def stateful(self, check_conditioning: bool = True) -> Stateful:
-        """The program with its clock, its state given and returned."""
-        names = [self.program.inputs[i] for i in self.conditioning] if check_conditioning else []
-        guards, accepted = self.captured.guards, self.captured.accepted.copy()
-        asserted = None if guards is None else assertions(guards, accepted)
-        course = self.count.lasting_course()
-        steps = fixed_steps(self.strategy, course.num_steps, course.timesteps)
-        return Stateful(self.program, self.variants, self.strategy, asserted, names, steps, course)
-
-    def carried_in(self, context: tuple[str, ...]) -> Carried:
-        """The program with the state of a cache context in its buffers."""
-        return getattr(self, self._carry(context))  # type: ignore[no-any-return]
-
-    @constant_result
-    def _carry(self, context: tuple[str, ...]) -> str:
-        """The name of the attribute that holds it: made while a graph is traced, where need be."""
-        with self._lowering:
-            if context not in self.carried:
-                self.carried[context] = Carried(self.stateful())
-            name = f"_carried_{[*self.carried].index(context)}"
-            setattr(self, name, self.carried[context])
-            return name
-
-
-@dataclass(frozen=True)
-class RowsOf:
-    """What a graph has rows of: calls that `one` answers by themselves, `count` of them."""
-
-    one: Entry
-    count: int
 
 
 @dataclass(eq=False)
@@ -375,23 +234,9 @@ class Graphs:
             untouched=untouched,
         )
         entry.apart = captured.spread  # `cond` takes no distributed tensors
-        entry.layout = None if rows is None else Layout.of(rows.one, entry, rows.count)
+        entry.layout = None if rows is None else RowLayout.of(rows.one, entry, rows.count)
         log.info("captured %s", entry)
         return entry
-
-
-def input_key(call: FlatCall) -> InputKey:
-    """What two calls must share to run the same graph, torch's own state included."""
-    return call.key, Ambient.now()
-
-
-def block_bytes(recording: Recording, blocks: Iterable[str]) -> dict[str, int]:
-    """Bytes of all results of each of these blocks."""
-    found = dict.fromkeys(blocks, 0)
-    for call in recording.calls:
-        if call.name in found:
-            found[call.name] += sum(spec.nbytes for spec in call.specs)
-    return found
 
 
 def _refuse_one_for_each_step(entries: Sequence[Entry]) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from dit_cache_fx._torch import hooks_registered
 from dit_cache_fx.runtime.generation import TimestepValue, distance
 
 _BEFORE, _BEHIND = "_forward_pre_hooks", "_forward_hooks"
@@ -40,17 +41,28 @@ class Hooks:
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = [vars(module) for module in model.modules() if module is not model]
-        self._hooks = [own[name] for own in self._layers for name in (_BEFORE, _BEHIND)]
+        self._none_at = -1  # how many hooks the process had registered when there were none here
 
     def now(self) -> Hooked:
         """Those that there are."""
-        replaced = [(i, own["forward"]) for i, own in enumerate(self._layers) if "forward" in own]
-        wrapped = tuple([(i, depth) for i, forward in replaced if (depth := _wrapped(forward))])
-        return Hooked(wrapped, self._registered() if any(self._hooks) else ())
+        hooks, replaced = self._registered(), [own for own in self._layers if "forward" in own]
+        if not (hooks or replaced):
+            return NO_HOOKS
+        return Hooked(self._replaced() if replaced else (), hooks)
+
+    def _replaced(self) -> tuple[tuple[int, int], ...]:
+        depths = [(i, _wrapped(own.get("forward"))) for i, own in enumerate(self._layers)]
+        return tuple([depth for depth in depths if depth[1]])
 
     def _registered(self) -> tuple[tuple[int, int, int], ...]:
+        registered = hooks_registered()
+        if registered == self._none_at:
+            return ()
         counts = [(i, len(own[_BEFORE]), len(own[_BEHIND])) for i, own in enumerate(self._layers)]
-        return tuple([count for count in counts if any(count[1:])])
+        found = tuple([count for count in counts if any(count[1:])])
+        if not found:
+            self._none_at = registered
+        return found
 
 
 class Passes:

@@ -52,7 +52,9 @@ def find_branch(session: Session, call: CallEvidence) -> Match | None:
     """The branch of a call, where the evidence tells one."""
     alike = _of_conditioning(session.of(call.key, call.context), call)
     ahead = [(b, varying) for b, varying in alike if _moves_on(b, call)]
-    if any(b.held for b, _ in ahead):  # what a generation before left empty here is not meant
+    if len(ahead) > 1 and any(
+        b.held for b, _ in ahead
+    ):  # what a generation before left empty here is not meant
         ahead = [p for p in ahead if p[0].held or not p[0].trajectory.stands_at(call.value)]
     several = len(ahead) > 1
     matches = [m for b, varying in ahead if (m := _match(b, varying, call, several, session))]
@@ -69,7 +71,7 @@ def _of_conditioning(
     """
     given = call.conditioning
     objects = [(b, given.other_objects(b.conditioning)) for b in branches]
-    same = [(b, places) for b, places in objects if not places]
+    same = [pair for pair in objects if not pair[1]]
     if any(b.held for b, _ in same):  # what a generation before left is no reason to stop here
         return same
     values = [(b, given.other_values(b.conditioning, places)) for b, places in objects]

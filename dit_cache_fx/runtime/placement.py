@@ -18,7 +18,7 @@ from dit_cache_fx.runtime.trajectory import Trajectory, Verdict
 from dit_cache_fx.strategies import Course
 
 
-@dataclass
+@dataclass(slots=True)
 class Placement:
     """Where a call belongs. Nothing is noted before `settle`: a call that raises leaves no trace.
 

@@ -11,7 +11,7 @@ from dit_cache_fx.ir.names import is_measured
 from dit_cache_fx.runtime.branches import Branch, Held
 from dit_cache_fx.runtime.drive import Results
 from dit_cache_fx.strategies import CLOCK, Clock, Course, RuleState, Strategy
-from dit_cache_fx.strategies.rule import begun, decided, device_of, lost_in_any
+from dit_cache_fx.strategies.decision import begun, decided, device_of, lost_in_any
 from dit_cache_fx.strategies.signals import in_one, signal_of
 from dit_cache_fx.values.identity import storage_key
 from dit_cache_fx.values.tensor_spec import TensorSpec
@@ -19,6 +19,8 @@ from dit_cache_fx.values.wrapped import own_part
 
 #: why a step computes
 FIRST, SCHEDULED, MISSING, RULE = "the first step", "scheduled", "nothing is held", "its rule"
+
+_CLOCK = frozenset(CLOCK)
 
 
 class Step:
@@ -71,7 +73,7 @@ class Step:
     def given(self, names: Collection[str]) -> dict[str, torch.Tensor]:
         """For a variant that reads `names`: the clock, and what is held (else placeholders)."""
         held = self._held() or [spec.placeholder() for spec in self._specs.values()]
-        return {**self._device_clock(names), **dict(zip(self._specs, held, strict=True))}
+        return self._device_clock(names) | dict(zip(self._specs, held, strict=True))
 
     def compiled_given(self, names: Collection[str]) -> dict[str, torch.Tensor]:
         """The same for a variant that was compiled: in the strides that it was compiled for.
@@ -83,8 +85,10 @@ class Step:
     def _device_clock(self, names: Collection[str]) -> dict[str, torch.Tensor]:
         """The clock where the held tensors are: a condition on the CPU would be waited for."""
         clock = self.clock(names)
+        if not clock:
+            return clock
         device = next((spec.device for spec in self._specs.values()), None)
-        if not clock or device is None or device.type == "cpu":
+        if device is None or device.type == "cpu":
             return clock
         # without a wait: the host's memory is read before this returns
         return {name: value.to(device, non_blocking=True) for name, value in clock.items()}
@@ -117,6 +121,8 @@ class Step:
 
     def clock(self, names: Collection[str]) -> dict[str, torch.Tensor]:
         """The tensors of the clock, of `names`, on the CPU."""
+        if _CLOCK.isdisjoint(names):
+            return {}
         made: dict[str, Callable[[], float | list[float]]] = {
             "distance": lambda: self._course.distance(self._last, self.index),
             "computed": lambda: self._computed,

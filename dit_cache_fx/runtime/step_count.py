@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from dit_cache_fx.errors import OptionError, warn
 from dit_cache_fx.strategies import Course, Strategy
-from dit_cache_fx.strategies.schedule import check_num_steps
+from dit_cache_fx.strategies.checks import check_num_steps
 from dit_cache_fx.strategies.timesteps import (
     Timesteps,
     checked_timesteps,

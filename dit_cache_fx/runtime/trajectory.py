@@ -47,7 +47,9 @@ class SampleProbe:
         sample = own_part(sample.detach() if sample.requires_grad else sample)
         real = torch.view_as_real(sample) if sample.is_complex() else sample
         stride = max(1, real.numel() // PROBED) | 1  # odd: not one column of a picture
-        self.values = real.reshape(-1)[::stride].to(torch.float32, copy=True)
+        picked = real.reshape(-1)[::stride]
+        same = picked.dtype == torch.float32
+        self.values = picked.clone() if same else picked.to(torch.float32)
 
     @staticmethod
     def of(values: torch.Tensor) -> SampleProbe:
@@ -123,7 +125,7 @@ class Trajectory(NamedTuple):
         """With one more call that goes on from it; the sample has moved by `change`."""
         if self.value is None or explicit != self.explicit:
             return Trajectory(value, explicit, sample)
-        move = self._move(value)
+        move = distance(self.value, value)
         far, fast = self.change, self.speed
         if change is not None:
             far, fast = max(far, change), max(fast, change / move if move else 0.0)
@@ -144,9 +146,9 @@ class Trajectory(NamedTuple):
         """
         if self.value is None or explicit != self.explicit:
             return Judgement(Verdict.OTHER)
-        move, doubtful = self._move(value), jump is not Jump.NONE
+        move, doubtful = distance(self.value, value), jump is not Jump.NONE
         change = self._distance(sample, wait or doubtful or move == 0 or self._rises_far(value))
-        if change is not None and self._elsewhere(value, change, sample):
+        if change is not None and self._elsewhere(value, move, change, sample):
             return Judgement(Verdict.OTHER, change)
         if doubtful and not self.similar(sample):
             return Judgement(Verdict.OTHER if jump is Jump.FAR else Verdict.DOUBTFUL, change)
@@ -154,7 +156,7 @@ class Trajectory(NamedTuple):
 
     def stands_at(self, value: TimestepValue) -> bool:
         """Whether the newest timestep is this one."""
-        return self.value is not None and self._move(value) == 0
+        return self.value is not None and distance(self.value, value) == 0
 
     def similar(self, sample: SampleProbe | None) -> bool:
         """Whether a sample is known to resemble the newest one. May wait for the device."""
@@ -165,13 +167,14 @@ class Trajectory(NamedTuple):
         """How far a sample is from the newest one; None where that is not known."""
         if sample is None or self.sample is None or not sample.comparable(self.sample):
             return None
-        if sample.values.device.type != "cpu" and not wait:
+        if not (sample.values.is_cpu or wait):
             return None
         return sample.distance(self.sample)
 
-    def _elsewhere(self, value: TimestepValue, change: float, sample: SampleProbe | None) -> bool:
+    def _elsewhere(
+        self, value: TimestepValue, move: float, change: float, sample: SampleProbe | None
+    ) -> bool:
         """Whether the sample has moved out of proportion. NaN has."""
-        move = self._move(value)
         if self.change == 0:  # nothing is known of the sampler
             unlikely = (move == 0 and change != 0) or self._rises_far(value)
             return unlikely and not self.similar(sample)
@@ -190,7 +193,3 @@ class Trajectory(NamedTuple):
             return False
         span = 1.0 if as_number(value) <= 1 else 1000.0
         return movement(self.value, value)[0] > span / 2
-
-    def _move(self, value: TimestepValue) -> float:
-        assert self.value is not None
-        return distance(self.value, value)

@@ -7,40 +7,37 @@ compute, the runtime calls `should_compute`, or the one graph has it inside.
 
 from __future__ import annotations
 
-import copy
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.ranks import Ranks, ranks_of
-from dit_cache_fx.strategies.clock import Clock
-from dit_cache_fx.strategies.course import Course
-from dit_cache_fx.strategies.old_names import name_both_ways
-from dit_cache_fx.strategies.schedule import (
-    EvenSteps,
-    EvenTimesteps,
-    ListedSteps,
-    Schedule,
+from dit_cache_fx.ranks import ranks_of
+from dit_cache_fx.strategies.across_ranks import AcrossRanks
+from dit_cache_fx.strategies.checks import (
     check_num_steps,
     check_ratio,
-    named_schedule,
+    checked_block_ids,
+    checked_steps,
 )
+from dit_cache_fx.strategies.clock import Clock
+from dit_cache_fx.strategies.course import Course
+from dit_cache_fx.strategies.even import EvenSteps, EvenTimesteps
+from dit_cache_fx.strategies.old_names import name_both_ways
+from dit_cache_fx.strategies.presets import named_schedule
+from dit_cache_fx.strategies.rule import Rule
+from dit_cache_fx.strategies.schedule import ListedSteps, Schedule
 from dit_cache_fx.strategies.timesteps import Timesteps, checked_timesteps
 
 #: how many steps a generation has, or what tells it
 NumSteps = int | Callable[[], int]
-#: what a rule remembers from step to step
-RuleState = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Strategy:
+class Strategy(Rule, AcrossRanks):
     """Base class of the strategies. A subclass defines `store` and `reuse`.
 
     One of the first four options says which steps compute in full; the first step of a generation
@@ -93,13 +90,10 @@ class Strategy:
     name: ClassVar[str] = ""
     #: what a step that is not computed is called in reports
     action: ClassVar[str] = "reused"
-    #: whether `reuse` reads what the cached run starts from on this step
-    reads_start: ClassVar[bool] = False
-    #: whether other streams than the sample's (text rows) start from themselves too
+    #: whether `store`, `reuse` and `measure` are given the run's input
+    reads_run_input: ClassVar[bool] = False
+    #: whether other streams than the sample's (text rows) have a run input too
     every_stream: ClassVar[bool] = False
-    #: whether its rule computes by itself where a signal or a change is no number, and goes on
-    #: from the next step; else such a step computes, and the rule's state begins again
-    bears_nans: ClassVar[bool] = False
     #: whether `Clock.gap` fades towards a generation's end
     fading: ClassVar[bool] = False
     #: whether one run of everything from the sample to the output is cached, not runs of blocks
@@ -110,7 +104,8 @@ class Strategy:
         name_both_ways(cls)
 
     def __post_init__(self) -> None:
-        steps, ids = _steps(self.no_cache_steps), _block_ids(self.no_cache_block_id)
+        steps = checked_steps(self.no_cache_steps)
+        ids = checked_block_ids(self.no_cache_block_id)
         object.__setattr__(self, "no_cache_steps", steps)
         object.__setattr__(self, "process_group", ranks_of(self.process_group))
         object.__setattr__(self, "no_cache_block_id", ids)
@@ -165,53 +160,6 @@ class Strategy:
         """Whether it does better where a generation's timesteps are known beforehand."""
         return self.by_timestep or (self.plan is not None and self.plan.needs_timesteps)
 
-    # --- on several devices ----------------------------------------------------------------
-
-    @property
-    def ranks(self) -> Ranks | None:
-        """The processes that must decide alike; None where there is one, or none is known."""
-        return self.process_group  # type: ignore[no-any-return]
-
-    def totals(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Sums over all processes.
-
-        Args:
-            tensors (`Tensor`):
-                Tensors of one shape.
-        """
-        if self.ranks is None:
-            return tensors
-        sums = self.ranks.total(torch.stack([t.double() for t in tensors]))
-        return tuple(s.to(t.dtype) for s, t in zip(sums, tensors, strict=True))
-
-    def means(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The mean of each tensor, over all of its parts where each process has one.
-
-        A rule that takes its numbers from here decides on several devices as it does on one.
-
-        Args:
-            tensors (`Tensor`):
-                The tensors, or this process's parts of them.
-        """
-        if self.ranks is None:
-            return tuple(t.mean() for t in tensors)
-        sums = torch.stack([t.sum(dtype=torch.float64) for t in tensors])
-        counts = torch.tensor([t.numel() for t in tensors], dtype=sums.dtype, device=sums.device)
-        totals, sizes = self.totals(sums, counts)
-        return tuple(m.to(t.dtype) for m, t in zip(totals / sizes, tensors, strict=True))
-
-    def norms(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The norm of each tensor in float64, over all of its parts where each process has one.
-
-        Args:
-            tensors (`Tensor`):
-                The tensors, or this process's parts of them.
-        """
-        wide = [t.double() for t in tensors]
-        if self.ranks is None:
-            return tuple(t.norm() for t in wide)
-        return tuple(t.sqrt() for t in self.totals(*((t * t).sum() for t in wide)))
-
     # --- what to keep and what to give back ------------------------------------------------
 
     def slots(self) -> int:
@@ -219,7 +167,7 @@ class Strategy:
         return 1
 
     def store(
-        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+        self, cached: Sequence[Tensor], value: Tensor, run_input: Tensor | None, clock: Clock
     ) -> Sequence[Tensor]:
         """Return the tensors to hold, on a computed step.
 
@@ -228,25 +176,25 @@ class Strategy:
         of a tensor. Otherwise the first call raises `VerifyError`.
 
         Args:
-            held (`Sequence[Tensor]`):
+            cached (`Sequence[Tensor]`):
                 The tensors held so far; zeros on the first computed step of a generation.
             value (`Tensor`):
                 The computed value that leaves the cached run.
-            start (`Tensor | None`):
+            run_input (`Tensor | None`):
                 The same stream before the run; None where the run has no input of `value`'s shape.
-                Only given if the class sets `reads_start`.
+                Only given if the class sets `reads_run_input`.
             clock (`Clock`):
                 The place of the step in its generation.
         """
         raise NotImplementedError
 
-    def reuse(self, held: Sequence[Tensor], start: Tensor | None, clock: Clock) -> Tensor:
+    def reuse(self, cached: Sequence[Tensor], run_input: Tensor | None, clock: Clock) -> Tensor:
         """Return the value to use instead of the computed one, of its shape and dtype.
 
         Args:
-            held (`Sequence[Tensor]`):
+            cached (`Sequence[Tensor]`):
                 The tensors that `store` returned on the newest computed step.
-            start (`Tensor | None`):
+            run_input (`Tensor | None`):
                 The same stream before the run, on this step; as in `store`.
             clock (`Clock`):
                 The place of the step in its generation.
@@ -258,18 +206,18 @@ class Strategy:
         return ""
 
     def measure(
-        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+        self, cached: Sequence[Tensor], value: Tensor, run_input: Tensor | None, clock: Clock
     ) -> Tensor | None:
         """Measure `value` on a computed step, for the rule and for reports.
 
         Returns a tensor of one dimension, or None where nothing is measured.
 
         Args:
-            held (`Sequence[Tensor]`):
+            cached (`Sequence[Tensor]`):
                 The tensors held since the computed step before this one.
             value (`Tensor`):
                 The computed value, as in `store`.
-            start (`Tensor | None`):
+            run_input (`Tensor | None`):
                 The same stream before the run, as in `store`.
             clock (`Clock`):
                 The place of the step in its generation.
@@ -286,77 +234,6 @@ class Strategy:
                 The number of all calls of blocks.
         """
         return False
-
-    # --- when to compute (optional) --------------------------------------------------------
-
-    @property
-    def has_rule(self) -> bool:
-        """Whether `should_compute` takes part in the decision, beside the schedule."""
-        return False
-
-    def looks_at(self) -> str | tuple[str, ...]:
-        """The name of the `signal` that the rule looks at, or several names.
-
-        At most one is a value of the model: the first block's "modulated" input or its "input", its
-        "conditioning", the timestep's "embedding", the "residual" (the sum that the blocks which
-        always run at the model's head add to their stream), or the "sample", the model's noisy
-        input.
-
-        The others are fields of `Clock` ("distance", "computed", "way"), and "measured", one row
-        for each held value: the result of `measure` on the newest computed step. A rule that looks
-        at no value of the model is asked on the CPU, and nothing is read from the device on a
-        reused step.
-        """
-        return "modulated"
-
-    def init_state(self, signal: Any) -> RuleState:
-        """Return the state of the rule after the first step of a generation.
-
-        Args:
-            signal (`Any`):
-                The tensor that `looks_at` names; a tuple of tensors where it names several.
-        """
-        raise NotImplementedError
-
-    def should_compute(
-        self, signal: Any, state: RuleState, forced: Tensor
-    ) -> tuple[Tensor, RuleState]:
-        """Decide whether this step computes.
-
-        Returns a boolean tensor of no dimensions, and the new state. The state keeps its number of
-        tensors, their shapes and dtypes; nothing is changed in place. Where the signal or the
-        `metric` is not finite, the step computes and the state starts again (unless the class sets
-        `bears_nans`).
-
-        Args:
-            signal (`Any`):
-                The tensor that `looks_at` names; a tuple of tensors where it names several.
-            state (`RuleState`):
-                The state that the step before returned.
-            forced (`Tensor`):
-                Whether the step computes in any case, a boolean of no dimensions.
-        """
-        raise NotImplementedError
-
-    @property
-    def threshold(self) -> float | None:
-        """The number that the rule compares `metric` with, for reports; None if there is none."""
-        return None
-
-    def metric(self, state: RuleState, measured: Tensor | None = None) -> Tensor | None:
-        """The number that the rule compared when it last decided, of no dimensions, for reports.
-
-        Args:
-            state (`RuleState`):
-                The state of the rule; empty where it has none.
-            measured (`Tensor`, *optional*):
-                The result of `measure`, one row for each held value; None where nothing is
-                measured.
-        """
-        return None
-
-    def _rule_hint(self) -> str:
-        return ""
 
     # --- options that cannot work ----------------------------------------------------------
 
@@ -395,59 +272,3 @@ class Strategy:
             number = len(self.timesteps)
         if self.plan is not None and number is not None:
             self.plan.check(number)
-
-
-_S = TypeVar("_S", bound=Strategy)
-
-
-def spread_over(strategy: _S, ranks: Ranks | None) -> _S:
-    """The strategy for a model that these processes run together; what the user named counts."""
-    return strategy if ranks is None or strategy.ranks is not None else _with(strategy, ranks)
-
-
-def without_ranks(strategy: _S) -> _S:
-    """The strategy for values that need no other process."""
-    return strategy if strategy.ranks is None else _with(strategy, None)
-
-
-def _with(strategy: _S, ranks: Ranks | None) -> _S:
-    other = copy.copy(strategy)
-    object.__setattr__(other, "process_group", ranks)
-    return other
-
-
-def options_of(strategy: type[Strategy]) -> list[str]:
-    """The names of a strategy's options."""
-    return [f.name for f in fields(strategy)]
-
-
-def _steps(steps: Any) -> frozenset[int] | None:
-    if steps is None:
-        return None
-    expected = "a collection of step indexes: integers from 0"
-    try:
-        items = [_index(s) for s in steps]
-    except TypeError:
-        raise OptionError("no_cache_steps", steps, expected) from None
-    if any(s < 0 for s in items):
-        raise OptionError("no_cache_steps", sorted(items), expected)
-    return frozenset(items)
-
-
-def _index(value: Any) -> int:
-    if isinstance(value, bool):
-        raise TypeError(value)
-    return operator.index(value)
-
-
-def _block_ids(ids: Any) -> dict[str, frozenset[int]] | None:
-    if ids is None:
-        return None
-    expected = "a mapping from a block list's name to a collection of block ids (integers from 0)"
-    try:
-        items = {str(k): frozenset(_index(i) for i in v) for k, v in dict(ids).items()}
-    except (TypeError, ValueError):
-        raise OptionError("no_cache_block_id", ids, expected) from None
-    if any(i < 0 for v in items.values() for i in v):
-        raise OptionError("no_cache_block_id", ids, expected)
-    return items

@@ -11,8 +11,9 @@ from torch import nn
 
 from dit_cache_fx.errors import OptionError
 from dit_cache_fx.strategies.base import Strategy
+from dit_cache_fx.strategies.even import EvenSteps, nearest
 from dit_cache_fx.strategies.model_signature import ModelSignature
-from dit_cache_fx.strategies.schedule import EvenSteps, ListedSteps, Schedule
+from dit_cache_fx.strategies.schedule import ListedSteps, Schedule
 from dit_cache_fx.strategies.timesteps import ROUNDED, UNITS
 
 #: a timestep this many times smaller than the calibrated ones is in another unit
@@ -48,7 +49,7 @@ class CalibratedSteps(Schedule):
         if num_steps is None or num_steps == len(self.timesteps):
             return step in self.steps or step >= len(self.timesteps)
         shares = [s / len(self.timesteps) for s in self._later]
-        return step in _nearest(shares, [i / num_steps for i in range(num_steps)], {0})
+        return step in nearest(shares, [i / num_steps for i in range(num_steps)], {0})
 
     def placed(self, timesteps: Sequence[float]) -> Schedule:
         return ListedSteps(self.steps if self._is_for(timesteps) else self._carried(timesteps))
@@ -93,20 +94,12 @@ class CalibratedSteps(Schedule):
             ends, left = {0, len(timesteps) - 1}, left[:-1]
         if left and way * (left[0] - timesteps[0] - half) <= 0:  # the first is taken for it
             left = left[1:]
-        return _nearest(left, timesteps, ends)
+        return nearest(left, timesteps, ends)
 
     @property
     def _later(self) -> list[int]:
         """The computed steps behind the first."""
         return sorted(self.steps - {0})
-
-
-def _nearest(targets: Sequence[float], places: Sequence[float], taken: set[int]) -> frozenset[int]:
-    """The places that are taken, and the nearest free one for each target."""
-    free = [i for i in range(len(places)) if i not in taken]
-    for target in targets[: len(free)]:
-        free.remove(min(free, key=lambda i: abs(places[i] - target)))
-    return frozenset(range(len(places))) - frozenset(free)
 
 
 def _in_units(timesteps: Sequence[float]) -> list[list[float]]:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from dit_cache_fx.strategies.clock import MOMENTS
-from dit_cache_fx.strategies.schedule import USUAL_STEPS, Later, Schedule
+from dit_cache_fx.strategies.combined import Later
+from dit_cache_fx.strategies.even import USUAL_STEPS
+from dit_cache_fx.strategies.schedule import Schedule
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +83,7 @@ class Course:
         sums = [sum(dt * distance**i for dt, distance in past) for i in range(MOMENTS)]
         known = self.ahead(step)
         ahead = sums[0] if known is None else known
-        return [self.kept(last, step) * total / ahead if ahead else 0.0 for total in sums]
+        return [self.share(last, step) * total / ahead if ahead else 0.0 for total in sums]
 
     def ahead(self, step: int) -> float | None:
         """The sum of `dt` over the steps between a computed step and the next computed one.
@@ -91,7 +93,7 @@ class Course:
         end = self._next_or_end(step)
         return None if end is None else sum(self._length(k) for k in range(step + 1, end))
 
-    def kept(self, last: int, step: int) -> float:
+    def share(self, last: int, step: int) -> float:
         """The share of `Clock.gap` that is left on a computed step where it fades; else 1."""
         coming, left = self.coming(step), self.left(step)
         if coming is None:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.strategies.base import RuleState, Strategy
+from dit_cache_fx.strategies.base import Strategy
+from dit_cache_fx.strategies.checks import check_count, check_positive
 from dit_cache_fx.strategies.clock import Clock
 from dit_cache_fx.strategies.ends import with_ends
-from dit_cache_fx.strategies.residual import check_count, check_positive
+from dit_cache_fx.strategies.rule import RuleState
 from dit_cache_fx.strategies.schedule import Schedule
 
 
@@ -48,7 +49,7 @@ class EasyCache(Strategy):
     warmup_steps: int = 10
 
     name: ClassVar[str] = "easycache"
-    reads_start: ClassVar[bool] = True
+    reads_run_input: ClassVar[bool] = True
     whole_model: ClassVar[bool] = True
     bears_nans: ClassVar[bool] = True
 
@@ -68,21 +69,21 @@ class EasyCache(Strategy):
         return 2
 
     def store(
-        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+        self, cached: Sequence[Tensor], value: Tensor, run_input: Tensor | None, clock: Clock
     ) -> Sequence[Tensor]:
-        assert start is not None
-        return [value, start]
+        assert run_input is not None
+        return [value, run_input]
 
-    def reuse(self, held: Sequence[Tensor], start: Tensor | None, clock: Clock) -> Tensor:
-        assert start is not None
-        return start + (held[0] - held[1])
+    def reuse(self, cached: Sequence[Tensor], run_input: Tensor | None, clock: Clock) -> Tensor:
+        assert run_input is not None
+        return run_input + (cached[0] - cached[1])
 
     def measure(
-        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+        self, cached: Sequence[Tensor], value: Tensor, run_input: Tensor | None, clock: Clock
     ) -> Tensor:
         """The rate of transformation, and the size of the output."""
-        assert start is not None
-        changes = (value - held[0]).abs(), (start - held[1]).abs()
+        assert run_input is not None
+        changes = (value - cached[0]).abs(), (run_input - cached[1]).abs()
         given, taken, size = self.means(*changes, value.abs())
         rate = given / taken
         known = torch.where(clock.computed > 0, rate.double(), math.nan)

@@ -36,12 +36,12 @@ class Exponential(Strategy):
         return 3
 
     def store(
-        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+        self, cached: Sequence[Tensor], value: Tensor, run_input: Tensor | None, clock: Clock
     ) -> Sequence[Tensor]:
-        return derivatives(value, held, clock)
+        return derivatives(value, cached, clock)
 
-    def reuse(self, held: Sequence[Tensor], start: Tensor | None, clock: Clock) -> Tensor:
-        value, slope, curvature = held
+    def reuse(self, cached: Sequence[Tensor], run_input: Tensor | None, clock: Clock) -> Tensor:
+        value, slope, curvature = cached
         way = growth(rate_of(slope, curvature), clock.distance)
         return value + slope * way.to(value.dtype)
 

@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dit_cache_fx.strategies.base import RuleState
+from dit_cache_fx.strategies.checks import check_count, check_positive
 from dit_cache_fx.strategies.ends import with_ends
-from dit_cache_fx.strategies.residual import ResidualCache, check_count, check_positive
+from dit_cache_fx.strategies.residual import ResidualCache
+from dit_cache_fx.strategies.rule import RuleState
 from dit_cache_fx.strategies.schedule import Schedule
 
 

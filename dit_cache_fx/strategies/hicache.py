@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from dit_cache_fx.errors import OptionError
+from dit_cache_fx.strategies.checks import check_positive
 from dit_cache_fx.strategies.taylorcache import TaylorCache
 
 
@@ -39,10 +39,7 @@ class HiCache(TaylorCache):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        value = self.sigma
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not 0 < value < math.inf:
-            raise OptionError("sigma", value, "a number above 0, for instance 0.5")
+        check_positive("sigma", self.sigma, 0.5)
 
     def weight(self, order: int, power: Callable[[int], Tensor]) -> Tensor:
         terms = [

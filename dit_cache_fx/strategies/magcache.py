@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.strategies.base import RuleState
+from dit_cache_fx.strategies.checks import check_count, check_positive, check_range
 from dit_cache_fx.strategies.clock import Clock
-from dit_cache_fx.strategies.ends import AnyOf
+from dit_cache_fx.strategies.combined import AnyOf
+from dit_cache_fx.strategies.even import EvenSteps
 from dit_cache_fx.strategies.magnitudes import MagnitudeSteps
-from dit_cache_fx.strategies.residual import ResidualCache, check_count, check_positive
-from dit_cache_fx.strategies.schedule import EvenSteps, Schedule
+from dit_cache_fx.strategies.residual import ResidualCache
+from dit_cache_fx.strategies.rule import RuleState
+from dit_cache_fx.strategies.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +67,8 @@ class MagCache(ResidualCache):
         object.__setattr__(self, "mag_ratios", _ratios(self.mag_ratios, self.calibrate))
         check_positive("threshold", self.threshold, 0.06)
         check_count("max_skip_steps", self.max_skip_steps, 0)
-        share = self.retention_ratio
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
-            raise OptionError("retention_ratio", share, "a share of the steps from 0 to 1")
+        expected = "a share of the steps from 0 to 1"
+        check_range("retention_ratio", self.retention_ratio, 0, 1, expected)
         super().__post_init__()
 
     @cached_property
@@ -82,13 +83,13 @@ class MagCache(ResidualCache):
         return MagnitudeSteps(self.mag_ratios, *options)
 
     def measure(
-        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+        self, cached: Sequence[Tensor], value: Tensor, run_input: Tensor | None, clock: Clock
     ) -> Tensor | None:
         """How much longer a token's residual is than on the step before, on average."""
         if not self.calibrate:
             return None
-        residual = self.store(held, value, start, clock)[0]
-        new, old = (r.double().norm(dim=-1) for r in (residual, held[0]))
+        residual = self.store(cached, value, run_input, clock)[0]
+        new, old = (r.double().norm(dim=-1) for r in (residual, cached[0]))
         (ratio,) = self.means(new / (old + 1e-8))
         return torch.where(clock.computed > 0, ratio, 1.0).reshape(1)
 

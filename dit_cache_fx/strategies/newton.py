@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_cache_fx.errors import OptionError
+from dit_cache_fx.strategies.checks import check_range
 from dit_cache_fx.strategies.clock import Clock
 from dit_cache_fx.strategies.taylorcache import TaylorCache, slope
 
@@ -54,34 +55,32 @@ class NewtonCache(TaylorCache):
         super().__post_init__()
         if max(self.orders) > 2:
             raise OptionError("max_order", self.max_order, "at most 2 here")
-        value = self.curvature
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not 0 <= value <= 1:
-            raise OptionError("curvature", value, "a share from 0 (a line) to 1 (the parabola)")
+        expected = "a share from 0 (a line) to 1 (the parabola)"
+        check_range("curvature", self.curvature, 0, 1, expected)
 
-    def differences(self, value: Tensor, held: Sequence[Tensor], clock: Clock) -> list[Tensor]:
-        if len(held) < 3:
-            return super().differences(value, held, clock)
-        now = slope(value, held[0], clock)
-        bend = self.curvature * second_difference(value, held, clock)
+    def differences(self, value: Tensor, cached: Sequence[Tensor], clock: Clock) -> list[Tensor]:
+        if len(cached) < 3:
+            return super().differences(value, cached, clock)
+        now = slope(value, cached[0], clock)
+        bend = self.curvature * second_difference(value, cached, clock)
         new = (now + bend * clock.distance, 2 * bend)
         again = (clock.computed > 0) & (clock.distance == 0)
-        return [value, *(torch.where(again, a, b) for a, b in zip(held[1:], new, strict=True))]
+        return [value, *(torch.where(again, a, b) for a, b in zip(cached[1:], new, strict=True))]
 
-    def interpolated(self, value: Tensor, held: Sequence[Tensor], clock: Clock) -> Tensor:
-        line = super().interpolated(value, held, clock)
-        if len(held) < 2:
+    def interpolated(self, value: Tensor, cached: Sequence[Tensor], clock: Clock) -> Tensor:
+        line = super().interpolated(value, cached, clock)
+        if len(cached) < 2:
             return line
-        bend = second_difference(value, held, clock)
+        bend = second_difference(value, cached, clock)
         return line + bend * (clock.gap[2] - clock.gap[1] * clock.distance)
 
 
-def second_difference(value: Tensor, held: Sequence[Tensor], clock: Clock) -> Tensor:
+def second_difference(value: Tensor, cached: Sequence[Tensor], clock: Clock) -> Tensor:
     """Newton's second divided difference of the last three computed values; 0 of fewer.
 
-    `held`: of the computed step before; from its derivatives follows the slope up to there.
+    `cached`: of the computed step before; from its derivatives follows the slope up to there.
     """
-    last, first, *second = held
+    last, first, *second = cached
     before = first - second[0] * (clock.reach / 2) if second else first
     known = (clock.computed > 1) & (clock.distance > 0)
     return (slope(value, last, clock) - before) / torch.where(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
 from typing import Any
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.strategies.base import Strategy, options_of
+from dit_cache_fx.strategies.base import Strategy
 from dit_cache_fx.strategies.deepcache import DeepCache
 from dit_cache_fx.strategies.easycache import EasyCache
 from dit_cache_fx.strategies.exponential import Exponential
@@ -15,6 +14,7 @@ from dit_cache_fx.strategies.foca import FoCa
 from dit_cache_fx.strategies.hicache import HiCache
 from dit_cache_fx.strategies.magcache import MagCache
 from dit_cache_fx.strategies.newton import NewtonCache
+from dit_cache_fx.strategies.options import options_of
 from dit_cache_fx.strategies.taylorcache import TaylorCache
 from dit_cache_fx.strategies.teacache import TeaCache
 
@@ -54,24 +54,3 @@ def make_strategy(strategy: str | Strategy, options: dict[str, Any]) -> Strategy
                 name, value, f"{strategy} has no such option; it has {options_of(kind)}"
             )
     return kind(**options)
-
-
-#: the options that say which steps compute
-SCHEDULING = (
-    "no_cache_steps",
-    "compute_ratio",
-    "schedule",
-    "computed_steps",
-    "num_steps",
-    "timesteps",
-)
-
-
-def predictor_options(strategy: Strategy) -> dict[str, Any]:
-    """The options that are not the default ones, but for those that say which steps compute."""
-    given = {f.name: (getattr(strategy, f.name), f.default) for f in fields(strategy)}
-    return {
-        name: value
-        for name, (value, default) in given.items()
-        if name not in SCHEDULING and (default is MISSING or value != default)
-    }

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.strategies.base import RuleState, Strategy
+from dit_cache_fx.strategies.base import Strategy
+from dit_cache_fx.strategies.checks import check_count, check_positive, check_range
 from dit_cache_fx.strategies.clock import MOMENTS, Clock
-from dit_cache_fx.strategies.residual import check_positive
+from dit_cache_fx.strategies.rule import RuleState
 from dit_cache_fx.strategies.tolerance import expected_error, measured_error
 
 #: share of the highest frequency up to which a frequency is in the low band
@@ -84,9 +85,7 @@ class TaylorCache(Strategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         for option in ("max_order", "low_freqs_order", "high_freqs_order"):
-            value = getattr(self, option)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise OptionError(option, value, "an integer from 0")
+            check_count(option, getattr(self, option), 0)
         check_positive("tolerance", self.tolerance, 0.01, optional=True)
         self._check_corrector()
         if self.axis not in AXES:
@@ -108,24 +107,24 @@ class TaylorCache(Strategy):
         return self.axis == "timestep"
 
     def store(
-        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+        self, cached: Sequence[Tensor], value: Tensor, run_input: Tensor | None, clock: Clock
     ) -> Sequence[Tensor]:
         bands = [value] if len(self.orders) == 1 else split_bands(value)
-        pairs = list(zip(bands, self._bands(held), strict=True))
+        pairs = list(zip(bands, self._bands(cached), strict=True))
         new = [tensor for band, old in pairs for tensor in self.differences(band, old, clock)]
         if self.corrector:
             missed = [self._missed(band, old, clock) for band, old in pairs]
-            new.append(self._correction(sum(missed[1:], start=missed[0]), held[-1], clock))
+            new.append(self._correction(sum(missed[1:], start=missed[0]), cached[-1], clock))
         return new
 
-    def reuse(self, held: Sequence[Tensor], start: Tensor | None, clock: Clock) -> Tensor:
-        first, *others = [self._predicted(band, clock.distance) for band in self._bands(held)]
+    def reuse(self, cached: Sequence[Tensor], run_input: Tensor | None, clock: Clock) -> Tensor:
+        first, *others = [self._predicted(band, clock.distance) for band in self._bands(cached)]
         total = sum(others, start=first)
-        return total + held[-1] if self.corrector else total
+        return total + cached[-1] if self.corrector else total
 
-    def differences(self, value: Tensor, held: Sequence[Tensor], clock: Clock) -> list[Tensor]:
-        """The new derivatives of a band, as many as `held`."""
-        return derivatives(value, held, clock)
+    def differences(self, value: Tensor, cached: Sequence[Tensor], clock: Clock) -> list[Tensor]:
+        """The new derivatives of a band, as many as `cached`."""
+        return derivatives(value, cached, clock)
 
     def weight(self, order: int, power: Callable[[int], Tensor]) -> Tensor:
         """The weight of a derivative in a prediction. `power`: of the distance."""
@@ -137,22 +136,22 @@ class TaylorCache(Strategy):
             total = total + derivative * self.weight(i, lambda n: distance**n)
         return total
 
-    def _bands(self, held: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    def _bands(self, cached: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         """The derivatives of each band."""
         ends = list(accumulate(order + 1 for order in self.orders))
-        return [held[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+        return [cached[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
-    def interpolated(self, value: Tensor, held: Sequence[Tensor], clock: Clock) -> Tensor:
+    def interpolated(self, value: Tensor, cached: Sequence[Tensor], clock: Clock) -> Tensor:
         """The sum over `Clock.gap` of how far the values between lay from the one computed before.
 
-        `held`: the derivatives of the computed step before, of one band.
+        `cached`: the derivatives of the computed step before, of one band.
         """
-        return slope(value, held[0], clock) * (clock.gap[1] / 1)
+        return slope(value, cached[0], clock) * (clock.gap[1] / 1)
 
-    def _missed(self, value: Tensor, held: Sequence[Tensor], clock: Clock) -> Tensor:
+    def _missed(self, value: Tensor, cached: Sequence[Tensor], clock: Clock) -> Tensor:
         """The sum of what the predictions of a band have missed."""
-        missed = self.interpolated(value, held, clock)
-        for i, derivative in enumerate(held[1:], start=1):
+        missed = self.interpolated(value, cached, clock)
+        for i, derivative in enumerate(cached[1:], start=1):
             missed = missed - derivative * self.weight(i, lambda n: clock.gap[n])
         return missed
 
@@ -167,11 +166,9 @@ class TaylorCache(Strategy):
         return torch.where(again, before, corrected)
 
     def _check_corrector(self) -> None:
-        value = self.corrector
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not 0 <= value <= 2:
-            raise OptionError("corrector", value, "a share from 0 (off) to 2, for instance 0.5")
-        if value and max(self.orders) >= MOMENTS:
+        expected = "a share from 0 (off) to 2, for instance 0.5"
+        check_range("corrector", self.corrector, 0, 2, expected)
+        if self.corrector and max(self.orders) >= MOMENTS:
             most = f"at most {MOMENTS - 1} with a corrector"
             raise OptionError("max_order", self.max_order, most)
 
@@ -189,11 +186,11 @@ class TaylorCache(Strategy):
         return "way", "measured"
 
     def measure(
-        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+        self, cached: Sequence[Tensor], value: Tensor, run_input: Tensor | None, clock: Clock
     ) -> Tensor | None:
         if self.tolerance is None:
             return None
-        predicted = self.reuse(held, start, clock)
+        predicted = self.reuse(cached, run_input, clock)
         missed, size = self.norms(value - predicted, value)
         return measured_error(missed, size, clock)
 
@@ -215,17 +212,17 @@ class TaylorCache(Strategy):
         return "; or give tolerance=0.01, say"
 
 
-def derivatives(value: Tensor, held: Sequence[Tensor], clock: Clock) -> list[Tensor]:
-    """The new `D`, as many as `held`. An order that has no predecessor yet is zero.
+def derivatives(value: Tensor, cached: Sequence[Tensor], clock: Clock) -> list[Tensor]:
+    """The new `D`, as many as `cached`. An order that has no predecessor yet is zero.
 
     A second evaluation at the same step (distance 0) keeps the differences of the first.
     """
     new = [value]
-    for i in range(len(held) - 1):
+    for i in range(len(cached) - 1):
         known = (clock.computed > i) & (clock.distance > 0)
-        difference = (new[i] - held[i]) / torch.where(known, clock.distance, math.inf)
+        difference = (new[i] - cached[i]) / torch.where(known, clock.distance, math.inf)
         again = (clock.computed > 0) & (clock.distance == 0)
-        new.append(torch.where(again, held[i + 1], difference))
+        new.append(torch.where(again, cached[i + 1], difference))
     return new
 
 

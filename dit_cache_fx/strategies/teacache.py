@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.strategies.base import RuleState, Strategy
-from dit_cache_fx.strategies.clock import Clock
+from dit_cache_fx.strategies.checks import is_number
+from dit_cache_fx.strategies.residual import ResidualCache
+from dit_cache_fx.strategies.rule import RuleState
 from dit_cache_fx.strategies.teacache_coefficients import TEACACHE_COEFFICIENTS, Coefficients
 
 SIGNALS = ("modulated", "input", "conditioning", "embedding")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeaCache(Strategy):
+class TeaCache(ResidualCache):
     """TeaCache: a reused step adds the residual of the newest computed step to its own input.
 
     Liu et al.: Timestep Embedding Tells: It's Time to Cache for Video Diffusion Models,
@@ -57,7 +58,6 @@ class TeaCache(Strategy):
     signal: str | None = None
 
     name: ClassVar[str] = "teacache"
-    reads_start: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,14 +70,6 @@ class TeaCache(Strategy):
             raise OptionError("signal", self.signal, f"one of {list(SIGNALS)}")
         if not isinstance(self.cache_name, str):
             raise OptionError("cache_name", self.cache_name, "the name of a block's argument")
-
-    def store(
-        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
-    ) -> Sequence[Tensor]:
-        return [value if start is None else value - start]
-
-    def reuse(self, held: Sequence[Tensor], start: Tensor | None, clock: Clock) -> Tensor:
-        return held[0] if start is None else start + held[0]
 
     def stream_name(self) -> str:
         return self.cache_name
@@ -128,7 +120,7 @@ class TeaCache(Strategy):
         value = self.rel_l1_thresh
         if value is None:
             return
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        if not is_number(value) or not value > 0:
             raise OptionError("rel_l1_thresh", value, "a number above 0, for instance 0.15")
 
     def _check_coefficients(self, value: Any) -> None:

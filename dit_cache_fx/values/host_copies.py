@@ -67,7 +67,7 @@ class HostCopies:
 
 def is_on_host(tensor: torch.Tensor) -> bool:
     """Whether its values can be read without a wait."""
-    return tensor.device.type == "cpu"
+    return tensor.is_cpu
 
 
 def _is_part(tensor: torch.Tensor) -> bool:

@@ -27,7 +27,7 @@ def version(tensor: torch.Tensor) -> int:
 
 def storage_key(tensor: torch.Tensor) -> int:
     """What tells a tensor's memory from others: the same for its views."""
-    owner = next(inner(tensor), tensor)
+    owner = next(inner(tensor), tensor) if is_wrapper(tensor) else tensor
     if owner.layout is not torch.strided:
         return id(owner)
     storage = owner.untyped_storage()

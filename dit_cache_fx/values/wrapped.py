@@ -12,9 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+#: types that have memory of their own and wrap nothing: most tensors of most calls
+_SIMPLE = frozenset({torch.Tensor, torch.nn.Parameter})
+
 
 def settled(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor; that of a collective which may be under way once it has arrived."""
+    if type(tensor) in _SIMPLE:
+        return tensor
     wait: Any = getattr(tensor, "trigger_wait", None)
     if wait is None:
         return tensor
@@ -36,7 +41,7 @@ def inner(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def is_wrapper(tensor: torch.Tensor) -> bool:
     """Whether its memory is that of others."""
-    return is_traceable_wrapper_subclass(tensor)
+    return type(tensor) not in _SIMPLE and is_traceable_wrapper_subclass(tensor)
 
 
 def nbytes(tensor: torch.Tensor) -> int:
@@ -46,11 +51,17 @@ def nbytes(tensor: torch.Tensor) -> int:
 
 def is_distributed(tensor: torch.Tensor) -> bool:
     """Whether it is one tensor of several processes (a DTensor)."""
-    return hasattr(tensor, "device_mesh") and hasattr(tensor, "to_local")
+    return (
+        type(tensor) not in _SIMPLE
+        and hasattr(tensor, "device_mesh")
+        and hasattr(tensor, "to_local")
+    )
 
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this process has of a tensor; all of it where each process has a summand."""
+    if type(tensor) in _SIMPLE:
+        return tensor
     if not is_distributed(tensor):
         return settled(tensor)
     spread: Any = tensor

@@ -15,7 +15,8 @@ import torch
 import dit_cache_fx
 from dit_cache_fx import CachedModel, DeepCache, DitCacheWarning, EvenTimesteps, OptionError
 from dit_cache_fx.lowering.stateful import fixed_steps
-from dit_cache_fx.strategies.schedule import PRESETS, ListedSteps, Schedule
+from dit_cache_fx.strategies.presets import PRESETS
+from dit_cache_fx.strategies.schedule import ListedSteps, Schedule
 from dit_cache_fx.strategies.timesteps import from_call
 from tests.test_errors import refused
 from tests.toys import ToyDiT, actions, make, toy_inputs

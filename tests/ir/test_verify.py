@@ -96,11 +96,11 @@ def test_a_value_that_is_no_node_is_refused() -> None:
 class TooMany(Strategy):
     """Holds more tensors than it says."""
 
-    def store(self, held, value, start, clock: Clock):  # type: ignore[no-untyped-def]
+    def store(self, cached, value, run_input, clock: Clock):  # type: ignore[no-untyped-def]
         return [value, value]
 
-    def reuse(self, held, start, clock: Clock):  # type: ignore[no-untyped-def]
-        return held[0]
+    def reuse(self, cached, run_input, clock: Clock):  # type: ignore[no-untyped-def]
+        return cached[0]
 
 
 def test_a_strategy_that_holds_more_than_it_says_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Mutants of `capture`: a graph that is not what the model does, or not for this call."""
+"""Mutants of capture: a graph that is not what the model does, or not for this call."""
 
 from __future__ import annotations
 
@@ -106,7 +106,8 @@ MUTANTS = (
         "for holder, key, value in ():",
         "the strength of LoRA of one call stays on the model",
         (
-            "tests/capture/test_surroundings.py::test_the_strength_is_given_back_when_a_block_raises",
+            "tests/capture/test_surroundings.py::"
+            "test_the_strength_is_given_back_when_a_block_raises",
         ),
     ),
     Mutant(
@@ -140,7 +141,8 @@ MUTANTS = (
         "(i, t) for i, t in enumerate(outputs)",
         "the first picture is made of what a later block has changed in place",
         (
-            "tests/capture/test_first_answer.py::test_never_cached_blocks_answer_with_what_they_gave",
+            "tests/capture/test_first_answer.py::"
+            "test_never_cached_blocks_answer_with_what_they_gave",
         ),
     ),
     Mutant(

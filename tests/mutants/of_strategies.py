@@ -1,16 +1,15 @@
-"""Mutants of `strategies`: formulas and schedules."""
+"""Mutants of strategies: formulas, rules and schedules."""
 
 from __future__ import annotations
 
 from tests.mutants.mutant import Mutant
 
 MUTANTS = (
-    # --- formulas ---
     Mutant(
         "slope-not-by-distance",
         "strategies/taylorcache.py",
-        "difference = (new[i] - held[i]) / torch.where(known, clock.distance, math.inf)",
-        "difference = (new[i] - held[i]) / torch.where(known, 1.0, math.inf)",
+        "torch.where(known, clock.distance, math.inf)\n        again",
+        "torch.where(known, 1.0, math.inf)\n        again",
         "TaylorCache goes too far where computed steps are not next to each other",
         ("tests/test_parity.py::test_taylorcache_over_the_published_schedule",),
     ),
@@ -67,13 +66,12 @@ MUTANTS = (
     ),
     Mutant(
         "residual-on-the-old-input",
-        "strategies/teacache.py",
-        "return held[0] if start is None else start + held[0]",
-        "return held[0]",
+        "strategies/residual.py",
+        "else run_input + cached[0]",
+        "else cached[0]",
         "TeaCache gives the residual alone",
         ("tests/test_parity.py::test_teacache_over_the_published_schedule",),
     ),
-    # --- rules ---
     Mutant(
         "sum-goes-on",
         "strategies/teacache.py",
@@ -108,16 +106,15 @@ MUTANTS = (
     ),
     Mutant(
         "no-number-is-no-doubt",
-        "strategies/rule.py",
+        "strategies/decision.py",
         "return Decision(computes | doubted, doubted, lost, tuple(after))",
         "return Decision(computes, torch.zeros_like(doubted), lost, tuple(after))",
         "after a signal of zeros the rule never computes again",
         ("tests/capture/test_no_number.py::test_eagerly",),
     ),
-    # --- schedules ---
     Mutant(
         "share-off-by-one",
-        "strategies/schedule.py",
+        "strategies/even.py",
         "return step == 0 or step * share // 1 > (step - 1) * share // 1",
         "return step == 0 or (step + 1) * share // 1 > step * share // 1",
         "every computed step is one too early",
@@ -125,7 +122,7 @@ MUTANTS = (
     ),
     Mutant(
         "last-step-reused",
-        "strategies/schedule.py",
+        "strategies/even.py",
         "return step == num_steps - 1 or _passes(step, self._even(num_steps))",
         "return step == num_steps or _passes(step, self._even(num_steps))",
         "the presets do not compute the last step",
@@ -138,14 +135,6 @@ MUTANTS = (
         "*range(start + interval, end, interval), *range(end, num_steps)}",
         "the published schedule lacks the first step of its interval",
         ("tests/test_errors.py::test_interval_schedule_of_hunyuan_video",),
-    ),
-    Mutant(
-        "even-by-index",
-        "strategies/schedule.py",
-        "free.pop(min(free, key=lambda k: abs(free[k] - target)))",
-        "free.pop(min(free, key=lambda k: abs(k - i * (len(places) - 1) / (count - 1))))",
-        "computed steps are even in the index, whatever the timesteps are",
-        ("tests/capture/test_timesteps.py::test_each_step_is_the_nearest_to_its_place",),
     ),
     Mutant(
         "gap-begins-at-the-computed-step",
@@ -177,7 +166,7 @@ MUTANTS = (
         "ROUNDED = 2.0**-8",
         "ROUNDED = 0.0",
         "timesteps that a pipeline has rounded to bfloat16 are taken for those of another run",
-        ("tests/capture/test_timesteps.py",),
+        ("tests/capture/test_timesteps.py::test_the_first_call_in_the_units_of_models",),
     ),
     Mutant(
         "plan-taken-as-it-is",
@@ -194,5 +183,13 @@ MUTANTS = (
         "names.add(ALIASES[-1 - lists.index(block.list_name)])",
         '"double_blocks" excludes the single blocks',
         ("tests/test_parity.py::test_deepcache_with_a_block_that_is_never_cached_by_its_alias",),
+    ),
+    Mutant(
+        "evenly-spaced-up-to-before-the-end",
+        "strategies/even.py",
+        "targets = [first + (last - first) * i / (count - 1) for i in range(1, count - 1)]",
+        "targets = [first + (last - first) * i / count for i in range(1, count - 1)]",
+        "computed steps are not even in timestep: there are too many before the end",
+        ("tests/capture/test_timesteps.py::test_each_step_is_the_nearest_to_its_place",),
     ),
 )

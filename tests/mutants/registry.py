@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from tests.mutants import of_capture, of_passes, of_runtime, of_strategies, of_the_rest
+from tests.mutants import (
+    of_calls,
+    of_capture,
+    of_dynamo,
+    of_lowering,
+    of_passes,
+    of_steps,
+    of_strategies,
+    of_values,
+)
 
 MUTANTS = (
     *of_capture.MUTANTS,
     *of_passes.MUTANTS,
-    *of_runtime.MUTANTS,
+    *of_lowering.MUTANTS,
+    *of_steps.MUTANTS,
+    *of_calls.MUTANTS,
     *of_strategies.MUTANTS,
-    *of_the_rest.MUTANTS,
+    *of_values.MUTANTS,
+    *of_dynamo.MUTANTS,
 )

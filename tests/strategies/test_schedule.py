@@ -23,7 +23,7 @@ from dit_cache_fx import (
     TaylorCache,
 )
 from dit_cache_fx.lowering.stateful import fixed_steps
-from dit_cache_fx.strategies.schedule import PRESETS
+from dit_cache_fx.strategies.presets import PRESETS
 from tests.test_errors import refused
 from tests.toys import TOY, ToyDiT, actions, generation, make
 

@@ -10,18 +10,18 @@ from dit_cache_fx.runtime.generation import Generation, as_number
 from dit_cache_fx.strategies.timesteps import Timesteps, place_of
 
 
-def share_run(hosts: Sequence[CallLog], timesteps: Timesteps) -> None:
-    """Let the models behind `hosts` share the steps of each run, and its warnings.
+def share_run(logs: Sequence[CallLog], timesteps: Timesteps) -> None:
+    """Let the models behind `logs` share the steps of each run, and its warnings.
 
     `timesteps`: of a run, one for each step. They do not take the place of those that the user has
     given to a model.
     """
     warned: set[str] = set()
-    for host in hosts:
-        count = host.count
+    for log in logs:
+        count = log.count
         count.warned = warned
-        count.began = partial(_began, [other for other in hosts if other is not host])
-        if host.strategy.timesteps is None:
+        count.began = partial(_began, [other for other in logs if other is not log])
+        if log.strategy.timesteps is None:
             count.given_timesteps, count.exact = timesteps, True
 
 

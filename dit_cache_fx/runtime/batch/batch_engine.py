@@ -10,10 +10,11 @@ from dit_cache_fx.capture import FlatCall, flatten_call
 from dit_cache_fx.lowering import CompiledSteps
 from dit_cache_fx.runtime import execution
 from dit_cache_fx.runtime.batch import Batch
+from dit_cache_fx.runtime.batch.row_check import check_rows
+from dit_cache_fx.runtime.batch.row_groups import Group, Row, answer, decide, output
 from dit_cache_fx.runtime.drive import Compiler, Serving
-from dit_cache_fx.runtime.graphs import Entry, Found, InputKey, RowsKey, RowsOf, input_key
-from dit_cache_fx.runtime.row_check import check_rows
-from dit_cache_fx.runtime.row_groups import Group, Row, answer, decide, output
+from dit_cache_fx.runtime.entry import Entry, InputKey, RowsKey, RowsOf, input_key
+from dit_cache_fx.runtime.graphs import Found
 from dit_cache_fx.values.rows import CallRows
 
 #: most kinds of calls that are known to be right by rows
@@ -63,7 +64,7 @@ class BatchEngine:
             if outdated is None:
                 result = output(members)
                 for row, call, start, one in zip(members, calls, starts, found, strict=True):
-                    row.step.commit(call.tensors, [], row.kept)
+                    row.step.commit(call.tensors, [], row.recorded)
                     engine.done(start, one)
                 return result
         engine.outdated(found[outdated.rows[0].place].entry)

@@ -12,7 +12,7 @@ from dit_cache_fx.strategies import Course
 from dit_cache_fx.strategies.clock import MOMENTS
 
 
-class Path(nn.Module):
+class GraphCourse(nn.Module):
     """A `Course` as numbers for a graph: the tensors of a `Clock` for a step.
 
     `steps`: up to how many are written out; what is behind them is taken for the last of them.
@@ -52,7 +52,7 @@ class Path(nn.Module):
         sums = (weighted * distances ** self.powers[:, None]).sum(dim=1)
         known = _at(self.ahead, clock.step)
         ahead = torch.where(known.isnan(), sums[0], known)
-        share = self._kept(clock) / torch.where(ahead == 0, 1.0, ahead)
+        share = self._share(clock) / torch.where(ahead == 0, 1.0, ahead)
         return torch.where(ahead == 0, 0.0, sums * share)
 
     def way(self, clock: ClockState) -> torch.Tensor:
@@ -61,8 +61,8 @@ class Path(nn.Module):
         moved = (ends - _at(self.positions, clock.last)) / self.whole
         return torch.where(clock.computed > 0, moved, 0.0)
 
-    def _kept(self, clock: ClockState) -> torch.Tensor:
-        """`Course.kept`."""
+    def _share(self, clock: ClockState) -> torch.Tensor:
+        """`Course.share`."""
         coming = _at(self.coming, clock.step)
         past = _at(self.positions, clock.step) - _at(self.positions, clock.last)
         way = torch.where(coming.isnan(), past, coming)

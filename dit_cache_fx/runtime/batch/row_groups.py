@@ -13,10 +13,10 @@ import torch
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.lowering import Variants
 from dit_cache_fx.lowering.lowered_program import Lowered
+from dit_cache_fx.runtime.batch.row_check import output_names
+from dit_cache_fx.runtime.batch.row_steps import RowLayout, RowSteps, sizes
 from dit_cache_fx.runtime.drive import GraphCall, Serving
-from dit_cache_fx.runtime.row_check import output_names
 from dit_cache_fx.runtime.step import Step
-from dit_cache_fx.runtime.together import Layout, Together, sizes
 from dit_cache_fx.values.pytree import unflatten
 
 
@@ -26,7 +26,7 @@ class Row:
 
     `graph`: what would answer it. `kind`: what else rows must share that are answered together.
     `carried`: what the rule's graph has computed of it; None where that is not known. `results`:
-    its outputs, and what is to be held where its step computed.
+    its outputs, and what its step recorded where it computed.
     """
 
     place: int
@@ -41,7 +41,7 @@ class Row:
         return self.results[: self.graph.variants.outputs]
 
     @property
-    def kept(self) -> list[torch.Tensor]:
+    def recorded(self) -> list[torch.Tensor]:
         return self.results[self.graph.variants.outputs :]
 
 
@@ -56,17 +56,17 @@ class Group:
 
     rows: Sequence[Row]
     variants: Variants
-    layout: Layout | None
+    layout: RowLayout | None
     given: dict[str, torch.Tensor]
-    decided: Callable[[Step | Together, dict[str, torch.Tensor]], Serving]
+    decided: Callable[[Step | RowSteps, dict[str, torch.Tensor]], Serving]
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
     changed: Callable[[], bool] = lambda: False
 
     @property
-    def step(self) -> Step | Together:
+    def step(self) -> Step | RowSteps:
         """Their steps as one."""
         steps = [row.step for row in self.rows]
-        return steps[0] if self.layout is None else Together(steps, self.layout)
+        return steps[0] if self.layout is None else RowSteps(steps, self.layout)
 
     def decide(self) -> Serving:
         """Ask the strategy's own rule, which looks at a value of the model."""
@@ -101,22 +101,22 @@ class Group:
 
 
 #: the graph for rows that have the same one by themselves, for so many rows
-Found = Callable[[Sequence[Row], int], Group]
+FindGroup = Callable[[Sequence[Row], int], Group]
 
 
-def decide(rows: Sequence[Row], found: Found) -> Serving:
+def decide(rows: Sequence[Row], find: FindGroup) -> Serving:
     """Ask the strategy's own rule for each row."""
     looking = [row for row in rows if row.graph.variants.prefix is not None]
     for row in rows:
         if row.graph.variants.prefix is None:
             row.step.decide(None)
-    for group in _groups(looking, found, lambda _: None):
+    for group in _groups(looking, find, lambda _: None):
         yield from group.decide()
 
 
-def answer(rows: Sequence[Row], found: Found) -> Serving:
+def answer(rows: Sequence[Row], find: FindGroup) -> Serving:
     """Run the rows. Returns the group whose graph is out of date, where there is one."""
-    groups = list(_groups(rows, found, lambda row: row.step.computes))
+    groups = list(_groups(rows, find, lambda row: row.step.computes))
     for group in groups:
         if group.step.computes and group.changed():
             return group
@@ -139,7 +139,9 @@ def output(rows: Sequence[Row]) -> Any:
     return unflatten(skeleton, [torch.cat(part) for part in parts])
 
 
-def _groups(rows: Sequence[Row], found: Found, kind: Callable[[Row], Hashable]) -> Iterator[Group]:
+def _groups(
+    rows: Sequence[Row], find: FindGroup, kind: Callable[[Row], Hashable]
+) -> Iterator[Group]:
     """Rows of one kind whose graph by themselves is the same, in sizes for which there is one."""
     alike: dict[Hashable, list[Row]] = {}
     for row in rows:
@@ -147,4 +149,4 @@ def _groups(rows: Sequence[Row], found: Found, kind: Callable[[Row], Hashable]) 
     for members in alike.values():
         rest = iter(members)
         for size in sizes(len(members)):
-            yield found(list(islice(rest, size)), size)
+            yield find(list(islice(rest, size)), size)

@@ -38,7 +38,7 @@ def sizes(rows: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """Where the rows are in what a graph of `count` rows takes and gives; in outputs: in front.
 
     `alone`: what one row by itself holds. `signal`: in what a rule looks at; `carried`: in what
@@ -49,12 +49,12 @@ class Layout:
     count: int
     outputs: int
     alone: Mapping[str, TensorSpec]
-    held: Mapping[str, RowPlace]
+    cached: Mapping[str, RowPlace]
     carried: Mapping[str, RowPlace | None] | None
     signal: RowPlace | None
 
     @staticmethod
-    def of(one: Lowered, many: Lowered, count: int) -> Layout:
+    def of(one: Lowered, many: Lowered, count: int) -> RowLayout:
         """Raises `CaptureError` where there is no telling the rows."""
         alone, held = one.variants.held, many.variants.held
         if one.program.output != many.program.output or alone.keys() != held.keys():
@@ -63,7 +63,7 @@ class Layout:
                 "be answered together. Call each session by itself"
             )
         signal = many.program.signal
-        return Layout(
+        return RowLayout(
             count,
             many.variants.outputs,
             alone,
@@ -74,7 +74,7 @@ class Layout:
 
     def rows(self, results: Results) -> list[list[torch.Tensor]]:
         """The outputs, and what is to be held where the step computed, of each row."""
-        places = [*[RowPlace(0)] * self.outputs, *self.held.values()]
+        places = [*[RowPlace(0)] * self.outputs, *self.cached.values()]
         split = [p.split(t) for p, t in zip(places, results, strict=False)]
         return [[rows[i] for rows in split] for i in range(self.count)]
 
@@ -116,13 +116,13 @@ def _place(name: str, one: Lowered, many: Lowered, count: int) -> RowPlace | Non
     return None if alone == together else place_of(name, alone, together, count)
 
 
-class Together:
+class RowSteps:
     """Steps of several branches that all compute, or all do not, or have not decided yet.
 
     There may be fewer than the graph has rows: the last one stands for the rest.
     """
 
-    def __init__(self, steps: Sequence[Step], layout: Layout) -> None:
+    def __init__(self, steps: Sequence[Step], layout: RowLayout) -> None:
         self._steps = steps
         self._layout = layout
 
@@ -142,7 +142,7 @@ class Together:
         held = self._layout.filled([step.held(names) for step in self._steps])
         clock = self._layout.filled([step.clock(names) for step in self._steps])
         device = next((spec.device for spec in self._layout.alone.values()), None)
-        places = self._layout.held
+        places = self._layout.cached
         joined = {name: places[name].joined([h[name] for h in held]) for name in held[0]}
         stacked = {name: torch.stack([c[name] for c in clock]) for name in clock[0]}
         return joined | {
