@@ -22,7 +22,7 @@ from torch import fx, nn
 from dit_cache_fx.errors import VerifyError
 from dit_cache_fx.ir.alone import Alone
 from dit_cache_fx.ir.contexts import generate_contexts
-from dit_cache_fx.ir.copying import body, copy_nodes
+from dit_cache_fx.ir.copying import body, copy_nodes, results_of
 from dit_cache_fx.ir.node_meta import BlockId, is_block, meta_of
 from dit_cache_fx.values.pytree import Skeleton
 from dit_cache_fx.values.tensor_spec import TensorSpec
@@ -161,8 +161,7 @@ def inline(
     new: dict[fx.Node, fx.Node] = dict(zip(places, inputs, strict=True))
     copy_nodes(graph, body(gm.graph), new)
     adopt(attributes, gm, new)
-    results: Any = gm.graph.output_node().args[0]
-    return [new[n] if isinstance(n, fx.Node) else n for n in results]
+    return [new[n] if isinstance(n, fx.Node) else n for n in results_of(gm.graph)]
 
 
 def adopt(attributes: dict[str, Any], gm: fx.GraphModule, new: Mapping[fx.Node, fx.Node]) -> None:
