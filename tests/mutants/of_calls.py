@@ -63,7 +63,10 @@ MUTANTS = (
         "return hooked.wrapped, self._number(value, hooked)",
         "return ()",
         "the pass of guidance with skipped layers is taken for the plain one",
-        ("tests/pipelines/test_modular.py",),
+        (
+            "tests/pipelines/test_modular.py::"
+            "test_a_pass_with_a_hook_of_its_own_has_a_state_of_its_own",
+        ),
     ),
     Mutant(
         "model-changes-not-seen",

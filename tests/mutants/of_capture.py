@@ -185,4 +185,12 @@ MUTANTS = (
         "a model with two timesteps computes every step",
         ("tests/runtime/test_evidence.py::test_a_second_timestep_is_no_conditioning",),
     ),
+    Mutant(
+        "digests-of-blocks-not-compared",
+        "capture/rerun.py",
+        "for name, want, got in self.pairs if not equal(want, got)",
+        "for name, want, got in self.pairs if False",
+        "blocks that read a variable of the model's module run with that of the last call",
+        ("tests/capture/test_surroundings.py::test_blocks_that_read_a_variable_are_refused",),
+    ),
 )

@@ -113,4 +113,12 @@ MUTANTS = (
             "test_the_model_is_left_as_it_was_by_a_run_that_raises",
         ),
     ),
+    Mutant(
+        "random-numbers-read-apart",
+        "dynamo/reads.py",
+        "self.random = drawn.used()",
+        "self.random = False",
+        "a compiled model reads another random number than it computes with",
+        ("tests/dynamo/test_reads.py::test_what_cannot_be_read_before_is_not_cached",),
+    ),
 )

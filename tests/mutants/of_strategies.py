@@ -185,7 +185,7 @@ MUTANTS = (
         ("tests/test_parity.py::test_deepcache_with_a_block_that_is_never_cached_by_its_alias",),
     ),
     Mutant(
-        "evenly-spaced-up-to-before-the-end",
+        "even-steps-end-early",
         "strategies/even.py",
         "targets = [first + (last - first) * i / (count - 1) for i in range(1, count - 1)]",
         "targets = [first + (last - first) * i / count for i in range(1, count - 1)]",

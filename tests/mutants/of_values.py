@@ -86,4 +86,12 @@ MUTANTS = (
         "gradients that are wanted are not there",
         ("tests/capture/test_edges.py::test_wanted_gradients_flow_and_one_warning_says_so",),
     ),
+    Mutant(
+        "one-equal-digest-is-enough",
+        "values/checksum.py",
+        "all(map(torch.equal, a, b))",
+        "any(map(torch.equal, a, b))",
+        "a block that reads such a variable passes where one of its results is the same",
+        ("tests/values/test_checksum.py::test_all_of_several_tensors_have_to_be_equal",),
+    ),
 )

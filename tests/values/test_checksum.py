@@ -7,7 +7,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_cache_fx.values.checksum import checksum
+from dit_cache_fx.values.checksum import checksum, equal
 
 KINDS = [
     torch.bool,
@@ -51,6 +51,14 @@ def test_each_bit_and_its_place_counts(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
+def test_all_of_several_tensors_have_to_be_equal() -> None:
+    one, two = (checksum(random(torch.float32, size)) for size in (5, 6))
+    assert equal([one, two], [one.clone(), two.clone()])
+    assert not equal([one, two], [one, one])
+    assert not equal([one, two], [two, one])
+    assert not equal([one, two], [one])
+
+
 def test_strides_do_not_count(dtype: torch.dtype) -> None:
     tensor = random(dtype, 6, 4)
     assert of(tensor.t()) == of(tensor.t().contiguous())
