@@ -50,7 +50,6 @@ def test_each_bit_and_its_place_counts(dtype: torch.dtype) -> None:
     assert len(seen) == 1 + len(range(0, raw.numel(), 3))
 
 
-@pytest.mark.parametrize("dtype", KINDS, ids=str)
 def test_all_of_several_tensors_have_to_be_equal() -> None:
     one, two = (checksum(random(torch.float32, size)) for size in (5, 6))
     assert equal([one, two], [one.clone(), two.clone()])
@@ -59,6 +58,7 @@ def test_all_of_several_tensors_have_to_be_equal() -> None:
     assert not equal([one, two], [one])
 
 
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
 def test_strides_do_not_count(dtype: torch.dtype) -> None:
     tensor = random(dtype, 6, 4)
     assert of(tensor.t()) == of(tensor.t().contiguous())
