@@ -34,8 +34,8 @@ MUTANTS = (
         "passes/find_values.py",
         "roots += [c for c in program.block_calls() if block_of(c) not in cached]",
         "roots += []",
-        "a block that is never cached gets nothing on a reused step",
-        ("tests/test_parity.py::test_deepcache_with_a_block_that_is_never_cached",),
+        "the blocks before one that is never cached run on every step",
+        ("tests/lowering/test_variants.py::test_what_two_runs_need_is_computed_once",),
     ),
     Mutant(
         "parts-of-a-stream-start-nowhere",
@@ -89,7 +89,7 @@ MUTANTS = (
         "graph.eliminate_dead_code(is_kept)",
         "graph.eliminate_dead_code(lambda node: node.op in ('placeholder', 'output'))",
         "a rule decides by nothing",
-        ("tests/passes/test_golden.py::Golden::test_teacache_rule",),
+        ("tests/lowering/test_golden.py::Variants::test_prefix_of_a_rule",),
     ),
     Mutant(
         "passes-not-verified",
@@ -143,6 +143,9 @@ MUTANTS = (
         "+ [begin, after]",
         "+ [after, begin]",
         "the residual of image and text is set against the image's rows in the text's places",
-        ("tests/test_parity.py::test_teacache_over_the_published_schedule",),
+        (
+            "tests/ir/test_streams.py::"
+            "test_a_residual_of_joined_rows_has_the_stream_in_its_own_rows",
+        ),
     ),
 )
