@@ -33,6 +33,7 @@ from tests.toys import (
     InPlaceLayersDiT,
     InPlaceReadDiT,
     JoinedDiT,
+    MaskedDiT,
     NestedDiT,
     NoHeadDiT,
     OptionsDiT,
@@ -179,6 +180,22 @@ def test_mask_length_that_changes_within_a_generation_is_never_answered_with_the
     cached(**first)
     assert torch.equal(flat(cached(**second)), flat(model_of(model_case)(**second)))
     assert cached.cache_report().calls_computed == 2
+
+
+def test_in_a_cache_context_too_a_mask_of_another_length_computes() -> None:
+    """There conditioning may vary, but what is held comes from so many rows."""
+    model = make(MaskedDiT)
+    cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps={0})
+    done = ""
+    for step, length in enumerate((4, 4, 4, 4, 2, 2, 3, 3)):
+        mask = torch.arange(4)[None] < length
+        inputs = toy_inputs(900.0 - 100 * step, seed=0) | {"mask": mask}
+        inputs["text"] = inputs["text"] + 0.01 * step
+        with cached.cache_context("cond"):
+            got = cached(**inputs)
+        done += actions(cached)[-1]
+        assert done[-1] == "r" or torch.equal(got, model(**inputs))
+    assert done == "CCrrCrCr"
 
 
 @pytest.mark.parametrize("name", ["HunyuanVideo15Transformer3DModel", "OfficialHunyuanVideo15"])

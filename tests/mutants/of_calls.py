@@ -43,7 +43,7 @@ MUTANTS = (
         "what a model has held on one side of a guard is used on the other side",
         (
             "tests/capture/test_capture.py::"
-            "test_branches_on_both_sides_of_a_guard_have_states_of_their_own",
+            "test_another_answer_within_a_generation_begins_with_nothing_held",
         ),
     ),
     Mutant(

@@ -45,11 +45,8 @@ MUTANTS = (
         "runtime/step.py",
         "again = self._computed > 0 and branch.last_computed == self.index",
         "again = False",
-        "the slopes of TaylorCache go wrong where a step is evaluated twice",
-        (
-            "tests/strategies/test_corrector.py::"
-            "test_a_second_evaluation_of_a_step_keeps_the_correction",
-        ),
+        "NewtonCache follows a wrong parabola where a sampler evaluates a step twice",
+        ("tests/runtime/test_step.py::test_a_second_evaluation_of_a_step_counts_once",),
     ),
     Mutant(
         "distance-not-used",
@@ -75,7 +72,7 @@ MUTANTS = (
         "a prompt of another length gets the state of the one before",
         (
             "tests/capture/test_edges.py::"
-            "test_mask_length_that_changes_within_a_generation_is_never_answered_with_the_old_state",
+            "test_in_a_cache_context_too_a_mask_of_another_length_computes",
         ),
     ),
     Mutant(
@@ -84,7 +81,11 @@ MUTANTS = (
         "return way if way in allowed else None",
         "return way",
         "the next picture goes on with the state of the one before",
-        ("tests/capture/test_edges.py::test_two_generations_with_two_prompts",),
+        (
+            "tests/runtime/test_evidence.py::"
+            "test_a_timestep_that_moves_back_begins_anew_whatever_the_sample_says",
+            "tests/test_lifecycle.py::test_cur_timestep_that_goes_back_starts_a_generation",
+        ),
     ),
     Mutant(
         "same-timestep-is-same-step",
@@ -119,17 +120,9 @@ MUTANTS = (
         "slack = 2 * _rounding(as_number(value))",
         "slack = 0.0",
         "timesteps in bfloat16 compute where they round up",
-        ("tests/runtime/test_evidence.py::test_timesteps_that_round_to_one_value_are_steps",),
-    ),
-    Mutant(
-        "timesteps-of-another-run-learnt",
-        "runtime/step_count.py",
-        "if known is not None and known[0] == value and number in (None, len(known)):",
-        "if known is not None and number in (None, len(known)):",
-        "a run with another start is placed by the timesteps of the run before",
         (
-            "tests/capture/test_timesteps.py::"
-            "test_those_of_a_longer_run_are_not_taken_for_a_shorter_one",
+            "tests/runtime/test_evidence.py::"
+            "test_rounded_timesteps_do_not_jump_where_samples_tell_nothing",
         ),
     ),
     Mutant(
@@ -149,6 +142,17 @@ MUTANTS = (
         (
             "tests/runtime/test_evidence.py::"
             "test_requests_with_one_prompt_in_turn_are_told_apart_by_their_samples",
+        ),
+    ),
+    Mutant(
+        "another-run-not-noticed",
+        "runtime/step_count.py",
+        "if course.learnt and course.timesteps[:2] != values:",
+        "if False:",
+        "a run of other timesteps is placed by those of the run before",
+        (
+            "tests/capture/test_timesteps.py::"
+            "test_those_of_a_longer_run_are_not_taken_for_a_shorter_one",
         ),
     ),
 )
