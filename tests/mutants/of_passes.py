@@ -89,7 +89,7 @@ MUTANTS = (
         "graph.eliminate_dead_code(is_kept)",
         "graph.eliminate_dead_code(lambda node: node.op in ('placeholder', 'output'))",
         "a rule decides by nothing",
-        ("tests/lowering/test_golden.py::Variants::test_prefix_of_a_rule",),
+        ("tests/strategies/test_protocol.py::test_the_residual_of_the_first_blocks",),
     ),
     Mutant(
         "passes-not-verified",
