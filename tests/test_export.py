@@ -216,7 +216,9 @@ def test_a_masked_selection_is_of_the_exported_size() -> None:
 
 
 def test_a_model_that_is_not_cached_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"cached='ToyDiT': what dit_cache_fx.apply returned"):
+    with pytest.raises(
+        OptionError, match=r"cached='ToyDiT': the cached model that dit_cache_fx.apply returned"
+    ):
         export(make(ToyDiT), (), toy_inputs(1000.0))  # type: ignore[arg-type]
 
 
@@ -226,7 +228,10 @@ WRONG = {
         r"x='torch.float32\[1, 7, 8\] on cpu': exported for torch.float32\[1, 6, 8\] on cpu",
     ),
     "dtype": ({"text": torch.zeros(1, 4, 8).half()}, r"text='torch.float16\[1, 4, 8\] on cpu'"),
-    "kind": ({"text": [torch.zeros(1, 4, 8)]}, r"arguments=.*: those that the program was exp"),
+    "kind": (
+        {"text": [torch.zeros(1, 4, 8)]},
+        r"arguments=.*: the arguments that the program was exp",
+    ),
 }
 
 

@@ -1,8 +1,8 @@
-"""From a model's forward to a checked `Program`, in one recorded run of the model.
+"""Capture a model's forward as a checked `Program`, with one recorded run of the model.
 
-`record` runs the model once, `trace` makes the graph of what it does around its leaf modules,
-`normal_form` makes that a program, `mark_blocks` finds the trunk and `check` compares program and
-model on inputs that neither has seen.
+`record` runs the model once, `trace` makes a graph of its own code around the leaf modules,
+`normal_form` turns that into a program, `mark_blocks` finds the trunk, and `check` compares program
+and model on inputs that neither has seen.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ log = logging.getLogger(__name__)
 def capture(subject: Subject, call: FlatCall, timestep_argument: str | None) -> Captured:
     """Capture the model for calls like `call`; its blocks run once, for this call's own answer.
 
-    `timestep_argument`: None where it is to be found; the program has what it is.
-    Raises `DiscoveryError` where blocks or timestep cannot be told, `CaptureError` where the graph
-    cannot be made or differs from the model.
+    `timestep_argument`: None to find it; the program contains the result. Raises `DiscoveryError`
+    if blocks or timestep cannot be determined, `CaptureError` if there is no graph or it differs
+    from the model.
     """
     with torch.inference_mode(False), torch.no_grad():
         tensors = [t.clone() if t.is_inference() else t for t in call.tensors]
@@ -71,7 +71,7 @@ def capture(subject: Subject, call: FlatCall, timestep_argument: str | None) -> 
                 )
             captured.unread = unread
             if subject.check:
-                with _explained("the captured graph fails where the model does not"):
+                with _explained("the captured graph fails, and the model does not"):
                     _check(subject, captured, call, tensors)
     return captured
 
@@ -85,7 +85,7 @@ def _traced(
     recording: Recording,
     timestep_argument: str | None,
 ) -> Captured:
-    """The graph of a recorded call, its blocks marked."""
+    """Trace a recorded call, and mark its blocks."""
     members = {m: leaves[m] for blocks in lists for m in blocks.modules}
     with _explained("the model's own code (outside its blocks and layers) cannot be traced"):
         traced = trace(lambda inputs: subject.run(call, inputs), tensors, leaves, recording)
@@ -98,8 +98,8 @@ def _traced(
     mark_signal(program, subject.strategy, recording)
     trunk = {str(node.target) for node in program.block_calls()}
     blocks = {m: name for m, name in members.items() if f"model.{name}" in trunk}
-    # what forward sets on a module, the graph depends on: then nothing of the model is looked
-    # up live without a check
+    # The graph depends on attributes that forward sets on a module: then no module is looked up
+    # live without a check.
     whole = set() if recording.settings else set(leaves)
     captured = Captured(program, program.gm, guards, recording, blocks, whole, set(), subject.turns)
     captured.not_recorded = not_recorded(program, recording)
@@ -114,16 +114,16 @@ def _traced(
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """The model has just answered this call: what fails now is the capture, not the call."""
+    """Explain errors as faults of the capture: the model itself has just answered this call."""
     try:
         yield
     except (DitCacheError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise CaptureError(
-            f"{what}: {type(error).__name__}: {error}. Move what fails into a block or a layer, or "
-            "make it before the call and pass it as an argument; or make such calls between "
-            "disable() and enable()"
+            f"{what}: {type(error).__name__}: {error}. Move the failing code into a block or a "
+            "layer, or compute its result before the call and pass it as an argument; or make "
+            "such calls between disable() and enable()"
         ) from error
 
 
@@ -134,9 +134,9 @@ def _recorded(
     lists: Sequence[BlockList],
     leaves: dict[nn.Module, str],
 ) -> tuple[Recording, list[str]]:
-    """Record the model; one of the `leaves` that answers with numbers is looked into, and removed.
+    """Record the model; a layer that returns numbers is removed from `leaves` and traced.
 
-    Also returns the attributes that it sets and never reads, in words.
+    Also return the attributes that it sets and never reads, in words.
     """
     model = subject.model
     members = {m: leaves[m] for blocks in lists for m in blocks.modules}
@@ -196,7 +196,7 @@ def _check(
                 sampled=captured.recording.suspect,
             )
         except IllegalInputs as error:
-            log.info("the model refuses inputs made up for a check: %r", error.__cause__)
+            log.info("the model refuses inputs generated for a check: %r", error.__cause__)
             continue
         if not every(captured.ranks, difference is None):
             raise refuse(difference or ANOTHER)
@@ -210,7 +210,7 @@ def _check_number(
     tensors: Sequence[torch.Tensor],
     timestep_position: int,
 ) -> None:
-    """The graph takes the timestep as a tensor: that must act as the number does."""
+    """Check that the timestep acts the same as a tensor, which the graph takes, and as a number."""
     numbered: list[Any] = [*tensors]
     numbered[timestep_position] = call.number
     arguments = unflatten_call(call.skeleton, numbered)

@@ -1,8 +1,8 @@
-"""Phase one of a capture: run the model once as it is, and note what each leaf module returned.
+"""Phase one of a capture: run the model once, unchanged, and record its leaf modules' results.
 
 The blocks run exactly once, outside of any tracer. Tracing (phase two) and the first computed step
-then replay what was recorded, so a capture costs no second forward pass. Where forward has changed
-something around its blocks that they may read, they run once more, in the graph (`rerun`).
+then replay the recording, so a capture costs no second forward pass. If forward changed something
+around its blocks that they may read, they run a second time, in the graph (`rerun`).
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def record(
     opened: Mapping[nn.Module, Mapping[nn.Module, str]] | None = None,
     watch: Watch | None = None,
 ) -> Recording:
-    """Run the model and record its leaf modules' calls.
+    """Run the model, and record its leaf modules' calls.
 
-    A block's output is held only when something other than a cached block reads it: holding every
-    block's output would be what the cache is here to avoid. `always_run` are the blocks that are
-    never cached; what they read and give is held too. `opened`: blocks -> their parts, whose calls
-    are recorded as well. `watch` sees what the model sets around its modules; with it, digests of
-    what blocks give are noted.
+    A block's output is held only if something other than a cached block reads it; holding every
+    output would defeat the purpose of the cache. `always_run` are the blocks that are never cached;
+    their inputs and outputs are held too. `opened`: blocks -> their parts, whose calls are recorded
+    as well. `watch` observes the attributes that the model sets on its modules; with it, checksums
+    of block outputs are recorded.
     """
     recorder = _Recorder(blocks, {b for b in blocks if b not in always_run}, opened or {}, watch)
     with intercepted(leaves, recorder.handle), recorder.reader:
@@ -114,7 +114,7 @@ class _Recorder:
         self.reader.produced(made, outputs)
         if module not in self._blocks:
             self.reader.hold(made, outputs)
-        elif module not in self._cached:  # a copy: whoever gets it may change it in place
+        elif module not in self._cached:  # a copy: the reader may change it in place
             made.values.update((i, t.clone()) for i, t in enumerate(outputs))
 
     def _within(self, name: str) -> Within:
@@ -149,7 +149,7 @@ def _note_changes(
     given: Skeleton,
     arguments: Any,
 ) -> None:
-    """Note what the call has changed of its arguments."""
+    """Note the arguments that the call changed."""
     after, form = flatten(arguments)
     made.rewrites = given != form or any(a is not b for a, b in zip(inputs, after, strict=True))
     shapes = [t.shape for t in inputs]
@@ -159,13 +159,13 @@ def _note_changes(
 
 
 class _Reader(TorchDispatchMode):
-    """Watches which recorded outputs are read by the model's own code."""
+    """Watches which recorded outputs the model's own code reads."""
 
     def __init__(self) -> None:
         super().__init__()
-        #: by id of a tensor that a module gave: of which call, which of its tensors
+        #: by id of an output tensor: its call, and its index there
         self._origin: dict[int, tuple[ref[torch.Tensor], RecordedCall, int]] = {}
-        #: what is held itself, by the memory that it is in
+        #: outputs that are held without a copy, by their memory
         self._held: dict[int, list[tuple[RecordedCall, int]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -191,7 +191,7 @@ class _Reader(TorchDispatchMode):
                 call.values[index] = call.values[index].clone()
 
     def changed(self, places: Collection[int]) -> None:
-        """A module has changed this memory: what was held there is not known any more."""
+        """A module has changed this memory: forget the outputs that were held there."""
         for place in places:
             for call, index in self._held.pop(place, ()):
                 del call.values[index]
@@ -199,7 +199,7 @@ class _Reader(TorchDispatchMode):
     def reads(self, tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:
             origin = self._origin.get(id(tensor))
-            if origin is None or origin[0]() is not tensor:  # an id may come back
+            if origin is None or origin[0]() is not tensor:  # ids are reused
                 continue
             _, call, index = origin
             if index not in call.values:  # a copy: the model may change it in place afterwards
@@ -207,7 +207,7 @@ class _Reader(TorchDispatchMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Take the mode off: what runs inside must not see it (compiled blocks refuse modes)."""
+        """Disable the mode: code inside must not see it (compiled blocks refuse modes)."""
         self.__exit__(None, None, None)
         try:
             yield

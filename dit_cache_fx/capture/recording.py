@@ -1,4 +1,4 @@
-"""What is recorded of a run of the model: the calls of its leaf modules, and its result."""
+"""The recording of a model run: the calls of its leaf modules, and its result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dit_cache_fx.values.wrapped import Layout, laid_out
 
 @dataclass
 class Inside:
-    """What a block did inside: the call that it got, and the calls of its parts."""
+    """The inside of a block: its call, and the calls of its parts."""
 
     block: nn.Module
     parts: Mapping[nn.Module, str]
@@ -41,19 +41,19 @@ class RecordedCall:
     skeleton: Skeleton
     layouts: list[Layout | None] = field(default_factory=list)
     values: dict[int, torch.Tensor] = field(default_factory=dict)
-    mutated: tuple[int, ...] = ()  # which of its tensor arguments it changed in place
+    mutated: tuple[int, ...] = ()  # the tensor arguments that it changed in place
     like: tuple[int | None, ...] = ()  # for each output a tensor argument of the same shape
     inside: Inside | None = None
-    rewrites: bool = False  # whether it put something else into a container among its arguments
+    rewrites: bool = False  # whether it changed a container among its arguments
     changed: frozenset[int] = frozenset()  # addresses of memory that it changed
-    writes: frozenset[int] = frozenset()  # the same, where it did not return it
+    writes: frozenset[int] = frozenset()  # the same, without returning it
     within: Within = field(default_factory=Within)  # the contexts that it was called in
-    digests: Checksums = field(default_factory=list)  # of what it returned
-    split: Split | None = None  # what hooks leave of its arguments
-    random: RandomState | None = None  # what it drew its random numbers from
+    digests: Checksums = field(default_factory=list)  # of its results
+    split: Split | None = None  # hooks that split its arguments
+    random: RandomState | None = None  # the random state that it started from
 
     def outputs(self) -> list[torch.Tensor]:
-        """What it returned, as new tensor objects; placeholders where no value was recorded."""
+        """Return its results as new tensor objects; placeholders for values not recorded."""
         return [
             self.values[i].detach() if i in self.values else laid_out(spec.placeholder(), layout)
             for i, (spec, layout) in enumerate(zip(self.specs, self.layouts, strict=True))
@@ -62,21 +62,21 @@ class RecordedCall:
 
 @dataclass
 class Recording:
-    """The calls of the leaf modules in order, and what the model returned."""
+    """The calls of the leaf modules in order, and the model's result."""
 
     calls: list[RecordedCall]
     output: Any
-    settings: tuple[Setting, ...] = ()  # what forward sets on its modules
+    settings: tuple[Setting, ...] = ()  # attributes that forward sets on its modules
     suspect: bool = False  # whether blocks may depend on more than their arguments
     before: Attributes = field(default_factory=dict)  # of the modules, before the recorded run
-    world: World | None = None  # what blocks may read beside them, before the recorded run
+    world: World | None = None  # other state that blocks may read, before the recorded run
 
     def of_each(self, names: Iterable[str]) -> dict[str, Iterator[RecordedCall]]:
-        """The calls of each of these modules, in order."""
+        """Return the calls of each of these modules, in order."""
         return {name: iter([c for c in self.calls if c.name == name]) for name in names}
 
     def forget(self) -> None:
-        """Let go of the values: only the first answer needs them."""
+        """Drop the values: only the first answer needs them."""
         self.output, self.before, self.world = None, {}, None
         for made in self.calls:
             made.values.clear()

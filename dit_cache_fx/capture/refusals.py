@@ -1,4 +1,4 @@
-"""Models whose cached steps could not do the same are refused."""
+"""Refuse models whose cached steps could not behave like the model."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from dit_cache_fx.ir.program import Program, inputs_behind
 from dit_cache_fx.values.identity import storage_key
 
 _APART = (
-    "a cached step could not do the same. Make such calls between disable() and enable(), turn off "
-    "the option that asks for them (a cache of keys and values, say), or let the module return the "
-    "value instead"
+    "a cached step could not do the same. Make such calls between disable() and enable(), turn "
+    "off the option that causes it (a cache of keys and values, for example), or let the module "
+    "return the value instead"
 )
 
 
@@ -31,9 +31,9 @@ def require_timestep(call: FlatCall, timestep_argument: str) -> None:
 
 
 def refuse_read_number(call: FlatCall, program: Program, guards: Guards | None) -> None:
-    """Refuse a model whose own code computes with the value of a timestep that is a number.
+    """Refuse a model whose own code computes with the value of a number as timestep.
 
-    What it makes of it would be a constant of the graph: every step would be captured anew.
+    The result would be a constant of the graph: every step would need a new capture.
     """
     if call.number is None or guards is None:
         return
@@ -42,9 +42,9 @@ def refuse_read_number(call: FlatCall, program: Program, guards: Guards | None) 
         if program.timestep_input in given and not isinstance(value, (bool, torch.Size)):
             raise CaptureError(
                 "the model's own code computes with the value of the timestep "
-                f"{program.timestep_argument!r} outside of torch (float(), math.log(), a look-up): "
-                "that is another graph for each step. Pass it as a tensor, and let the model "
-                "compute with torch (torch.log), or do so in a block or a layer"
+                f"{program.timestep_argument!r} outside of torch (float(), math.log(), a "
+                "look-up): every step would need its own graph. Pass it as a tensor, and let the "
+                "model compute with torch (torch.log), or do so in a block or a layer"
             )
 
 
@@ -61,7 +61,7 @@ def refuse_rewritten_arguments(recording: Recording) -> None:
 def refuse_written_memory(
     model: nn.Module, call: FlatCall, tensors: Sequence[torch.Tensor], recording: Recording
 ) -> None:
-    """Refuse a module that keeps a value for later, in memory that outlives the call."""
+    """Refuse a module that keeps a value in memory that outlives the call."""
     if not any(made.writes for made in recording.calls):
         return
     lasting = {storage_key(t): f"the model's {name!r}" for name, t in owned_tensors(model)}

@@ -1,4 +1,4 @@
-"""From Dynamo's graph, called with tensors of certain shapes, to graphs that answer its calls."""
+"""Lower Dynamo's graph, called with tensors of certain shapes, to graphs that answer its calls."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dit_cache_fx.values.tensor_spec import TensorSpec
 from dit_cache_fx.values.wrapped import is_distributed
 
 _DISTRIBUTED = (
-    "the call has distributed tensors (DTensor), and a backend makes none; use "
+    "the call has distributed tensors (DTensor), which a backend does not support; use "
     "dit_cache_fx.apply(model, ...), then torch.compile or compile_steps()"
 )
 
@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 class DynamoEntry(Lowered):
     """Graphs that answer calls of Dynamo's graph.
 
-    `changed`: which of its tensors the graph changes in place. Where there are any, the graphs give
-    the output and what is in these afterwards.
+    `changed`: the tensors that the graph changes in place. If there are any, the graphs return the
+    output and the new values of these tensors.
     """
 
     changed: tuple[int, ...] = ()
@@ -56,11 +56,11 @@ def lower(
     whole: bool,
     alone: Alone | None = None,
 ) -> DynamoEntry:
-    """The graphs for inputs like these, which `compile_graph` compiles when they are called first.
+    """Return the graphs for inputs like these; `compile_graph` compiles them on their first call.
 
     `whole`: Dynamo's graph is the whole model, not a piece of it.
 
-    Raises `CaptureError` or `DiscoveryError` where there can be none.
+    Raises `CaptureError` or `DiscoveryError` if there can be none.
     """
     strategy = spread_over(shared.call_log.strategy, shared.ranks)
     given = [inputs[i] for i in outlined.given if i < len(inputs)]
@@ -97,10 +97,10 @@ def lower(
 
 
 def _identity(variants: Variants, outlined: Outlined) -> Hashable:
-    """What tells programs apart: the code of their graphs, the constants in it, what is held.
+    """Return the identity of a program: the code of its graphs, their constants, the held tensors.
 
-    A timestep that is a constant is another one in each of its graphs, and so is what the code
-    makes of it; they are told apart by the other numbers that the model was called with.
+    A timestep that is a constant differs in each of its graphs, and so do the values that the code
+    computes from it; the other numbers in the model's call separate programs then.
     """
     parts = [p for p in (variants.prefix, variants.compute, variants.reuse) if p is not None]
     moves = outlined.constant is not None

@@ -1,4 +1,4 @@
-"""What the published helpers do otherwise, for results that must stay as they were."""
+"""Deviations of the published helpers, for results that must not change."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dit_cache_fx.strategies import Clock, TaylorCache, TeaCache
 
 
 class StoredInputTeaCache(TeaCache):
-    """The residual is added to the input that it was taken from."""
+    """TeaCache that adds the residual to the input from which it was computed."""
 
     def store(
         self, cached: Sequence[Tensor], value: Tensor, run_input: Tensor | None, clock: Clock
@@ -22,7 +22,7 @@ class StoredInputTeaCache(TeaCache):
 
 
 class LateTaylorCache(TaylorCache):
-    """A generation's first computed step does not count: differences start from the second."""
+    """TaylorCache that ignores a generation's first computed step in its differences."""
 
     def store(
         self, cached: Sequence[Tensor], value: Tensor, run_input: Tensor | None, clock: Clock

@@ -1,4 +1,4 @@
-"""Lowering to one graph for each kind of step; which one runs is decided on the host."""
+"""Lower to one graph for each kind of step; the host decides which one runs."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from dit_cache_fx.values.tensor_spec import TensorSpec
 class Variants:
     """A program as graphs without a decision in them.
 
-    `compute` gives `outputs` values of the model, then the tensors to hold; `reuse` the values of
-    the model alone. Their operands are among the call's inputs, the clock (`distance`, `computed`,
-    `gap`, `reach`, `way`), what is `held` (name -> spec, run after run) and what is `carried`.
-    `prefix`, where the strategy has a rule of its own that looks at a value of the model, gives
-    that value, then the carried tensors; None otherwise.
+    `compute` gives `outputs` values of the model, then the tensors to hold; `reuse` gives the
+    values only. Their operands are among the call's inputs, the clock (`distance`, `computed`,
+    `gap`, `reach`, `way`), the `held` tensors (name -> spec, run after run) and the `carried` ones.
+    `prefix`, if the strategy has a rule that reads a value of the model, gives that value, then the
+    carried tensors; otherwise None.
     """
 
     compute: Part
@@ -49,11 +49,11 @@ class Variants:
 
     @property
     def measured(self) -> list[str]:
-        """Which of `held` is what was measured of a value."""
+        """Return the names in `held` that are measurements."""
         return [name for name in self.held if is_measured(name)]
 
     def mapped(self, function: Callable[[Part], Part]) -> Variants:
-        """The same with `function` of each graph."""
+        """Apply `function` to each graph."""
         prefix = self.prefix and function(self.prefix)
         return replace(
             self, compute=function(self.compute), reuse=function(self.reuse), prefix=prefix
@@ -61,7 +61,7 @@ class Variants:
 
 
 def lower_variants(program: Program) -> Variants:
-    """The graphs of a program's steps.
+    """Build the graphs of a program's steps.
 
     Before:
 
@@ -85,7 +85,7 @@ def lower_variants(program: Program) -> Variants:
 
 
 def _held(program: Program) -> dict[str, TensorSpec]:
-    """What is held of each value of each run, by the names that the runs' sides give it."""
+    """Return the specs of the held tensors of all runs, by the operand names of their sides."""
     held: dict[str, TensorSpec] = {}
     for run in cached_runs(program.graph):
         side: fx.GraphModule = getattr(program.gm, run.reuse)
@@ -97,9 +97,9 @@ def _held(program: Program) -> dict[str, TensorSpec]:
 
 
 def _prefix(program: Program) -> tuple[Part | None, tuple[str, ...]]:
-    """The graph of what the strategy's rule looks at, and the names of what else it computes.
+    """Build the graph of the rule's signal, and return the names of what else it computes.
 
-    Views are not carried: the graphs that are given their base make them again.
+    Views are not carried: the graphs rebuild them from their base.
     """
     signal = program.signal
     if signal is None:
@@ -121,13 +121,13 @@ def _prefix(program: Program) -> tuple[Part | None, tuple[str, ...]]:
 
 
 def _needed(signal: fx.Node) -> set[fx.Node]:
-    """What the signal is made of, with every item of the containers among it."""
+    """Return the nodes that the signal needs, with every item of their containers."""
     needed = ancestors([signal])
     return needed | {user for node in needed if spec_of(node) is None for user in items_of(node)}
 
 
 class _Side:
-    """Writes the graph of one kind of step: each run gives way to one of its two sides."""
+    """Writes the graph of one kind of step: each run is replaced by one of its two sides."""
 
     def __init__(self, program: Program, kind: str, carried: Sequence[str]) -> None:
         self.program = program
@@ -142,7 +142,7 @@ class _Side:
         inputs = program.graph.find_nodes(op="placeholder")
         for node in (*map(program.node, carried), *inputs):
             self.new[node] = self.graph.placeholder(node.name)
-        #: the prefix has run these: a block among them is not to run again for its own sake
+        #: nodes of the prefix: blocks among them do not run again for their own sake
         self.done = set() if program.signal is None else _needed(program.signal)
 
     def lower(self) -> Part:
@@ -155,7 +155,7 @@ class _Side:
         return Part.of(self.program.model, self.attributes, self.graph, self.kind.capitalize())
 
     def _instead(self, node: fx.Node) -> Any:
-        """What stands for a run, for one of its values, and for what is there already."""
+        """Return the replacement of a run, of one of its values, or of an existing node."""
         if is_cached_run(node):
             return self._inlined(CachedRun.of(node))
         values = self.new[node.all_input_nodes[0]] if node.target is operator.getitem else None
@@ -168,7 +168,7 @@ class _Side:
         return None if origin is None else self.sunk.get(origin)
 
     def _inlined(self, run: CachedRun) -> list[fx.Node]:
-        """Copy one side of a run to the graph; returns the run's values."""
+        """Copy one side of a run to the graph; return the run's values."""
         side: fx.GraphModule = getattr(self.program.gm, getattr(run, self.kind))
         places = side.graph.find_nodes(op="placeholder")
         inputs = [*run.run_inputs, *(run.operands if self.kind == "compute" else ())]

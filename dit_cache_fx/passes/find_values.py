@@ -1,4 +1,4 @@
-"""Pass 2, liveness: which values leave a cached run, and the run input of each."""
+"""Pass 2: liveness. Find the values that leave each cached run, and the run input of each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dit_cache_fx.strategies import Strategy
 
 
 def find_values(program: Program, strategy: Strategy) -> None:
-    """For each run the values that something reads which runs on a reused step too.
+    """Find, for each run, the values with a reader that also runs on a reused step.
 
     Before: `program.regions[0]` is `[blocks.0, blocks.1, blocks.2]` in
 
@@ -32,14 +32,14 @@ def find_values(program: Program, strategy: Strategy) -> None:
         %out = call_module[model.proj_out](%img3)
 
     After: the same graph, and `program.regions[0].values` is `("img3",)`: the only one of six
-    tensors that is cached. Where the strategy reads the run's inputs, `inputs` names it (here
-    "img"), else None. A strategy of the whole model caches the output; its run input is the sample.
+    tensors that is cached. If the strategy reads the run's inputs, `inputs` names it (here "img"),
+    otherwise None. A strategy of the whole model caches the output; its run input is the sample.
     """
     if strategy.whole_model:
         program.regions = (_whole(program),)
     else:
         program.regions = _runs(program, strategy)
-    for node in program.graph.nodes:  # those that are read stay
+    for node in program.graph.nodes:  # values with readers stay
         mark(node, part=False)
 
 
@@ -55,7 +55,7 @@ def _runs(program: Program, strategy: Strategy) -> tuple[Region, ...]:
 
 
 def _whole(program: Program) -> Region:
-    """One run of all blocks and what follows them."""
+    """Return one run of all blocks and everything after them."""
     blocks = tuple(block_of(call) for call in program.block_calls())
     run_input = sample_like_output(program)
     values = [node.name for node in program.outputs_of_blocks()]
@@ -63,7 +63,7 @@ def _whole(program: Program) -> Region:
 
 
 class _Cut:
-    """Where everything that runs on a reused step is cut off from the cached runs."""
+    """The cut between the cached runs and everything that runs on a reused step."""
 
     def __init__(self, program: Program, strategy: Strategy) -> None:
         self.program = program
@@ -75,10 +75,10 @@ class _Cut:
         self.always = _always(program, cached)
 
     def find(self) -> dict[fx.Node, fx.Node | None]:
-        """Each value that is cached, with its run input.
+        """Return each cached value with its run input.
 
-        A run input is computed on a reused step as well, and may need values of its own:
-        so the search goes on until nothing new is reached.
+        A run input is computed on a reused step as well and may need values of its own, so the
+        search repeats until it reaches nothing new.
         """
         run_inputs: dict[fx.Node, fx.Node | None] = {}
         while True:
@@ -113,7 +113,7 @@ class _Cut:
 
 
 def _always(program: Program, cached: set[BlockId]) -> list[fx.Node]:
-    """What runs on every step in any case: the output, and blocks that are never cached."""
+    """Return the nodes that run on every step: the output, and blocks that are never cached."""
     roots = [program.graph.output_node()]
     roots += [c for c in program.block_calls() if block_of(c) not in cached]
     if program.signal is not None:
@@ -122,5 +122,5 @@ def _always(program: Program, cached: set[BlockId]) -> list[fx.Node]:
 
 
 def _is_slice(node: fx.Node) -> bool:
-    """A part of a joined stream (image rows of image and text) is a value of its own."""
+    """Return whether the node is a part of a joined stream (image rows of image and text)."""
     return node.target is torch.ops.aten.slice.Tensor

@@ -1,4 +1,4 @@
-"""The two sides of a cached run, with the strategy's functions traced into them."""
+"""Build the two sides of a cached run, with the strategy's functions traced into them."""
 
 from __future__ import annotations
 
@@ -29,11 +29,10 @@ from dit_cache_fx.values.tensor_spec import TensorSpec
 
 
 class Subgraphs:
-    """Builds the sides of one run.
+    """Builds the two sides of one run.
 
-    Both take, for each value, the tensors that are cached for it (what was measured of it is the
-    last, where something is), then those of a `Clock`, then the run's inputs; the compute
-    side also its operands.
+    For each value, both sides take the cached tensors (the measurement last, if there is one), then
+    those of a `Clock`, then the run's inputs. The compute side also takes its operands.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class Subgraphs:
         self.measures = [self._traced("measure", i) for i in self._indexes()]
 
     def compute(self, members: set[fx.Node]) -> fx.GraphModule:
-        """Runs the blocks; returns the values, then all that is to be cached."""
+        """Build the side that runs the blocks; it returns the values, then the tensors to cache."""
         graph, cached, clock, new = self._head([*self.run_inputs, *self.operands])
         copy_nodes(graph, [n for n in self.program.graph.nodes if n in members], new)
         values = [new[self.program.node(name)] for name in self.region.values]
@@ -67,7 +66,7 @@ class Subgraphs:
         return self._module(graph, "Compute")
 
     def reuse(self) -> fx.GraphModule:
-        """Returns the values from the cached tensors."""
+        """Build the side that returns the values from the cached tensors."""
         graph, cached, clock, new = self._head(self.run_inputs)
         values: list[Any] = []
         for i in self._indexes():
@@ -86,7 +85,7 @@ class Subgraphs:
         return graph, cached, clock, new
 
     def _run_input(self, graph: fx.Graph, index: int, new: dict[fx.Node, fx.Node]) -> list[fx.Node]:
-        """The run input of a value, in its dtype; empty where there is none."""
+        """Return the run input of a value, in its dtype; empty if there is none."""
         name = self.region.inputs[index]
         if name is None:
             return []
@@ -100,7 +99,7 @@ class Subgraphs:
         return range(len(self.region.values))
 
     def _places(self, graph: fx.Graph, index: int) -> list[fx.Node]:
-        """The placeholders of what is cached of a value, and of what was measured of it."""
+        """Return the placeholders of a value's cached tensors, and of its measurement."""
         name = self.region.values[index]
         value = self.program.node(name)
         places = [graph.placeholder(cached_name(name, slot)) for slot in range(self.slots)]
@@ -113,7 +112,7 @@ class Subgraphs:
         return places
 
     def _traced(self, name: str, index: int) -> fx.GraphModule:
-        """The graph of a strategy's function, for what is cached, clock, value and run input."""
+        """Trace a strategy's function for cached tensors, clock, value and run input."""
         strategy, spec = self._strategy(index), self._spec(index)
         has_run_input = self.region.inputs[index] is not None
         given = ["value"] * (name != "reuse") + ["run_input"] * has_run_input
@@ -139,7 +138,7 @@ class Subgraphs:
         return traced(strategy, name, _by_row(flat, places, name != "measure"), specs)
 
     def _strategy(self, index: int) -> Strategy:
-        """What is computed of a distributed tensor is of all of it already."""
+        """Return the strategy for a value. Results on a distributed tensor are global already."""
         spread = is_spread(self.program.node(self.region.values[index]))
         return without_ranks(self.strategy) if spread else self.strategy
 
@@ -152,7 +151,7 @@ class Subgraphs:
         clock: Clock,
         spec: TensorSpec,
     ) -> Sequence[torch.Tensor]:
-        """The results of a strategy's function, if they are what it has to give."""
+        """Call a strategy's function, and check its results."""
         run_input = named.get("run_input")
         if name == "reuse":
             reused = [strategy.reuse(cached, run_input, clock)]
@@ -171,7 +170,9 @@ class Subgraphs:
         if not isinstance(measured, torch.Tensor) or measured.ndim != 1:
             what = TensorSpec.of(measured) if isinstance(measured, torch.Tensor) else repr(measured)
             raise refused(
-                self.strategy, "measure", f"gave {what}; right is a tensor of one dimension or None"
+                self.strategy,
+                "measure",
+                f"gave {what}; expected a tensor of one dimension, or None",
             )
         return [measured]
 
@@ -179,7 +180,7 @@ class Subgraphs:
         return tensor_spec(self.program.node(self.region.values[index]))
 
     def _inlined(self, graph: fx.Graph, gm: fx.GraphModule, given: list[fx.Node]) -> list[Any]:
-        """Copy a strategy's function behind `graph`."""
+        """Append a copy of a strategy's function to `graph`."""
         return inline(graph, self.attributes, gm, given)
 
     def _module(self, graph: fx.Graph, side: str) -> fx.GraphModule:
@@ -192,9 +193,9 @@ class Subgraphs:
 def _by_row(
     function: Callable[..., Sequence[torch.Tensor]], places: Sequence[RowPlace | None], back: bool
 ) -> Callable[..., Sequence[torch.Tensor]]:
-    """A function of one row for several. `places`: of the rows in its tensors; None: in front.
+    """Make a function of one row one of many rows. `places`: where tensors have rows; None: dim 0.
 
-    `back`: its results are as its first tensor; else their rows stay in front.
+    `back`: lay the results out as the first tensor; otherwise their rows stay in dimension 0.
     """
 
     def mapped(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:

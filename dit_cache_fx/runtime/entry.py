@@ -1,4 +1,4 @@
-"""A captured graph in every form in which it runs, and the key that it is found by."""
+"""A captured graph in every form in which it runs, and its key."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from dit_cache_fx.runtime.step_count import StepCount
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.values.pytree import Skeleton
 
-#: what two calls must share to run the same graph
+#: calls with equal keys run the same graph
 InputKey = tuple[Hashable, Ambient]
 
 
 class RowsKey(NamedTuple):
-    """What two groups of rows must share. `one`: the number of the graph for a row by itself."""
+    """The key of a group of rows. `one`: the number of the graph for a single row."""
 
     call: InputKey
     one: int
@@ -48,7 +48,7 @@ GraphKey = InputKey | RowsKey
 
 
 def input_key(call: FlatCall) -> InputKey:
-    """What two calls must share to run the same graph, torch's own state included."""
+    """Return the key of a call's graphs: its signature and torch's own state."""
     return call.key, Ambient.now()
 
 
@@ -58,24 +58,24 @@ class Entry(Lowered):
 
     captured: Captured
     fingerprint: Fingerprint
-    volatile: frozenset[tuple[str, str]]  # what of it the forward changes by itself
+    volatile: frozenset[tuple[str, str]]  # parts that the forward changes by itself
     count: StepCount
     skeleton: Skeleton  # of the call that it was captured from
     hooks: Hooks
-    untouched: Program | None = None  # before the passes, where other strategies need it
+    untouched: Program | None = None  # before the passes, if other strategies need it
     breaks: bool = False  # its blocks cannot be compiled as one graph
-    apart: bool = False  # it was compiled as one graph for each kind of step
+    apart: bool = False  # compiled as one graph for each kind of step
     carried: dict[tuple[str, ...], Carried] = field(default_factory=dict)  # by cache context
-    layout: RowLayout | None = None  # of its rows, where each is at a step of its own
-    served: set[float] = field(default_factory=set)  # a few of the timesteps that it answered
-    first_runs: FirstRuns = field(default_factory=FirstRuns)  # with each compiler that looks on
+    layout: RowLayout | None = None  # of its rows, if each is at its own step
+    served: set[float] = field(default_factory=set)  # some of the timesteps that it answered
+    first_runs: FirstRuns = field(default_factory=FirstRuns)  # with each compiler
     _lowering: threading.RLock = field(default_factory=threading.RLock)
     _one_graph: OneGraph | None = None
     _compiled_steps: CompiledSteps | None = None
-    key: GraphKey | None = None  # one object for all its calls: to compare it costs nothing
+    key: GraphKey | None = None  # one object for all its calls: cheap to compare
 
     def lowered_for(self, strategy: Strategy, count: StepCount) -> Entry:
-        """The same capture, lowered for another strategy that reads the same of the model."""
+        """Lower the same capture for another strategy that reads the same values of the model."""
         assert self.untouched is not None
         program = self.untouched.copied()
         run_passes(program, strategy)
@@ -103,7 +103,7 @@ class Entry(Lowered):
 
     @property
     def one_graph(self) -> OneGraph:
-        """The graph that decides by itself."""
+        """The graph that contains the decision."""
         with self._lowering:
             if self._one_graph is None:
                 self._one_graph = lower_one_graph(self.program, self.variants, self.strategy)
@@ -118,16 +118,16 @@ class Entry(Lowered):
             return self._compiled_steps
 
     def broken(self) -> None:
-        """Its blocks cannot be in one graph: let the compiler look at each of them by itself."""
+        """Note that its blocks cannot be in one graph: the compiler gets each of them by itself."""
         self.breaks = True
         not_a_compiled_frame(self.variants.compute.run)
 
     def inputs(self, call: FlatCall) -> dict[str, torch.Tensor]:
-        """The tensors of a call by the names that the graphs have for them."""
+        """Return the tensors of a call by the names of the graphs' inputs."""
         return dict(zip(self.program.inputs, call.tensors, strict=True))
 
     def stateful(self, check_conditioning: bool = True) -> Stateful:
-        """The program with its clock, its state given and returned."""
+        """Return the program with its clock, as a function of its state."""
         names = [self.program.inputs[i] for i in self.conditioning] if check_conditioning else []
         guards, accepted = self.captured.guards, self.captured.accepted.copy()
         asserted = None if guards is None else assertions(guards, accepted)
@@ -136,12 +136,12 @@ class Entry(Lowered):
         return Stateful(self.program, self.variants, self.strategy, asserted, names, steps, course)
 
     def carried_in(self, context: tuple[str, ...]) -> Carried:
-        """The program with the state of a cache context in its buffers."""
+        """Return the program with the state of a cache context in its buffers."""
         return getattr(self, self._carry(context))  # type: ignore[no-any-return]
 
     @constant_result
     def _carry(self, context: tuple[str, ...]) -> str:
-        """The name of the attribute that holds it: made while a graph is traced, where need be."""
+        """Return the name of that program's attribute; create it, if necessary while tracing."""
         with self._lowering:
             if context not in self.carried:
                 self.carried[context] = Carried(self.stateful())
@@ -152,7 +152,7 @@ class Entry(Lowered):
 
 @dataclass(frozen=True)
 class RowsOf:
-    """What a graph has rows of: calls that `one` answers by themselves, `count` of them."""
+    """The rows of a graph: `count` calls that the graph `one` answers by themselves."""
 
     one: Entry
     count: int

@@ -1,4 +1,4 @@
-"""The captured graphs of one cached model: found again, captured anew, dropped."""
+"""The captured graphs of one cached model: find, capture, drop."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from dit_cache_fx.runtime.reasons import WhyCaptured, changes
 from dit_cache_fx.runtime.step_count import StepCount
 from dit_cache_fx.strategies import check_block_ids, spread_over
 
-#: most input signatures whose graphs are kept at one time
+#: the largest number of input signatures with graphs
 MAX_CAPTURES = 32
-#: most such signatures of rows that are answered together: several sizes for each of those
+#: the same for signatures of batched rows: several batch sizes for each of those
 MAX_GROUPS = 4 * MAX_CAPTURES
-#: most captures of one signature: more means that its guards depend on what changes every step
+#: the largest number of captures of one signature: beyond it, guards depend on changing values
 MAX_VARIANTS = 8
 
 log = logging.getLogger(__name__)
@@ -41,12 +41,12 @@ _T = TypeVar("_T")
 
 @dataclass(eq=False)
 class Found(Generic[_T]):
-    """The graph for a call. `first`: where it was captured just now, its answer to that call."""
+    """The graph for a call. `first`: its answer to that call, if it was captured just now."""
 
     entry: Entry
     shapes: Shapes  # of the call's masked selections
     first: _T | None
-    because: object = ""  # why it was captured, as text
+    because: object = ""  # the reason for the capture, as text
 
 
 class Graphs:
@@ -61,12 +61,12 @@ class Graphs:
         self.count = count
         self.timestep_argument = timestep_argument  # once it is known
         self.entries: OrderedDict[GraphKey, tuple[Entry, ...]] = OrderedDict()
-        self.keep_programs = False  # as they are before the passes, for other strategies
+        self.keep_programs = False  # keep programs before the passes, for other strategies
         self._serial = 0
-        self._newest: Entry | None = None  # that answered a call
+        self._newest: Entry | None = None  # the entry of the newest call
         self._told: set[str] = set()
         self._capturing = threading.RLock()
-        self._lock = threading.RLock()  # of `entries`, held for a moment
+        self._lock = threading.RLock()  # for `entries`, held briefly
 
     def clear(self) -> None:
         """Forget every graph."""
@@ -74,7 +74,7 @@ class Graphs:
             self.entries.clear()
 
     def outdated(self, entry: Entry) -> bool:
-        """Forget every graph, unless this one was forgotten; returns whether it was there."""
+        """Forget every graph, unless this one was forgotten; return whether it was still known."""
         with self._lock:
             known = any(entry is e for e in self.all())
             if known:
@@ -82,7 +82,7 @@ class Graphs:
             return known
 
     def learn_timestep(self, arguments: Iterable[str]) -> None:
-        """Look for the timestep among a call's arguments: it may have come in by `**kwargs`."""
+        """Look for the timestep among a call's arguments: it may be in `**kwargs`."""
         if self.timestep_argument is None:
             self.timestep_argument = named_timestep(tuple(arguments), None)
 
@@ -93,16 +93,16 @@ class Graphs:
         check: Callable[[Entry], _T],
         rows: RowsOf | None = None,
     ) -> Found[_T]:
-        """The graph for a call, captured where there is none. `rows`: what it has rows of.
+        """Return the graph for a call; capture it if there is none. `rows`: the rows of the graph.
 
-        A new graph is given to `check`, which gives its answer to the call or raises; before that
-        no other call sees it.
+        A new graph is passed to `check`, which returns its answer to the call or raises; before
+        that no other call sees the graph.
         """
         found: Found[_T] | None = self._accepting(call, key)
         if found is not None:
             return found
         with self._capturing:
-            found = self._accepting(call, key)  # captured by another thread meanwhile
+            found = self._accepting(call, key)  # another thread may have captured it
             return self._captured(call, key, check, rows) if found is None else found
 
     def _accepting(self, call: FlatCall, key: GraphKey) -> Found[_T] | None:
@@ -114,7 +114,7 @@ class Graphs:
         return None
 
     def _used(self, key: GraphKey, entry: Entry) -> None:
-        """The newest is the last."""
+        """Move an entry to the end: the newest is the last."""
         if entry is self._newest:
             return
         with self._lock:
@@ -140,7 +140,7 @@ class Graphs:
         log.info("capturing: %s", because)
         with self.subject.turns.of_model():
             entry = self._capture(call, rows)
-        with self.subject.turns.of_model():  # it is known now whether forward sets attributes
+        with self.subject.turns.of_model():  # now it is known whether forward sets attributes
             first = check(entry)
         self.keep(key, entry, MAX_CAPTURES if rows is None else MAX_GROUPS)
         guards = entry.captured.guards
@@ -148,7 +148,7 @@ class Graphs:
         return Found(entry, shapes, first, because)
 
     def keep(self, key: GraphKey, entry: Entry, most: int = MAX_CAPTURES) -> None:
-        """Know a graph, the newest of its signature; more than `most` of its kind are dropped."""
+        """Keep a graph as the newest of its signature; drop the oldest beyond `most` of a kind."""
         with self._lock:
             self.entries[key] = (*self.entries.get(key, ())[1 - MAX_VARIANTS :], entry)
             self.entries.move_to_end(key)
@@ -162,29 +162,29 @@ class Graphs:
             del self.entries[key]
 
     def all(self) -> list[Entry]:
-        """Every graph, the newest last."""
+        """Return every graph, the newest last."""
         with self._lock:
             return [entry for variants in self.entries.values() for entry in variants]
 
     def known(self, call_key: Hashable) -> Entry | None:
-        """The newest graph for calls of this key, whatever its guards and torch's state say."""
+        """Return the newest graph for calls of this key, whatever guards and torch's state say."""
         entries = list(self.entries.items())  # without the lock: Dynamo traces this
         found = [v for (key, _), v in entries if key == call_key]
         return found[-1][-1] if found else None
 
     def carried(self, context: tuple[str, ...]) -> nn.ModuleDict:
-        """Each graph with the state of a cache context in its buffers."""
+        """Return each graph with the state of a cache context in its buffers."""
         calls = [entry for entry in self.all() if entry.layout is None]
         return nn.ModuleDict({str(e.serial): e.carried_in(context) for e in calls})
 
     def forget_carried(self) -> None:
-        """Set what is carried in buffers to the state before the first call."""
+        """Reset the state in buffers to that before the first call."""
         for entry in self.all():
             for carried in entry.carried.values():
                 carried.forget()
 
     def stale(self, entry: Entry) -> bool:
-        """Whether the model has changed since the capture."""
+        """Return whether the model has changed since the capture."""
         now = fingerprint(self.subject.model, entry.captured.whole)
         changed = volatile(entry.fingerprint, now) - entry.volatile
         if changed:
@@ -193,13 +193,13 @@ class Graphs:
         return bool(changed)
 
     def _tell_unread(self, unread: Sequence[str]) -> None:
-        """Warn of what forward notes for others, once each: a cached call does not."""
+        """Warn once of each attribute that forward sets for other code: a cached call does not."""
         for attribute in unread:
             if attribute not in self._told:
                 self._told.add(attribute)
                 warn(
-                    f"the model's forward sets {attribute} in each call and never reads it: cached "
-                    "calls leave it as it was when they were captured"
+                    f"the model's forward sets {attribute} in each call and never reads it: "
+                    "cached calls leave it as it was at capture"
                 )
 
     def _capture(self, call: FlatCall, rows: RowsOf | None) -> Entry:
@@ -233,18 +233,18 @@ class Graphs:
             hooks=Hooks(model),
             untouched=untouched,
         )
-        entry.apart = captured.spread  # `cond` takes no distributed tensors
+        entry.apart = captured.spread  # `cond` takes no DTensors
         entry.layout = None if rows is None else RowLayout.of(rows.one, entry, rows.count)
         log.info("captured %s", entry)
         return entry
 
 
 def _refuse_one_for_each_step(entries: Sequence[Entry]) -> None:
-    """Raise where every capture answered one step only: their guards change with the step."""
+    """Raise if every capture answered one step only: their guards change with the step."""
     if all(len(entry.served) <= 1 for entry in entries):
         guards = entries[-1].captured.guards
         raise CaptureError(
-            f"{len(entries)} captures of the same inputs have guards of different values: the "
+            f"{len(entries)} captures of the same inputs have guards with different values: the "
             "model's own code (outside its blocks and layers) reads a value that changes from "
             f"step to step, such as the timestep's. Last: {guards and guards.expected}"
         )

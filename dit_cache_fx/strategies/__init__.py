@@ -1,4 +1,4 @@
-"""The strategies. A strategy of your own is a subclass of `Strategy`: pass an object."""
+"""The caching strategies. To add one, subclass `Strategy` and pass an object of it."""
 
 from dit_cache_fx.strategies.across_ranks import spread_over, without_ranks
 from dit_cache_fx.strategies.base import NumSteps, Strategy

@@ -12,21 +12,21 @@ from dit_cache_fx.ranks import Ranks
 
 
 class AcrossRanks:
-    """Base of `Strategy`: numbers that are the same in all processes of `process_group`."""
+    """Base of `Strategy`: numbers that are equal in all processes of `process_group`."""
 
     process_group: Any
 
     @property
     def ranks(self) -> Ranks | None:
-        """The processes that must decide alike; None where there is one, or none is known."""
+        """The processes that must decide alike; None if there is one, or none is known."""
         return self.process_group  # type: ignore[no-any-return]
 
     def totals(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Sums over all processes.
+        """Return sums over all processes.
 
         Args:
             tensors (`Tensor`):
-                Tensors of one shape.
+                Tensors of one shape and dtype.
         """
         if self.ranks is None:
             return tensors
@@ -34,9 +34,9 @@ class AcrossRanks:
         return tuple(s.to(t.dtype) for s, t in zip(sums, tensors, strict=True))
 
     def means(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The mean of each tensor, over all of its parts where each process has one.
+        """Return the mean of each tensor, over all of its parts if each process has one.
 
-        A rule that takes its numbers from here decides on several devices as it does on one.
+        A rule that uses these numbers decides on several devices as it does on one.
 
         Args:
             tensors (`Tensor`):
@@ -50,7 +50,7 @@ class AcrossRanks:
         return tuple(m.to(t.dtype) for m, t in zip(totals / sizes, tensors, strict=True))
 
     def norms(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The norm of each tensor in float64, over all of its parts where each process has one.
+        """Return the norm of each tensor in float64, over all of its parts if each process has one.
 
         Args:
             tensors (`Tensor`):
@@ -66,12 +66,12 @@ _S = TypeVar("_S", bound=AcrossRanks)
 
 
 def spread_over(strategy: _S, ranks: Ranks | None) -> _S:
-    """The strategy for a model that these processes run together; what the user named counts."""
+    """Return the strategy for a model run by these processes; the user's group has priority."""
     return strategy if ranks is None or strategy.ranks is not None else _with(strategy, ranks)
 
 
 def without_ranks(strategy: _S) -> _S:
-    """The strategy for values that need no other process."""
+    """Return the strategy for values that need no other process."""
     return strategy if strategy.ranks is None else _with(strategy, None)
 
 

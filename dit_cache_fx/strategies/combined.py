@@ -1,4 +1,4 @@
-"""Schedules that are made of others."""
+"""Schedules that combine others."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class AnyOf(Schedule):
 
 @dataclass(frozen=True)
 class Later(Schedule):
-    """The rest of a run's schedule, whose first `steps` steps are another model's."""
+    """The rest of a run's schedule, whose first `steps` steps belong to another model."""
 
     of: Schedule
     steps: int

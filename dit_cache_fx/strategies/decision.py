@@ -1,8 +1,8 @@
-"""Asking a strategy's own rule: what it answers is checked, and what it cannot tell computes.
+"""Call a strategy's rule and check its results; a step without a valid measure computes.
 
-A signal of zeros, infinities or NaNs gives a measure that is no number, and a comparison with that
-is false for ever. So such a step computes, and the rule's state begins anew; unless the rule itself
-sees to that (`Strategy.bears_nans`).
+A signal of zeros, infinities or NaNs gives a measure that is not finite, and comparisons with it
+stay false for ever. So such a step computes, and the rule's state starts again, unless the rule
+handles this itself (`Strategy.bears_nans`).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _STATE = "a tuple of tensors"
 
 
 class Decision(NamedTuple):
-    """What a rule has decided; the flags have no dimensions, on the signal's device.
+    """The decision of a rule; the flags have no dimensions, on the signal's device.
 
-    `doubted`: it had no number to go by; then it computes, and `state` means nothing. `lost`: nor
-    does a state that begins with this signal.
+    `doubted`: it had no valid number; then it computes, and `state` is not valid. `lost`: a state
+    that begins with this signal is not valid either.
     """
 
     computes: Tensor
@@ -38,19 +38,19 @@ class Decision(NamedTuple):
 
 
 def begun(strategy: Strategy, signal: Any) -> RuleState:
-    """The rule's state after a step with this signal. Raises `VerifyError` where it is none."""
+    """Return the rule's state after a step with this signal. Raises `VerifyError` if it is none."""
     with unchanged(strategy, "init_state", _named("signal", signal)):
         state: Any = strategy.init_state(signal)
     if not isinstance(state, (tuple, list)) or not all(isinstance(t, Tensor) for t in state):
-        raise refused(strategy, "init_state", f"gave {state!r}; right is {_STATE}"[:200])
+        raise refused(strategy, "init_state", f"gave {state!r}; expected {_STATE}"[:200])
     return tuple(state)
 
 
 def decided(strategy: Strategy, signal: Any, state: RuleState, forced: Tensor) -> Decision:
-    """The rule's decision. Raises `VerifyError` where it is none.
+    """Return the rule's decision. Raises `VerifyError` if it is none.
 
-    Processes that run one model together compute where any of them does. A rule that looks at no
-    value of the model has the same numbers in each.
+    Processes that run one model together compute if any of them does. A rule that reads no value of
+    the model has the same numbers in each.
     """
     own, ranks = _decided(strategy, signal, state, forced), _asked_apart(strategy)
     if ranks is None:
@@ -63,13 +63,13 @@ def decided(strategy: Strategy, signal: Any, state: RuleState, forced: Tensor) -
 
 
 def lost_in_any(strategy: Strategy, signal: Any) -> bool:
-    """Whether a signal is no number, in any of the processes."""
+    """Return whether a signal is not finite, in any of the processes."""
     lost, ranks = lost_with(strategy, signal), _asked_apart(strategy)
     return bool(lost if ranks is None else ranks.any(lost))
 
 
 def _asked_apart(strategy: Strategy) -> Ranks | None:
-    """The processes whose rules may answer otherwise: each looks at its own part of a value."""
+    """Return the processes whose rules may differ: each reads its own part of a value."""
     return None if value_of(strategy) is None else strategy.ranks
 
 
@@ -78,18 +78,18 @@ def _decided(strategy: Strategy, signal: Any, state: RuleState, forced: Tensor) 
     with unchanged(strategy, "should_compute", given):
         answer: Any = strategy.should_compute(signal, state, forced)
     if not isinstance(answer, (tuple, list)) or len(answer) != 2:
-        what = f"gave {answer!r}; right is (computes, state)"[:200]
+        what = f"gave {answer!r}; expected (computes, state)"[:200]
         raise refused(strategy, "should_compute", what)
     computes, after = _flag(strategy, answer[0], device_of(signal)), answer[1]
     right = list(map(TensorSpec.of, state))
-    agree(strategy, "should_compute", after, right, "a state as it was given")
+    agree(strategy, "should_compute", after, right, "a state like the one it was called with")
     lost = lost_with(strategy, signal)
     doubted = lost | _no_number(strategy, signal, tuple(after))
     return Decision(computes | doubted, doubted, lost, tuple(after))
 
 
 def lost_with(strategy: Strategy, signal: Any) -> Tensor:
-    """Whether a signal is no number: nothing can be set against it."""
+    """Return whether a signal is not finite: nothing can be compared with it."""
     device = device_of(signal)
     tensors = [] if strategy.bears_nans else [t for t in _tensors(signal) if _has_nans(t)]
     if not tensors:
@@ -98,13 +98,13 @@ def lost_with(strategy: Strategy, signal: Any) -> Tensor:
 
 
 def device_of(signal: Any) -> torch.device:
-    """Where a rule decides: with what it looks at, if not all of that is on the CPU."""
+    """Return the device of a rule: that of its signal, if not all of that is on the CPU."""
     devices = [tensor.device for tensor in _tensors(signal)]
     return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
 
 
 def _no_number(strategy: Strategy, signal: Any, state: RuleState) -> Tensor:
-    """Whether the measure is none, or something else that the rule will go by."""
+    """Return whether the measure, or another number that the rule uses, is not finite."""
     device = device_of(signal)
     found = torch.zeros((), dtype=torch.bool, device=device)
     if strategy.bears_nans:
@@ -120,7 +120,7 @@ def _no_number(strategy: Strategy, signal: Any, state: RuleState) -> Tensor:
 
 
 def _tensors(signal: Any) -> list[Tensor]:
-    """Those of a signal: the clock, values of the model, and what was measured, if anything."""
+    """Return the tensors of a signal: clock, values of the model, and measurements, if any."""
     items = signal if isinstance(signal, tuple) else (signal,)
     return [item for item in items if isinstance(item, Tensor)]
 
@@ -133,7 +133,7 @@ def _named(name: str, tensors: Any) -> Mapping[str, Tensor]:
 
 
 def _finite(tensor: Tensor) -> Tensor:
-    """Whether all of it is finite, as far as a sum tells: one that overflows is not."""
+    """Return whether all of it is finite, as far as a sum shows: one that overflows is not."""
     if not _has_nans(tensor):
         return torch.ones((), dtype=torch.bool, device=tensor.device)
     narrow = tensor.is_floating_point() and tensor.element_size() < 4
@@ -150,5 +150,5 @@ def _flag(strategy: Strategy, computes: Any, device: torch.device) -> Tensor:
     if isinstance(computes, Tensor) and computes.dtype == torch.bool and computes.numel() == 1:
         return computes.reshape([]).to(device)
     what = TensorSpec.of(computes) if isinstance(computes, Tensor) else repr(computes)[:80]
-    right = "right is a boolean of no dimensions"
+    right = "expected a boolean of no dimensions"
     raise refused(strategy, "should_compute", f"gave {what} as its decision; {right}")

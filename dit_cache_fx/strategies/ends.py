@@ -1,4 +1,4 @@
-"""Steps at a generation's ends."""
+"""Schedules of a generation's first and last steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dit_cache_fx.strategies.schedule import Schedule
 
 @dataclass(frozen=True)
 class EndSteps(Schedule):
-    """The first steps, and the last ones where the number of steps is known."""
+    """The first steps, and the last ones if the number of steps is known."""
 
     first: int
     last: int = 0
@@ -30,7 +30,7 @@ class EndSteps(Schedule):
 
 
 def with_ends(schedule: Schedule | None, first: int, last: int = 0) -> Schedule | None:
-    """A schedule, if any, and the first and the last steps."""
+    """Add the first and the last steps to a schedule, if there is one."""
     if not first and not last:
         return schedule
     ends = EndSteps(first, last)

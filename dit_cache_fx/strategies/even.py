@@ -11,9 +11,9 @@ from typing import ClassVar
 from dit_cache_fx.strategies.checks import check_computed_steps, check_count, check_ratio
 from dit_cache_fx.strategies.schedule import ListedSteps, Schedule
 
-#: a ratio is taken as a fraction with at most this denominator, so that 0.29 is 29 of 100
+#: ratios are converted to fractions with at most this denominator: 0.29 is 29 of 100
 _DENOMINATOR = 1000
-#: how many steps a generation is taken to have as long as nothing is known of it
+#: the assumed number of steps while it is unknown
 USUAL_STEPS = 50
 
 
@@ -27,8 +27,14 @@ class EvenSteps(Schedule):
         ratio (`float`):
             The share of the steps, above 0 and at most 1.
 
+    Raises:
+        OptionError: The ratio is no such number.
+
     Example:
-        >>> dit_cache_fx.apply(model, "taylorcache", schedule=dit_cache_fx.EvenSteps(0.4))
+        >>> schedule = dit_cache_fx.EvenSteps(0.4)
+        >>> [step for step in range(12) if schedule.computes(step, 50)]
+        [0, 3, 5, 8, 10]
+        >>> cached = dit_cache_fx.apply(model, "taylorcache", schedule=schedule)
     """
 
     ratio: float
@@ -47,16 +53,22 @@ class EvenAndLast(Schedule):
     """A share of the steps and `more` of them: evenly spaced ones, and the last.
 
     A skipped step costs in proportion to its share of the way, so short runs compute a larger
-    share. As long as the number of steps is not known, the share is that of a run of 50.
+    share. While the number of steps is unknown, the share is that of a run of 50.
 
     Args:
         ratio (`float`):
             The share of the steps, above 0 and at most 1.
         more (`int`, defaults to `6`):
-            The number of steps to compute on top of the share.
+            The number of steps to compute in addition to the share.
+
+    Raises:
+        OptionError: An argument is no such number.
 
     Example:
-        >>> dit_cache_fx.apply(model, "taylorcache", schedule=dit_cache_fx.EvenAndLast(0.3, more=4))
+        >>> schedule = dit_cache_fx.EvenAndLast(0.3, more=4)
+        >>> sum(schedule.computes(step, 50) for step in range(50))
+        19
+        >>> cached = dit_cache_fx.apply(model, "taylorcache", schedule=schedule)
     """
 
     ratio: float
@@ -74,25 +86,32 @@ class EvenAndLast(Schedule):
         return step == num_steps - 1 or _passes(step, self._even(num_steps))
 
     def _even(self, num_steps: int) -> Fraction:
-        """The share of the evenly spaced steps: the last one comes on top."""
+        """Return the share of the evenly spaced steps: the last one is added to them."""
         count = math.ceil(num_steps * _fraction(self.ratio)) + self.more
         return Fraction(min(max(count - 1, 1), num_steps), num_steps)
 
 
 @dataclass(frozen=True)
 class EvenTimesteps(Schedule):
-    """A number of steps, evenly spaced in timestep: step 0 and the last are among them.
+    """A number of steps, evenly spaced in timestep, including step 0 and the last step.
 
-    Computed step i of K is the one whose timestep is nearest to
-    `first + (last - first) * i / (K - 1)`, among those not taken yet. As long as the timesteps are
-    not known, the steps are evenly spaced by index.
+    Computed step i of K is the one whose timestep is nearest to `first + (last - first) * i / (K -
+    1)`, among those not chosen yet. While the timesteps are unknown, the steps are evenly spaced by
+    index.
 
     Args:
         computed_steps (`int`):
             The number of steps to compute, from 1.
 
+    Raises:
+        OptionError: The number is no such integer, or larger than the number of steps.
+
     Example:
-        >>> dit_cache_fx.apply(model, "taylorcache", schedule=dit_cache_fx.EvenTimesteps(10))
+        >>> schedule = dit_cache_fx.EvenTimesteps(3).placed([1000.0, 990.0, 900.0, 510.0, 20.0])
+        >>> [step for step in range(5) if schedule.computes(step, 5)]
+        [0, 3, 4]
+        >>> options = dict(schedule=dit_cache_fx.EvenTimesteps(10))
+        >>> cached = dit_cache_fx.apply(model, "taylorcache", **options)
     """
 
     computed_steps: int
@@ -108,7 +127,7 @@ class EvenTimesteps(Schedule):
         parts, way = self.computed_steps - 1, num_steps - 1
         if step == 0 or parts >= way:
             return True
-        nearest = (2 * step + 1) * parts // (2 * way)  # the last i with its place up to here
+        nearest = (2 * step + 1) * parts // (2 * way)  # the last i whose place is up to here
         return 2 * nearest * way > (2 * step - 1) * parts
 
     def placed(self, timesteps: Sequence[float]) -> Schedule:
@@ -120,9 +139,9 @@ class EvenTimesteps(Schedule):
 
 @dataclass(frozen=True)
 class EvenNoise(EvenAndLast):
-    """As many computed steps as `EvenAndLast` has, evenly spaced in timestep.
+    """As many computed steps as in `EvenAndLast`, evenly spaced in timestep.
 
-    As long as the timesteps are not known, they are the steps of `EvenAndLast`.
+    While the timesteps are unknown, the steps are those of `EvenAndLast`.
     """
 
     def placed(self, timesteps: Sequence[float]) -> Schedule:
@@ -132,10 +151,9 @@ class EvenNoise(EvenAndLast):
 
 
 def evenly_spaced(places: Sequence[float], count: int) -> frozenset[int]:
-    """The indexes of `count` places, evenly spaced from the first place to the last.
+    """Return the indices of `count` places, evenly spaced from the first place to the last.
 
-    Where there are not as many, the indexes of all. Of two places that are equally near the first
-    is taken.
+    If there are fewer places, all indices. Of two equally near places the first is chosen.
     """
     if count >= len(places):
         return frozenset(range(len(places)))
@@ -148,7 +166,7 @@ def evenly_spaced(places: Sequence[float], count: int) -> frozenset[int]:
 def nearest(
     targets: Sequence[float], places: Sequence[float], taken: Collection[int]
 ) -> frozenset[int]:
-    """The places that are taken, and the nearest free one for each target."""
+    """Return the taken places, plus the nearest free one for each target."""
     free = [i for i in range(len(places)) if i not in taken]
     for target in targets[: len(free)]:
         free.remove(min(free, key=lambda i: abs(places[i] - target)))

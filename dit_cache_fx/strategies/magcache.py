@@ -1,4 +1,4 @@
-"""MagCache: steps compute where the magnitude of the blocks' residual is known to change."""
+"""MagCache: compute where the magnitude of the blocks' residual is known to change."""
 
 from __future__ import annotations
 
@@ -24,33 +24,36 @@ from dit_cache_fx.strategies.schedule import Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class MagCache(ResidualCache):
-    """MagCache: known magnitudes of the residual tell which steps compute.
+    """MagCache: known magnitudes of the residual select the steps to compute.
 
     Ma et al.: MagCache: Fast Video Generation with Magnitude-Aware Cache, arXiv:2506.09045; with
     the options and the defaults of diffusers' `MagCacheConfig`.
 
-    The `mag_ratios` tell by how much the magnitude of the residual of all blocks changes from one
-    step to the next. The error of reuse is estimated from their product since the newest computed
-    step: `|1 - product|`, summed over the reused steps. The ratios alone determine the steps, so
-    nothing is read from the model. A reused step adds the residual to its own stream.
+    The `mag_ratios` give the change in magnitude of the residual of all blocks from one step to the
+    next. The error of reuse is estimated from their product since the newest computed step: `|1 -
+    product|`, summed over the reused steps. The ratios alone determine the steps, so nothing is
+    read from the model. A reused step adds the residual to its own stream.
 
     Args:
         mag_ratios (`Sequence[float]`, *optional*):
-            A ratio for each step, of one model and one sampler: take published ones, or measure
-            them with `calibrate=True`. Where `num_steps` is another number, each step takes the
-            nearest ratio.
+            A ratio above 0 for each step, for one model and one sampler: use published ratios, or
+            measure them with `calibrate=True`. If `num_steps` is another number, each step uses the
+            nearest ratio. Required unless `calibrate` is set.
         threshold (`float`, defaults to `0.06`):
-            The estimated error above which a step computes.
+            The estimated relative error above which a step computes.
         max_skip_steps (`int`, defaults to `3`):
-            The most steps reused one after another.
+            The largest number of steps reused one after another.
         retention_ratio (`float`, defaults to `0.2`):
-            The share of the steps at the start of a generation that always compute.
+            The share of the steps at the start of a generation that always compute, from 0 to 1.
         calibrate (`bool`, defaults to `False`):
             Compute every step, and measure the ratios for the timeline of `cache_report()`.
 
+    Raises:
+        OptionError: An option has a value that cannot work, or there are no ratios.
+
     Example:
         >>> cached = dit_cache_fx.apply(model, "magcache", calibrate=True)
-        >>> ...  # one generation
+        >>> image = generate(cached)
         >>> ratios = [record.measured for record in cached.cache_report().timeline]
         >>> cached = dit_cache_fx.apply(model, "magcache", mag_ratios=ratios)
     """
@@ -85,7 +88,7 @@ class MagCache(ResidualCache):
     def measure(
         self, cached: Sequence[Tensor], value: Tensor, run_input: Tensor | None, clock: Clock
     ) -> Tensor | None:
-        """How much longer a token's residual is than on the step before, on average."""
+        """Return the mean ratio of a token's residual to that of the step before."""
         if not self.calibrate:
             return None
         residual = self.store(cached, value, run_input, clock)[0]
@@ -102,7 +105,9 @@ def _ratios(value: Any, calibrate: bool) -> tuple[float, ...] | None:
     if value is None:
         if calibrate:
             return None
-        raise OptionError("mag_ratios", value, f"{expected}, or calibrate=True to measure them")
+        raise OptionError(
+            "mag_ratios", value, f"{expected}; or pass calibrate=True to measure them"
+        )
     try:
         ratios = tuple(float(ratio) for ratio in value)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Names that parts of a strategy had before, for strategies that users have written."""
+"""Support the former names of parts of a strategy, for strategies that users have written."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _NEW = {
 
 
 def name_both_ways(cls: type) -> None:
-    """Give each renamed attribute of a class its old name too, and one of an old name its new one.
+    """Give each renamed attribute of a class its old name too, and old attributes their new one.
 
-    So `super()` has both. Warns of a class that uses old names.
+    So `super()` has both. Warns about a class that uses old names.
     """
     own = vars(cls)
     renamed = {old: new for old, new in _NEW.items() if old in own and new not in own}
@@ -30,11 +30,11 @@ def name_both_ways(cls: type) -> None:
         setattr(cls, new, _without_measured(own[old]) if new == "metric" else own[old])
     if renamed:
         names = ", ".join(f"{old} is now {new}" for old, new in renamed.items())
-        warn(f"{cls.__name__} has old names, which will go: {names}")
+        warn(f"{cls.__name__} has old names, which will be removed: {names}")
 
 
 def _without_measured(method: Callable[..., Any]) -> Callable[..., Any]:
-    """`measured(state)` as `metric` is called."""
+    """Wrap `measured(state)` in the signature of `metric`."""
 
     @wraps(method)
     def metric(self: Any, state: Any, measured: Any = None) -> Any:

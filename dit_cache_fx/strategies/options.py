@@ -7,7 +7,7 @@ from typing import Any
 
 from dit_cache_fx.strategies.base import Strategy
 
-#: the options that say which steps compute
+#: the options that select the steps to compute
 SCHEDULING = (
     "no_cache_steps",
     "compute_ratio",
@@ -19,12 +19,12 @@ SCHEDULING = (
 
 
 def options_of(strategy: type[Strategy]) -> list[str]:
-    """The names of a strategy's options."""
+    """Return the names of a strategy's options."""
     return [f.name for f in fields(strategy)]
 
 
 def predictor_options(strategy: Strategy) -> dict[str, Any]:
-    """The options that are not the default ones, but for those that say which steps compute."""
+    """Return the options with other values than the defaults, except those that select steps."""
     given = {f.name: (getattr(strategy, f.name), f.default) for f in fields(strategy)}
     return {
         name: value

@@ -1,4 +1,4 @@
-"""What `schedule="..."` stands for."""
+"""The presets of `schedule="..."`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PRESETS: Mapping[str, EvenNoise] = MappingProxyType(
 
 
 def named_schedule(value: Any) -> Schedule:
-    """The schedule of `schedule=value`: a preset's name, or the object itself."""
+    """Return the schedule of `schedule=value`: of a preset's name, or the object itself."""
     if isinstance(value, str) and value in PRESETS:
         return PRESETS[value]
     if isinstance(value, Schedule):

@@ -30,19 +30,21 @@ KINDS: tuple[type[Strategy], ...] = (
     MagCache,
     EasyCache,
 )
-#: cache-dit's name beside our own
+#: with cache-dit's name for one of them
 BY_NAME: dict[str, type[Strategy]] = {s.name: s for s in KINDS} | {"dbcache": FirstBlockCache}
 
 
 def make_strategy(strategy: str | Strategy, options: dict[str, Any]) -> Strategy:
-    """A strategy object from a name and options, or the object itself.
+    """Return a strategy object from a name and options, or the object itself.
 
     Raises `OptionError` for an unknown name or option, or a value that cannot work.
     """
     if isinstance(strategy, Strategy):
         if options:
             raise OptionError(
-                "strategy", strategy, f"an object has its options already; got {sorted(options)}"
+                "strategy",
+                strategy,
+                f"an object has its options already; got {sorted(options)}: set them on the object",
             )
         return strategy
     kind = BY_NAME.get(strategy) if isinstance(strategy, str) else None

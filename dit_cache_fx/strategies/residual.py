@@ -1,4 +1,4 @@
-"""What several strategies share: a run's residual is cached, and added to this step's stream."""
+"""Base of the strategies that cache the residual of a run and add it to this step's stream."""
 
 from __future__ import annotations
 

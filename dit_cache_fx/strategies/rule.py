@@ -1,6 +1,6 @@
-"""The part of a strategy that decides when to compute, where a schedule does not.
+"""`Rule`: the part of a strategy that decides when to compute, if no schedule does.
 
-A rule is a pure function of tensors. The host calls it, or the one graph has it inside.
+A rule is a pure function of tensors. The host calls it, or the one graph contains it.
 """
 
 from __future__ import annotations
@@ -9,34 +9,34 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-#: what a rule remembers from step to step
+#: tensors that a rule passes from step to step
 RuleState = tuple[Tensor, ...]
 
 
 class Rule:
-    """Base of `Strategy`: the methods of a rule. A strategy without one leaves them as they are."""
+    """Base of `Strategy`: the methods of a rule. Strategies without a rule inherit them as is."""
 
-    #: whether its rule computes by itself where a signal or a change is no number, and goes on
-    #: from the next step; else such a step computes, and the rule's state begins again
+    #: whether its rule handles a signal or a change that is not finite: it computes, and recovers
+    #: on the next step; otherwise such a step computes, and the rule's state starts again
     bears_nans: ClassVar[bool] = False
 
     @property
     def has_rule(self) -> bool:
-        """Whether `should_compute` takes part in the decision, beside the schedule."""
+        """Return whether `should_compute` takes part in the decision, besides the schedule."""
         return False
 
     def looks_at(self) -> str | tuple[str, ...]:
-        """The name of the `signal` that the rule looks at, or several names.
+        """Return the name of the `signal` that the rule reads, or several names.
 
-        At most one is a value of the model: the first block's "modulated" input or its "input", its
-        "conditioning", the timestep's "embedding", the "residual" (the sum that the blocks which
-        always run at the model's head add to their stream), or the "sample", the model's noisy
+        At most one may be a value of the model: the first block's "modulated" input or its "input",
+        its "conditioning", the timestep's "embedding", the "residual" (the sum that the always
+        running blocks at the model's head add to their stream), or the "sample", the model's noisy
         input.
 
         The others are fields of `Clock` ("distance", "computed", "way"), and "measured", one row
-        for each held value: the result of `measure` on the newest computed step. A rule that looks
-        at no value of the model is asked on the CPU, and nothing is read from the device on a
-        reused step.
+        for each cached value: the result of `measure` on the newest computed step. A rule that
+        reads no value of the model runs on the CPU, and nothing is read from the device on a reused
+        step.
         """
         return "modulated"
 
@@ -45,7 +45,7 @@ class Rule:
 
         Args:
             signal (`Any`):
-                The tensor that `looks_at` names; a tuple of tensors where it names several.
+                The tensor that `looks_at` names; a tuple of tensors if it names several.
         """
         raise NotImplementedError
 
@@ -55,17 +55,17 @@ class Rule:
         """Decide whether this step computes.
 
         Returns a boolean tensor of no dimensions, and the new state. The state keeps its number of
-        tensors, their shapes and dtypes; nothing is changed in place. Where the signal or the
-        `metric` is not finite, the step computes and the state starts again (unless the class sets
+        tensors, their shapes and dtypes; nothing is changed in place. If the signal or the `metric`
+        is not finite, the step computes and the state starts again (unless the class sets
         `bears_nans`).
 
         Args:
             signal (`Any`):
-                The tensor that `looks_at` names; a tuple of tensors where it names several.
+                The tensor that `looks_at` names; a tuple of tensors if it names several.
             state (`RuleState`):
                 The state that the step before returned.
             forced (`Tensor`):
-                Whether the step computes in any case, a boolean of no dimensions.
+                Whether the step computes in any case: a boolean tensor of no dimensions.
         """
         raise NotImplementedError
 
@@ -75,14 +75,15 @@ class Rule:
         return None
 
     def metric(self, state: RuleState, measured: Tensor | None = None) -> Tensor | None:
-        """The number that the rule compared when it last decided, of no dimensions, for reports.
+        """Return the number that the rule compared in its last decision, for reports.
+
+        It is a tensor of no dimensions, or None.
 
         Args:
             state (`RuleState`):
-                The state of the rule; empty where it has none.
+                The state of the rule; empty if it has none.
             measured (`Tensor`, *optional*):
-                The result of `measure`, one row for each held value; None where nothing is
-                measured.
+                The result of `measure`, one row for each cached value; None if nothing is measured.
         """
         return None
 

@@ -38,7 +38,7 @@ def test_an_in_place_operator_is_refused() -> None:
 @pytest.mark.parametrize(
     ("notes", "told"),
     [
-        ({"block": BlockId("blocks", 7)}, r"noted as a call of blocks\.7, and is no call"),
+        ({"block": BlockId("blocks", 7)}, r"marked as a call of blocks\.7, and is no call"),
         ({"keys": ("a", "b", "c")}, "has 1 parts and 3 keys"),
     ],
     ids=["block", "keys"],
@@ -207,7 +207,7 @@ def test_a_name_of_the_caches_own_operands_is_refused() -> None:
         program.graph.create_node(
             "call_function", torch.ops.aten.neg.default, (node,), name="forced"
         )
-    with pytest.raises(VerifyError, match=r"\['forced'\] are names of the cache's own operands"):
+    with pytest.raises(VerifyError, match=r"\['forced'\] are reserved names"):
         verify(program)
 
 

@@ -278,7 +278,7 @@ def test_plot_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch
 
 
 def test_plot_before_the_first_call() -> None:
-    with pytest.raises(DitCacheError, match="Call the cached model first"):
+    with pytest.raises(DitCacheError, match="call the cached model first"):
         cached_toy().plot()
 
 
@@ -368,9 +368,9 @@ def test_logs_say_why_a_call_is_captured(caplog: pytest.LogCaptureFixture) -> No
         "torch.float32[1, 6, 8] on cpu" in text
     )
     assert re.search(
-        r"a graph is not for this call: it reads \S+ of text: .* \(captured with", text
+        r"a graph is not valid for this call: it reads \S+ of text: .* \(captured with", text
     )
-    assert "capturing: none of the 1 graphs for such inputs is for this call" in text
+    assert "capturing: none of the 1 graphs for such inputs fits this call" in text
     assert "the model has changed since the capture: gain of the model: 1.0 -> 2.0" in text
 
 

@@ -66,11 +66,11 @@ def _reuse(result: Callable[..., Any]) -> Callable[..., Any]:
 REFUSED = {
     "dtype": (
         _store(lambda cached, value, clock: [value.double()]),
-        ["store gave torch.float64[1, 6, 8] on cpu", f"right is {SPEC}", "slots()"],
+        ["store gave torch.float64[1, 6, 8] on cpu", f"expected {SPEC}", "slots()"],
     ),
     "shape": (
         _store(lambda cached, value, clock: [value.mean(1, keepdim=True)]),
-        ["store gave torch.float32[1, 1, 8] on cpu", f"right is {SPEC}"],
+        ["store gave torch.float32[1, 1, 8] on cpu", f"expected {SPEC}"],
     ),
     "one too many": (
         _store(lambda cached, value, clock: [value, value]),
@@ -96,19 +96,19 @@ REFUSED = {
     ),
     "branches": (
         _reuse(lambda cached, clock: cached[0] if clock.distance < 2 else cached[0] * 0.5),
-        ["reuse reads a value out of a tensor", "clock", "torch.where"],
+        ["reuse reads a value from a tensor", "clock", "torch.where"],
     ),
     "reads": (
         _reuse(lambda cached, clock: cached[0] * float(clock.computed)),
-        ["reuse reads a value out of a tensor"],
+        ["reuse reads a value from a tensor"],
     ),
     "reuse dtype": (
         _reuse(lambda cached, clock: cached[0].half()),
-        ["reuse gave torch.float16[1, 6, 8] on cpu", f"right is {SPEC}", "the value"],
+        ["reuse gave torch.float16[1, 6, 8] on cpu", f"expected {SPEC}", "the value"],
     ),
     "reuse list": (
         _reuse(lambda cached, clock: [cached[0]]),
-        ["reuse gave list", f"right is {SPEC}"],
+        ["reuse gave list", f"expected {SPEC}"],
     ),
     "fails": (
         _store(lambda cached, value, clock: [value @ value]),
@@ -243,7 +243,7 @@ REFUSED_RULES = {
     ),
     "other state": (
         _should_compute(lambda s, m, f: (f, (s.double().mean(),))),
-        ["should_compute gave torch.float64[] on cpu", "right is torch.float32[] on cpu"],
+        ["should_compute gave torch.float64[] on cpu", "expected torch.float32[] on cpu"],
     ),
     "more state": (
         _should_compute(lambda s, m, f: (f, (*m, f))),
@@ -292,7 +292,7 @@ def test_a_rule_that_branches_in_python_cannot_be_one_graph() -> None:
     for step in range(2):  # here each step asks it
         cached(**toy_inputs(900.0 - step))
     assert len(actions(cached)) == 2
-    told = "strategy Mine: should_compute reads a value out of a tensor"
+    told = "strategy Mine: should_compute reads a value from a tensor"
     compiled = torch.compile(cached, backend="eager", fullgraph=True)
     with pytest.raises(VerifyError, match=told):
         compiled(**toy_inputs(800.0))

@@ -152,7 +152,7 @@ def test_methods_of_old_names_work_with_one_warning() -> None:
                 return memory[0]
 
     text = "begin is now init_state, decide is now should_compute, measured is now metric"
-    assert [str(w.message) for w in caught] == [f"Old has old names, which will go: {text}"]
+    assert [str(w.message) for w in caught] == [f"Old has old names, which will be removed: {text}"]
     cached = dit_cache_fx.apply(model(), Old())
     run(cached)
     assert actions(cached) == "Crr" * 8
@@ -172,7 +172,7 @@ def test_the_old_name_of_reads_run_input_works_with_one_warning() -> None:
             def reuse(self, cached: Any, run_input: Any, clock: Clock) -> Tensor:
                 return run_input + cached[0]  # type: ignore[no-any-return]
 
-    text = "Old has old names, which will go: reads_start is now reads_run_input"
+    text = "Old has old names, which will be removed: reads_start is now reads_run_input"
     assert [str(w.message) for w in caught] == [text]
     old = dit_cache_fx.apply(model(), Old(no_cache_steps=[0]))
     new = dit_cache_fx.apply(model(), TeaCache(no_cache_steps=[0]))

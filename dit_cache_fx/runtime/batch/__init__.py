@@ -1,4 +1,4 @@
-"""A batch: calls whose rows belong to different requests, which are at steps of their own."""
+"""Batches: calls whose rows belong to different requests, each at its own step."""
 
 from dit_cache_fx.runtime.batch.batch import Batch
 
