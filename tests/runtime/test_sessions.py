@@ -129,11 +129,12 @@ class _MeetingBlock(Block):
     def __init__(self) -> None:
         super().__init__()
         self.__dict__["meeting"] = threading.Barrier(2)
+        self.__dict__["patience"] = 0.0
         self.__dict__["met"] = []
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
         with suppress(threading.BrokenBarrierError):
-            self.__dict__["meeting"].wait(0.2)
+            self.__dict__["meeting"].wait(self.__dict__["patience"])
             self.__dict__["met"].append(True)
         return super().forward(h, c)
 
@@ -157,6 +158,7 @@ def test_threads_in_one_session_take_turns(shared: bool) -> None:
 
     (block,) = model.blocks
     block.__dict__["meeting"].reset()
+    block.__dict__["patience"] = 0.5 if shared else 60.0
     threads = [threading.Thread(target=call, args=(s, i)) for i, s in enumerate(sessions)]
     for thread in threads:
         thread.start()

@@ -359,7 +359,7 @@ def test_a_first_run_goes_alone_until_it_succeeds() -> None:
             if error:
                 raise ZeroDivisionError
             if first:
-                threading.Event().wait(0.1)  # the others come meanwhile
+                threading.Event().wait(0.3)  # the others come meanwhile
 
     with pytest.raises(ZeroDivisionError):
         run(error=True)
