@@ -160,10 +160,18 @@ def inline(
     places = gm.graph.find_nodes(op="placeholder")
     new: dict[fx.Node, fx.Node] = dict(zip(places, inputs, strict=True))
     copy_nodes(graph, body(gm.graph), new)
+    adopt(attributes, gm, new)
+    return [new[n] if isinstance(n, fx.Node) else n for n in results_of(gm.graph)]
+
+
+def adopt(attributes: dict[str, Any], gm: fx.GraphModule, new: Mapping[fx.Node, fx.Node]) -> None:
+    """Add what `gm` reads from itself to the `attributes` of another graph, for the copies there.
+
+    `new`: node of `gm` -> its copy, which reads it by another name where that one is taken.
+    """
     for node in gm.graph.find_nodes(op="get_attr"):
         if "." not in node.target:
             new[node].target = _added(attributes, node.target, getattr(gm, node.target))
-    return [new[n] if isinstance(n, fx.Node) else n for n in results_of(gm.graph)]
 
 
 def _added(attributes: dict[str, Any], name: str, value: object) -> str:

@@ -16,6 +16,7 @@ from dit_cache_fx.ir.names import is_measured
 from dit_cache_fx.ir.node_meta import is_block, mark, meta_of
 from dit_cache_fx.ir.program import (
     Program,
+    adopt,
     ancestors,
     attributes_of,
     is_view,
@@ -178,7 +179,7 @@ class _Side:
         copy_nodes(self.graph, body(side.graph), new, self._copied_before)
         origins = {meta_of(node).origin: node for node in body(side.graph)}
         self.sunk.update((name, new[node]) for name, node in origins.items() if name is not None)
-        self.attributes.update(attributes_of(side, side.graph))
+        adopt(self.attributes, side, new)
         results = results_of(side.graph)
         values = next(len(r.values) for r in self.program.regions if r.index == run.index)
         self.recorded += [new[n] for n in results[values:]]

@@ -289,6 +289,23 @@ def test_forward_slices_takes_whole_parts_only() -> None:
     assert piece.args[1:] == (1, 0, 15)
 
 
+class _EveryOther(Toy):
+    """Takes every other row of the first part of a joined sequence."""
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        temb = self.time_embedder(timestep[:, None])[:, None]
+        img, txt = self.x_embedder(x), self.text_embedder(text)
+        for block in self.blocks:
+            img, txt = block(img, txt, temb)
+        return self.proj_out(torch.cat([img, txt], dim=1)[:, :16:2])
+
+
+def test_forward_slices_leaves_every_other_row() -> None:
+    after = passed(DEEP, "forward_slices", _EveryOther())
+    (rows,) = [n for n in after.graph.nodes if n.target is torch.ops.aten.slice.Tensor]
+    assert rows.args[1:] == (1, 0, 16, 2)
+
+
 class _Masked(Toy):
     """The text, of a length that depends on its values, is in front of the image."""
 
