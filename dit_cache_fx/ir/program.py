@@ -165,9 +165,9 @@ def inline(
 
 
 def adopt(attributes: dict[str, Any], gm: fx.GraphModule, new: Mapping[fx.Node, fx.Node]) -> None:
-    """Add what `gm` reads from itself to the `attributes` of another graph, for the copies there.
+    """Add the attributes that `gm` reads from itself to those of another graph.
 
-    `new`: node of `gm` -> its copy, which reads it by another name where that one is taken.
+    `new`: node of `gm` -> its copy there, which reads another name if its own is taken.
     """
     for node in gm.graph.find_nodes(op="get_attr"):
         if "." not in node.target:

@@ -1,4 +1,4 @@
-"""What a report says of one call."""
+"""`StepRecord`: one call in a report."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Which session, branch, generation and step a call belongs to."""
+"""Find the session, branch, generation and step of a call."""

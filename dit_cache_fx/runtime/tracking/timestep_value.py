@@ -1,4 +1,6 @@
-"""The value of a timestep: a number, or one for each element; how far it moves, and which way."""
+"""The value of a timestep (one number, or one per element), and the size and direction of its
+moves.
+"""
 
 from __future__ import annotations
 
