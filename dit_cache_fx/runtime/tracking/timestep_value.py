@@ -1,6 +1,4 @@
-"""The value of a timestep (one number, or one per element), and the size and direction of its
-moves.
-"""
+"""Timestep values: one number or one per element, and the size and direction of their moves."""
 
 from __future__ import annotations
 
