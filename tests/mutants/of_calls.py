@@ -7,7 +7,7 @@ from tests.mutants.mutant import Mutant
 MUTANTS = (
     Mutant(
         "conditioning-not-compared",
-        "runtime/matching.py",
+        "runtime/tracking/matching.py",
         "values = [(b, given.other_values(b.conditioning, places)) for b, places in objects]",
         "values = [(b, frozenset()) for b, places in objects]",
         "a prompt is answered with the state of another one",
@@ -18,7 +18,7 @@ MUTANTS = (
     ),
     Mutant(
         "first-change-of-conditioning-trusted",
-        "runtime/matching.py",
+        "runtime/tracking/matching.py",
         "known = varying <= branch.varying",
         "known = True",
         "another prompt in the same cache context gets the state of the first",
@@ -29,7 +29,7 @@ MUTANTS = (
     ),
     Mutant(
         "contexts-not-told-apart",
-        "runtime/session.py",
+        "runtime/tracking/session.py",
         "if b.key == key and b.context == context]",
         "if b.key == key]",
         "the branches of guidance share one state",
@@ -37,7 +37,7 @@ MUTANTS = (
     ),
     Mutant(
         "state-of-another-graph-used",
-        "runtime/placement.py",
+        "runtime/tracking/placement.py",
         " or branch.serial != call.serial:",
         ":",
         "what a model has held on one side of a guard is used on the other side",
@@ -48,7 +48,7 @@ MUTANTS = (
     ),
     Mutant(
         "branch-not-forgotten",
-        "runtime/placement.py",
+        "runtime/tracking/placement.py",
         "            other.forget()\n",
         "            pass\n",
         "the tensors of the picture before are held as long as the next one is made",
@@ -59,7 +59,7 @@ MUTANTS = (
     ),
     Mutant(
         "guidance-passes-not-told-apart",
-        "runtime/hooked.py",
+        "runtime/tracking/hooks.py",
         "return hooked.wrapped, self._number(value, hooked)",
         "return ()",
         "the pass of guidance with skipped layers is taken for the plain one",
@@ -97,7 +97,7 @@ MUTANTS = (
     ),
     Mutant(
         "threads-share-a-session",
-        "runtime/tracker.py",
+        "runtime/tracking/tracker.py",
         "self._own = threading.local()",
         "self._own = type('Own', (), {})()",
         "two requests in two threads are answered from each other",

@@ -8,8 +8,8 @@ MUTANTS = (
     Mutant(
         "callers-inputs-held",
         "runtime/step.py",
-        "return held.copy() if held.key in foreign else held",
-        "return held",
+        "return tensor.copy() if tensor.key in foreign else tensor",
+        "return tensor",
         "a sampler that changes its sample in place changes what is held",
         ("tests/capture/test_edges.py::test_the_caller_may_change_its_inputs_afterwards",),
     ),
@@ -24,7 +24,7 @@ MUTANTS = (
     Mutant(
         "changed-tensors-used",
         "runtime/step.py",
-        "or not all(h.untouched() for h in branch.held)",
+        "or not all(h.untouched() for h in branch.cached)",
         "or False",
         "a held tensor that a model has changed in place is reused",
         ("tests/runtime/test_step.py::test_a_held_tensor_that_was_changed_in_place_is_not_used",),
@@ -77,7 +77,7 @@ MUTANTS = (
     ),
     Mutant(
         "backwards-is-onwards",
-        "runtime/generation.py",
+        "runtime/tracking/timestep_value.py",
         "return way if way in allowed else None",
         "return way",
         "the next picture goes on with the state of the one before",
@@ -89,7 +89,7 @@ MUTANTS = (
     ),
     Mutant(
         "same-timestep-is-same-step",
-        "runtime/generation.py",
+        "runtime/tracking/generation.py",
         "if way == 0 and (explicit or branch not in self.called):",
         "if way == 0:",
         "a sampler that evaluates a timestep twice falls behind its schedule",
@@ -100,7 +100,7 @@ MUTANTS = (
     ),
     Mutant(
         "state-not-dropped-at-the-last-step",
-        "runtime/placement.py",
+        "runtime/tracking/placement.py",
         "return None if generation.over(position) else (position, generation)",
         "return position, generation",
         "a run that starts lower than the last one ended goes on with its state",
@@ -108,7 +108,7 @@ MUTANTS = (
     ),
     Mutant(
         "jumps-are-steps",
-        "runtime/generation.py",
+        "runtime/tracking/generation.py",
         "if self.move == 0 or move <= DOUBTFUL_MOVE * self.move:",
         "if True:",
         "a run of its own that starts lower goes on with the state of another one",
@@ -116,8 +116,8 @@ MUTANTS = (
     ),
     Mutant(
         "rounded-moves-are-jumps",
-        "runtime/generation.py",
-        "slack = 2 * _rounding(as_number(value))",
+        "runtime/tracking/generation.py",
+        "slack = 2 * rounding(as_number(value))",
         "slack = 0.0",
         "timesteps in bfloat16 compute where they round up",
         (
@@ -127,7 +127,7 @@ MUTANTS = (
     ),
     Mutant(
         "image-to-image-starts-at-the-first-timestep",
-        "runtime/step_count.py",
+        "runtime/tracking/step_count.py",
         "at = place_of(told, value) or 0",
         "at = 0",
         "a run that leaves out the first timesteps computes the wrong steps",
@@ -135,7 +135,7 @@ MUTANTS = (
     ),
     Mutant(
         "samples-not-compared",
-        "runtime/trajectory.py",
+        "runtime/tracking/trajectory.py",
         "if change is not None and self._elsewhere(value, move, change, sample):",
         "if False:",
         "two requests with one prompt are answered from each other",
@@ -146,7 +146,7 @@ MUTANTS = (
     ),
     Mutant(
         "another-run-not-noticed",
-        "runtime/step_count.py",
+        "runtime/tracking/step_count.py",
         "if course.learnt and course.timesteps[:2] != values:",
         "if False:",
         "a run of other timesteps is placed by those of the run before",
