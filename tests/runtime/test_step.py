@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from dit_cache_fx.runtime.branches import Branch
 
 from dit_cache_fx import DeepCache
 from dit_cache_fx.runtime.step import MISSING, Step
+from dit_cache_fx.runtime.tracking.branches import Branch
 from dit_cache_fx.strategies import Clock
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
