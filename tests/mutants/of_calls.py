@@ -40,7 +40,7 @@ MUTANTS = (
         "runtime/tracking/placement.py",
         " or branch.serial != call.serial:",
         ":",
-        "what a model has held on one side of a guard is used on the other side",
+        "what a model has cached on one side of a guard is used on the other side",
         (
             "tests/capture/test_capture.py::"
             "test_another_answer_within_a_generation_begins_with_nothing_held",
@@ -51,7 +51,7 @@ MUTANTS = (
         "runtime/tracking/placement.py",
         "            other.forget()\n",
         "            pass\n",
-        "the tensors of the picture before are held as long as the next one is made",
+        "the tensors of the picture before are cached as long as the next one is made",
         (
             "tests/runtime/test_branches.py::"
             "test_the_next_generation_replaces_what_the_last_one_held",

@@ -10,7 +10,7 @@ MUTANTS = (
         "dynamo/graph.py",
         "[t.contiguous() for t in results[variants.outputs :]]",
         "[*results[variants.outputs :]]",
-        "a compiled graph reads held tensors in strides that it is not for",
+        "a compiled graph reads cached tensors in strides that it is not for",
         (
             "tests/compile/test_strides.py::"
             "test_the_graphs_of_a_backend_get_the_strides_that_they_were_compiled_for",
@@ -21,7 +21,7 @@ MUTANTS = (
         "dynamo/shared.py",
         "return value if value == self.first_constant else None",
         "return value",
-        "what a graph has held for another constant is reused",
+        "what a graph has cached for another constant is reused",
         ("tests/dynamo/test_numbers.py::test_numbers_that_must_stay_constants_are_named",),
     ),
     Mutant(

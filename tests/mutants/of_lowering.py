@@ -25,11 +25,11 @@ MUTANTS = (
         ),
     ),
     Mutant(
-        "what-is-held-is-an-operand",
+        "cached-tensor-is-an-operand",
         "lowering/one_graph.py",
         "results = [_own(graph, node) for node in results]",
         "results = [*results]",
-        "a compiled step gives the held tensor itself to the caller",
+        "a compiled step gives the cached tensor itself to the caller",
         ("tests/lowering/test_golden.py::test_branches_give_memory_of_their_own",),
     ),
     Mutant(

@@ -1,4 +1,4 @@
-"""Mutants of passes and ir: what is held, what runs, and on which side."""
+"""Mutants of passes and ir: what is cached, what runs, and on which side."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MUTANTS = (
         "passes/find_values.py",
         "new = [v for v in self.values if v in reached and v not in run_inputs]",
         "new = [v for v in self.values if v in reached and not run_inputs][:1]",
-        "of two values that leave a run only one is held",
+        "of two values that leave a run only one is cached",
         ("tests/runtime/test_memory.py::test_what_leaves_each_of_several_runs_is_held",),
     ),
     Mutant(
@@ -42,7 +42,7 @@ MUTANTS = (
         "passes/find_values.py",
         "if len(found) == len(parts) and all(found.values()):",
         "if False:",
-        "the residual of the picture's part of a joined stream is held as a whole value",
+        "the residual of the picture's part of a joined stream is cached as a whole value",
         ("tests/passes/test_golden.py::test_a_slice_of_a_joined_stream_starts_from_its_part",),
     ),
     Mutant(
@@ -104,7 +104,7 @@ MUTANTS = (
         "ir/verify.py",
         "if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:",
         "if False:",
-        "a graph changes what is held, or the caller's tensors",
+        "a graph changes what is cached, or the caller's tensors",
         ("tests/ir/test_verify.py::test_an_in_place_operator_is_refused",),
     ),
     Mutant(

@@ -1,4 +1,4 @@
-"""Mutants of runtime: what a step holds, and which step of which generation a call is."""
+"""Mutants of runtime: what a step caches, and which step of which generation a call is."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from tests.mutants.mutant import Mutant
 
 MUTANTS = (
     Mutant(
-        "callers-inputs-held",
+        "callers-inputs-cached",
         "runtime/step.py",
         "return tensor.copy() if tensor.key in foreign else tensor",
         "return tensor",
-        "a sampler that changes its sample in place changes what is held",
+        "a sampler that changes its sample in place changes what is cached",
         ("tests/capture/test_edges.py::test_the_caller_may_change_its_inputs_afterwards",),
     ),
     Mutant(
-        "what-is-held-given-away",
+        "cached-tensors-given-away",
         "runtime/step.py",
         "return [t.clone() if storage_key(t) in own else t for t in outputs]",
         "return list(outputs)",
-        "a caller that changes the result in place changes what is held",
+        "a caller that changes the result in place changes what is cached",
         ("tests/capture/test_edges.py::test_the_caller_may_change_the_result",),
     ),
     Mutant(
@@ -26,7 +26,7 @@ MUTANTS = (
         "runtime/step.py",
         "or not all(h.untouched() for h in branch.cached)",
         "or False",
-        "a held tensor that a model has changed in place is reused",
+        "a cached tensor that a model has changed in place is reused",
         ("tests/runtime/test_step.py::test_a_held_tensor_that_was_changed_in_place_is_not_used",),
     ),
     Mutant(
