@@ -82,10 +82,10 @@ ANOTHER = "in another process"
 
 
 @contextmanager
-def together(ranks: Ranks | None) -> Iterator[None]:
+def together(ranks: Ranks | None, what: str = "capture the model") -> Iterator[None]:
     """Where one process raises within it, all of them do. None of them may wait for others there.
 
-    So none is left waiting for one that has gone.
+    So none is left waiting for one that has gone. `what`: what they do, for the error.
     """
     try:
         yield
@@ -95,8 +95,8 @@ def together(ranks: Ranks | None) -> Iterator[None]:
         raise
     if ranks is not None and not ranks.every(True):
         raise CaptureError(
-            "another process could not capture the model, and all of them must: the error of that "
-            "process says why"
+            f"another process could not {what}, and all of them must: the error of that process "
+            "says why"
         )
 
 

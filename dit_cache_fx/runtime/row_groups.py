@@ -49,9 +49,10 @@ class Row:
 class Group:
     """Rows for one graph.
 
-    `variants`, `around`: the graph, and within what it runs. `layout`: of its rows; None for one
-    row. `given`: the tensors of all rows by name. `decided`: runs the side of a step's kind with
-    them and what is carried. `changed`: whether the model has changed since the graph was made.
+    `variants`: the graph. `around_parts`: within what the rule's graph runs, which may have parts
+    of blocks. `layout`: of its rows; None for one row. `given`: the tensors of all rows by name.
+    `decided`: runs the side of a step's kind with them and what is carried. `changed`: whether the
+    model has changed since the graph was made.
     """
 
     rows: Sequence[Row]
@@ -59,7 +60,7 @@ class Group:
     layout: Layout | None
     given: dict[str, torch.Tensor]
     decided: Callable[[Step | Together, dict[str, torch.Tensor]], Serving]
-    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    around_parts: Callable[[], AbstractContextManager[Any]] = nullcontext
     changed: Callable[[], bool] = lambda: False
 
     @property
@@ -97,7 +98,7 @@ class Group:
     def _prefix(self) -> GraphCall:
         prefix = self.variants.prefix
         assert prefix is not None
-        return GraphCall(prefix.run, prefix.operands(self.given), self.around)
+        return GraphCall(prefix.run, prefix.operands(self.given), self.around_parts)
 
 
 #: the graph for rows that have the same one by themselves, for so many rows

@@ -28,6 +28,7 @@ COLUMNS = (
     "cached blocks",
     *EAGER,
     "TeaCache, TaylorCache",
+    "autocast",
     "`torch.compile`",
     "`compile_steps`",
     "`backend()`",
@@ -48,6 +49,8 @@ exports, as a tiny model with random weights, six steps of which 0, 1 and 3 are 
   often as in the model.
 - **is DeepCache**: every step is bitwise that of the same blocks, each with a cache of its own.
 - **TeaCache, TaylorCache**: they run; their computed steps are bitwise the model's.
+- **autocast**: under `torch.autocast("cpu", torch.bfloat16)` computed steps are bitwise what the
+  model gives there, and the others are reused.
 - **`torch.compile`**: `torch.compile(cached, fullgraph=True)` (a backend that runs the graph as it
   is) makes one graph for all steps and gives the same.
 - **`compile_steps`**: `cached.compile_steps()` gives the same.
