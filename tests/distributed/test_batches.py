@@ -151,10 +151,9 @@ def test_backend(pair: Pair) -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("engine", ["fsdp", "ddp"])
-def test_backend_refuses_what_dynamo_splits(pair: Pair, engine: str) -> None:
+def test_backend_refuses_what_dynamo_splits(pair: Pair) -> None:
     with pytest.raises(RankError, match=r"Dynamo splits the model .* a batch of sessions needs it"):
-        pair.run(through_backend, engine)
+        pair.run(through_backend, "ddp")
 
 
 # --- a part of each sequence ---------------------------------------------------------------------
