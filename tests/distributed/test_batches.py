@@ -202,7 +202,7 @@ def context_parallel(strategy: str, options: dict[str, Any]) -> list[list[str]]:
     ids=lambda v: str(v)[:20],
 )
 def test_context_parallelism(pair: Pair, strategy: str, options: dict[str, Any]) -> None:
-    assert len(both(pair.run(context_parallel, strategy, options))) == 2
+    assert len(both(pair.run(context_parallel, strategy, options, limit=400))) == 2
 
 
 # --- refused -------------------------------------------------------------------------------------
