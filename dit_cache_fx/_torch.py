@@ -668,18 +668,39 @@ def members(group: Any) -> list[int]:
 
 def all_reduced(tensor: torch.Tensor, how: str, group: str) -> torch.Tensor:
     """Return the sum ("sum") or maximum ("max") of each element over a group; works in a graph."""
-    given = tensor.to(_reached(group, tensor.device))
-    functional = torch.ops._c10d_functional
-    reduced: torch.Tensor = functional.wait_tensor(functional.all_reduce(given, how, group))
-    return reduced.to(tensor.device)
+    reduced: torch.Tensor = _EachElement.apply(
+        tensor, torch.ops._c10d_functional.all_reduce, how, group
+    )
+    return reduced
 
 
 def broadcast(tensor: torch.Tensor, group: str) -> torch.Tensor:
     """Return the tensor of a group's first process."""
-    given = tensor.to(_reached(group, tensor.device))
-    functional = torch.ops._c10d_functional
-    sent: torch.Tensor = functional.wait_tensor(functional.broadcast(given, 0, group))
-    return sent.to(tensor.device)
+    sent: torch.Tensor = _EachElement.apply(tensor, torch.ops._c10d_functional.broadcast, 0, group)
+    return sent
+
+
+class _EachElement(torch.autograd.Function):
+    """A collective that treats each element by itself. `torch.vmap` sends all rows at once.
+
+    torch has no vmap rule for it: it would send row by row, and stack the rows before they arrive.
+    """
+
+    @staticmethod
+    def forward(
+        tensor: torch.Tensor, collective: Callable[..., torch.Tensor], how: Any, group: str
+    ) -> torch.Tensor:
+        given = tensor.to(_reached(group, tensor.device))
+        sent: torch.Tensor = torch.ops._c10d_functional.wait_tensor(collective(given, how, group))
+        return sent.to(tensor.device)
+
+    @staticmethod
+    def setup_context(ctx: Any, _: Any, output: torch.Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(_: Any, in_dims: Any, tensor: torch.Tensor, *how: Any) -> tuple[Any, int | None]:
+        return _EachElement.apply(tensor, *how), in_dims[0]
 
 
 def all_gathered(tensor: torch.Tensor, group: str) -> torch.Tensor:

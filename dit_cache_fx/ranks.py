@@ -82,10 +82,11 @@ ANOTHER = "in another process"
 
 
 @contextmanager
-def together(ranks: Ranks | None) -> Iterator[None]:
+def together(ranks: Ranks | None, what: str = "capture the model") -> Iterator[None]:
     """Raise in all processes if one of them raises inside, where none may wait for others.
 
-    Otherwise the others would wait for a process that has left.
+    Otherwise the others would wait for a process that has left. `what` they do is for the
+    error.
     """
     try:
         yield
@@ -95,8 +96,7 @@ def together(ranks: Ranks | None) -> Iterator[None]:
         raise
     if ranks is not None and not ranks.every(True):
         raise CaptureError(
-            "another process could not capture the model, and all of them must: see the error of "
-            "that process"
+            f"another process could not {what}, and all of them must: see the error of that process"
         )
 
 

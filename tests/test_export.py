@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dit_cache_fx
-from dit_cache_fx import CaptureError, OptionError
+from dit_cache_fx import CaptureError, OptionError, _torch
 from dit_cache_fx.export import Exported, export, load
 from tests.compile.compiling import RULE, SCHEDULED, STEPS, STRATEGIES, assert_same, calls_of
 from tests.toys import (
@@ -114,8 +114,25 @@ def test_models_of_the_zoo(name: str, strategy: str, options: dict[str, Any]) ->
         del model.get_submodule(blocks)[:-1]
     eager, cached = (dit_cache_fx.apply(model, strategy, **options) for _ in range(2))
     runner = export(cached, (), calls_of(model_case, 1)[0]).runner()
-    assert_same(runner, eager, calls_of(model_case, steps))
+    try:
+        assert_same(runner, eager, calls_of(model_case, steps))
+    except AssertionError as error:  # once in CI, and not to be had again
+        raise AssertionError(f"{error}; {first_calls(model, runner, eager, model_case)}") from None
     assert "r" in actions(eager)
+
+
+def first_calls(model: nn.Module, runner: Any, eager: Any, model_case: Case) -> str:
+    """How each answers a first call, twice: whether the program is another one, or the numbers."""
+    inputs, answers = calls_of(model_case, 1)[0], {}
+    for _ in range(2):
+        for name, answer in (("model", model), ("program", runner), ("cached", eager)):
+            if answer is not model:
+                answer.clear_states()
+            answers.setdefault(name, []).append(flat(answer(**inputs)))
+    want = answers["model"][0]
+    off = {n: [(t - want).abs().max().item() for t in each] for n, each in answers.items()}
+    threads, kernels = torch.get_num_threads(), _torch.attention_backends()
+    return f"off by {off} with {threads} threads, attention {kernels}"
 
 
 def test_state_goes_in_and_out() -> None:

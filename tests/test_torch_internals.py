@@ -853,6 +853,18 @@ def test_a_reduction_can_be_in_a_graph(group: str) -> None:
     assert torch.equal(gm(torch.ones(2).double())[0], torch.ones(2).double())
 
 
+def test_a_reduction_mapped_over_rows_is_one_of_all_rows(group: str) -> None:
+    """torch would stack what was not waited for."""
+    spec = TensorSpec(torch.Size([3, 2]), torch.float64, torch.device("cpu"))
+    rows = torch.arange(6.0).double().view(3, 2)
+    for each in (lambda t: all_reduced(t, "max", group), lambda t: broadcast(t, group)):
+        gm = trace_shapes(lambda t, each=each: [torch.vmap(each)(t)], [spec])
+        sent = [n for n in gm.graph.nodes if "_c10d_functional" in str(n.target)]
+        assert len(sent) == 2  # the collective, and the wait for it
+        assert torch.equal(gm(rows)[0], rows)
+        assert torch.equal(torch.vmap(each, in_dims=1, out_dims=1)(rows), rows)
+
+
 def test_plain_tensors_beside_distributed_ones(group: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, distribute_tensor

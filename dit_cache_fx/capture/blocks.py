@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from dit_cache_fx.capture.leaves import BlockList
@@ -128,9 +129,9 @@ def _sample(program: Program) -> str | None:
 def _beside(program: Program) -> frozenset[str]:
     """Return the arguments shaped like the model's further results: more samples."""
     results = program.outputs_of_blocks()[1:]
-    others = [(spec.shape, spec.dtype) for n in results if (spec := spec_of(n)) is not None]
+    others = [spec for n in results if (spec := spec_of(n)) is not None]
     given = {
-        argument: (spec.shape, spec.dtype)
+        argument: spec
         for name, argument in zip(program.inputs, program.arguments, strict=True)
         if name != program.timestep_input
         and name not in program.owned
@@ -138,8 +139,16 @@ def _beside(program: Program) -> frozenset[str]:
         if (spec := spec_of(program.node(name))) is not None and spec.ndim > 1
         if program.arguments.count(argument) == 1
     }
-    found = (next((a for a, own in given.items() if own == other), None) for other in others)
+    found = (_given_as(given, other) for other in others)
     return frozenset(argument for argument in found if argument is not None)
+
+
+def _given_as(given: Mapping[str, torch.Tensor], result: torch.Tensor) -> str | None:
+    """The argument of a result's form; autocast gives floating results another dtype."""
+    alike = [a for a, own in given.items() if own.shape == result.shape]
+    same = [a for a in alike if given[a].dtype == result.dtype]
+    floating = [a for a in alike if given[a].is_floating_point() and result.is_floating_point()]
+    return next(iter([*same, *floating]), None)
 
 
 def _position(program: Program, node: fx.Node) -> int:

@@ -18,8 +18,9 @@ from dit_cache_fx.dynamo.parts import flat
 from dit_cache_fx.errors import OptionError
 from dit_cache_fx.ir.alone import Alone
 from dit_cache_fx.lowering.lowered_program import Lowered
+from dit_cache_fx.ranks import together
 from dit_cache_fx.runtime.batch import Batch
-from dit_cache_fx.runtime.batch.row_check import compare_rows, tolerance
+from dit_cache_fx.runtime.batch.row_check import SPLIT, compare_rows, tolerance
 from dit_cache_fx.runtime.batch.row_groups import Group, Row, answer, decide, output
 from dit_cache_fx.runtime.batch.row_steps import RowLayout, RowSteps
 from dit_cache_fx.runtime.call_log import CallLog, CallStart
@@ -197,12 +198,13 @@ class RowAnswers:
 
     def _check(self, call: RowCall, members: Sequence[Row], given: list[Input]) -> None:
         """Raise if Dynamo's graph gives other results for these rows than for all."""
-        together, some = (_answer(call.outlined, inputs) for inputs in (call.inputs, given))
+        whole, some = (_answer(call.outlined, inputs) for inputs in (call.inputs, given))
         parameters = [t for t in call.inputs if isinstance(t, torch.Tensor)]
-        near = tolerance([*together, *parameters])
-        names = [f"output {i}" for i in range(len(together))]
-        for place, row in enumerate(members):
-            compare_rows(call.rows, names, (together, row.place), (some, place), near)
+        near = tolerance([*whole, *parameters])
+        names = [f"output {i}" for i in range(len(whole))]
+        with together(members[0].graph.strategy.ranks, SPLIT):
+            for place, row in enumerate(members):
+                compare_rows(call.rows, names, (whole, row.place), (some, place), near)
 
 
 def _answer(outlined: Outlined, inputs: Sequence[Input]) -> list[torch.Tensor]:

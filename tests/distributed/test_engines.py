@@ -124,30 +124,58 @@ def test_distributed_tensors(pair: Pair, strategy: str, options: dict[str, Any])
 
 # --- compiled -------------------------------------------------------------------------------------
 
+WAYS = ("compile", "compile_steps", "backend")
 
-def compiled(way: str, strategy: str, options: dict[str, Any]) -> bool:
-    """A generation of a model in tensor parallelism, compiled in one of three ways."""
+
+def compiled(engine: str, way: str, strategy: str, options: dict[str, Any]) -> bool:
+    """A generation of a compiled model that the processes run together."""
     want = generate(dit_cache_fx.apply(dit(), strategy, **options))
     torch._dynamo.reset()
-    model: Any = tensor_parallel(dit())
+    model: Any = ENGINES[engine](dit())
+    whole = engine == "tensor_parallel"  # the others' own hooks break the graph
     if way == "backend":
         cache: Any = dit_cache_fx.backend(strategy, inner="aot_eager", **options)
-        model = torch.compile(model, backend=cache, fullgraph=True)
+        model = torch.compile(model, backend=cache, fullgraph=whole)
     else:
         cache = model = dit_cache_fx.apply(model, strategy, **options)
     if way == "compile":
-        model = torch.compile(model, backend="aot_eager", fullgraph=True)
+        model = torch.compile(model, backend="aot_eager", fullgraph=whole)
     elif way == "compile_steps":
-        model.compile_steps(backend="aot_eager", fullgraph=True)
+        model.compile_steps(backend="aot_eager", fullgraph=whole)
     got = generate(model)
     actions = [f"{r.step} {r.action}" for r in cache.cache_report().timeline]
     assert apart(got.outputs, want.outputs) < 1e-5
     return actions == want.actions
 
 
-@pytest.mark.parametrize("way", ["compile", "compile_steps", "backend"])
+@pytest.mark.parametrize("way", WAYS)
 def test_compiled(pair: Pair, way: str) -> None:
-    assert all(pair.run(compiled, way, "teacache", RULED["teacache"]))
+    assert all(pair.run(compiled, "tensor_parallel", way, "teacache", RULED["teacache"]))
+
+
+SHARDED = [("teacache", RULED["teacache"]), *SCHEDULED.items()]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("way", ["compile", "compile_steps"])
+@pytest.mark.parametrize("case", SHARDED, ids=lambda c: c[0])
+def test_fully_shard_compiled(pair: Pair, way: str, case: tuple[str, dict[str, Any]]) -> None:
+    assert all(pair.run(compiled, "fsdp", way, *case))
+
+
+def uncached_with_backend() -> None:
+    """A sharded model with `backend()`: Dynamo splits it inside its blocks."""
+    want = generate(fsdp(dit()))
+    torch._dynamo.reset()
+    cache = dit_cache_fx.backend("deepcache", inner="aot_eager", **SCHEDULED["deepcache"])
+    got = generate(torch.compile(fsdp(dit()), backend=cache))
+    assert all(map(torch.equal, got.outputs, want.outputs))
+    assert not cache.cache_report().captures
+
+
+@pytest.mark.exhaustive
+def test_fully_shard_with_backend_is_not_cached(pair: Pair) -> None:
+    pair.run(uncached_with_backend)
 
 
 def test_fully_shard_after_apply(pair: Pair) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 import dit_cache_fx
 from dit_cache_fx import CachedModel, DitCacheWarning
 from dit_cache_fx.runtime.tracking.trajectory import Trajectory
-from tests.toys import ByHand, ToyDiT, make, toy_inputs
+from tests.toys import DIM, ByHand, ToyDiT, make, toy_inputs
 
 STEPS = 8
 WIDE = 64  # tokens: a sample that says something
@@ -365,14 +365,32 @@ class SoundDiT(ToyDiT):
         return h[:, : x.shape[1]], h[:, x.shape[1] :]
 
 
-def test_a_second_sample_is_no_conditioning() -> None:
-    """What the model gives back in its shape moves with the steps."""
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_second_sample_is_no_conditioning(autocast: bool) -> None:
+    """What the model gives back in its shape moves with the steps; autocast changes its dtype."""
     cached = dit_cache_fx.apply(make(SoundDiT), "deepcache", no_cache_steps={0, 3})
     for step in range(6):
         sound = sample(1, step)[:, :3]
-        cached(x=sample(0, step), timestep=time(step), text=TEXT, sound=sound)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            cached(x=sample(0, step), timestep=time(step), text=TEXT, sound=sound)
     actions = [r.action for r in cached.cache_report().timeline]
     assert actions == ["computed", "reused", "reused", "computed", "reused", "reused"]
+
+
+def test_ids_shaped_like_a_second_result_are_conditioning() -> None:
+    class WithIds(SoundDiT):
+        def forward(  # type: ignore[override]
+            self, x: Tensor, timestep: Tensor, text: Tensor, ids: Tensor, sound: Tensor
+        ) -> Any:
+            return super().forward(x + ids.sum(), timestep, text, sound)
+
+    cached = dit_cache_fx.apply(make(WithIds), "deepcache", no_cache_steps={0})
+    for step in range(2):
+        for number in range(2):
+            ids, sound = torch.full((1, 3, DIM), number), sample(1, step)[:, :3]
+            cached(x=sample(0, step), timestep=time(step), text=TEXT, ids=ids, sound=sound)
+    branches = [(r.branch, r.action) for r in cached.cache_report().timeline]
+    assert branches == [(0, "computed"), (1, "computed"), (0, "reused"), (1, "reused")]
 
 
 def test_conditioning_shaped_like_the_only_sample_is_conditioning() -> None:

@@ -136,6 +136,10 @@ class Seen:
             if steps != sorted(COMPUTED) or not all(o.isfinite().all() for o in outputs):
                 raise Fault(f"{strategy} computes {steps}, or gives infinite values")
 
+    def autocast(self) -> None:
+        """Under autocast too computed steps are bitwise the model's, and the others are reused."""
+        autocast(self.subject.case)
+
     def one_graph(self) -> str:
         """One graph for all steps of an input signature; it gives what eager mode gives."""
         graphs: list[fx.GraphModule] = []
@@ -202,6 +206,24 @@ class Seen:
         finally:
             torch.compiler.reset()
         return True
+
+
+def autocast(case: SupportCase) -> None:
+    """Raises where the class's computed steps under autocast are not bitwise the model's.
+
+    And where the others are not reused, and where it does not run without a cache either.
+    """
+    with torch.autocast("cpu", torch.bfloat16):
+        try:
+            subject = Subject(case)
+        except Exception as error:
+            raise Fault(f"without a cache it does not run: {_reason(error)}") from error
+        cached = subject.cached("deepcache")
+        outputs, _ = subject.generation(cached, Counter())
+    _refuse_others(outputs, subject.exact)
+    steps = [r.step for r in cached.cache_report().timeline if r.action == "computed"]
+    if steps != sorted(COMPUTED) or all(map(torch.equal, outputs, subject.exact)):
+        raise Fault(f"steps {steps} are computed")
 
 
 def _refuse_others(outputs: Outputs, exact: Outputs) -> None:
@@ -283,12 +305,12 @@ def look(case: SupportCase) -> tuple[Seen | None, list[str]]:
 
 
 def look_further(seen: Seen) -> list[str]:
-    """The other cells: TeaCache and TaylorCache, and one graph."""
+    """The other cells: TeaCache and TaylorCache, autocast, and the ways to compile."""
     with torch.no_grad():
         graph = _cell(seen.one_graph)
         if graph.startswith("no") and not seen.itself_is_one_graph():
             graph = f"{graph.rstrip('.')}. Without a cache, the model is not one graph either."
-        return [_cell(seen.others), graph, *look_compiled(seen)]
+        return [_cell(seen.others), _cell(seen.autocast), graph, *look_compiled(seen)]
 
 
 def look_compiled(seen: Seen) -> list[str]:

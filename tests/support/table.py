@@ -28,6 +28,7 @@ COLUMNS = (
     "cached blocks",
     *EAGER,
     "TeaCache, TaylorCache",
+    "autocast",
     "`torch.compile`",
     "`compile_steps`",
     "`backend()`",
@@ -49,6 +50,8 @@ which 0, 1 and 3 are computed. `python -m tests.support.table` runs the checks a
 - **equals per-block cache**: with DeepCache, every step is bitwise that of a model whose blocks are
   cached one by one.
 - **TeaCache, TaylorCache**: both run, and their computed steps are bitwise those of the model.
+- **autocast**: under `torch.autocast("cpu", torch.bfloat16)`, computed steps are bitwise those of
+  the model, and the others are reused.
 - **`torch.compile`**: `torch.compile(cached, fullgraph=True)` makes one graph for all steps and
   gives the same results. The backend runs the graph as it is.
 - **`compile_steps`**: `cached.compile_steps()` gives the same results.

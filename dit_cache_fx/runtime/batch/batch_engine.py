@@ -123,7 +123,7 @@ class BatchEngine:
             entry.layout,
             entry.inputs(call),
             lambda step, given: execution.decided(entry, step, given, ready, compiler),
-            entry.captured.around,
+            entry.captured.around_parts,
             lambda: self._engine.graphs.stale(entry),
         )
 

@@ -11,8 +11,13 @@ import torch
 from dit_cache_fx.capture import Subject
 from dit_cache_fx.capture.side_effects import unnoticed
 from dit_cache_fx.errors import CaptureError, OptionError
+from dit_cache_fx.ranks import found, together
+from dit_cache_fx.strategies import spread_over
 from dit_cache_fx.values.pytree import Skeleton, flatten, key_paths
 from dit_cache_fx.values.rows import CallRows
+
+#: what the processes do together, for an error
+SPLIT = "split the call into sessions"
 
 
 def check_rows(subject: Subject, rows: CallRows) -> None:
@@ -21,13 +26,16 @@ def check_rows(subject: Subject, rows: CallRows) -> None:
     That happens if the model mixes rows, or if an argument is split that has no rows. The first row
     and the last one are tried.
     """
-    together, skeleton = flatten(_answer(subject, rows.arguments))
-    near = tolerance([*together, *flatten(rows.arguments)[0], *subject.model.parameters()])
-    for row in sorted({0, rows.count - 1}):
-        alone, kind = flatten(_alone(subject, rows, row))
-        if kind != skeleton:
-            raise CaptureError(f"{_split(rows)} The model's output has other parts for one row")
-        compare_rows(rows, output_names(skeleton), (together, row), (alone, 0), near)
+    whole, skeleton = flatten(_answer(subject, rows.arguments))
+    given = flatten(rows.arguments)[0]
+    near = tolerance([*whole, *given, *subject.model.parameters()])
+    alone = {row: flatten(_alone(subject, rows, row)) for row in sorted({0, rows.count - 1})}
+    ranks = spread_over(subject.strategy, found(subject.model, given)).ranks
+    with together(ranks, SPLIT):
+        for row, (one, kind) in alone.items():
+            if kind != skeleton:
+                raise CaptureError(f"{_split(rows)} The model's output has other parts for one row")
+            compare_rows(rows, output_names(skeleton), (whole, row), (one, 0), near)
 
 
 #: outputs of a call, and the index of the row
@@ -38,8 +46,8 @@ def compare_rows(
     rows: CallRows, names: Sequence[str], whole: Outputs, part: Outputs, tolerance: float
 ) -> None:
     """Raise `CaptureError` if a row differs between the call and a part of it."""
-    (together, row), (some, place) = whole, part
-    for name, many, few in zip(names, together, some, strict=True):
+    (all_rows, row), (some, place) = whole, part
+    for name, many, few in zip(names, all_rows, some, strict=True):
         if not few.ndim or many.shape != (rows.count, *few.shape[1:]):
             raise CaptureError(
                 f"{name} is {list(many.shape)} for {rows.count} rows and {list(few.shape)} for "

@@ -49,9 +49,10 @@ class Row:
 class Group:
     """Rows for one graph.
 
-    `variants`, `around`: the graph, and the context to run it in. `layout`: of its rows; None for
-    one row. `given`: the tensors of all rows by name. `decided`: runs the side of a step's kind
-    with them and the carried tensors. `changed`: whether the model has changed since the capture.
+    `variants`: the graph. `around_parts`: the context to run the rule's graph in, which may hold
+    parts of blocks. `layout`: of its rows; None for one row. `given`: the tensors of all rows by
+    name. `decided`: runs the side of a step's kind with them and the carried tensors. `changed`:
+    whether the model has changed since the capture.
     """
 
     rows: Sequence[Row]
@@ -59,7 +60,7 @@ class Group:
     layout: RowLayout | None
     given: dict[str, torch.Tensor]
     decided: Callable[[Step | RowSteps, dict[str, torch.Tensor]], Serving]
-    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    around_parts: Callable[[], AbstractContextManager[Any]] = nullcontext
     changed: Callable[[], bool] = lambda: False
 
     @property
@@ -97,7 +98,7 @@ class Group:
     def _prefix(self) -> GraphCall:
         prefix = self.variants.prefix
         assert prefix is not None
-        return GraphCall(prefix.run, prefix.operands(self.given), self.around)
+        return GraphCall(prefix.run, prefix.operands(self.given), self.around_parts)
 
 
 #: (rows with the same graph by themselves, number of rows) -> the graph for so many
