@@ -94,9 +94,7 @@ TOLERANT = {"tolerance": 3.0}
 #: others at their first block
 DEFAULT: list[tuple[str, str, dict[str, Any]]] = [
     ("flux", "taylorcache", SCHEDULED["taylorcache"]),
-    ("flux", "teacache", RULED["teacache"]),
     ("wan", "teacache", RULED["teacache"]),
-    ("wan", "firstblockcache", RULED["firstblockcache"]),
     ("qwen", "easycache", RULED["easycache"]),
 ]
 ALL = [

@@ -181,5 +181,6 @@ def test_tensors_that_the_graph_holds() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_tensors_that_the_graph_holds_with_inductor() -> None:
     _compare(cache_of("inductor"), rtol=1e-4, atol=1e-4)
