@@ -23,6 +23,9 @@ from dit_cache_fx.strategies import (
     Clock,
     DeepCache,
     EasyCache,
+    EvenAndLast,
+    EvenSteps,
+    EvenTimesteps,
     Exponential,
     FirstBlockCache,
     FoCa,
@@ -30,15 +33,10 @@ from dit_cache_fx.strategies import (
     MagCache,
     NewtonCache,
     RuleState,
+    Schedule,
     Strategy,
     TaylorCache,
     TeaCache,
-)
-from dit_cache_fx.strategies.schedule import (
-    EvenAndLast,
-    EvenSteps,
-    EvenTimesteps,
-    Schedule,
     interval_schedule,
 )
 from dit_cache_fx.strategies.teacache_coefficients import TEACACHE_COEFFICIENTS, Coefficients

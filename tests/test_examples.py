@@ -13,7 +13,7 @@ import pytest
 from torch import distributed as dist
 
 from dit_cache_fx import TEACACHE_COEFFICIENTS
-from dit_cache_fx.strategies.schedule import PRESETS
+from dit_cache_fx.strategies.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 GRAPHS = (ROOT / "docs" / "how_it_works.md").read_text()

@@ -1,4 +1,4 @@
-"""Contexts that a node runs within: what the model's forward has entered around a module's call."""
+"""The contexts that the model's forward enters around a module's call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `cache_report()` returns."""
+"""The result of `cache_report()`."""
 
 from __future__ import annotations
 
@@ -73,6 +73,13 @@ class CacheReport:
             The option that places the computed steps; empty where they are listed.
         num_steps (`int | None`):
             The number of steps in a generation, as far as it is known.
+
+    Example:
+        >>> report = cached.cache_report()
+        >>> report.steps_computed, report.steps_reused
+        (4, 8)
+        >>> print(report)
+        taylorcache...
     """
 
     strategy: str
@@ -118,7 +125,7 @@ class CacheReport:
 
 
 def size(nbytes: int) -> str:
-    """Bytes as text: `96 KiB`."""
+    """Format a number of bytes: `96 KiB`."""
     amount = float(nbytes)
     for unit in ("B", "KiB", "MiB"):
         if amount < 1024:
@@ -128,7 +135,7 @@ def size(nbytes: int) -> str:
 
 
 def report(call_log: CallLog, entries: Sequence[Lowered], enabled: bool) -> CacheReport:
-    """The state right now. `entries`: the graphs that answer its calls."""
+    """Return the current state. `entries`: the graphs that answer its calls."""
     blocks = entries[-1].program.block_lists if entries else {}
     branches = list(_branches(call_log, entries))
     records = call_log.records()
@@ -156,7 +163,7 @@ def report(call_log: CallLog, entries: Sequence[Lowered], enabled: bool) -> Cach
 
 
 def schedule_of(strategy: Strategy) -> str:
-    """The option that says which steps compute, where it is no list of them."""
+    """Return the option that places the computed steps; empty if it is a list of them."""
     if strategy.compute_ratio is not None:
         return f"compute_ratio {strategy.compute_ratio:.3g}"
     if strategy.computed_steps is not None:
@@ -184,13 +191,13 @@ def _remembered(branch: Branch) -> int:
 
 
 def _per_block(entry: Lowered) -> int:
-    """Bytes of all results of the cached blocks, as a helper that wraps each block holds them."""
+    """Return the bytes of all results of the cached blocks: the cost of caching each block."""
     cached = {f"{b.list_name}.{b.index}" for r in entry.program.regions for b in r.blocks}
     return sum(entry.block_bytes[name] for name in cached)
 
 
 def _steps(records: Sequence[StepRecord]) -> tuple[int, int]:
-    """Steps of the last generation that a branch computed, and that none did."""
+    """Count the last generation's steps that a branch computed, and those that none did."""
     computed = {r.step for r in records if r.action == "computed"}
     return len(computed), len({r.step for r in records} - computed)
 

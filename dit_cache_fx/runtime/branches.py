@@ -1,4 +1,4 @@
-"""What is held for one branch of a request, and by what its calls are known."""
+"""The state of one branch of a request, and the data that identifies its calls."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from dit_cache_fx.values.tensor_spec import TensorSpec
 from dit_cache_fx.values.wrapped import inner, nbytes, settled
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Held:
-    """A tensor that is held, and its version then: one that was changed since is not used.
+    """A held tensor, with its version: it is not used if it changed in place since.
 
     `key`: of its memory (`storage_key`).
     """
@@ -36,11 +36,11 @@ class Held:
         return Held(tensor, version(tensor), storage_key(tensor))
 
     def copy(self) -> Held:
-        """The same values in memory of their own."""
+        """Return the same values in memory of their own."""
         return Held.of(self.tensor.clone())
 
     def untouched(self) -> bool:
-        """Whether nobody changed it in place (an inference tensor cannot tell)."""
+        """Return whether nobody changed it in place (unknown for an inference tensor)."""
         return version(self.tensor) == self.version
 
     @property
@@ -52,13 +52,13 @@ class Held:
 class Branch:
     """One branch of a generation: calls of one signature, context and conditioning.
 
-    `key`, `context`: the signature and the cache contexts of its calls. `serial`: the graph that
-    answered the newest. `varying`: the places of its conditioning that changed with its newest
-    call. `answered`: the newest step that it answered. `called`: when it was called last, in calls
-    of its session.
+    `key`, `context`: the signature and the cache contexts of its calls. `serial`: the graph of the
+    newest call. `varying`: the positions of its conditioning that changed in its newest call.
+    `answered`: its newest step. `called`: the time of its newest call, counted in calls of its
+    session.
     """
 
-    identity: object = field(default_factory=object)  # the same for what takes its place
+    identity: object = field(default_factory=object)  # kept by the branch that replaces this one
     key: Hashable = None
     context: tuple[str, ...] = ()
     serial: int = 0
@@ -68,23 +68,23 @@ class Branch:
     varying: frozenset[int] = frozenset()
     answered: int = -1
     called: int = 0
-    number: int = 0  # among the branches of its generation, signature and context, for reports
+    number: int = 0  # its index in its generation, signature and context, for reports
 
     held: list[Held] = field(default_factory=list)  # of all cached runs, in order
-    memory: RuleState | None = None  # of the strategy's own rule
-    measured: torch.Tensor | None = None  # on the CPU, where the rule has read it there
+    memory: RuleState | None = None  # of the strategy's rule
+    measured: torch.Tensor | None = None  # on the CPU, once the rule has read it
     computed: int = 0  # computed steps so far
     last_computed: int = 0  # the newest computed step
-    reach: float = 0.0  # the distance to it from the one before
-    prepared: tuple[TensorSpec, ...] = ()  # specs of what the host prepared for its newest graph
-    shapes: Any = None  # of the masked selections that the held tensors came from
+    reach: float = 0.0  # the distance of the last two computed steps
+    prepared: tuple[TensorSpec, ...] = ()  # specs of the preamble's results for its newest graph
+    shapes: Any = None  # of the masked selections in the held tensors
 
     def emptied(self) -> Branch:
-        """The same branch with nothing held: its next call computes."""
+        """Return the same branch with nothing held: its next call computes."""
         return replace(
             self, held=[], memory=None, measured=None, computed=0, last_computed=0, prepared=()
         )
 
     def forget(self) -> None:
-        """Drop what is held."""
+        """Drop the held tensors."""
         self.held, self.memory, self.measured, self.computed = [], None, None, 0

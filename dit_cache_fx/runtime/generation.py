@@ -1,4 +1,4 @@
-"""Which step of which generation a call belongs to."""
+"""Determine the step and the generation of a call from its timestep."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dit_cache_fx.strategies import Course
 from dit_cache_fx.strategies.timesteps import Timesteps
 from dit_cache_fx.values.wrapped import whole
 
-#: a timestep as a number; where its elements differ, all of them: float64 [n] on the CPU
+#: a timestep as a number; if its elements differ, all of them: float64 [n] on the CPU
 TimestepValue = float | torch.Tensor
 
 
 def timestep_value(timestep: torch.Tensor) -> TimestepValue:
-    """The values of a timestep tensor. Waits for the device when the tensor is on one."""
+    """Return the values of a timestep tensor. Waits for the device if the tensor is on one."""
     timestep = whole(timestep)
     if timestep.numel() == 1:
         return float(timestep.item())
@@ -26,12 +26,12 @@ def timestep_value(timestep: torch.Tensor) -> TimestepValue:
 
 
 def as_number(value: TimestepValue) -> float:
-    """One number for reports: the mean."""
+    """Return one number for reports: the mean."""
     return value if isinstance(value, float) else float(value.mean())
 
 
 def movement(before: TimestepValue, now: TimestepValue) -> tuple[float, float]:
-    """How far the elements of a timestep moved at least and at most, with signs.
+    """Return the smallest and the largest move of a timestep's elements, with signs.
 
     Timesteps of different lengths move as their means do.
     """
@@ -47,7 +47,7 @@ def movement(before: TimestepValue, now: TimestepValue) -> tuple[float, float]:
 
 
 def distance(before: TimestepValue, now: TimestepValue) -> float:
-    """How far the farthest element of a timestep moved."""
+    """Return the distance that a timestep's farthest element moved."""
     if isinstance(before, float) and isinstance(now, float):
         return abs(now - before)
     return max(map(abs, movement(before, now)))
@@ -55,14 +55,14 @@ def distance(before: TimestepValue, now: TimestepValue) -> float:
 
 #: a timestep that moves this many times as far as ever before in a generation is in doubt ...
 DOUBTFUL_MOVE = 1.75
-#: ... and from here on it is likely to be of another one
+#: ... and from here on it probably belongs to another one
 FAR_MOVE = 4.0
-#: most timesteps of a generation that are noted
+#: the largest number of timesteps that a generation records
 MAX_VALUES = 4096
 
 
 class Jump(IntEnum):
-    """How far a timestep moves, beside all moves of its generation so far."""
+    """The size of a timestep's move, compared with all moves of its generation so far."""
 
     NONE = 0
     DOUBTFUL = 1
@@ -70,9 +70,9 @@ class Jump(IntEnum):
 
 
 def way_of(before: TimestepValue, now: TimestepValue, direction: int, explicit: bool) -> int | None:
-    """0 for the same value, +1 or -1 for one that moves on; None where it does not.
+    """Return 0 for the same value, +1 or -1 for one that moves on, None otherwise.
 
-    A timestep moves on where no element moves against the `direction` so far. An `explicit` index
+    A timestep moves on if no element moves against the `direction` so far. An `explicit` index
     moves upwards.
     """
     low, high = movement(before, now)
@@ -83,13 +83,13 @@ def way_of(before: TimestepValue, now: TimestepValue, direction: int, explicit: 
     return way if way in allowed else None
 
 
-@dataclass
+@dataclass(slots=True)
 class StepPosition:
-    """A place in a generation; never changed.
+    """An immutable position in a generation.
 
-    `value`: the timestep (or the explicit step index). `direction`: +1 or -1 once the value has
-    moved, else 0. `index`: the step, counted from the generation's first. `explicit`: the index
-    was given by `cur_timestep`.
+    `value`: the timestep (or the explicit step index). `direction`: +1 or -1 after the first move,
+    before it 0. `index`: the step, counted from the generation's first. `explicit`: `cur_timestep`
+    gave the index.
     """
 
     value: TimestepValue
@@ -98,13 +98,13 @@ class StepPosition:
     explicit: bool = False
 
     def moved(self, value: TimestepValue, explicit: bool) -> int | None:
-        """What `way_of` says of a call with this value."""
+        """Return `way_of` for a call with this value."""
         if explicit != self.explicit:
             return None
         return way_of(self.value, value, self.direction, explicit)
 
     def next(self, value: TimestepValue, way: int) -> StepPosition:
-        """The step behind this one. Explicit indexes may leave steps out."""
+        """Return the next step. Explicit indexes may leave steps out."""
         steps = 1
         if self.explicit:
             steps = round(as_number(value) - as_number(self.value))
@@ -116,11 +116,11 @@ class Generation:
     """A denoising loop under way; the branches and signatures of a request share it.
 
     `called`: the branches that were called in its newest step, by their identity. `course`: its
-    steps, as far as they are known beforehand. `values`: the timesteps of its steps so far; it ends
-    where one was left out. `entered`: its steps that had a call. `told`: the number of steps as the
-    user says it, else None. `move`: the farthest that the timestep has moved. `repeats`: how often
-    its first call came before. `crowded`: it has more branches than are known. `origin`: the
-    generation that it has parted from.
+    steps, as far as they are known in advance. `values`: the timesteps of its steps so far; it ends
+    at the first gap. `entered`: the number of its steps with a call. `told`: the number of steps
+    that the user gave, or None. `move`: the largest move of the timestep. `repeats`: how many times
+    its first call was repeated. `crowded`: it has more branches than are known. `origin`: the
+    generation from which it split.
     """
 
     position: StepPosition = field(default_factory=lambda: StepPosition(0.0))
@@ -138,13 +138,13 @@ class Generation:
     def begun(
         position: StepPosition, count: StepCount, timesteps: Timesteps | None = None
     ) -> Generation:
-        """One that begins with a call at this position. `timesteps`: those of its request alone."""
+        """Begin a generation with a call at this position. `timesteps`: those of its request."""
         value = None if position.explicit else as_number(position.value)
         course = count.course(value, timesteps)
         return Generation(position, course, count.told_steps(course, own=timesteps is not None))
 
     def apart(self, position: StepPosition, branch: object) -> Generation:
-        """One for a branch that others have left behind at this position."""
+        """Split off a generation for a branch that the others have left behind at this position."""
         own = self.values[: position.index + 1]
         return Generation(
             position,
@@ -158,7 +158,7 @@ class Generation:
         )
 
     def reached(self, value: TimestepValue, explicit: bool, branch: object) -> StepPosition | None:
-        """Where a call of `branch` with this timestep stands; None where it is not of this one.
+        """Return the position of a call of `branch` with this timestep; None if it has none here.
 
         The same value from another branch is the same step, from the same branch the next one
         (timesteps that round to one value, samplers that evaluate one twice).
@@ -171,11 +171,11 @@ class Generation:
         return self.position.next(value, way)
 
     def over(self, position: StepPosition) -> bool:
-        """Whether it has no such step: the user said how many there are."""
+        """Return whether the position is past the number of steps that the user gave."""
         return self.told is not None and position.index >= self.told and not position.explicit
 
     def jump(self, value: TimestepValue) -> Jump:
-        """Whether a step with this timestep moves out of proportion, rounding left out."""
+        """Return whether a step with this timestep moves out of proportion, apart from rounding."""
         if self.position.explicit or self._expects(value):
             return Jump.NONE
         move = distance(self.position.value, value)
@@ -186,18 +186,18 @@ class Generation:
         return Jump.FAR if far else Jump.DOUBTFUL if doubtful else Jump.NONE
 
     def is_rounded(self, value: TimestepValue) -> bool:
-        """Whether a timestep moves by no more than timesteps of this size may be rounded by."""
+        """Return whether a timestep moves by no more than the rounding error of its size."""
         move = distance(self.position.value, value)
         return move <= 2 * _rounding(as_number(self.position.value))
 
     def _expects(self, value: TimestepValue) -> bool:
-        """Whether its next step is known to have this timestep."""
+        """Return whether the next step is known to have this timestep."""
         timesteps, following = self.course.timesteps, self.position.index + 1
         known = timesteps is not None and following < len(timesteps)
         return known and isinstance(value, float) and timesteps[following] == value  # type: ignore[index]
 
     def enter(self, position: StepPosition, branch: object) -> None:
-        """Move to a call of `branch`; its timestep is learnt where it is the next step's."""
+        """Move to a call of `branch`; record its timestep if it is the next step's."""
         if position is not self.position:
             self.move = max(self.move, distance(self.position.value, position.value))
             self.position, self.called, self.repeats = position, set(), 0
@@ -209,7 +209,7 @@ class Generation:
 
 
 def _rounding(value: float) -> float:
-    """How coarse timesteps of this size may be: those of a format that holds the value exactly."""
+    """Return the rounding error of a timestep, from the formats that represent it exactly."""
     number = torch.tensor(value, dtype=torch.float64, device="cpu")
     for dtype in (torch.bfloat16, torch.float16):
         if float(number.to(dtype)) == value:

@@ -1,8 +1,8 @@
-"""Which hooks stand before a model's layers right now.
+"""Determine the hooks on a model's layers at a call.
 
 Guidance that perturbs the model (skipped layers, attention without scores) calls it again with the
-very same arguments, and hooks on its layers make the difference. What hooks there are is part of
-what tells a branch.
+same arguments, and hooks on its layers make the difference. So the hooks are part of a branch's
+identity.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from dit_cache_fx._torch import hooks_registered
 from dit_cache_fx.runtime.generation import TimestepValue, distance
 
 _BEFORE, _BEHIND = "_forward_pre_hooks", "_forward_hooks"
 
 
-#: of how many sets of hooks it is known which pass they belong to
+#: the largest number of sets of hooks whose pass is known
 MAX_KNOWN = 64
 
 
 class Hooked(NamedTuple):
-    """Layers by their places. `wrapped`: how often their forward is wrapped, where it is.
+    """The hooks on a model's layers, by position. `wrapped`: how often a forward is wrapped.
 
-    `hooks`: how many hooks run before and behind them, where any do.
+    `hooks`: the number of registered hooks before and after a layer, if there are any.
     """
 
     wrapped: tuple[tuple[int, int], ...] = ()
@@ -36,43 +37,54 @@ NO_HOOKS = Hooked()
 
 
 class Hooks:
-    """Tells the hooks of a model's layers, as they were when it was captured."""
+    """Reads the hooks on the layers that a model had at its capture."""
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = [vars(module) for module in model.modules() if module is not model]
-        self._hooks = [own[name] for own in self._layers for name in (_BEFORE, _BEHIND)]
+        self._none_at = -1  # the process's count of hooks when this model had none
 
     def now(self) -> Hooked:
-        """Those that there are."""
-        replaced = [(i, own["forward"]) for i, own in enumerate(self._layers) if "forward" in own]
-        wrapped = tuple([(i, depth) for i, forward in replaced if (depth := _wrapped(forward))])
-        return Hooked(wrapped, self._registered() if any(self._hooks) else ())
+        """Return the current hooks."""
+        hooks, replaced = self._registered(), [own for own in self._layers if "forward" in own]
+        if not (hooks or replaced):
+            return NO_HOOKS
+        return Hooked(self._replaced() if replaced else (), hooks)
+
+    def _replaced(self) -> tuple[tuple[int, int], ...]:
+        depths = [(i, _wrapped(own.get("forward"))) for i, own in enumerate(self._layers)]
+        return tuple([depth for depth in depths if depth[1]])
 
     def _registered(self) -> tuple[tuple[int, int, int], ...]:
+        registered = hooks_registered()
+        if registered == self._none_at:
+            return ()
         counts = [(i, len(own[_BEFORE]), len(own[_BEHIND])) for i, own in enumerate(self._layers)]
-        return tuple([count for count in counts if any(count[1:])])
+        found = tuple([count for count in counts if any(count[1:])])
+        if not found:
+            self._none_at = registered
+        return found
 
 
 class Passes:
-    """Tells the passes of a step apart by the hooks that they find.
+    """Separates the passes of a step by the hooks on the model.
 
-    A wrapped forward always counts. Registered hooks that no call has found before are another pass
-    where the timestep stands still. Where it moves on, the step's first pass has them from now on:
-    what is registered in the middle of a generation only looks on, or is there for all passes.
+    A wrapped forward always counts. Registered hooks that no call has seen before are another pass
+    if the timestep stands still. If it moves on, they belong to the step's first pass from now on:
+    hooks that are registered in the middle of a generation only observe, or serve all passes.
     """
 
     def __init__(self) -> None:
         self._value: TimestepValue | None = None
-        self._first = 0  # the pass that the newest step began with
-        self._newest = 0  # the highest number of a pass
+        self._first = 0  # the pass that began the newest step
+        self._newest = 0  # the highest pass
         self._known: dict[Hashable, int] = {}  # registered hooks -> a pass
 
     def of(self, value: TimestepValue, hooked: Hooked) -> Hashable:
-        """The pass of a call at this timestep; nothing is noted."""
+        """Return the pass of a call at this timestep; nothing is recorded."""
         return hooked.wrapped, self._number(value, hooked)
 
     def note(self, value: TimestepValue, hooked: Hooked) -> None:
-        """A call at this timestep has succeeded."""
+        """Record that a call at this timestep has succeeded."""
         number = self._known[hooked.hooks] = self._number(value, hooked)
         self._newest = max(self._newest, number)
         if len(self._known) > MAX_KNOWN:
@@ -91,7 +103,7 @@ class Passes:
 
 
 def _wrapped(forward: Any) -> int:
-    """How often a layer's forward is wrapped: 0 for its own, also where a hook has put it back."""
+    """Return how often a layer's forward is wrapped: 0 for its own, even if restored by a hook."""
     depth = 0
     while forward is not None and not isinstance(forward, MethodType):
         depth, forward = depth + 1, getattr(forward, "__wrapped__", None)

@@ -1,7 +1,7 @@
-"""Which branch a call belongs to.
+"""Find the branch of a call.
 
-A branch is known by its signature, its cache contexts and its conditioning: the same tensors, or
-the same values. Where several have those, or conditioning varies, the sample decides.
+A branch is identified by its signature, its cache contexts and its conditioning: the same tensors,
+or the same values. If several branches match, or the conditioning varies, the sample decides.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.runtime.trajectory import Judgement, SampleProbe, Verdict
 from dit_cache_fx.values.identity import TensorIdentity
 
-#: a sample that is nearer than this share of the next one's distance belongs to a branch
+#: a sample belongs to the nearest branch if it is nearer than this share of the next distance
 NEARER = 0.5
 
 
 class CallEvidence(NamedTuple):
-    """What is known of a call.
+    """The evidence for a call's branch.
 
-    `key`: its signature. `serial`: the graph that answers it. `context`: the cache contexts that it
-    is in. `explicit`: `value` is a step index that the user has set. `derived`: it is of a piece of
-    a model, so its conditioning may be made from the timestep. `hooked`: the hooks that it finds.
+    `key`: its signature. `serial`: the graph that answers it. `context`: its cache contexts.
+    `explicit`: `value` is a step index that the user has set. `derived`: it calls a piece of a
+    model, so its conditioning may be computed from the timestep. `hooked`: the hooks on the model.
     """
 
     key: Hashable
@@ -40,7 +40,7 @@ class CallEvidence(NamedTuple):
 
 
 class Match(NamedTuple):
-    """A branch that a call may belong to. `usable`: what it holds may answer the call."""
+    """A branch that a call may belong to. `usable`: its held tensors may answer the call."""
 
     branch: Branch
     judgement: Judgement
@@ -49,10 +49,12 @@ class Match(NamedTuple):
 
 
 def find_branch(session: Session, call: CallEvidence) -> Match | None:
-    """The branch of a call, where the evidence tells one."""
+    """Return the branch of a call, if the evidence identifies one."""
     alike = _of_conditioning(session.of(call.key, call.context), call)
     ahead = [(b, varying) for b, varying in alike if _moves_on(b, call)]
-    if any(b.held for b, _ in ahead):  # what a generation before left empty here is not meant
+    if len(ahead) > 1 and any(
+        b.held for b, _ in ahead
+    ):  # emptied branches of earlier generations do not count
         ahead = [p for p in ahead if p[0].held or not p[0].trajectory.stands_at(call.value)]
     several = len(ahead) > 1
     matches = [m for b, varying in ahead if (m := _match(b, varying, call, several, session))]
@@ -63,14 +65,14 @@ def find_branch(session: Session, call: CallEvidence) -> Match | None:
 def _of_conditioning(
     branches: Sequence[Branch], call: CallEvidence
 ) -> list[tuple[Branch, frozenset[int]]]:
-    """The branches with the call's conditioning.
+    """Return the branches with the call's conditioning.
 
-    In a cache context, and in a piece of a model, also those where the least of it varies.
+    In a cache context, and in a piece of a model, also those with the fewest changes of it.
     """
     given = call.conditioning
     objects = [(b, given.other_objects(b.conditioning)) for b in branches]
-    same = [(b, places) for b, places in objects if not places]
-    if any(b.held for b, _ in same):  # what a generation before left is no reason to stop here
+    same = [pair for pair in objects if not pair[1]]
+    if any(b.held for b, _ in same):  # emptied branches of earlier generations do not count
         return same
     values = [(b, given.other_values(b.conditioning, places)) for b, places in objects]
     equal = [(b, places) for b, places in values if not places]
@@ -82,7 +84,7 @@ def _of_conditioning(
 
 
 def _moves_on(branch: Branch, call: CallEvidence) -> bool:
-    """Whether the call's timestep does not move back from the branch's newest one."""
+    """Return whether the call's timestep does not move back from the branch's newest one."""
     trajectory = branch.trajectory
     if trajectory.value is None or trajectory.explicit != call.explicit:
         return False
@@ -93,10 +95,11 @@ def _moves_on(branch: Branch, call: CallEvidence) -> bool:
 def _match(
     branch: Branch, varying: frozenset[int], call: CallEvidence, several: bool, session: Session
 ) -> Match | None:
-    """A branch, unless the call's sample comes from elsewhere.
+    """Return the branch as a match, unless the call's sample does not continue it.
 
-    Conditioning that varies is no evidence: there the sample must go on, and the first call of its
-    kind computes. What a piece of a model is given varies from its second call on, or not at all.
+    Varying conditioning is no evidence: then the sample must continue the branch, and the first
+    call of its kind computes. The conditioning of a piece of a model varies from its second call
+    on, or never.
     """
     trajectory = branch.trajectory
     judgement = trajectory.judge(
@@ -122,7 +125,7 @@ def _match(
 
 
 def _jump(branch: Branch, call: CallEvidence, session: Session) -> Jump:
-    """How far the timestep moves: a branch that was left out for some steps moves as others do."""
+    """Return the size of the timestep's move; a branch that missed steps moves as others do."""
     if call.explicit:
         return Jump.NONE
     jump, newest = branch.generation.jump(call.value), session.newest
@@ -132,10 +135,10 @@ def _jump(branch: Branch, call: CallEvidence, session: Session) -> Jump:
 
 
 def _nearest(session: Session, call: CallEvidence, matches: Sequence[Match]) -> Match | None:
-    """Of several branches the one whose sample is much nearer than the others'.
+    """Return the branch whose sample is much nearer than the others'.
 
-    Where none is, the one that was answered last in the newest generation; if that is not one
-    alone, nothing tells.
+    If there is none, return the branch of the newest generation that was answered last, if it is
+    unique.
     """
     if not matches:
         return None
@@ -151,18 +154,18 @@ def _nearest(session: Session, call: CallEvidence, matches: Sequence[Match]) -> 
 
 
 def _is_crowded(match: Match, call: CallEvidence) -> bool:
-    """Whether a branch that is not known any more may be meant, and the sample does not tell."""
+    """Return whether the call may belong to a forgotten branch, and the sample does not decide."""
     trajectory = match.branch.trajectory
     told = match.judgement.change is not None and trajectory.change > 0
     return match.branch.generation.crowded and not told and not trajectory.similar(call.sample)
 
 
 def _is_open(match: Match, call: CallEvidence, holding: Sequence[Match]) -> bool:
-    """Whether a branch may be meant although others hold something.
+    """Return whether a call may belong to this branch although others hold tensors.
 
-    One that holds nothing (its generation gave way to another one) is only meant where what is
-    held is too young to be told by its sample, and where its timestep moves on: the same seed
-    gives the same sample at the same timestep once more.
+    A branch that holds nothing (a newer generation replaced its own) qualifies only if the others'
+    tensors are too new to be judged by their sample, and its timestep moves on: the same seed gives
+    the same sample again at the same timestep.
     """
     if match.branch.held:
         return True

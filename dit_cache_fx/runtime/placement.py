@@ -1,8 +1,8 @@
-"""Which branch, generation and step a call belongs to, by evidence.
+"""Determine the branch, generation and step of a call, by evidence.
 
-The branch is told by `matching`; what is known to differ is another branch, which starts with
+`matching` finds the branch; a call that is known to differ is a new branch, which starts with
 nothing. Order is no evidence. A branch whose timestep moves back has begun another generation; so
-has one whose sample comes from elsewhere (`trajectory`). In doubt a call computes.
+has one whose sample does not continue (`trajectory`). In doubt a call computes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from dit_cache_fx.runtime.trajectory import Trajectory, Verdict
 from dit_cache_fx.strategies import Course
 
 
-@dataclass
+@dataclass(slots=True)
 class Placement:
-    """Where a call belongs. Nothing is noted before `settle`: a call that raises leaves no trace.
+    """The place of a call. Nothing is recorded before `settle`: a call that raises has no effect.
 
-    `replaced`: the branch that `branch` takes the place of. `missed`: steps of the branch between
-    its newest answer and this call, which it did not see.
+    `replaced`: the branch that `branch` replaces. `missed`: the steps of the branch between its
+    newest answer and this call, which it did not see.
     """
 
     call: CallEvidence
@@ -31,9 +31,9 @@ class Placement:
     generation: Generation
     position: StepPosition
     trajectory: Trajectory
-    course: Course  # what is known of the generation's steps by now
+    course: Course  # the generation's steps as known now
     replaced: Branch | None = None
-    new: bool = False  # nothing was known of the branch in this generation
+    new: bool = False  # the branch is new in this generation
 
     @property
     def index(self) -> int:
@@ -42,9 +42,9 @@ class Placement:
 
     @property
     def missed(self) -> list[int]:
-        """The steps of the generation since the branch was answered last.
+        """The steps of the generation since the branch's newest answer.
 
-        Those that `cur_timestep` left out are none.
+        Steps that `cur_timestep` left out do not count.
         """
         since = range(self.branch.answered + 1, self.position.index)
         if not since or not self.branch.held:
@@ -52,9 +52,9 @@ class Placement:
         return [step for step in since if step in self.generation.entered]
 
     def settle(self, session: Session, answered: bool) -> bool:
-        """The call is done; `answered`: by a graph of the cache, not by the model itself.
+        """Record the call; `answered`: by a graph of the cache, not by the model itself.
 
-        Returns whether the branch could keep what it holds.
+        Returns whether the branch could keep its held tensors.
         """
         call, branch, generation = self.call, self.branch, self.generation
         if self.new:
@@ -75,7 +75,7 @@ class Placement:
 
 
 def place(session: Session, call: CallEvidence, count: StepCount) -> Placement:
-    """Find where a call belongs; nothing of the session is changed."""
+    """Find the place of a call; the session does not change."""
     found = find_branch(session, call)
     if found is None:
         return _new_branch(session, call, count)
@@ -107,7 +107,7 @@ def place(session: Session, call: CallEvidence, count: StepCount) -> Placement:
 def _position(
     found: Match, call: CallEvidence, session: Session
 ) -> tuple[StepPosition, Generation] | None:
-    """The step of a known branch, and its generation; None where another one begins."""
+    """Return the step and the generation of a known branch; None if another generation begins."""
     branch = found.branch
     if _repeats(found, call):
         again = branch.generation
@@ -123,9 +123,9 @@ def _position(
 
 
 def _repeats(found: Match, call: CallEvidence) -> bool:
-    """Whether it is the very call of before, made once more: no step of a sampler.
+    """Return whether the call repeats the one before exactly: no step of a sampler.
 
-    A first call that comes again is a retry, or a warm-up: a generation begins.
+    A first call that is repeated is a retry or a warm-up: a generation begins.
     """
     trajectory = found.branch.trajectory
     if found.judgement.change != 0 or not trajectory.stands_at(call.value):
@@ -134,10 +134,10 @@ def _repeats(found: Match, call: CallEvidence) -> bool:
 
 
 def _counted(generation: Generation, position: StepPosition, found: Match) -> StepPosition:
-    """A step, with the first calls that came again counted after all.
+    """Return a step that counts the repetitions of the first call after all.
 
-    Where the sample stands still and the timestep moves by what it may be rounded by, they were
-    steps whose timesteps round to one value, and no sampler is there to move the sample.
+    If the sample stands still and the timestep moves by its rounding error, the repetitions were
+    steps whose timesteps round to one value, without a sampler that moves the sample.
     """
     still = found.judgement.change == 0 and generation.is_rounded(position.value)
     if not (generation.repeats and still and position is not generation.position):
@@ -146,10 +146,10 @@ def _counted(generation: Generation, position: StepPosition, found: Match) -> St
 
 
 def _apart(found: Match, call: CallEvidence) -> tuple[StepPosition, Generation] | None:
-    """The step of a branch whose generation other branches have moved past this call's timestep.
+    """Return the step of a branch whose generation others have moved past this call's timestep.
 
-    They are another request's then, and the branch goes on from its own newest step: where its
-    sample says so. Else a generation begins.
+    Then the others belong to another request, and the branch continues from its own newest step if
+    its sample continues. Otherwise a generation begins.
     """
     branch, trajectory = found.branch, found.branch.trajectory
     if not found.judgement.change or not trajectory.change or trajectory.value is None:
@@ -167,9 +167,9 @@ def _new_branch(
     count: StepCount,
     left: Generation | None = None,
 ) -> Placement:
-    """A branch that holds nothing: of the step under way, of the next, or a new generation's.
+    """Place a new branch: in the current step, in the next, or in a new generation.
 
-    `left`: the generation that the call is not of, though its branch was.
+    `left`: the generation that the call does not belong to, although its branch did.
     """
     call.conditioning.remember()
     trajectory = Trajectory(call.value, call.explicit, call.sample)
@@ -181,7 +181,7 @@ def _new_branch(
             course = _course(call, newest, position, count)
             return Placement(call, branch, newest, position, trajectory, course, new=True)
     position = StepPosition(call.value, explicit=call.explicit)
-    session.end(count)  # its steps are learnt before the next one is planned
+    session.end(count)  # learn its steps before the next one is planned
     generation = Generation.begun(position, count, session.timesteps)
     if (
         left is not None
@@ -196,17 +196,17 @@ def _new_branch(
 def _course(
     call: CallEvidence, generation: Generation, position: StepPosition, count: StepCount
 ) -> Course:
-    """What is known of the generation's steps by now."""
+    """Return the generation's steps as known now."""
     return count.on_way(generation.course, generation.values, position.index, as_number(call.value))
 
 
 def _joins(
     session: Session, generation: Generation, position: StepPosition, call: CallEvidence
 ) -> bool:
-    """Whether an unknown branch belongs to a generation under way.
+    """Return whether an unknown branch belongs to a generation under way.
 
-    At the same timestep it is another branch of the step. At one that moves on it is, where its
-    sample goes on from those of the generation, or it shares conditioning with them.
+    At the same timestep it is another branch of the step. At one that moves on it belongs if its
+    sample continues those of the generation, or it shares conditioning with them.
     """
     last = max(
         (b for b in session.branches if b.generation is generation),
@@ -228,7 +228,7 @@ def _joins(
 
 
 def _forget_others(session: Session, call: CallEvidence, generation: Generation) -> None:
-    """A generation has a new branch: drop what others hold for calls of this kind."""
+    """A generation has a new branch: drop the tensors that others hold for calls of this kind."""
     for other in session.of(call.key, call.context):
         if other.generation is not generation:
             other.forget()

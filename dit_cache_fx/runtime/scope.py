@@ -1,8 +1,8 @@
-"""Which session and cache contexts the running code is in.
+"""The current session and cache contexts of the running code.
 
 They are context-local (`contextvars`): threads and asyncio tasks do not see each other's. Dynamo
-traces no context variable: where it traces the cached model as a part of a user's own function,
-there is no host and no session, and the names come from a list, which it guards.
+traces no context variables: if it traces the cached model as a part of a user's own function, there
+is no host and no session, and the names come from a list, which it guards.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 
 
 class Splits:
-    """The base of what calls are split by, while it is entered."""
+    """Base class of batches, which split calls while they are entered."""
 
 
 class Scope:
-    """What of one cached model is entered right now: its frames, the innermost last.
+    """The entered frames of one cached model, the innermost last.
 
     A frame is a session, a batch of sessions, or the name of a branch.
     """
@@ -27,7 +27,7 @@ class Scope:
     def __init__(self) -> None:
         self._frames: ContextVar[tuple[Any, ...]] = ContextVar("dit_cache_fx", default=())
         self._traced: list[str] = []
-        self._batches: list[object] = []  # as `_traced`: Dynamo guards it
+        self._batches: list[object] = []  # a list, like `_traced`: Dynamo guards it
 
     def enter(self, frame: object) -> None:
         """Enter a session, a batch or a named branch."""
@@ -39,7 +39,7 @@ class Scope:
             self._frames.set((*self._frames.get(), frame))
 
     def leave(self, frame: object) -> None:
-        """Leave what was entered last of this frame."""
+        """Leave the innermost entry of this frame."""
         if isinstance(frame, str) and frame in self._traced:
             self._traced.remove(frame)
         elif isinstance(frame, Splits) and self._batches:
@@ -53,12 +53,12 @@ class Scope:
 
     @property
     def splits(self) -> bool:
-        """Whether a batch is entered anywhere; Dynamo may ask."""
+        """Return whether a batch is entered anywhere; Dynamo may call this."""
         return bool(self._batches)
 
     @property
     def caller(self) -> Any:
-        """The innermost session or batch; None outside of any."""
+        """Return the innermost session or batch; None outside of any."""
         frames = self._frames.get()
         return (
             next((f for f in reversed(frames) if not isinstance(f, str)), None) if frames else None
@@ -66,7 +66,7 @@ class Scope:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the branch, the outermost first."""
+        """Return the names of the branch, the outermost first."""
         if torch.compiler.is_dynamo_compiling():
             return tuple(self._traced)
         frames = self._frames.get()
@@ -74,7 +74,7 @@ class Scope:
 
 
 class CacheContext(AbstractContextManager[None]):
-    """Within it calls belong to the branch `name`; `inner` is entered beside it."""
+    """Calls inside belong to the branch `name`; `inner` is entered as well."""
 
     def __init__(self, scope: Scope, name: str, inner: AbstractContextManager[Any] | None) -> None:
         self._scope = scope

@@ -1,4 +1,4 @@
-"""A session: the calls of one request, and what is held for them."""
+"""A session: the calls of one request, and their held tensors."""
 
 from __future__ import annotations
 
@@ -15,23 +15,31 @@ from dit_cache_fx.runtime.scope import Scope
 from dit_cache_fx.runtime.step_count import StepCount
 from dit_cache_fx.strategies.timesteps import Timesteps, given_timesteps
 
-#: most branches of a session whose tensors are held at one time
+#: the largest number of branches of a session with held tensors
 MAX_BRANCHES = 8
-#: most branches of a session that are known, held or not
+#: the largest number of known branches of a session, with held tensors or without
 MAX_KNOWN = 16
-#: most calls of a generation that are noted
+#: the largest number of calls that are recorded in a generation
 MAX_RECORDS = 4096
 
 
 class Session:
     """The calls of one request: `with session:` around each of them, any number of times.
 
-    `cached.new_session()` makes one. It has a generation and branches of its own, and never reuses
-    what another session holds. `close()` frees its tensors, and so does dropping it. Sessions are
+    `cached.new_session()` makes one. It has its own generation and branches, and never reuses the
+    tensors of another session. `close()` frees its tensors, and so does dropping it. Sessions are
     context-local: threads and asyncio tasks do not see each other's.
 
     Raises:
         OptionError: A closed session is entered.
+
+    Example:
+        >>> session = cached.new_session()
+        >>> with session:
+        ...     noise = cached(sample, timestep, prompt)
+        >>> session.bytes_held > 0
+        True
+        >>> session.close()
     """
 
     def __init__(self, scope: Scope) -> None:
@@ -39,16 +47,16 @@ class Session:
         self._closed = False
         #: one call at a time
         self.lock = threading.RLock()
-        #: the step index that the user has set, instead of the timestep's value
+        #: the step index that the user has set, in place of the timestep
         self.explicit: int | None = None
         self.passes = Passes()
         self.branches: list[Branch] = []
         self.newest: Generation | None = None
         self.records: deque[Any] = deque(maxlen=MAX_RECORDS)
-        self.noted: Generation | None = None  # whose steps are in `records`
+        self.noted: Generation | None = None  # the generation of `records`
         self.calls = 0
-        self.starved = 0  # calls on end that computed for want of state
-        self.captured = 0  # calls on end that needed a graph of their own
+        self.starved = 0  # calls in a row that computed for lack of state
+        self.captured = 0  # calls in a row that needed a capture
         self._timesteps: Timesteps | None = None
 
     def __enter__(self) -> Session:
@@ -66,10 +74,15 @@ class Session:
 
     @property
     def timesteps(self) -> Timesteps | None:
-        """The timesteps of this request's steps, one for each; None where the model's own hold.
+        """The timesteps of this request's steps; None if the model's own apply.
 
-        Set them before the request begins: a sequence, tensor or array, or a function that is asked
-        at a generation's first call. A request of another number of steps has its own plan by them.
+        Set them before the request begins: a sequence, tensor or array (one-dimensional, in the
+        unit of the model's timestep), or a function that returns them and is called at the first
+        call of each generation. A request with another number of steps than the model's default is
+        then scheduled by its own timesteps.
+
+        Raises:
+            OptionError: The new value is no flat sequence of finite numbers.
         """
         return self._timesteps
 
@@ -79,16 +92,16 @@ class Session:
 
     @property
     def closed(self) -> bool:
-        """Whether it cannot be entered any more."""
+        """Whether the session is closed and cannot be entered again."""
         return self._closed
 
     def is_of(self, scope: Scope) -> bool:
-        """Whether it is of the cached model whose scope this is."""
+        """Return whether it belongs to the cached model with this scope."""
         return self._scope is scope
 
     @property
     def bytes_held(self) -> int:
-        """The bytes held for its branches."""
+        """The number of bytes that its branches hold."""
         return sum(held.nbytes for branch in self.branches for held in branch.held)
 
     def close(self) -> None:
@@ -101,7 +114,7 @@ class Session:
         self.explicit, self.newest, self.branches, self.starved = None, None, [], 0
 
     def forget(self) -> None:
-        """Forget what is held; the generation goes on."""
+        """Forget the held tensors; the generation continues."""
         for branch in self.branches:
             branch.forget()
 
@@ -111,11 +124,11 @@ class Session:
             count.ended(self.newest.position.index + 1, self.newest.values)
 
     def of(self, key: Hashable, context: tuple[str, ...]) -> list[Branch]:
-        """The known branches of a signature and context."""
+        """Return the known branches of a signature and context."""
         return [b for b in self.branches if b.key == key and b.context == context]
 
     def number_of(self, branch: Branch) -> int:
-        """Its place among the branches of its generation, signature and context, for reports."""
+        """Return its index in its generation, signature and context, for reports."""
         alike = [
             b for b in self.of(branch.key, branch.context) if b.generation is branch.generation
         ]
@@ -124,10 +137,11 @@ class Session:
     # --- what is held is bounded -----------------------------------------------------------------
 
     def add(self, branch: Branch, replaced: Branch | None, new: bool) -> bool:
-        """Know a branch, in the place of another one if it replaces that.
+        """Add a branch, in the place of another one if it replaces that.
 
-        What must give way for what it holds does. Returns whether it could keep that. For a `new`
-        one those of its kind give way that the step has not called: one of them may be it.
+        Drops other branches' tensors to make room; returns whether it could keep its own. For a
+        `new` branch, those of its kind that the step has not called are dropped: it may be one of
+        them.
         """
         known = [b for b in self.branches if b is branch or b is replaced]
         if known:
@@ -149,9 +163,9 @@ class Session:
 
 
 def _gives_way(branch: Branch, other: Branch, new: bool) -> bool:
-    """Whether it is of another generation than `other`, or was left out of its newest steps.
+    """Return whether it is of another generation than `other`, or missed its newest steps.
 
-    Until a second step begins nobody knows what the step's calls are.
+    Until a second step begins, the calls of a step are unknown.
     """
     if branch.generation is not other.generation:
         return True

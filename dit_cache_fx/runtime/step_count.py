@@ -1,4 +1,4 @@
-"""What is known of a generation before it begins: how many steps it has, and their timesteps."""
+"""The steps of a generation as known before it begins: their number and their timesteps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from dit_cache_fx.errors import OptionError, warn
 from dit_cache_fx.strategies import Course, Strategy
-from dit_cache_fx.strategies.schedule import check_num_steps
+from dit_cache_fx.strategies.checks import check_num_steps
 from dit_cache_fx.strategies.timesteps import (
     Timesteps,
     checked_timesteps,
@@ -16,31 +16,32 @@ from dit_cache_fx.strategies.timesteps import (
     told_timesteps,
 )
 
-_HINT = "give timesteps=, such as timesteps=lambda: pipe.scheduler.timesteps"
+_HINT = "pass timesteps=, such as timesteps=lambda: pipe.scheduler.timesteps"
 _UNKNOWN = (
-    "the timesteps are not known at a generation's first call, so what goes by them goes by the "
-    f"step's index there: {_HINT}"
+    "the timesteps are unknown at a generation's first call, so the step's index replaces them "
+    f"there: {_HINT}"
 )
-_SHORT = f"a generation has more calls than timesteps: those go by the step's index; {_HINT}"
+_SHORT = (
+    f"a generation has more calls than timesteps: the step's index replaces them there; {_HINT}"
+)
 _OTHER = (
-    "the timesteps that were told are not those of the calls, so what goes by them goes by the "
-    f"step's index: {_HINT}, asked once the sampler has them"
+    f"the given timesteps are not those of the calls, so the step's index replaces them: {_HINT}, "
+    "called once the sampler has set them"
 )
 _ALL = (
-    "the schedule computes all {} steps of a generation: in so few there is nothing to gain from a "
-    "cache, and the run is as fast without it (fewer computed steps, by computed_steps=, cost "
-    "quality)"
+    "the schedule computes all {} steps of a generation: with so few a cache gains nothing, and "
+    "the run is as fast without it (fewer computed steps, by computed_steps=, cost quality)"
 )
 
 
 class StepCount:
-    """Steps and timesteps: as set on the cached model, else as the options say, else as learnt.
+    """Steps and timesteps: those set on the cached model, else the options, else learnt ones.
 
-    `given`, `given_timesteps`: what is set on the cached model. `began`: of the timesteps of a run
-    that several models share, where one of them begins at an index, the index of the run's first;
-    None where a model has its runs alone. `exact`: each step of a run has one of the timesteps that
-    are told. `counted`, `learnt`: the steps and the timesteps of the newest generation that has
-    ended (one that was broken off counts as it ended).
+    `given`, `given_timesteps`: set on the cached model. `began`: (timesteps of a run that several
+    models share, index at which one of them begins) -> the index of the run's first; None for a
+    model with runs of its own. `exact`: each step of a run has one of the given timesteps.
+    `counted`, `learnt`: the steps and the timesteps of the newest generation that has ended (an
+    aborted one counts up to its last call).
     """
 
     def __init__(self, strategy: Strategy) -> None:
@@ -54,18 +55,18 @@ class StepCount:
         self.warned: set[str] = set()
 
     def ended(self, steps: int, values: Sequence[float]) -> None:
-        """A generation has ended. `values`: the timesteps of its calls, as far as each was seen."""
+        """Record that a generation has ended. `values`: the timesteps of its calls, up to a gap."""
         self.counted = steps
         self.learnt = tuple(values) if len(values) == steps else None
 
     def forget(self) -> None:
-        """Forget what was learnt."""
+        """Forget the learnt steps."""
         self.counted, self.learnt = None, None
 
     # --- as the user says ------------------------------------------------------------------------
 
     def told(self) -> int | None:
-        """The number. Raises `OptionError` where the option's function gives none."""
+        """Return the given number. Raises `OptionError` if the option's function returns none."""
         option = self.strategy.num_steps
         if self.given is not None or not callable(option):
             return option if self.given is None else self.given  # type: ignore[return-value]
@@ -75,13 +76,13 @@ class StepCount:
 
     @property
     def is_told(self) -> bool:
-        """Whether the user says how many steps there are."""
+        """Return whether the user gave the number of steps."""
         return self.given is not None or self.strategy.num_steps is not None
 
     def told_timesteps(self, own: Timesteps | None = None) -> tuple[float, ...] | None:
-        """The timesteps. Raises `OptionError` where the option's function gives something else.
+        """Return the given timesteps. Raises `OptionError` if the function's result is wrong.
 
-        `own`: those of one request, which go before all others.
+        `own`: those of one request, which take precedence.
         """
         option = self.strategy.timesteps if self.given_timesteps is None else self.given_timesteps
         option = option if own is None else own
@@ -90,7 +91,7 @@ class StepCount:
         return None if option is None else checked_timesteps(option)
 
     def told_course(self, own: Timesteps | None = None) -> Course:
-        """A generation's steps by what the user says alone."""
+        """Return a generation's steps by the user's options only."""
         number, timesteps = self.told(), self.told_timesteps(own)
         if number is None and timesteps is not None:
             number = len(timesteps)
@@ -99,9 +100,9 @@ class StepCount:
         return self.strategy.course(number, timesteps)
 
     def _check(self, number: int, known: bool) -> None:
-        """Look whether the schedule can be followed in so many steps.
+        """Check that the schedule fits so many steps.
 
-        It raises where the user has `known` the number beforehand. A run that turns out shorter
+        It raises if the user gave the number in advance (`known`). A run that turns out shorter
         computes all of its steps.
         """
         assert self.strategy.plan is not None
@@ -115,9 +116,9 @@ class StepCount:
     # --- for a generation ------------------------------------------------------------------------
 
     def course(self, value: float | None, own: Timesteps | None = None) -> Course:
-        """The steps of a generation that begins with this timestep (None: it cannot be told).
+        """Return the steps of a generation that begins with this timestep (None: unknown).
 
-        `own`: the timesteps of its request alone.
+        `own`: the timesteps of its request.
         """
         told = self.told_course(own)
         if told.timesteps is None:
@@ -131,19 +132,19 @@ class StepCount:
         return self._remarked(course)
 
     def told_steps(self, course: Course, own: bool = False) -> int | None:
-        """How many steps a generation of this course has, where that is said and not learnt."""
+        """Return the number of steps of a generation with this course; None if it was learnt."""
         said = (self.exact or own) and course.timesteps is not None and not course.learnt
         return course.num_steps if said or self.is_told else None
 
     def _left(self, told: tuple[float, ...], number: int | None, value: float) -> Course:
-        """The steps from a first call on: images are made of later ones, runs gone on with."""
+        """Return the steps from a first call on: image-to-image and resumed runs start later."""
         at = place_of(told, value) or 0
         begin = at if self.began is None else self.began(told, at)
         number = len(told) - at if number == len(told) else number
         return replace(self.strategy.course(number, told[at:]), before=told[begin:at])
 
     def _learnt_course(self, number: int | None, value: float | None) -> Course:
-        """By the timesteps of the generation before, or those that the plan was made for."""
+        """Return the steps by the timesteps of the generation before, or those of the plan."""
         for known in (self.learnt, self._meant):
             if known is not None and known[0] == value and number in (None, len(known)):
                 course = self.strategy.course(len(known), known)
@@ -152,7 +153,7 @@ class StepCount:
         return self.strategy.course(number or self.counted)
 
     def lasting_course(self) -> Course:
-        """The steps of every generation of a program that nobody tells anything later."""
+        """Return the steps of every generation of a program that gets no information later."""
         told, meant = self.told_course(), self._meant
         if told.timesteps is not None or meant is None or told.num_steps not in (None, len(meant)):
             return told
@@ -164,7 +165,7 @@ class StepCount:
         return None if plan is None else plan.meant_for
 
     def _remarked(self, course: Course) -> Course:
-        """The course, with what a user should know of it said once."""
+        """Return the course after warning once about its limits."""
         if course.plan is not None and course.timesteps is not None:
             remark = course.plan.remark(course.timesteps)
             if remark is not None:
@@ -172,7 +173,7 @@ class StepCount:
         return course
 
     def on_way(self, course: Course, values: Sequence[float], step: int, value: float) -> Course:
-        """The course at a call; one that turns out to be another's knows no timesteps.
+        """Return the course at a call; if it is another run's, the timesteps become unknown.
 
         `values`: the timesteps so far, one for each step; `value`: this call's.
         """

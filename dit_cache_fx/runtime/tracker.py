@@ -1,4 +1,4 @@
-"""The sessions of one cached model, and which one is current."""
+"""The sessions of one cached model, and the current one."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from dit_cache_fx.runtime.step_count import StepCount
 
 
 class Tracker:
-    """Knows the current session: the one that is entered, else this thread's own.
+    """Knows the current session: the entered one, otherwise the thread's own.
 
-    `count`: how many steps a generation has.
+    `count`: the number of steps of a generation.
     """
 
     def __init__(self, count: StepCount) -> None:
@@ -26,7 +26,7 @@ class Tracker:
         self._lock = threading.Lock()
 
     def new_session(self) -> Session:
-        """A session that is not entered yet."""
+        """Return a session that is not entered yet."""
         session = Session(self.scope)
         with self._lock:
             self._sessions.add(session)
@@ -45,38 +45,38 @@ class Tracker:
 
     @property
     def batch(self) -> Batch | None:
-        """The batch that a call is of, if it is of one."""
+        """The batch of the current call, if there is one."""
         entered = self.scope.caller
         return entered if isinstance(entered, Batch) else None
 
     @property
     def context(self) -> tuple[str, ...]:
-        """The names of the branch that the calling code is in, the outermost first."""
+        """The names of the calling code's branch, the outermost first."""
         return self.scope.names
 
     @property
     def reported(self) -> Session:
-        """The session that reports are about: the current one, else the one called last."""
+        """The session for reports: the current one, otherwise the one called last."""
         current = self.session
         called = self._called() if self._called is not None else None
         return current if current.records or called is None else called
 
     def called(self, session: Session) -> None:
-        """Note a call."""
+        """Record a call."""
         self._called = ref(session)
 
     def sessions(self) -> list[Session]:
-        """All sessions that are alive."""
+        """Return all sessions that are alive."""
         with self._lock:
             return list(self._sessions)
 
     def clear(self) -> None:
-        """Forget what is held and where the generations stand; their steps are counted."""
+        """Forget the held tensors and the place in the generations; their steps are counted."""
         self.session.end(self.count)
         for session in self.sessions():
             session.clear()
 
     def forget(self) -> None:
-        """Forget what is held."""
+        """Forget the held tensors."""
         for session in self.sessions():
             session.forget()

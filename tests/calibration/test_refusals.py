@@ -41,7 +41,9 @@ def test_runs_that_are_no_functions(runs: Any) -> None:
 
 @pytest.mark.parametrize("computed", [0, -1, True, 2.5, [], ["7"], "7", [3, 0], None])
 def test_computed_that_are_no_numbers_of_steps(computed: Any) -> None:
-    refused("^computed=.*: how many steps are computed in full: integers from 1", computed=computed)
+    refused(
+        "^computed=.*: the numbers of steps to compute in full: integers from 1", computed=computed
+    )
 
 
 def test_more_computed_than_there_are_steps() -> None:
@@ -114,7 +116,7 @@ def test_results_of_several_shapes() -> None:
 @pytest.mark.parametrize(
     ("plain", "match"),
     [
-        (3, "^plain=3: a function of a number of steps"),
+        (3, "^plain=3: a function that takes a number of steps"),
         (lambda _: torch.ones(1, 6, 8), r"^plain\(3\)=.*: a list of 2 results, one a run"),
         (lambda _: [torch.ones(1, 6, 8)], r"^plain\(3\)=.*: a list of 2 results"),
         (lambda _: [None, None], r"^plain\(3\)=None"),

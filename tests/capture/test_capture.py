@@ -280,7 +280,7 @@ def test_a_value_that_changes_every_step_is_refused_at_last() -> None:
         assert torch.equal(cached(**inputs), model(**inputs))
     with pytest.raises(
         CaptureError,
-        match=r"8 captures of the same inputs have guards of different values: .*"
+        match=r"8 captures of the same inputs have guards with different values: .*"
         r"reads a value that changes from step to step, such as the timestep's",
     ):
         cached(**calls[8])

@@ -38,7 +38,7 @@ def test_an_in_place_operator_is_refused() -> None:
 @pytest.mark.parametrize(
     ("notes", "told"),
     [
-        ({"block": BlockId("blocks", 7)}, r"noted as a call of blocks\.7, and is no call"),
+        ({"block": BlockId("blocks", 7)}, r"marked as a call of blocks\.7, and is no call"),
         ({"keys": ("a", "b", "c")}, "has 1 parts and 3 keys"),
     ],
     ids=["block", "keys"],
@@ -96,11 +96,11 @@ def test_a_value_that_is_no_node_is_refused() -> None:
 class TooMany(Strategy):
     """Holds more tensors than it says."""
 
-    def store(self, held, value, start, clock: Clock):  # type: ignore[no-untyped-def]
+    def store(self, cached, value, run_input, clock: Clock):  # type: ignore[no-untyped-def]
         return [value, value]
 
-    def reuse(self, held, start, clock: Clock):  # type: ignore[no-untyped-def]
-        return held[0]
+    def reuse(self, cached, run_input, clock: Clock):  # type: ignore[no-untyped-def]
+        return cached[0]
 
 
 def test_a_strategy_that_holds_more_than_it_says_is_refused() -> None:
@@ -207,7 +207,7 @@ def test_a_name_of_the_caches_own_operands_is_refused() -> None:
         program.graph.create_node(
             "call_function", torch.ops.aten.neg.default, (node,), name="forced"
         )
-    with pytest.raises(VerifyError, match=r"\['forced'\] are names of the cache's own operands"):
+    with pytest.raises(VerifyError, match=r"\['forced'\] are reserved names"):
         verify(program)
 
 

@@ -120,7 +120,7 @@ def forward(self, x, timestep, text):
         self.assertExpectedInline(
             code(program.gm.run_0_compute),
             """\
-def forward(self, held_getitem_4_0, distance, computed, gap, reach, way, unsqueeze_1, add, model_text_embedder):
+def forward(self, cached_getitem_4_0, distance, computed, gap, reach, way, unsqueeze_1, add, model_text_embedder):
     model_blocks_0 = getattr(self.model.blocks, "0")(add, model_text_embedder, unsqueeze_1)
     getitem = model_blocks_0[0]
     getitem_1 = model_blocks_0[1]
@@ -135,8 +135,8 @@ def forward(self, held_getitem_4_0, distance, computed, gap, reach, way, unsquee
         self.assertExpectedInline(
             code(program.gm.run_0_reuse),
             """\
-def forward(self, held_getitem_4_0, distance, computed, gap, reach, way):
-    return (held_getitem_4_0,)
+def forward(self, cached_getitem_4_0, distance, computed, gap, reach, way):
+    return (cached_getitem_4_0,)
 """,
         )
 
@@ -161,7 +161,7 @@ def forward(self, x, timestep, text):
         self.assertExpectedInline(
             code(program.gm.run_0_compute),
             """\
-def forward(self, held_getitem_4_0, distance, computed, gap, reach, way, x, text, unsqueeze_1):
+def forward(self, cached_getitem_4_0, distance, computed, gap, reach, way, x, text, unsqueeze_1):
     model_x_embedder = self.model.x_embedder(x)
     model_positions = self.model.positions
     add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
@@ -202,8 +202,8 @@ def forward(self, x, timestep, text):
         self.assertExpectedInline(
             code(program.gm.run_0_reuse),
             """\
-def forward(self, held_getitem_4_0, distance, computed, gap, reach, way, add):
-    add_1 = torch.ops.aten.add.Tensor(add, held_getitem_4_0)
+def forward(self, cached_getitem_4_0, distance, computed, gap, reach, way, add):
+    add_1 = torch.ops.aten.add.Tensor(add, cached_getitem_4_0)
     return (add_1,)
 """,
         )
@@ -235,11 +235,11 @@ def forward(self, x, timestep, text):
         self.assertExpectedInline(
             code(program.gm.run_0_reuse),
             """\
-def forward(self, held_getitem_4_0, held_getitem_4_1, distance, computed, gap, reach, way):
+def forward(self, cached_getitem_4_0, cached_getitem_4_1, distance, computed, gap, reach, way):
     pow_1 = torch.ops.aten.pow.Tensor_Scalar(distance, 1)
     div = torch.ops.aten.div.Tensor(pow_1, 1)
-    mul = torch.ops.aten.mul.Tensor(held_getitem_4_1, div)
-    add = torch.ops.aten.add.Tensor(held_getitem_4_0, mul)
+    mul = torch.ops.aten.mul.Tensor(cached_getitem_4_1, div)
+    add = torch.ops.aten.add.Tensor(cached_getitem_4_0, mul)
     return (add,)
 """,
         )

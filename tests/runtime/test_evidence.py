@@ -143,7 +143,7 @@ def test_conditioning_of_permuted_values_is_other_conditioning() -> None:
 
 def test_conditioning_that_changes_in_each_call_is_computed_with_one_warning() -> None:
     cached = cache()
-    with pytest.warns(DitCacheWarning, match=r"what conditions the blocks \(text\)") as caught:
+    with pytest.warns(DitCacheWarning, match=r"the conditioning of the blocks \(text\)") as caught:
         done = [call(cached, sample(0, i, 20), time(i, 20), TEXT + i) for i in range(20)]
     assert {action[-1] for action in done} == {"c"}
     assert len(caught) == 1

@@ -24,8 +24,8 @@ from dit_cache_fx.lowering import Part
 from dit_cache_fx.runtime import execution
 from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.drive import Compiler, drive
+from dit_cache_fx.runtime.entry import input_key
 from dit_cache_fx.runtime.first_runs import FirstRuns
-from dit_cache_fx.runtime.graphs import input_key
 from dit_cache_fx.runtime.step import Step
 from tests.compile.compiling import RULE, Counting
 from tests.toys import MaskedDiT, ToyDiT, make, toy_inputs

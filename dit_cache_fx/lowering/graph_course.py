@@ -1,4 +1,4 @@
-"""Where a generation's steps stand, told inside a graph."""
+"""The steps of a generation as numbers inside a graph."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dit_cache_fx.strategies import Course
 from dit_cache_fx.strategies.clock import MOMENTS
 
 
-class Path(nn.Module):
-    """A `Course` as numbers for a graph: the tensors of a `Clock` for a step.
+class GraphCourse(nn.Module):
+    """A `Course` as constants of a graph: gives the tensors of a `Clock` for a step.
 
-    `steps`: up to how many are written out; what is behind them is taken for the last of them.
+    `steps`: the number of steps that are written out; later ones count as the last of them.
     """
 
     def __init__(self, course: Course, steps: int) -> None:
@@ -52,7 +52,7 @@ class Path(nn.Module):
         sums = (weighted * distances ** self.powers[:, None]).sum(dim=1)
         known = _at(self.ahead, clock.step)
         ahead = torch.where(known.isnan(), sums[0], known)
-        share = self._kept(clock) / torch.where(ahead == 0, 1.0, ahead)
+        share = self._share(clock) / torch.where(ahead == 0, 1.0, ahead)
         return torch.where(ahead == 0, 0.0, sums * share)
 
     def way(self, clock: ClockState) -> torch.Tensor:
@@ -61,8 +61,8 @@ class Path(nn.Module):
         moved = (ends - _at(self.positions, clock.last)) / self.whole
         return torch.where(clock.computed > 0, moved, 0.0)
 
-    def _kept(self, clock: ClockState) -> torch.Tensor:
-        """`Course.kept`."""
+    def _share(self, clock: ClockState) -> torch.Tensor:
+        """Return `Course.share`."""
         coming = _at(self.coming, clock.step)
         past = _at(self.positions, clock.step) - _at(self.positions, clock.last)
         way = torch.where(coming.isnan(), past, coming)
@@ -74,6 +74,6 @@ def _or_nan(number: float | None) -> float:
 
 
 def _at(numbers: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-    """The number of a step."""
+    """Return the number of a step."""
     index = step.clamp(max=len(numbers) - 1).to(torch.int64).reshape(1)
     return numbers.index_select(0, index).reshape(())

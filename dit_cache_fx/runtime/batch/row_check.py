@@ -1,4 +1,4 @@
-"""Whether a call can be split into rows: the model itself gives the answer."""
+"""Check with the model itself whether a call can be split into rows."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from dit_cache_fx.values.rows import CallRows
 
 
 def check_rows(subject: Subject, rows: CallRows) -> None:
-    """Raise where a row by itself does not give what it gives in the call.
+    """Raise if a row by itself gives another result than in the call.
 
-    That is so where the model mixes rows, and where an argument is split that has no rows. The
-    first row and the last one are tried.
+    That happens if the model mixes rows, or if an argument is split that has no rows. The first row
+    and the last one are tried.
     """
     together, skeleton = flatten(_answer(subject, rows.arguments))
     near = tolerance([*together, *flatten(rows.arguments)[0], *subject.model.parameters()])
@@ -30,14 +30,14 @@ def check_rows(subject: Subject, rows: CallRows) -> None:
         compare_rows(rows, output_names(skeleton), (together, row), (alone, 0), near)
 
 
-#: outputs of a call, and which row of it is meant
+#: outputs of a call, and the index of the row
 Outputs = tuple[Sequence[torch.Tensor], int]
 
 
 def compare_rows(
     rows: CallRows, names: Sequence[str], whole: Outputs, part: Outputs, tolerance: float
 ) -> None:
-    """Raise `CaptureError` where a row is something else in the call than in a part of it."""
+    """Raise `CaptureError` if a row differs between the call and a part of it."""
     (together, row), (some, place) = whole, part
     for name, many, few in zip(names, together, some, strict=True):
         if not few.ndim or many.shape != (rows.count, *few.shape[1:]):
@@ -47,14 +47,15 @@ def compare_rows(
             )
         if not _near(few[place], many[row], tolerance):
             raise CaptureError(
-                f"{_split(rows)} Row {row} gives something else in the call than by itself "
+                f"{_split(rows)} Row {row} has another result in the call than by itself "
                 f"({name}): the model mixes rows, or one of these has none (name it: "
-                "shared=('...',)), or what it computes is random. Else call each session by itself"
+                "shared=('...',)), or its computation is random. Otherwise call each session by "
+                "itself"
             )
 
 
 def output_names(skeleton: Skeleton) -> list[str]:
-    """The model's outputs in words."""
+    """Return names for the model's outputs."""
     paths = [".".join(str(key) for _, key in path) for path in key_paths(skeleton)]
     return [f"output {path}" if path else "the output" for path in paths]
 
@@ -93,6 +94,6 @@ def _near(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
 
 
 def tolerance(tensors: Iterable[torch.Tensor]) -> float:
-    """What another batch size may change: half of the digits of the coarsest dtype."""
+    """Return the tolerance for another batch size: half of the digits of the coarsest dtype."""
     kinds = {t.dtype for t in tensors if t.is_floating_point()}
     return math.sqrt(max((torch.finfo(kind).eps for kind in kinds), default=0.0))

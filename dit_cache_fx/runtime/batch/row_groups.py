@@ -1,4 +1,4 @@
-"""Rows of one call that are answered together: those that compute, and those that do not."""
+"""Group the rows of a call: those that compute, and those that reuse."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.lowering import Variants
 from dit_cache_fx.lowering.lowered_program import Lowered
+from dit_cache_fx.runtime.batch.row_check import output_names
+from dit_cache_fx.runtime.batch.row_steps import RowLayout, RowSteps, sizes
 from dit_cache_fx.runtime.drive import GraphCall, Serving
-from dit_cache_fx.runtime.row_check import output_names
 from dit_cache_fx.runtime.step import Step
-from dit_cache_fx.runtime.together import Layout, Together, sizes
 from dit_cache_fx.values.pytree import unflatten
 
 
@@ -24,9 +24,9 @@ from dit_cache_fx.values.pytree import unflatten
 class Row:
     """The call of one row, as if it were made by itself.
 
-    `graph`: what would answer it. `kind`: what else rows must share that are answered together.
-    `carried`: what the rule's graph has computed of it; None where that is not known. `results`:
-    its outputs, and what is to be held where its step computed.
+    `graph`: the graph that would answer it. `kind`: the rest of the group's key. `carried`: the
+    results of the rule's graph for it; None if unknown. `results`: its outputs, and the tensors
+    that its step recorded if it computed.
     """
 
     place: int
@@ -41,7 +41,7 @@ class Row:
         return self.results[: self.graph.variants.outputs]
 
     @property
-    def kept(self) -> list[torch.Tensor]:
+    def recorded(self) -> list[torch.Tensor]:
         return self.results[self.graph.variants.outputs :]
 
 
@@ -49,27 +49,27 @@ class Row:
 class Group:
     """Rows for one graph.
 
-    `variants`, `around`: the graph, and within what it runs. `layout`: of its rows; None for one
-    row. `given`: the tensors of all rows by name. `decided`: runs the side of a step's kind with
-    them and what is carried. `changed`: whether the model has changed since the graph was made.
+    `variants`, `around`: the graph, and the context to run it in. `layout`: of its rows; None for
+    one row. `given`: the tensors of all rows by name. `decided`: runs the side of a step's kind
+    with them and the carried tensors. `changed`: whether the model has changed since the capture.
     """
 
     rows: Sequence[Row]
     variants: Variants
-    layout: Layout | None
+    layout: RowLayout | None
     given: dict[str, torch.Tensor]
-    decided: Callable[[Step | Together, dict[str, torch.Tensor]], Serving]
+    decided: Callable[[Step | RowSteps, dict[str, torch.Tensor]], Serving]
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
     changed: Callable[[], bool] = lambda: False
 
     @property
-    def step(self) -> Step | Together:
-        """Their steps as one."""
+    def step(self) -> Step | RowSteps:
+        """Return their steps as one."""
         steps = [row.step for row in self.rows]
-        return steps[0] if self.layout is None else Together(steps, self.layout)
+        return steps[0] if self.layout is None else RowSteps(steps, self.layout)
 
     def decide(self) -> Serving:
-        """Ask the strategy's own rule, which looks at a value of the model."""
+        """Run the strategy's rule, which reads a value of the model."""
         value, *carried = yield self._prefix()
         self.step.decide(value)
         by_row: list[dict[str, torch.Tensor] | None]
@@ -87,7 +87,7 @@ class Group:
             row.results = own
 
     def _carried(self) -> Serving:
-        """What the rule's graph has computed: of each row by then, else of all of them now."""
+        """Return the results of the rule's graph: of each row by then, or of all of them now."""
         known, layout = [row.carried for row in self.rows if row.carried is not None], self.layout
         if len(known) == len(self.rows) and (layout is None or layout.carried is not None):
             return known[0] if layout is None else layout.carried_together(known)
@@ -100,23 +100,23 @@ class Group:
         return GraphCall(prefix.run, prefix.operands(self.given), self.around)
 
 
-#: the graph for rows that have the same one by themselves, for so many rows
-Found = Callable[[Sequence[Row], int], Group]
+#: (rows with the same graph by themselves, number of rows) -> the graph for so many
+FindGroup = Callable[[Sequence[Row], int], Group]
 
 
-def decide(rows: Sequence[Row], found: Found) -> Serving:
-    """Ask the strategy's own rule for each row."""
+def decide(rows: Sequence[Row], find: FindGroup) -> Serving:
+    """Run the strategy's rule for each row."""
     looking = [row for row in rows if row.graph.variants.prefix is not None]
     for row in rows:
         if row.graph.variants.prefix is None:
             row.step.decide(None)
-    for group in _groups(looking, found, lambda _: None):
+    for group in _groups(looking, find, lambda _: None):
         yield from group.decide()
 
 
-def answer(rows: Sequence[Row], found: Found) -> Serving:
-    """Run the rows. Returns the group whose graph is out of date, where there is one."""
-    groups = list(_groups(rows, found, lambda row: row.step.computes))
+def answer(rows: Sequence[Row], find: FindGroup) -> Serving:
+    """Run the rows. Returns a group whose graph is out of date, if there is one."""
+    groups = list(_groups(rows, find, lambda row: row.step.computes))
     for group in groups:
         if group.step.computes and group.changed():
             return group
@@ -126,7 +126,7 @@ def answer(rows: Sequence[Row], found: Found) -> Serving:
 
 
 def output(rows: Sequence[Row]) -> Any:
-    """The call's output: that of its rows, in their order."""
+    """Return the call's output: that of its rows, in their order."""
     skeleton = rows[0].graph.program.output
     parts = list(zip(*(row.outputs for row in rows), strict=True))
     for name, part in zip(output_names(skeleton), parts, strict=True):
@@ -139,12 +139,14 @@ def output(rows: Sequence[Row]) -> Any:
     return unflatten(skeleton, [torch.cat(part) for part in parts])
 
 
-def _groups(rows: Sequence[Row], found: Found, kind: Callable[[Row], Hashable]) -> Iterator[Group]:
-    """Rows of one kind whose graph by themselves is the same, in sizes for which there is one."""
+def _groups(
+    rows: Sequence[Row], find: FindGroup, kind: Callable[[Row], Hashable]
+) -> Iterator[Group]:
+    """Group rows of one kind with the same graph, in sizes that have a graph."""
     alike: dict[Hashable, list[Row]] = {}
     for row in rows:
         alike.setdefault((row.graph, row.kind, kind(row)), []).append(row)
     for members in alike.values():
         rest = iter(members)
         for size in sizes(len(members)):
-            yield found(list(islice(rest, size)), size)
+            yield find(list(islice(rest, size)), size)

@@ -18,7 +18,13 @@ class Batch(Splits):
     `cached.batch([session, ...])` makes one. It may be entered again.
 
     Raises:
-        OptionError: A session is closed, or the arguments of a call have no row for each session.
+        OptionError: A session is closed, or the arguments of a call lack a row for each session.
+
+    Example:
+        >>> batch = cached.batch([cached.new_session(), cached.new_session()])
+        >>> with batch:
+        ...     samples, prompts = torch.cat([sample, sample]), torch.cat([prompt, prompt])
+        ...     noise = cached(samples, torch.tensor([900.0, 40.0]), prompts)
     """
 
     def __init__(
@@ -40,15 +46,17 @@ class Batch(Splits):
         return f"<Batch of {len(self.sessions)} sessions>"
 
     def rows(self, arguments: dict[str, Any], own: Collection[str] = ()) -> CallRows:
-        """A call by rows. Raises `OptionError` where it cannot be one of these sessions.
+        """Split a call into rows. Raises `OptionError` if it is no call of these sessions.
 
-        `own`: which of the arguments are the model's own tensors.
+        `own`: the arguments that are the model's own tensors.
         """
         self._check_open()
         unknown = self.shared - arguments.keys()
         given = [name for name in arguments if name.isidentifier() and name not in own]
         if unknown:
-            raise OptionError("shared", sorted(unknown), f"names of the call's arguments: {given}")
+            raise OptionError(
+                "shared", sorted(unknown), f"the names of the call's arguments: {given}"
+            )
         rows = CallRows(arguments, len(self.sessions), self.shared.union(own))
         if not rows.names:
             raise OptionError(
@@ -61,9 +69,9 @@ class Batch(Splits):
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Within it no other call of these sessions is under way."""
+        """Hold the locks of these sessions: no other call of them is under way."""
         with ExitStack() as locks:
-            for session in sorted(self.sessions, key=id):  # in one order: no two batches wait
+            for session in sorted(self.sessions, key=id):  # in one order, to avoid a deadlock
                 locks.enter_context(session.lock)
             yield
 

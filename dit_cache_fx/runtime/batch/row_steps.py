@@ -1,4 +1,4 @@
-"""Steps of several rows as one step, for a graph of as many rows."""
+"""Join the steps of several rows, for a graph of as many rows."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from dit_cache_fx.values.tensor_spec import TensorSpec
 
 _T = TypeVar("_T")
 
-#: a group is made larger by at most this share of it, with rows that nobody reads
+#: the largest share of rows that padding adds to a group
 PADDING = 0.25
 
 
 def sizes(rows: int) -> list[int]:
-    """How many rows each graph takes, for so many rows: powers of two.
+    """Return the sizes of the graphs for so many rows: powers of two.
 
-    They are as few as they can be where no more than a quarter is added to any number of rows: 3
-    rows are 2 and 1, 7 rows are 8, 11 rows are 8, 2 and 1.
+    They are as few as possible with at most a quarter of padding: 3 rows are 2 and 1, 7 rows are 8,
+    11 rows are 8, 2 and 1.
     """
     if rows == 0:
         return []
@@ -38,32 +38,32 @@ def sizes(rows: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where the rows are in what a graph of `count` rows takes and gives; in outputs: in front.
+class RowLayout:
+    """The dimension of the rows in each operand and result of a graph; 0 in outputs.
 
-    `alone`: what one row by itself holds. `signal`: in what a rule looks at; `carried`: in what
-    the rule's graph has computed for the others. None: nothing there depends on rows. There is no
-    `carried` where it cannot be told (rows and tokens in one dimension).
+    `alone`: the held tensors of a single row. `signal`: in the rule's operand; `carried`: in the
+    other results of the rule's graph. None: independent of rows. `carried` is missing if it cannot
+    be determined (rows and tokens in one dimension).
     """
 
     count: int
     outputs: int
     alone: Mapping[str, TensorSpec]
-    held: Mapping[str, RowPlace]
+    cached: Mapping[str, RowPlace]
     carried: Mapping[str, RowPlace | None] | None
     signal: RowPlace | None
 
     @staticmethod
-    def of(one: Lowered, many: Lowered, count: int) -> Layout:
-        """Raises `CaptureError` where there is no telling the rows."""
+    def of(one: Lowered, many: Lowered, count: int) -> RowLayout:
+        """Find the layout. Raises `CaptureError` if the rows cannot be determined."""
         alone, held = one.variants.held, many.variants.held
         if one.program.output != many.program.output or alone.keys() != held.keys():
             raise CaptureError(
-                f"the model does something else with {count} rows than with one: sessions cannot "
-                "be answered together. Call each session by itself"
+                f"the model behaves differently with {count} rows than with one: sessions cannot "
+                "run as one batch. Call each session by itself"
             )
         signal = many.program.signal
-        return Layout(
+        return RowLayout(
             count,
             many.variants.outputs,
             alone,
@@ -73,13 +73,13 @@ class Layout:
         )
 
     def rows(self, results: Results) -> list[list[torch.Tensor]]:
-        """The outputs, and what is to be held where the step computed, of each row."""
-        places = [*[RowPlace(0)] * self.outputs, *self.held.values()]
+        """Return the outputs of each row, and the tensors to hold if the step computed."""
+        places = [*[RowPlace(0)] * self.outputs, *self.cached.values()]
         split = [p.split(t) for p, t in zip(places, results, strict=False)]
         return [[rows[i] for rows in split] for i in range(self.count)]
 
     def carried_rows(self, carried: Results) -> list[dict[str, torch.Tensor] | None]:
-        """What the rule's graph has computed, of each row."""
+        """Return the results of the rule's graph for each row."""
         if self.carried is None:
             return [None] * self.count
         split = {
@@ -91,7 +91,7 @@ class Layout:
     def carried_together(
         self, rows: Sequence[Mapping[str, torch.Tensor]]
     ) -> dict[str, torch.Tensor]:
-        """The same for all rows."""
+        """Join those results of all rows."""
         assert self.carried is not None
         filled = self.filled(rows)
         return {
@@ -100,7 +100,7 @@ class Layout:
         }
 
     def filled(self, rows: Sequence[_T]) -> list[_T]:
-        """As many as the graph has rows: the last one stands for the rest."""
+        """Repeat the last row until there are as many as the graph has."""
         return [*rows, *[rows[-1]] * (self.count - len(rows))]
 
 
@@ -116,13 +116,13 @@ def _place(name: str, one: Lowered, many: Lowered, count: int) -> RowPlace | Non
     return None if alone == together else place_of(name, alone, together, count)
 
 
-class Together:
-    """Steps of several branches that all compute, or all do not, or have not decided yet.
+class RowSteps:
+    """Steps of several branches that all compute, all reuse, or have not decided yet.
 
-    There may be fewer than the graph has rows: the last one stands for the rest.
+    There may be fewer than the graph has rows: the last one fills the rest.
     """
 
-    def __init__(self, steps: Sequence[Step], layout: Layout) -> None:
+    def __init__(self, steps: Sequence[Step], layout: RowLayout) -> None:
         self._steps = steps
         self._layout = layout
 
@@ -131,18 +131,18 @@ class Together:
         return self._steps[0].computes
 
     def decide(self, value: torch.Tensor | None) -> None:
-        """Ask the strategy's own rule for each. `value`: of the model, if it looks at one."""
+        """Run the strategy's rule for each. `value`: of the model, if the rule reads one."""
         place = self._layout.signal
         rows = None if value is None or place is None else place.split(value)
         for i, step in enumerate(self._steps):
             step.decide(value if rows is None else rows[i])
 
     def given(self, names: Collection[str]) -> dict[str, torch.Tensor]:
-        """What the graph reads of `names`: what is held, and the clocks, which are beside it."""
+        """Return the operands `names` of the graph: held tensors, and the clocks side by side."""
         held = self._layout.filled([step.held(names) for step in self._steps])
         clock = self._layout.filled([step.clock(names) for step in self._steps])
         device = next((spec.device for spec in self._layout.alone.values()), None)
-        places = self._layout.held
+        places = self._layout.cached
         joined = {name: places[name].joined([h[name] for h in held]) for name in held[0]}
         stacked = {name: torch.stack([c[name] for c in clock]) for name in clock[0]}
         return joined | {
@@ -152,5 +152,5 @@ class Together:
     compiled_given = given
 
     def prepared(self, first: Mapping[str, TensorSpec], make: Callable[[], Results]) -> Results:
-        """What the host makes for a computed step's graph."""
+        """Return the preamble's results for a computed step's graph."""
         return make()

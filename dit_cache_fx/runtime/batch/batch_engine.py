@@ -1,4 +1,4 @@
-"""Answers calls whose rows belong to different requests."""
+"""Answer calls whose rows belong to different requests."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from dit_cache_fx.capture import FlatCall, flatten_call
 from dit_cache_fx.lowering import CompiledSteps
 from dit_cache_fx.runtime import execution
 from dit_cache_fx.runtime.batch import Batch
+from dit_cache_fx.runtime.batch.row_check import check_rows
+from dit_cache_fx.runtime.batch.row_groups import Group, Row, answer, decide, output
 from dit_cache_fx.runtime.drive import Compiler, Serving
-from dit_cache_fx.runtime.graphs import Entry, Found, InputKey, RowsKey, RowsOf, input_key
-from dit_cache_fx.runtime.row_check import check_rows
-from dit_cache_fx.runtime.row_groups import Group, Row, answer, decide, output
+from dit_cache_fx.runtime.entry import Entry, InputKey, RowsKey, RowsOf, input_key
+from dit_cache_fx.runtime.graphs import Found
 from dit_cache_fx.values.rows import CallRows
 
-#: most kinds of calls that are known to be right by rows
+#: the largest number of kinds of calls that are known to split into rows
 MAX_CHECKED = 1024
 
 if TYPE_CHECKING:
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
 
 
 class BatchEngine:
-    """Answers each row as the engine answers it alone, as many at a time as do the same.
+    """Answers each row as in a call by itself; runs rows with equal actions as one batch.
 
-    A row's state is what its session holds for a call by itself: a request may leave a batch and
+    Each row's state is in its session, as for a call by itself: a request may leave a batch and
     join another one at any step.
     """
 
@@ -35,13 +36,13 @@ class BatchEngine:
         self._checked: set[Hashable] = set()
 
     def forget(self) -> None:
-        """Forget which calls could be split."""
+        """Forget which calls can be split."""
         self._checked.clear()
 
     def serve(
         self, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any], compiler: Compiler
     ) -> Serving:
-        """Answer a call. Nothing of it is noted when it raises."""
+        """Answer a call. Records nothing if it raises."""
         engine = self._engine
         rows = batch.rows(engine.arguments(args, kwargs))
         calls = [self._call(rows, [place]) for place in range(rows.count)]
@@ -63,24 +64,24 @@ class BatchEngine:
             if outdated is None:
                 result = output(members)
                 for row, call, start, one in zip(members, calls, starts, found, strict=True):
-                    row.step.commit(call.tensors, [], row.kept)
+                    row.step.commit(call.tensors, [], row.recorded)
                     engine.done(start, one)
                 return result
         engine.outdated(found[outdated.rows[0].place].entry)
         return (yield from self.serve(batch, args, kwargs, compiler))
 
     def passed(self, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note a call that the model itself answers."""
+        """Record a call that the model itself answers."""
         rows = batch.rows(self._engine.arguments(args, kwargs))
         for place, session in enumerate(batch.sessions):
             self._engine.passed_in(session, self._call(rows, [place]))
 
     def _call(self, rows: CallRows, places: Sequence[int]) -> FlatCall:
-        """The call with these rows alone."""
+        """Return the call with these rows only."""
         return flatten_call(rows.taken(places), self._engine.graphs.timestep_argument)
 
     def _found(self, calls: Sequence[FlatCall], keys: Sequence[InputKey]) -> list[Found[First]]:
-        """The graph for each row by itself. Where it has no guards, it is for all of its key."""
+        """Return the graph for each row by itself. One without guards serves all of its key."""
         unguarded: dict[InputKey, Found[First]] = {}
         found = []
         for call, key in zip(calls, keys, strict=True):
@@ -91,7 +92,7 @@ class BatchEngine:
         return found
 
     def _check(self, rows: CallRows, key: Hashable) -> None:
-        """See whether the model answers rows one by one. `key`: of the first row's call."""
+        """Check that the model treats rows independently. `key`: of the first row's call."""
         subject = self._engine.subject
         if subject.check and rows.count > 1 and key not in self._checked:
             check_rows(subject, rows)
@@ -108,7 +109,7 @@ class BatchEngine:
         members: Sequence[Row],
         size: int,
     ) -> Group:
-        """The graph for rows that have the same one by themselves, padded to so many rows."""
+        """Return the graph for rows that share one by themselves, padded to `size` rows."""
         places = [row.place for row in members]
         entry, call = found[places[0]].entry, calls[places[0]]
         if size > 1:
@@ -127,7 +128,7 @@ class BatchEngine:
         )
 
     def _ready(self, entry: Entry, compiler: Compiler) -> CompiledSteps:
-        """How a graph runs: compiled, or as it is."""
+        """Return the functions that run a graph: compiled, or as it is."""
         if compiler.looks_on:
             return entry.compiled_steps
         step_compiler = self._engine.step_compiler
