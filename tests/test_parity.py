@@ -123,25 +123,36 @@ def places(model_case: Case) -> list[tuple[str, int]]:
     return [(n, i) for n, size in sizes.items() for i in sorted({0, size // 2, size - 1})]
 
 
-#: of these every place is tried without `-m exhaustive`, of the others the middle of each list
+#: of these DeepCache is tried at every place by default
 EVERY_PLACE = ("FluxTransformer2DModel", "OfficialHunyuanVideo15")
 
 
-def _marks(model_case: Case, name: str, index: int) -> tuple[pytest.MarkDecorator, ...]:
+def _marks(
+    model_case: Case, name: str, index: int, everywhere: Collection[str]
+) -> tuple[pytest.MarkDecorator, ...]:
     size = len(model_of(model_case).get_submodule(name))
-    return marks_of(model_case.name, model_case.name in EVERY_PLACE or index == size // 2)
+    return marks_of(model_case.name, model_case.name in everywhere or index == size // 2)
 
 
-each_place = pytest.mark.parametrize(
-    ("model_case", "ids"),
-    [
-        pytest.param(
-            c, {name: {index}}, id=f"{c.name}-{name}.{index}", marks=_marks(c, name, index)
-        )
-        for c in CASES
-        for name, index in places(c)
-    ],
-)
+def _each_place(everywhere: Collection[str]) -> pytest.MarkDecorator:
+    """Every place of the models; of those that are not `everywhere` the middle by default."""
+    return pytest.mark.parametrize(
+        ("model_case", "ids"),
+        [
+            pytest.param(
+                c,
+                {name: {index}},
+                id=f"{c.name}-{name}.{index}",
+                marks=_marks(c, name, index, everywhere),
+            )
+            for c in CASES
+            for name, index in places(c)
+        ],
+    )
+
+
+each_place = _each_place(EVERY_PLACE)
+each_middle = _each_place(())
 each_last_place = pytest.mark.parametrize(
     ("model_case", "ids"),
     [
@@ -308,7 +319,7 @@ def test_teacache_over_the_published_schedule(model_case: Case) -> None:
     assert_parity(model_case, cached, reference, STEPS, CLOSE)
 
 
-@each_place
+@each_middle
 def test_teacache_with_a_block_that_is_never_cached(
     model_case: Case, ids: dict[str, set[int]]
 ) -> None:

@@ -27,6 +27,8 @@ SPLIT = (
     "ZImageTransformer2DModel",
 )
 WHOLE = [c for c in CASES if c.name not in SPLIT]
+#: with two block lists and with one
+USUAL = ("FluxTransformer2DModel", "DiTTransformer2DModel")
 
 
 class Together:
@@ -69,7 +71,8 @@ def timeline(cached: Any) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize(
-    "model_case", [pytest.param(c, id=c.name, marks=marks_of(c.name)) for c in WHOLE]
+    "model_case",
+    [pytest.param(c, id=c.name, marks=marks_of(c.name, c.name in USUAL)) for c in WHOLE],
 )
 def test_every_strategy_gives_what_the_eager_cached_model_gives(model_case: Case) -> None:
     model = short(model_case)
