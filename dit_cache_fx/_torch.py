@@ -73,6 +73,9 @@ _REAL = (torch.Tensor, nn.Parameter)
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
+# --- operators that tracing does not look into ---------------------------------------------------
+
+
 class OpaqueCall(Protocol):
     """The function behind a call of `opaque`, and its form in the graph."""
 
@@ -162,6 +165,9 @@ def emit_node(target: Callable[..., Any], args: Any, kwargs: Any, name: str) -> 
     return True
 
 
+# --- tracing -------------------------------------------------------------------------------------
+
+
 def reads_data() -> tuple[type[Exception], ...]:
     """Return the errors of code that reads values of tensors without data (`trace_shapes`)."""
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
@@ -178,6 +184,34 @@ def trace_shapes(
         return _traced(function, inputs)
 
 
+def trace_functional(
+    function: Callable[..., list[torch.Tensor]], tensors: Sequence[torch.Tensor]
+) -> fx.GraphModule:
+    """Return the ATen graph of `function(*tensors)`, without in-place operations."""
+    return _traced(torch.func.functionalize(function), tensors)
+
+
+def _traced(
+    function: Callable[..., Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor]
+) -> fx.GraphModule:
+    """Return the ATen graph of `function(*inputs)`, as traced by `make_fx`.
+
+    `make_fx` also replaces `nn.Module.__call__` for all threads, and sets a flag that makes every
+    compiled function of the process raise. Here only this thread's mode stack changes.
+    """
+    tracer: Any = PythonKeyTracer()
+    tracer.root, tracer.tensor_attrs = nn.Module(), {}
+    tracer.graph = fx.Graph(tracer_cls=PythonKeyTracer)
+    with ProxyTorchDispatchMode(tracer, "real"), disable_autocast_cache():
+        names = [f"input_{number}" for number in range(len(inputs))]
+        proxies = [tracer.create_proxy("placeholder", name, (), {}) for name in names]
+        with disable_proxy_modes_tracing():
+            track_tensor_tree([*inputs], proxies, constant=None, tracer=tracer)
+        results = [tracer.unwrap_proxy(t) for t in function(*inputs)]
+        tracer.create_node("output", "output", (tracer.create_arg(results),), {})
+    return fx.GraphModule(tracer.root, tracer.graph)
+
+
 @contextmanager
 def fakes(values: Sequence[Any]) -> Iterator[list[Any]]:
     """Replace the tensors among `values` by stand-ins without data; code inside computes nothing.
@@ -187,6 +221,9 @@ def fakes(values: Sequence[Any]) -> Iterator[list[Any]]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         yield [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in values]
+
+
+# --- compilers -----------------------------------------------------------------------------------
 
 
 def like_dynamos(
@@ -232,6 +269,9 @@ def lookup_backend(backend: Any) -> Callable[..., Any]:
 
     function: Callable[..., Any] = torch._dynamo.lookup_backend(backend)
     return function
+
+
+# --- what Dynamo knows of a graph and its frame --------------------------------------------------
 
 
 class Piece(NamedTuple):
@@ -332,6 +372,9 @@ def dynamos_tensor() -> Callable[..., torch.Tensor]:
 
     made: Callable[..., torch.Tensor] = torch._refs.tensor
     return made
+
+
+# --- functions under torch.compile ---------------------------------------------------------------
 
 
 def not_a_compiled_frame(function: _F) -> _F:
@@ -469,6 +512,9 @@ def look_again(callback: object) -> None:
         set_eval_frame(callback)  # type: ignore[arg-type]
 
 
+# --- structured logs -----------------------------------------------------------------------------
+
+
 def trace_text(name: str, text: Callable[[], str]) -> None:
     """Add an artifact to torch's structured trace (`TORCH_TRACE`), if there is one.
 
@@ -480,6 +526,9 @@ def trace_text(name: str, text: Callable[[], str]) -> None:
         payload_fn=text,
         expect_trace_id=False,
     )
+
+
+# --- what traces this thread ---------------------------------------------------------------------
 
 
 @constant_result
@@ -520,10 +569,7 @@ def _proxy_mode() -> ProxyTorchDispatchMode | None:
     return mode if isinstance(mode, ProxyTorchDispatchMode) else None
 
 
-def hooks_registered() -> int:
-    """Return the number of hooks that this process has registered, including removed ones."""
-    return RemovableHandle.next_id
-
+# --- attention kernels and autocast --------------------------------------------------------------
 
 _ATTENTION: Mapping[str, Callable[[], bool]] = MappingProxyType(
     {
@@ -574,6 +620,14 @@ def emit_end_of_autocast(graph: fx.Graph, entered: fx.Node) -> None:
     graph.call_function(_exit_autocast, (entered,))
 
 
+# --- hooks, modes, tensor subclasses -------------------------------------------------------------
+
+
+def hooks_registered() -> int:
+    """Return the number of hooks that this process has registered, including removed ones."""
+    return RemovableHandle.next_id
+
+
 def is_subclass(value: object) -> bool:
     """Return whether a tensor wraps others and implements operators itself (int8)."""
     return isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value)
@@ -604,32 +658,7 @@ def without_mode(kind: type[TorchFunctionMode]) -> Iterator[None]:
         yield
 
 
-def trace_functional(
-    function: Callable[..., list[torch.Tensor]], tensors: Sequence[torch.Tensor]
-) -> fx.GraphModule:
-    """Return the ATen graph of `function(*tensors)`, without in-place operations."""
-    return _traced(torch.func.functionalize(function), tensors)
-
-
-def _traced(
-    function: Callable[..., Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor]
-) -> fx.GraphModule:
-    """Return the ATen graph of `function(*inputs)`, as traced by `make_fx`.
-
-    `make_fx` also replaces `nn.Module.__call__` for all threads, and sets a flag that makes every
-    compiled function of the process raise. Here only this thread's mode stack changes.
-    """
-    tracer: Any = PythonKeyTracer()
-    tracer.root, tracer.tensor_attrs = nn.Module(), {}
-    tracer.graph = fx.Graph(tracer_cls=PythonKeyTracer)
-    with ProxyTorchDispatchMode(tracer, "real"), disable_autocast_cache():
-        names = [f"input_{number}" for number in range(len(inputs))]
-        proxies = [tracer.create_proxy("placeholder", name, (), {}) for name in names]
-        with disable_proxy_modes_tracing():
-            track_tensor_tree([*inputs], proxies, constant=None, tracer=tracer)
-        results = [tracer.unwrap_proxy(t) for t in function(*inputs)]
-        tracer.create_node("output", "output", (tracer.create_arg(results),), {})
-    return fx.GraphModule(tracer.root, tracer.graph)
+# --- collectives ---------------------------------------------------------------------------------
 
 
 def members(group: Any) -> list[int]:
@@ -680,6 +709,9 @@ def _reached(group: str, device: torch.device) -> torch.device:
     """Return the device if the group's processes can send from there, otherwise one of theirs."""
     devices = {d.type for d in _group_of(group)._device_types}
     return device if device.type in devices or not devices else torch.device(sorted(devices)[0])
+
+
+# --- packages of AOTInductor ---------------------------------------------------------------------
 
 
 def aoti_package(

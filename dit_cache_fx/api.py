@@ -137,7 +137,7 @@ def restore(model: PipelineT) -> PipelineT: ...
 def restore(model: Any) -> Any:
     """Return the original of a cached model, or a pipeline with its original transformers.
 
-    The held tensors are freed. Anything that is not cached is returned as it is.
+    The cached tensors are freed. Anything that is not cached is returned as it is.
 
     Args:
         model (`CachedModel | DiffusionPipeline`):

@@ -182,7 +182,7 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
         return self._engine.graphs.carried(self._engine.call_log.tracker.context)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CachedModel:
-        """Copy the model, cached in the same way, without held tensors."""
+        """Copy the model, cached in the same way, without cached tensors."""
         return _rebuilt(self._rebuild, copy.deepcopy(self._model, memo), self._settings())
 
     def __copy__(self) -> CachedModel:
@@ -233,7 +233,7 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
         return self._engine.graphs.all()
 
     def clear_states(self) -> None:
-        """Forget the held tensors and the place in the generation; keep the graphs."""
+        """Forget the cached tensors and the place in the generation; keep the graphs."""
         self._engine.clear_states()
 
     def reset_states(self) -> None:

@@ -240,5 +240,5 @@ class Runner:
             self._context = before
 
     def clear_states(self) -> None:
-        """Forget the held tensors: the next call computes."""
+        """Forget the cached tensors: the next call computes."""
         self._states.clear()

@@ -14,8 +14,8 @@ from dit_cache_fx.report.explain import Explanation, explain
 from dit_cache_fx.report.plot import draw
 from dit_cache_fx.runtime.batch import Batch
 from dit_cache_fx.runtime.call_log import CallLog
-from dit_cache_fx.runtime.scope import CacheContext
-from dit_cache_fx.runtime.session import Session
+from dit_cache_fx.runtime.tracking.scope import CacheContext
+from dit_cache_fx.runtime.tracking.session import Session
 from dit_cache_fx.strategies.checks import check_count, check_num_steps
 from dit_cache_fx.strategies.timesteps import Timesteps, given_timesteps
 
@@ -37,7 +37,7 @@ class LifeCycle:
         raise NotImplementedError
 
     def clear_states(self) -> None:
-        """Forget the held tensors and the place in the generation; keep the graphs."""
+        """Forget the cached tensors and the place in the generation; keep the graphs."""
         self._call_log.tracker.clear()
 
     def reset_states(self) -> None:
@@ -126,7 +126,7 @@ class LifeCycle:
         self._enabled = True
 
     def disable(self) -> None:
-        """Run exactly as the original model, and free the held tensors."""
+        """Run exactly as the original model, and free the cached tensors."""
         self._enabled = False
         self.clear_states()
 

@@ -135,7 +135,7 @@ def behind(model: nn.Module) -> nn.Module:
 
 
 def uncached(cached: CachedModel) -> nn.Module:
-    """Return the original of a cached model, without held tensors and with its offloading hooks."""
+    """Return the original of a cached model, without cached tensors, with its offloading hooks."""
     cached.clear_states()
     model, hook = original(cached), vars(cached).get("_hf_hook")
     if hook is not None:

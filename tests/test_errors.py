@@ -326,8 +326,8 @@ def test_a_model_in_training_mode() -> None:
 
 def test_a_compiled_model() -> None:
     refused(
-        r"model='ToyDiT': apply first, then torch.compile"
-        r"|model='OptimizedModule': apply first, then torch.compile",
+        r"model='ToyDiT': call apply first, then torch.compile"
+        r"|model='OptimizedModule': call apply first, then torch.compile",
         torch.compile(make(ToyDiT), backend="eager"),
         no_cache_steps={0},
     )

@@ -22,8 +22,9 @@ from dit_cache_fx.runtime.call_log import CallLog
 from dit_cache_fx.runtime.drive import Compiler, Serving
 from dit_cache_fx.runtime.engine import Engine
 from dit_cache_fx.runtime.entry import Entry, GraphKey, RowsOf
-from dit_cache_fx.runtime.generation import Generation, as_number
 from dit_cache_fx.runtime.graphs import Found, Graphs
+from dit_cache_fx.runtime.tracking.generation import Generation
+from dit_cache_fx.runtime.tracking.timestep_value import as_number
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.values.pytree import flatten
 
@@ -34,7 +35,7 @@ _T = TypeVar("_T")
 def answering(cached: CachedModel, engine: Engine | None) -> Iterator[None]:
     """Redirect the calls of a cached model to another engine; None: to the model itself.
 
-    Its own held tensors and generation do not change.
+    Its own cached tensors and generation do not change.
     """
     before = cached._engine, cached._enabled
     cached._engine, cached._enabled = engine or cached._engine, engine is not None

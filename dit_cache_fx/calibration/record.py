@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dit_cache_fx.calibration.engines import Call
 from dit_cache_fx.calibration.probe import probe
-from dit_cache_fx.runtime.generation import Generation
+from dit_cache_fx.runtime.tracking.generation import Generation
 
 #: the largest number of steps of a generation to keep: its newest
 MAX_STEPS = 128

@@ -25,7 +25,7 @@ from dit_cache_fx.capture.signature import CallSignature, FlatCall, unflatten_ca
 from dit_cache_fx.capture.turns import Turns
 from dit_cache_fx.ir.graph_text import short
 from dit_cache_fx.ir.node_meta import BlockId, meta_of
-from dit_cache_fx.ir.program import Program, block_values
+from dit_cache_fx.ir.program import Program, block_values, module_name
 from dit_cache_fx.ranks import Ranks, every
 from dit_cache_fx.strategies import Strategy, never_cached
 from dit_cache_fx.strategies.signals import value_of
@@ -153,8 +153,7 @@ def sharded_owners(program: Program) -> tuple[Any, ...]:
     Such a module has the weights of its parts only while it runs. The model's own weights exist in
     each of its calls.
     """
-    calls = program.graph.find_nodes(op="call_module")
-    called = [str(node.target).removeprefix("model.") for node in calls]
+    called = map(module_name, program.graph.find_nodes(op="call_module"))
     owners = [o for name in called if (o := _sharded(program.model, name)) not in ("", name)]
     return tuple(map(program.model.get_submodule, dict.fromkeys(owners)))
 
@@ -228,11 +227,10 @@ def replayed(captured: Captured) -> Iterator[None]:
 
 def not_recorded(program: Program, recording: Recording) -> frozenset[str]:
     """Return the names of block results whose values the recording does not hold."""
-    nodes = [(n, str(n.target).removeprefix("model.")) for n in program.block_calls()]
-    calls = recording.of_each(name for _, name in nodes)
+    calls = recording.of_each(map(module_name, program.block_calls()))
     missing: list[str] = []
-    for node, name in nodes:
-        made = next(calls[name])
+    for node in program.block_calls():
+        made = next(calls[module_name(node)])
         missing += [v.name for v in block_values(node) if meta_of(v).output not in made.values]
     return frozenset(missing)
 

@@ -26,6 +26,7 @@ from dit_cache_fx.ir.program import (
     attributes_of,
     descendants,
     graph_module,
+    module_name,
     own_leaves,
     spec_of,
     tensor_spec,
@@ -102,7 +103,7 @@ def mark_signal(program: Program, strategy: Strategy, recording: Recording) -> N
 
 
 def _mark_inside(program: Program, strategy: Strategy, recording: Recording) -> None:
-    name = str(program.block_calls()[0].target).removeprefix("model.")
+    name = module_name(program.block_calls()[0])
     made = next(c for c in recording.calls if c.name == name)
     mark_modulated(program, made, strategy.stream_name())
     for call in recording.calls:

@@ -33,7 +33,7 @@ def backend(
     """Return a backend for `torch.compile` that caches the model's blocks.
 
     The object has the methods of a cached model (`cache_report()`, `disable()`, ...). Use one for
-    each model. A model that cannot be cached is compiled by `inner` as it is, with a warning.
+    each model. If a model cannot be cached, `inner` compiles it as it is, with a warning.
 
     Args:
         strategy (`str | Strategy`):
@@ -47,19 +47,23 @@ def backend(
             The options of the inner backend, as in `torch.compile`.
         blocks (`str | nn.ModuleList | Sequence[str | nn.ModuleList]`, *optional*):
             The block lists, as attribute paths or as the lists themselves. When None, they are
-            found from the graph.
+            determined from the graph.
         timestep (`str`, *optional*):
-            The name of forward's timestep argument. When None, it is found.
+            The name of forward's timestep argument. When None, it is determined from the arguments.
         strategy_options (`Any`):
-            The options of the strategy, where `strategy` is a name.
+            The options of the strategy, if `strategy` is a name: see the class of that name.
+
+    Returns:
+        A `Backend`.
 
     Raises:
-        OptionError: An argument cannot work. The text says what would.
+        OptionError: An argument has a value that cannot work. The text names the values that would.
 
     Example:
         >>> cache = dit_cache_fx.backend("taylorcache", compute_ratio=0.3)
-        >>> model = torch.compile(model, backend=cache)
+        >>> compiled = torch.compile(model, backend=cache)
         >>> print(cache.cache_report())
+        taylorcache...
     """
     chosen = make_strategy(strategy, strategy_options)
     if timestep is not None and not isinstance(timestep, str):

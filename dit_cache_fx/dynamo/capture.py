@@ -24,7 +24,7 @@ from dit_cache_fx.dynamo.outline import LEAVES
 from dit_cache_fx.dynamo.reads import Checked, Reads
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.copying import results_of
-from dit_cache_fx.ir.program import Program, ancestors, spec_of
+from dit_cache_fx.ir.program import Program, ancestors, module_name, spec_of
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.strategies.signals import value_of
 from dit_cache_fx.values.identity import storage_key, version
@@ -128,7 +128,7 @@ def capture_graph(outlined: Outlined, inputs: Sequence[Input], strategy: Strateg
         mark_blocks(program, outlined.lists, outlined.chosen)
         _refuse_changed_after_blocks(program, len(changed))
         mark_signal(program, strategy, recording)
-    blocks = {str(node.target).removeprefix("model.") for node in program.block_calls()}
+    blocks = set(map(module_name, program.block_calls()))
     return Traced(program, recording, tuple(sorted(blocks)), tuple(changed))
 
 
@@ -147,7 +147,7 @@ def _returning(
 def _refuse_changed_by_blocks(recording: Recording, tensors: Sequence[torch.Tensor]) -> None:
     theirs = {place for made in recording.calls for place in made.changed}
     if theirs & {storage_key(t) for t in tensors}:
-        raise CaptureError("a block changes a tensor in place that the model is given")
+        raise CaptureError("a block writes into a tensor that the model was called with")
 
 
 def _refuse_changed_after_blocks(program: Program, changed: int) -> None:

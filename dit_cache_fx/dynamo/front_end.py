@@ -113,7 +113,7 @@ class Backend(LifeCycle):
         return [once[serial] for serial in sorted(once)]
 
     def reset_states(self) -> None:
-        """Forget everything, graphs and counts included."""
+        """Forget everything, including graphs and counts."""
         self.clear_states()
         self._call_log.forget_calls()
         self._call_log.count.forget()

@@ -79,7 +79,7 @@ def lower(
     origins = dict(zip(program.inputs, outlined.origins, strict=True))
 
     def compiled(part: Part) -> Part:
-        return compiled_part(part, compile_graph, variants.held, outlined.dynamos, origins)
+        return compiled_part(part, compile_graph, variants.cached, outlined.dynamos, origins)
 
     ready = variants.mapped(compiled)
     entry = DynamoEntry(
@@ -97,7 +97,7 @@ def lower(
 
 
 def _identity(variants: Variants, outlined: Outlined) -> Hashable:
-    """Return the identity of a program: the code of its graphs, their constants, the held tensors.
+    """Return the identity of a program: the code of its graphs, constants, cached tensors.
 
     A timestep that is a constant differs in each of its graphs, and so do the values that the code
     computes from it; the other numbers in the model's call separate programs then.
@@ -111,7 +111,8 @@ def _identity(variants: Variants, outlined: Outlined) -> Hashable:
         for node in part.gm.graph.find_nodes(op="get_attr")
     )
     constants = tuple(_form(value) if moves else Identity(value) for value in values)
-    return code, constants, tuple(variants.held.items()), outlined.numbers_beside if moves else None
+    numbers = outlined.numbers_beside if moves else None
+    return code, constants, tuple(variants.cached.items()), numbers
 
 
 def _form(value: Any) -> Hashable:

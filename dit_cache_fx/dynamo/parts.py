@@ -27,10 +27,10 @@ from dit_cache_fx.values.tensor_spec import TensorSpec
 
 
 class _AtFirstCall:
-    """Compiles a graph on its first call. `own`: operands that belong to the cache (held tensors).
+    """Compiles a graph on its first call. `own`: operands of the cache (cached tensors).
 
     The compiler may assume for good that two operands which are one tensor now stay so. Dynamo
-    guards this for a call's inputs, so only held tensors are replaced by stand-ins.
+    guards this for a call's inputs, so only cached tensors are replaced by stand-ins.
     """
 
     def __init__(self, compile_graph: Compile, part: Part, own: Mapping[str, TensorSpec]) -> None:
@@ -57,13 +57,13 @@ class _AtFirstCall:
 def compiled_part(
     part: Part,
     compile_graph: Compile,
-    held: Mapping[str, TensorSpec],
+    cached: Mapping[str, TensorSpec],
     dynamos: fx.GraphModule,
     inputs: Mapping[str, fx.Node],
 ) -> CompiledPart:
     """Return `part` with its blocks inlined. `inputs`: name -> input of Dynamo's graph."""
     inlined = Part(like_dynamos(flat(part.gm), dynamos, inputs), part.names)
-    compiled = _AtFirstCall(compile_graph, inlined, held)
+    compiled = _AtFirstCall(compile_graph, inlined, cached)
     return CompiledPart(inlined.gm, inlined.names, compiled)
 
 

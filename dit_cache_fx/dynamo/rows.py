@@ -24,9 +24,9 @@ from dit_cache_fx.runtime.batch.row_groups import Group, Row, answer, decide, ou
 from dit_cache_fx.runtime.batch.row_steps import RowLayout, RowSteps
 from dit_cache_fx.runtime.call_log import CallLog, CallStart
 from dit_cache_fx.runtime.drive import GraphCall, Serving, lasting
-from dit_cache_fx.runtime.generation import TimestepValue
-from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.runtime.step import Step
+from dit_cache_fx.runtime.tracking.session import Session
+from dit_cache_fx.runtime.tracking.timestep_value import TimestepValue
 from dit_cache_fx.values.rows import CallRows
 
 #: the largest number of graphs of rows, for one of Dynamo's graphs
@@ -61,7 +61,7 @@ class RowGraphs:
         """Return the graph for several rows, and their layout."""
 
         def make() -> tuple[Lowered, RowLayout | None]:
-            many = self._lower(inputs, Alone(count, one.variants.held))
+            many = self._lower(inputs, Alone(count, one.variants.cached))
             return many, RowLayout.of(one, many, count)
 
         return self._found(key, make)

@@ -12,8 +12,8 @@ from dit_cache_fx.dynamo.capture import Input, Outlined
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.ranks import Ranks
 from dit_cache_fx.runtime.call_log import CallLog
-from dit_cache_fx.runtime.generation import TimestepValue
-from dit_cache_fx.runtime.session import Session
+from dit_cache_fx.runtime.tracking.session import Session
+from dit_cache_fx.runtime.tracking.timestep_value import TimestepValue
 
 NO_BLOCKS = (
     "no block list found in the compiled graph (an nn.ModuleList whose members are called one "
@@ -48,7 +48,7 @@ class Shared:
     ranks: Ranks | None = None
 
     def serial(self, program: Hashable) -> int:
-        """Return the number of a program: graphs of one program share their held tensors.
+        """Return the number of a program: graphs of one program share their cached tensors.
 
         Threads that wait for one compilation of Dynamo get a graph each.
         """

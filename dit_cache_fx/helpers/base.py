@@ -102,14 +102,14 @@ class CacheHelper:
         self.cur_timestep = 0
 
     def disable(self) -> None:
-        """Restore the model exactly, and free the held tensors."""
+        """Restore the model exactly, and free the cached tensors."""
         if self._installed is not None:
             self._installed.remove()
         self._installed = self._cached = None
         self._step = 0
 
     def clear_states(self) -> None:
-        """Forget the held tensors and start at step 0; keep the graphs."""
+        """Forget the cached tensors and start at step 0; keep the graphs."""
         if self._cached is not None and self._strategy(self._never_cached()) != self._options:
             self.enable()
         if self._cached is not None:

@@ -17,7 +17,7 @@ from dit_cache_fx.api import apply_to_pipeline
 from dit_cache_fx.cached_model import CachedModel
 from dit_cache_fx.errors import OptionError
 from dit_cache_fx.pipeline import restore_pipeline, transformers_of
-from dit_cache_fx.runtime.session import Session
+from dit_cache_fx.runtime.tracking.session import Session
 
 NAME = "dit_cache_fx"
 #: options of `apply` with the same name in vllm-omni's own configuration

@@ -1,4 +1,4 @@
-"""The shapes of a batched program's clock and held tensors when each row has its own step."""
+"""The shapes of a batched program's clock and cached tensors when each row has its own step."""
 
 from __future__ import annotations
 

@@ -33,19 +33,19 @@ class Region:
     """A run of cached blocks; `select_runs` creates it.
 
     `blocks`: its members in call order. `values`: the names of the nodes that leave it, each one a
-    tensor to hold. `inputs`: for each value, the node that the strategy may compare it with (the
-    same stream before the run), or None.
+    tensor to cache. `run_inputs`: for each value, the node to compare it with (the same stream
+    before the run), or None.
     """
 
     index: int
     blocks: tuple[BlockId, ...]
     values: tuple[str, ...] = ()
-    inputs: tuple[str | None, ...] = ()
+    run_inputs: tuple[str | None, ...] = ()
 
     def __str__(self) -> str:
         values = [
             value if run_input is None else f"{value} (from {run_input})"
-            for value, run_input in zip(self.values, self.inputs, strict=True)
+            for value, run_input in zip(self.values, self.run_inputs, strict=True)
         ]
         blocks = " ".join(map(str, self.blocks))
         return f"run {self.index}: {blocks} -> {', '.join(values) or '?'}"
@@ -160,10 +160,18 @@ def inline(
     places = gm.graph.find_nodes(op="placeholder")
     new: dict[fx.Node, fx.Node] = dict(zip(places, inputs, strict=True))
     copy_nodes(graph, body(gm.graph), new)
+    adopt(attributes, gm, new)
+    return [new[n] if isinstance(n, fx.Node) else n for n in results_of(gm.graph)]
+
+
+def adopt(attributes: dict[str, Any], gm: fx.GraphModule, new: Mapping[fx.Node, fx.Node]) -> None:
+    """Add the attributes that `gm` reads from itself to those of another graph.
+
+    `new`: node of `gm` -> its copy there, which reads another name if its own is taken.
+    """
     for node in gm.graph.find_nodes(op="get_attr"):
         if "." not in node.target:
             new[node].target = _added(attributes, node.target, getattr(gm, node.target))
-    return [new[n] if isinstance(n, fx.Node) else n for n in results_of(gm.graph)]
 
 
 def _added(attributes: dict[str, Any], name: str, value: object) -> str:
@@ -277,6 +285,11 @@ def block_call_of(value: fx.Node) -> fx.Node:
     while not is_block(value):
         value = value.all_input_nodes[0]
     return value
+
+
+def module_name(call: fx.Node) -> str:
+    """Return the attribute path, in the model, of the module that a node calls."""
+    return str(call.target).removeprefix("model.")
 
 
 def operations(graph: fx.Graph) -> int:

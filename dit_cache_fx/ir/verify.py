@@ -79,7 +79,7 @@ def _verify_regions(program: Program) -> None:
         if seen & set(region.blocks):
             raise VerifyError(f"a block is in two runs: {sorted(map(str, region.blocks))}")
         seen |= set(region.blocks)
-        if len(region.inputs) != len(region.values):
+        if len(region.run_inputs) != len(region.values):
             raise VerifyError(f"run {region.index} has {len(region.values)} values")
         missing = [v for v in region.values if v not in names]
         if missing:

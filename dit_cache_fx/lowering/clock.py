@@ -1,7 +1,7 @@
 """Determine steps and generations from the timestep inside a graph.
 
-The same rules as in `runtime.generation` on the host, as arithmetic on a few numbers that each call
-passes to the next.
+The same rules as in `runtime.tracking.generation` on the host, as arithmetic on a few numbers that
+each call passes to the next.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ FLAG = TensorSpec(torch.Size([]), torch.bool, torch.device("cpu"))
 class OneGraph:
     """A program as one graph.
 
-    `part` gives `outputs` values of the model, then the tensors to hold. Besides the inputs of the
+    `part` gives `outputs` values of the model, then the tensors to cache. Besides the inputs of the
     variants it reads `forced`: whether the step computes. If it runs the strategy's rule (`asks`),
     it also reads `fresh` (the state is not valid yet; both are booleans on the CPU) and the rule's
     `state` (name -> spec), and its results end with the decision, whether the state is `lost` (the
@@ -77,7 +77,7 @@ def lower_one_graph(
         return (%out, %h)
 
     `compute` and `reuse` are the variants; `cond` requires that no result is an operand's memory.
-    `reuse` returns the held tensors if they are carried on (`carry`), otherwise tensors without
+    `reuse` returns the cached tensors if they are carried on (`carry`), otherwise tensors without
     values. Carried state is for programs without a host: then there is no preamble, and the sizes
     of masked selections are fixed.
     """
@@ -116,7 +116,7 @@ class _Writer:
         """Add a placeholder for every operand, by name, and restore shapes without dimensions."""
         inputs = {name: tensor_spec(self.program.node(name)) for name in self.program.inputs}
         rule = {"fresh": FLAG, **self.state} if self.asks else {}
-        specs = {"forced": FLAG, **rule, **CLOCK, **self.variants.held, **inputs}
+        specs = {"forced": FLAG, **rule, **CLOCK, **self.variants.cached, **inputs}
         if self.preamble is not None:
             carried = {n: tensor_spec(self.program.node(n)) for n in self.variants.carried}
             specs |= carried | self.preamble.given
@@ -144,7 +144,7 @@ class _Writer:
     def _seen_specs(self) -> dict[str, TensorSpec]:
         """Return the specs of a rule's operands by name, in the same order."""
         specs = {f"clock.{name}": spec for name, spec in CLOCK.items()}
-        specs |= {name: self.variants.held[name] for name in self.variants.measured}
+        specs |= {name: self.variants.cached[name] for name in self.variants.measured}
         signal = self.program.signal
         return specs if signal is None else {**specs, "signal": tensor_spec(signal)}
 
@@ -194,7 +194,7 @@ class _Writer:
         return _own(self.graph, node) if shared else node
 
     def _flat(self, node: fx.Node) -> fx.Node:
-        """Fix the layout of a tensor: Inductor may choose another than `cond`'s branches expect."""
+        """Flatten a tensor: Inductor may choose another layout than `cond`'s branches expect."""
         return self.graph.call_function(torch.ops.aten.reshape.default, (node, [-1]))
 
     # --- the decision --------------------------------------------------------------------------
@@ -203,14 +203,14 @@ class _Writer:
         variants = self.variants
         compute = pinned(variants.compute) if self.carry else variants.compute
         compute = compute if self.preamble is None else self.preamble.compute
-        read = {*compute.names, *variants.reuse.names, *(variants.held if self.carry else ())}
+        read = {*compute.names, *variants.reuse.names, *(variants.cached if self.carry else ())}
         names = [name for name in given if name in read]
         for name, part in (("compute", compute), ("reuse", variants.reuse)):
             self.attributes[name] = self._branch(part, names, hold=name == "compute")
         sides = [self.graph.get_attr(name) for name in ("compute", "reuse")]
         operands = tuple(given[name] for name in names)
         cond = self.graph.call_function(torch.cond, (predicate, *sides, operands))
-        results = range(variants.outputs + len(variants.held))
+        results = range(variants.outputs + len(variants.cached))
         return [self.graph.call_function(operator.getitem, (cond, i)) for i in results]
 
     def _branch(self, part: Part, names: Sequence[str], hold: bool) -> fx.GraphModule:
@@ -226,9 +226,9 @@ class _Writer:
         results = inline(graph, attributes, part.gm, part.operands(given))
         results = [_own(graph, node) for node in results]
         if not hold and self.carry:
-            results += [_own(graph, given[name]) for name in self.variants.held]
+            results += [_own(graph, given[name]) for name in self.variants.cached]
         elif not hold:
-            results += [_valueless(graph, spec) for spec in self.variants.held.values()]
+            results += [_valueless(graph, spec) for spec in self.variants.cached.values()]
         graph.output(tuple(results))
         return graph_module(self.program.model, attributes, graph, part.gm._get_name())
 

@@ -58,7 +58,7 @@ class Stateful(nn.Module):
     """Answers a call from its tensors and the state of the call before.
 
     `forward(state, inputs)` returns the model's tensors and the new state. `state`: "clock"
-    (float64 [7], on the CPU), the held tensors, the state of the strategy's rule, and whether that
+    (float64 [7], on the CPU), the cached tensors, the state of the strategy's rule, whether that
     is "lost". It belongs to one branch of a generation: CFG in two calls per step takes two states.
     A state never answers for another branch: it has a "checksum" of the conditioning (float64 [2
     n], on the CPU, for the n inputs in `conditioning`), and a call with another one computes.
@@ -81,7 +81,7 @@ class Stateful(nn.Module):
         one = lower_one_graph(program, variants, strategy, carry=True)
         self._one = one
         self.program = one.part.gm
-        self.held = variants.held
+        self.cached = variants.cached
         self.inputs = program.inputs
         self.timestep_input = str(program.timestep_input)
         self.guards = assertions
@@ -95,7 +95,7 @@ class Stateful(nn.Module):
 
     def initial(self) -> State:
         """Return the state before the first call."""
-        specs = {**self.held, **self._remembered}
+        specs = {**self.cached, **self._remembered}
         zeros = {name: spec.zeros() for name, spec in specs.items()}
         clock = torch.zeros(len(ClockState._fields), dtype=torch.float64, device="cpu")
         checksums = torch.zeros(2 * len(self.conditioning), dtype=torch.float64, device="cpu")
@@ -124,10 +124,10 @@ class Stateful(nn.Module):
         operands = self._one.operands({**inputs, **state, **flags, **times})
         results = list(self.program(*operands))
         outputs, rest = results[: self._one.outputs], results[self._one.outputs :]
-        held, decided = rest[: len(self.held)], rest[len(self.held) :]
+        cached, decided = rest[: len(self.cached)], rest[len(self.cached) :]
         computes = decided[0] if decided else forced
         new = {"clock": clock.after(computes, times["distance"]).pack(), "checksum": seen}
-        new.update(zip(self.held, held, strict=True))
+        new.update(zip(self.cached, cached, strict=True))
         new.update(zip(self._remembered, decided[1:], strict=True))
         return outputs, new
 

@@ -16,6 +16,7 @@ from dit_cache_fx.ir.names import is_measured
 from dit_cache_fx.ir.node_meta import is_block, mark, meta_of
 from dit_cache_fx.ir.program import (
     Program,
+    adopt,
     ancestors,
     attributes_of,
     is_view,
@@ -32,24 +33,24 @@ from dit_cache_fx.values.tensor_spec import TensorSpec
 class Variants:
     """A program as graphs without a decision in them.
 
-    `compute` gives `outputs` values of the model, then the tensors to hold; `reuse` gives the
+    `compute` gives `outputs` values of the model, then the tensors to cache; `reuse` gives the
     values only. Their operands are among the call's inputs, the clock (`distance`, `computed`,
-    `gap`, `reach`, `way`), the `held` tensors (name -> spec, run after run) and the `carried` ones.
-    `prefix`, if the strategy has a rule that reads a value of the model, gives that value, then the
-    carried tensors; otherwise None.
+    `gap`, `reach`, `way`), the `cached` tensors (name -> spec, run after run) and the `carried`
+    ones. `prefix`, if the strategy has a rule that reads a value of the model, gives that value,
+    then the carried tensors; otherwise None.
     """
 
     compute: Part
     reuse: Part
     prefix: Part | None
-    held: dict[str, TensorSpec]
+    cached: dict[str, TensorSpec]
     carried: tuple[str, ...]
     outputs: int
 
     @property
     def measured(self) -> list[str]:
-        """Return the names in `held` that are measurements."""
-        return [name for name in self.held if is_measured(name)]
+        """Return the names in `cached` that are measurements."""
+        return [name for name in self.cached if is_measured(name)]
 
     def mapped(self, function: Callable[[Part], Part]) -> Variants:
         """Apply `function` to each graph."""
@@ -80,19 +81,20 @@ def lower_variants(program: Program) -> Variants:
     for name, part in (("compute", compute), ("reuse", reuse), ("prefix", prefix)):
         if part is not None:
             trace_graph(name, part.gm)
-    return Variants(compute, reuse, prefix, _held(program), carried, len(results_of(program.graph)))
+    outputs = len(results_of(program.graph))
+    return Variants(compute, reuse, prefix, _cached(program), carried, outputs)
 
 
-def _held(program: Program) -> dict[str, TensorSpec]:
-    """Return the specs of the held tensors of all runs, by the operand names of their sides."""
-    held: dict[str, TensorSpec] = {}
+def _cached(program: Program) -> dict[str, TensorSpec]:
+    """Return the specs of the cached tensors of all runs, by the operand names of their sides."""
+    cached: dict[str, TensorSpec] = {}
     for run in cached_runs(program.graph):
         side: fx.GraphModule = getattr(program.gm, run.reuse)
         places = side.graph.find_nodes(op="placeholder")
         names = [n.name for n in places]
         for place in places[: names.index(next(iter(CLOCK)))]:
-            held[place.name] = tensor_spec(place)
-    return held
+            cached[place.name] = tensor_spec(place)
+    return cached
 
 
 def _prefix(program: Program) -> tuple[Part | None, tuple[str, ...]]:
@@ -137,7 +139,7 @@ class _Side:
         self.sunk: dict[str, fx.Node] = {}  # a node that was copied into several runs runs once
         self.recorded: list[fx.Node] = []
         self.clock = [self.graph.placeholder(name) for name in CLOCK]
-        self.held = iter([self.graph.placeholder(name) for name in _held(program)])
+        self.cached = iter([self.graph.placeholder(name) for name in _cached(program)])
         inputs = program.graph.find_nodes(op="placeholder")
         for node in (*map(program.node, carried), *inputs):
             self.new[node] = self.graph.placeholder(node.name)
@@ -171,13 +173,13 @@ class _Side:
         side: fx.GraphModule = getattr(self.program.gm, getattr(run, self.kind))
         places = side.graph.find_nodes(op="placeholder")
         inputs = [*run.run_inputs, *(run.operands if self.kind == "compute" else ())]
-        held = [next(self.held) for _ in range(len(places) - len(self.clock) - len(inputs))]
-        given = [*held, *self.clock, *(self.new[n] for n in inputs)]
+        cached = [next(self.cached) for _ in range(len(places) - len(self.clock) - len(inputs))]
+        given = [*cached, *self.clock, *(self.new[n] for n in inputs)]
         new: dict[fx.Node, Any] = dict(zip(places, given, strict=True))
         copy_nodes(self.graph, body(side.graph), new, self._copied_before)
         origins = {meta_of(node).origin: node for node in body(side.graph)}
         self.sunk.update((name, new[node]) for name, node in origins.items() if name is not None)
-        self.attributes.update(attributes_of(side, side.graph))
+        adopt(self.attributes, side, new)
         results = results_of(side.graph)
         values = next(len(r.values) for r in self.program.regions if r.index == run.index)
         self.recorded += [new[n] for n in results[values:]]

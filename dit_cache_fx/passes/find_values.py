@@ -32,8 +32,9 @@ def find_values(program: Program, strategy: Strategy) -> None:
         %out = call_module[model.proj_out](%img3)
 
     After: the same graph, and `program.regions[0].values` is `("img3",)`: the only one of six
-    tensors that is cached. If the strategy reads the run's inputs, `inputs` names it (here "img"),
-    otherwise None. A strategy of the whole model caches the output; its run input is the sample.
+    tensors that is cached. If the strategy reads the run's inputs, `run_inputs` names it (here
+    "img"), otherwise None. A strategy of the whole model caches the output, with the sample as its
+    run input.
     """
     if strategy.whole_model:
         program.regions = (_whole(program),)
@@ -50,7 +51,7 @@ def _runs(program: Program, strategy: Strategy) -> tuple[Region, ...]:
     for region in program.regions:
         values = [v for v in order if block_of(block_call_of(v)) in region.blocks]
         names = tuple(None if (s := run_inputs[v]) is None else s.name for v in values)
-        regions.append(replace(region, values=tuple(v.name for v in values), inputs=names))
+        regions.append(replace(region, values=tuple(v.name for v in values), run_inputs=names))
     return tuple(r for r in regions if r.values)
 
 

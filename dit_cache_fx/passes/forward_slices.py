@@ -37,8 +37,8 @@ def forward_slices(program: Program, strategy: Strategy) -> None:
 
         %out = call_module[model.final_layer](%img)
 
-    So the text, which only went in to be cut off again, is not held. A part whose place depends on
-    data (on a mask's length) is left.
+    So the text, which was joined only to be cut off again, is not cached. A part whose position
+    depends on data (on a mask's length) is left unchanged.
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(program.graph, {}))

@@ -98,7 +98,7 @@ class _Rewrite:
         calls = [c for c in program.block_calls() if block_of(c) in region.blocks]
         between = descendants(calls) & ancestors([*calls, *values])
         members = between | set(calls)
-        run_inputs = [program.node(name) for name in dict.fromkeys(region.inputs) if name]
+        run_inputs = [program.node(name) for name in dict.fromkeys(region.run_inputs) if name]
         read = {n for member in members for n in member.all_input_nodes}
         operands = [
             n for n in program.graph.nodes if n in read and n not in members and n not in run_inputs

@@ -86,7 +86,7 @@ class Subgraphs:
 
     def _run_input(self, graph: fx.Graph, index: int, new: dict[fx.Node, fx.Node]) -> list[fx.Node]:
         """Return the run input of a value, in its dtype; empty if there is none."""
-        name = self.region.inputs[index]
+        name = self.region.run_inputs[index]
         if name is None:
             return []
         run_input, dtype = self.program.node(name), self._spec(index).dtype
@@ -114,7 +114,7 @@ class Subgraphs:
     def _traced(self, name: str, index: int) -> fx.GraphModule:
         """Trace a strategy's function for cached tensors, clock, value and run input."""
         strategy, spec = self._strategy(index), self._spec(index)
-        has_run_input = self.region.inputs[index] is not None
+        has_run_input = self.region.run_inputs[index] is not None
         given = ["value"] * (name != "reuse") + ["run_input"] * has_run_input
         slots, end = self.slots, self.slots + len(CLOCK)
 
@@ -155,7 +155,7 @@ class Subgraphs:
         run_input = named.get("run_input")
         if name == "reuse":
             reused = [strategy.reuse(cached, run_input, clock)]
-            agree(strategy, name, reused, [spec], "it stands for the value")
+            agree(strategy, name, reused, [spec], "it replaces the value")
             return reused
         if name == "measure":
             return self._numbers(strategy.measure(cached, named["value"], run_input, clock))

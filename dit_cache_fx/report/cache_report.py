@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from dit_cache_fx.lowering.lowered_program import Lowered
-from dit_cache_fx.runtime.branches import Branch
-from dit_cache_fx.runtime.call_log import CallLog, StepRecord
+from dit_cache_fx.runtime.call_log import CallLog
+from dit_cache_fx.runtime.step_record import StepRecord
+from dit_cache_fx.runtime.tracking.branches import Branch
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.strategies.schedule import ListedSteps
 
@@ -18,7 +19,7 @@ class CaptureReport:
 
     Attributes:
         inputs (`str`):
-            The inputs of the calls that it answers.
+            The inputs of the calls that it answers: names and shapes.
         runs (`tuple[tuple[str, ...], ...]`):
             The names of the blocks that are cached together, for each run.
         values (`tuple[str, ...]`):
@@ -70,7 +71,7 @@ class CacheReport:
         timeline (`tuple[StepRecord, ...]`):
             The calls of the last generation, in order.
         schedule (`str`):
-            The option that places the computed steps; empty where they are listed.
+            The option that selects the computed steps; empty if it is a list of them.
         num_steps (`int | None`):
             The number of steps in a generation, as far as it is known.
 
@@ -146,9 +147,9 @@ def report(call_log: CallLog, entries: Sequence[Lowered], enabled: bool) -> Cach
         blocks=dict(blocks),
         cached_blocks=_cached(entries[-1]) if entries else {},
         captures=tuple(_capture(entry) for entry in entries),
-        bytes_held=sum(_held(branch) for _, branch in branches),
+        bytes_held=sum(_bytes_cached(branch) for _, branch in branches),
         bytes_per_block=sum(
-            _per_block(entry) * call_log.strategy.slots() for entry, b in branches if b.held
+            _per_block(entry) * call_log.strategy.slots() for entry, b in branches if b.cached
         ),
         bytes_rule=sum(_remembered(branch) for _, branch in branches),
         steps_computed=computed,
@@ -182,12 +183,12 @@ def _branches(call_log: CallLog, entries: Sequence[Lowered]) -> Iterator[tuple[L
                 yield known[branch.serial], branch
 
 
-def _held(branch: Branch) -> int:
-    return sum(held.nbytes for held in branch.held)
+def _bytes_cached(branch: Branch) -> int:
+    return sum(tensor.nbytes for tensor in branch.cached)
 
 
 def _remembered(branch: Branch) -> int:
-    return sum(t.numel() * t.element_size() for t in branch.memory or ())
+    return sum(t.numel() * t.element_size() for t in branch.rule_state or ())
 
 
 def _per_block(entry: Lowered) -> int:

@@ -33,7 +33,7 @@ class RunExplanation:
         blocks (`tuple[str, ...]`):
             The names of the blocks.
         held (`tuple[tuple[str, TensorSpec], ...]`):
-            The held tensors: name, and shape, dtype and device.
+            The cached tensors: name, and shape, dtype and device.
     """
 
     blocks: tuple[str, ...]
@@ -116,7 +116,7 @@ class GraphExplanation:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What is cached, and what decides. Print it.
+    """The cached values, and the steps that compute. Print it.
 
     Attributes:
         strategy (`str`):
@@ -167,7 +167,7 @@ def _explained(entry: Lowered, strategy: Strategy, full: bool) -> GraphExplanati
         block_lists=dict(program.block_lists),
         timestep=f"argument {program.timestep_argument!r}"
         if program.timestep_argument
-        else "told by an earlier graph, or by the user",
+        else "set by the user, or known from an earlier graph",
         runs=tuple(_runs(entry, strategy)),
         always_run=tuple(str(block_of(call)) for call in program.block_calls()),
         data_guards=tuple(dict.fromkeys(entry.guards())),
@@ -180,12 +180,14 @@ def _explained(entry: Lowered, strategy: Strategy, full: bool) -> GraphExplanati
 
 
 def _runs(entry: Lowered, strategy: Strategy) -> Iterator[RunExplanation]:
-    program, held = entry.program, iter(entry.variants.held.values())
+    program, cached = entry.program, iter(entry.variants.cached.values())
     for region, run in zip(program.regions, cached_runs(program.graph), strict=True):
         results = results_of(getattr(program.gm, run.compute).graph)
         names = [
             _cached_as(value, run_input, _source(result))
-            for value, run_input, result in zip(region.values, region.inputs, results, strict=False)
+            for value, run_input, result in zip(
+                region.values, region.run_inputs, results, strict=False
+            )
         ]
         slots, measured = strategy.slots(), bool(entry.variants.measured)
         slotted = [
@@ -193,7 +195,7 @@ def _runs(entry: Lowered, strategy: Strategy) -> Iterator[RunExplanation]:
             for n in names
             for name in (*_slots(n, slots), *([f"{MEASURED} of {n}"] if measured else []))
         ]
-        tensors = tuple((name, next(held)) for name in slotted)
+        tensors = tuple((name, next(cached)) for name in slotted)
         yield RunExplanation(tuple(map(str, region.blocks)), tensors)
 
 
@@ -236,9 +238,9 @@ def _decides(strategy: Strategy, course: Course | None) -> str:
     if strategy.has_rule:
         limit = strategy.threshold
         reaches = "" if limit is None else f" (measured against {limit:g})"
-        seen = _SIGNALS.get(value_of(strategy), "what it measures on computed steps")
-        when.append(f"when its own rule on {seen} says so{reaches}")
-    when.append("where nothing is held")
+        seen = _SIGNALS.get(value_of(strategy), "its measurements on computed steps")
+        when.append(f"when its rule on {seen} decides so{reaches}")
+    when.append("and when nothing is held")
     return f"computes {', '.join(when)}; all other steps are {strategy.action}"
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_cache_fx.errors import DitCacheError, MissingPackageError
 from dit_cache_fx.report.cache_report import CacheReport
-from dit_cache_fx.runtime.call_log import StepRecord
+from dit_cache_fx.runtime.step_record import StepRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

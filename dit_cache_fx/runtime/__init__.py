@@ -1,1 +1,1 @@
-"""Run-time bookkeeping: steps, generations, branches and their held tensors."""
+"""Run-time bookkeeping: steps, generations, branches and their cached tensors."""

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
 from dit_cache_fx.errors import warn
 from dit_cache_fx.lowering.lowered_program import Lowered
-from dit_cache_fx.runtime.branches import Branch
-from dit_cache_fx.runtime.generation import TimestepValue, as_number, timestep_value
-from dit_cache_fx.runtime.hooked import NO_HOOKS, Hooked
-from dit_cache_fx.runtime.matching import CallEvidence
-from dit_cache_fx.runtime.placement import Placement, place
-from dit_cache_fx.runtime.session import MAX_BRANCHES, Session
 from dit_cache_fx.runtime.step import MISSING, Step
-from dit_cache_fx.runtime.step_count import StepCount
-from dit_cache_fx.runtime.tracker import Tracker
-from dit_cache_fx.runtime.trajectory import SampleProbe
+from dit_cache_fx.runtime.step_record import StepRecord
+from dit_cache_fx.runtime.tracking.branches import Branch
+from dit_cache_fx.runtime.tracking.hooks import NO_HOOKS, Hooked
+from dit_cache_fx.runtime.tracking.matching import CallEvidence
+from dit_cache_fx.runtime.tracking.placement import Placement, place
+from dit_cache_fx.runtime.tracking.session import MAX_BRANCHES, Session
+from dit_cache_fx.runtime.tracking.step_count import StepCount
+from dit_cache_fx.runtime.tracking.timestep_value import TimestepValue, as_number, timestep_value
+from dit_cache_fx.runtime.tracking.tracker import Tracker
+from dit_cache_fx.runtime.tracking.trajectory import SampleProbe
 from dit_cache_fx.strategies import Course, Strategy
 from dit_cache_fx.values.host_copies import HostCopies, is_on_host
 from dit_cache_fx.values.identity import TensorIdentity
@@ -45,51 +46,6 @@ WANTS_GRADIENTS = (
 Measured = torch.Tensor | float | None
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One call in the last generation.
-
-    Attributes:
-        step (`int`):
-            The step, counted from 0.
-        timestep (`float`):
-            The timestep of the call.
-        branch (`int`):
-            The number of the branch among those of the same graph and context.
-        action (`str`):
-            "computed", "reused" or "predicted".
-        why (`str`, defaults to `""`):
-            The reason why it computed.
-        graph (`int`, defaults to `0`):
-            The number of the captured graph.
-        context (`str`, *optional*):
-            The cache context; nested ones are joined by "/".
-        measured (`float`, *optional*):
-            The number that the strategy's own rule compared in its decision.
-
-    Example:
-        >>> timeline = cached.cache_report().timeline
-        >>> [record.step for record in timeline if record.action == "computed"]
-        [0, 4, 7, 11]
-    """
-
-    step: int
-    timestep: float
-    branch: int
-    action: str
-    why: str = ""
-    graph: int = 0
-    context: str | None = None
-    measured: float | None = None
-
-    def __str__(self) -> str:
-        where = f"branch {self.branch}" if self.context is None else f"{self.context!r}"
-        text = f"step {self.step} (timestep {self.timestep:g}, {where}): {self.action}"
-        notes = [self.why] if self.why else []
-        notes += [] if self.measured is None else [f"measured {self.measured:.4g}"]
-        return f"{text} ({', '.join(notes)})" if notes else text
 
 
 class CallStart(NamedTuple):
@@ -182,16 +138,16 @@ class CallLog:
     ) -> CallStart:
         """Find the branch and the step of a call; nothing is recorded before `done`.
 
-        `lowered`: its graph. `shapes`: of its masked selections; held tensors from other shapes are
-        not used.
+        `lowered`: its graph. `shapes`: of its masked selections; cached tensors from other shapes
+        are not used.
         """
         placed = place(session, call, self.count)
         if placed.branch.shapes != shapes:
             emptied = replace(placed.branch.emptied(), shapes=shapes)
             placed = replace(placed, branch=emptied, replaced=placed.replaced or placed.branch)
-        held = lowered.variants.held
+        cached = lowered.variants.cached
         step = Step(
-            lowered.strategy, placed.branch, placed.index, held, placed.course, placed.missed
+            lowered.strategy, placed.branch, placed.index, cached, placed.course, placed.missed
         )
         return CallStart(session, placed, step)
 
@@ -244,7 +200,7 @@ class CallLog:
 
     def _metric(self, step: Step, branch: Branch) -> Measured:
         """Return the metric as a number if the device need not be waited for, otherwise a copy."""
-        state, measured = branch.memory, step.measured() if step.computes else None
+        state, measured = branch.rule_state, step.measured() if step.computes else None
         known = state is not None or measured is not None
         tensor = self.strategy.metric(state or (), measured) if known else None
         if tensor is None:

@@ -5,7 +5,7 @@ the call's output. `drive` runs those graphs, and nothing else.
 
 Under `torch.compile`, Dynamo must see the graphs alone. They are functions of tensors, the same on
 every step, and are compiled once. The bookkeeping between them is Python code with values that
-change on every step: the step's number, the branches, the held tensors, locks. Dynamo would break
+change on every step: the step's number, the branches, the cached tensors, locks. Dynamo would break
 the graph there, or take such values for constants and compile again for each step. So the host's
 part is hidden from it, and so is the loop of `drive`, as a sampler's loop is.
 """

@@ -20,16 +20,16 @@ from dit_cache_fx.ranks import every
 from dit_cache_fx.runtime import execution
 from dit_cache_fx.runtime.batch.batch_engine import BatchEngine
 from dit_cache_fx.runtime.batch.row_steps import RowSteps
-from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.call_log import CallLog, CallStart
 from dit_cache_fx.runtime.drive import Compiler, Results, Serving, drive
 from dit_cache_fx.runtime.entry import Entry, GraphKey, RowsOf, input_key
 from dit_cache_fx.runtime.execution import StepCompiler
-from dit_cache_fx.runtime.generation import as_number
 from dit_cache_fx.runtime.graphs import Found, Graphs
-from dit_cache_fx.runtime.matching import CallEvidence
-from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.runtime.step import Step
+from dit_cache_fx.runtime.tracking.branches import Branch
+from dit_cache_fx.runtime.tracking.matching import CallEvidence
+from dit_cache_fx.runtime.tracking.session import Session
+from dit_cache_fx.runtime.tracking.timestep_value import as_number
 from dit_cache_fx.values.pytree import flatten, unflatten
 from dit_cache_fx.values.wrapped import own_part
 
@@ -57,12 +57,12 @@ class Engine:
     # --- life cycle --------------------------------------------------------------------------
 
     def clear_states(self) -> None:
-        """Forget the held tensors and the place in the generation; keep the graphs."""
+        """Forget the cached tensors and the place in the generation; keep the graphs."""
         self.call_log.tracker.clear()
         self.graphs.forget_carried()
 
     def reset_states(self) -> None:
-        """Forget everything, graphs and counts included."""
+        """Forget everything, including graphs and counts."""
         self.clear_states()
         self.call_log.count.forget()
         self.graphs.clear()
@@ -138,7 +138,7 @@ class Engine:
         assert position is not None
         read = self.call_log.read(tensors[position]) if explicit is None else float(explicit)
         hooked = entry.hooks.now()
-        found = (key, session.passes.of(read, hooked))
+        found = (key, session.forward_passes.of(read, hooked))
         return self.call_log.evidence(session, entry, found, read, tensors, hooked=hooked)
 
     def done(self, start: CallStart, found: Found[First]) -> None:
@@ -257,7 +257,7 @@ class Engine:
         """Return the first step of a branch that holds nothing, or of several of them."""
         layout, strategy = entry.layout, entry.strategy
         if layout is None:
-            return Step(strategy, Branch(), 0, entry.variants.held)
+            return Step(strategy, Branch(), 0, entry.variants.cached)
         steps = [Step(strategy, Branch(), 0, layout.alone) for _ in range(layout.count)]
         return RowSteps(steps, layout)
 

@@ -28,8 +28,8 @@ from dit_cache_fx.lowering.stateful import Carried, Stateful, fixed_steps
 from dit_cache_fx.passes import run_passes
 from dit_cache_fx.runtime.batch.row_steps import RowLayout
 from dit_cache_fx.runtime.first_runs import FirstRuns
-from dit_cache_fx.runtime.hooked import Hooks
-from dit_cache_fx.runtime.step_count import StepCount
+from dit_cache_fx.runtime.tracking.hooks import Hooks
+from dit_cache_fx.runtime.tracking.step_count import StepCount
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.values.pytree import Skeleton
 

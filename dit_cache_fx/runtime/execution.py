@@ -198,7 +198,7 @@ def _one_graph(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> 
     graph_call = GraphCall(one.part.run, one.operands_apart(given), entry.captured.around_parts)
     with entry.first_runs.alone(compiler) as first:
         results = yield from _compiled(graph_call, first)
-    values = one.outputs + len(entry.variants.held)
+    values = one.outputs + len(entry.variants.cached)
     if one.asks:
         step.decided(*results[values:])
     return results[:values]

@@ -22,9 +22,9 @@ from dit_cache_fx.passes import run_passes
 from dit_cache_fx.ranks import found
 from dit_cache_fx.runtime.batch.row_steps import RowLayout
 from dit_cache_fx.runtime.entry import Entry, GraphKey, RowsOf
-from dit_cache_fx.runtime.hooked import Hooks
 from dit_cache_fx.runtime.reasons import WhyCaptured, changes
-from dit_cache_fx.runtime.step_count import StepCount
+from dit_cache_fx.runtime.tracking.hooks import Hooks
+from dit_cache_fx.runtime.tracking.step_count import StepCount
 from dit_cache_fx.strategies import check_block_ids, spread_over
 
 #: the largest number of input signatures with graphs
@@ -215,7 +215,7 @@ class Graphs:
         check_block_ids(strategy, program.block_lists)
         nodes = operations(program.graph)
         untouched = program.copied() if self.keep_programs else None
-        program.alone = None if rows is None else Alone(rows.count, rows.one.variants.held)
+        program.alone = None if rows is None else Alone(rows.count, rows.one.variants.cached)
         run_passes(program, strategy)
         self._serial += 1
         entry = Entry(

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from dit_cache_fx.runtime.call_log import CallLog
-from dit_cache_fx.runtime.generation import Generation, as_number
+from dit_cache_fx.runtime.tracking.generation import Generation
+from dit_cache_fx.runtime.tracking.timestep_value import as_number
 from dit_cache_fx.strategies.timesteps import Timesteps, place_of
 
 

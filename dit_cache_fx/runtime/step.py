@@ -1,4 +1,4 @@
-"""One call of a cached model: its decision, its graph's operands, and its held tensors."""
+"""One call of a cached model: its decision, its graph's operands, and its cached tensors."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from dit_cache_fx.ir.names import is_measured
-from dit_cache_fx.runtime.branches import Branch, Held
 from dit_cache_fx.runtime.drive import Results
+from dit_cache_fx.runtime.tracking.branches import Branch, CachedTensor
 from dit_cache_fx.strategies import CLOCK, Clock, Course, RuleState, Strategy
 from dit_cache_fx.strategies.decision import begun, decided, device_of, lost_in_any
 from dit_cache_fx.strategies.signals import in_one, signal_of
@@ -24,9 +24,9 @@ _CLOCK = frozenset(CLOCK)
 
 
 class Step:
-    """A step of one branch. `specs`: of its held tensors, by name. `course`: of its generation.
+    """A step of one branch. `specs`: of its cached tensors, by name. `course`: of its generation.
 
-    `missed`: steps since the branch's last call. Held tensors are too old if one of them should
+    `missed`: steps since the branch's last call. Cached tensors are too old if one of them should
     have computed, or if a rule did not see it.
 
     Before `commit` nothing is written to the branch: a call that raises has no effect.
@@ -46,8 +46,8 @@ class Step:
         self._strategy = strategy
         self._branch = branch
         self._specs = specs
-        self._state: RuleState | None = branch.memory
-        missing = len(branch.held) != len(specs) or not all(h.untouched() for h in branch.held)
+        self._state: RuleState | None = branch.rule_state
+        missing = len(branch.cached) != len(specs) or not all(h.untouched() for h in branch.cached)
         seen = not any(strategy.has_rule or self._course.computes(i) for i in missed)
         missing = missing or not seen
         scheduled = self._course.computes(index)
@@ -71,19 +71,19 @@ class Step:
     # --- what a graph is given -------------------------------------------------------------------
 
     def given(self, names: Collection[str]) -> dict[str, torch.Tensor]:
-        """Return the operands `names` of a variant: the clock, held tensors (or placeholders)."""
-        held = self._held() or [spec.placeholder() for spec in self._specs.values()]
-        return self._device_clock(names) | dict(zip(self._specs, held, strict=True))
+        """Return the operands `names` of a variant: the clock, cached tensors (or placeholders)."""
+        cached = self._cached() or [spec.placeholder() for spec in self._specs.values()]
+        return self._device_clock(names) | dict(zip(self._specs, cached, strict=True))
 
     def compiled_given(self, names: Collection[str]) -> dict[str, torch.Tensor]:
         """Return the operands of a compiled variant, in the strides that it was compiled for.
 
-        The clock is on the device of the held tensors: CUDA graphs take nothing from the CPU.
+        The clock is on the device of the cached tensors: CUDA graphs take nothing from the CPU.
         """
-        return {**self.held(names), **self._device_clock(names)}
+        return {**self.cached(names), **self._device_clock(names)}
 
     def _device_clock(self, names: Collection[str]) -> dict[str, torch.Tensor]:
-        """Return the clock on the held tensors' device: a condition on the CPU costs a wait."""
+        """Return the clock on the cached tensors' device: a condition on the CPU costs a wait."""
         clock = self.clock(names)
         if not clock:
             return clock
@@ -93,9 +93,9 @@ class Step:
         # without a wait: the host's memory is read before this returns
         return {name: value.to(device, non_blocking=True) for name, value in clock.items()}
 
-    def held(self, names: Collection[str]) -> dict[str, torch.Tensor]:
-        """Return the held tensors among `names`; zeros if nothing is held."""
-        given, own = dict[str, torch.Tensor](), self._held()
+    def cached(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        """Return the cached tensors among `names`; zeros if there are none."""
+        given, own = dict[str, torch.Tensor](), self._cached()
         for place, (name, spec) in enumerate(self._specs.items()):
             if name in names:
                 given[name] = own[place] if own else spec.zeros()
@@ -108,10 +108,10 @@ class Step:
 
         Their strides are the same on every step: others would cause a recompilation.
         """
-        held = [t.contiguous() for t in self._held()]
-        held = held or [spec.zeros() for spec in self._specs.values()]
+        cached = [t.contiguous() for t in self._cached()]
+        cached = cached or [spec.zeros() for spec in self._specs.values()]
         given = {"forced": _flag(self.computes), **self.clock(names)}
-        given.update(zip(self._specs, held, strict=True))
+        given.update(zip(self._specs, cached, strict=True))
         if asks:
             own = self._state
             remembered = [spec.zeros() for spec in state.values()] if own is None else own
@@ -136,13 +136,13 @@ class Step:
             if n in names
         }
 
-    def _held(self) -> list[torch.Tensor]:
-        """Return the branch's held tensors, if they can be used."""
-        return [] if self._missing else [h.tensor for h in self._branch.held]
+    def _cached(self) -> list[torch.Tensor]:
+        """Return the branch's cached tensors, if they can be used."""
+        return [] if self._missing else [h.tensor for h in self._branch.cached]
 
     @property
     def _computed(self) -> int:
-        """Return the number of computed steps behind the held tensors."""
+        """Return the number of computed steps behind the cached tensors."""
         return 0 if self._missing else self._branch.computed
 
     @property
@@ -198,14 +198,14 @@ class Step:
         """Return the measurement on the CPU: read once per step, equal in all processes."""
         if self._branch.measured is None:
             measured, ranks = self.measured(), self._strategy.ranks
-            if measured is not None and ranks is not None and self._branch.held:
+            if measured is not None and ranks is not None and self._branch.cached:
                 measured = ranks.first(measured)
             self._branch.measured = None if measured is None else measured.to("cpu")
         return self._branch.measured
 
     def measured(self) -> torch.Tensor | None:
         """Return the newest computed step's measurement, one row per value; None without one."""
-        own = [h.tensor for h in self._branch.held] or [s.zeros() for s in self._specs.values()]
+        own = [h.tensor for h in self._branch.cached] or [s.zeros() for s in self._specs.values()]
         named = zip(self._specs, own, strict=False)
         return in_one([own_part(tensor) for name, tensor in named if is_measured(name)])
 
@@ -224,22 +224,22 @@ class Step:
         """
         if self.computes or self._state is not None:
             self._keep(recorded, {storage_key(t) for t in inputs})
-        self._branch.memory = self._state
-        own = {h.key for h in self._branch.held}
+        self._branch.rule_state = self._state
+        own = {h.key for h in self._branch.cached}
         return [t.clone() if storage_key(t) in own else t for t in outputs]
 
     def _keep(self, recorded: Sequence[torch.Tensor], foreign: set[int]) -> None:
         if self._state is not None:
-            self._state = tuple(_own(Held.of(t), foreign).tensor for t in self._state)
+            self._state = tuple(_own(CachedTensor.of(t), foreign).tensor for t in self._state)
         if self.computes:
-            self._hold([_own(Held.of(t), foreign) for t in recorded])
+            self._cache([_own(CachedTensor.of(t), foreign) for t in recorded])
 
-    def _hold(self, held: list[Held]) -> None:
+    def _cache(self, cached: list[CachedTensor]) -> None:
         branch = self._branch
         again = self._computed > 0 and branch.last_computed == self.index
         if not again:
             branch.reach = self._course.distance(self._last, self.index)
-        branch.held, branch.measured = held, None
+        branch.cached, branch.measured = cached, None
         branch.computed = self._computed + (0 if again else 1)
         branch.last_computed = self.index
 
@@ -248,5 +248,5 @@ def _flag(value: bool) -> torch.Tensor:
     return torch.tensor(value, device="cpu")
 
 
-def _own(held: Held, foreign: set[int]) -> Held:
-    return held.copy() if held.key in foreign else held
+def _own(tensor: CachedTensor, foreign: set[int]) -> CachedTensor:
+    return tensor.copy() if tensor.key in foreign else tensor

@@ -10,7 +10,7 @@ from dit_cache_fx.errors import OptionError
 from dit_cache_fx.strategies.even import EvenNoise
 from dit_cache_fx.strategies.schedule import Schedule
 
-#: docs/schedules.md has the measurements
+#: docs/quality.md has the measurements
 PRESETS: Mapping[str, EvenNoise] = MappingProxyType(
     {"quality": EvenNoise(0.4), "balanced": EvenNoise(0.2), "fast": EvenNoise(0.1)}
 )

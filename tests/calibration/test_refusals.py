@@ -31,7 +31,12 @@ def refused(
 
 
 def test_a_model_that_is_not_cached() -> None:
-    refused("cached='ToyDiT': what dit_cache_fx.apply returned", lambda _: [print], 3, make(ToyDiT))
+    refused(
+        "cached='ToyDiT': the model that dit_cache_fx.apply returned",
+        lambda _: [print],
+        3,
+        make(ToyDiT),
+    )
 
 
 @pytest.mark.parametrize("runs", [[], [None], "text", [sample, 3]])
@@ -52,7 +57,7 @@ def test_more_computed_than_there_are_steps() -> None:
 
 def test_runs_that_do_not_call_the_model() -> None:
     refused(
-        r"runs\[0\]='no call of the cached model': a whole generation through the model",
+        r"runs\[0\]='no call of the cached model': a whole generation through the calibrated model",
         lambda _: [lambda: torch.ones(3)],
     )
     uncached = make(ToyDiT)

@@ -134,7 +134,7 @@ def test_any_name_in_an_exported_program(name: str, strategy: str) -> None:
         assert torch.equal(run(**inputs), output)
 
 
-@pytest.mark.parametrize("name", ["distance", "held_blocks_2", "model"])
+@pytest.mark.parametrize("name", ["distance", "cached_blocks_2", "model"])
 def test_any_name_in_dynamos_graph(name: str) -> None:
     def outputs(*names: str) -> list[Tensor]:
         cache = dit_cache_fx.backend("taylorcache", no_cache_steps=STEPS, inner=Inner())

@@ -400,9 +400,9 @@ def _refusing(gm: Any, inputs: Any) -> Any:
         ({"options": {"max_autotune": 3}}, r"options=.*options of inductor"),
         (
             {"inner": _refusing, "options": {"a": 1}},
-            r"options={'a': 1}: the inner backend _refusing takes none",
+            r"options={'a': 1}: None: the inner backend _refusing takes none",
         ),
-        ({"inner": _refusing, "mode": "fast"}, r"mode='fast': the inner backend _refusing"),
+        ({"inner": _refusing, "mode": "fast"}, r"mode='fast': None: the inner backend _refusing"),
         ({"blocks": 3}, r"blocks=3: attribute paths of module lists, or the lists"),
         ({"blocks": []}, r"blocks=\[\]: attribute paths of module lists, or the lists"),
         ({"timestep": 3}, r"timestep=3: the name of forward's timestep argument"),

@@ -88,7 +88,7 @@ def test_a_value_that_is_no_node_is_refused() -> None:
     program.regions = (region,)
     with pytest.raises(VerifyError, match="no node is called"):
         verify(program)
-    program.regions = (replace(region, inputs=()),)
+    program.regions = (replace(region, run_inputs=()),)
     with pytest.raises(VerifyError, match="run 0 has 1 values"):
         verify(program)
 
@@ -236,13 +236,13 @@ def test_without_any_one_pass_a_computed_step_is_the_models_own(name: str) -> No
     run_passes(program, DEEP, skip={name})
     variants = lower_variants(program)
     given = dict(zip(program.inputs, inputs().values(), strict=True))
-    given |= {n: spec.zeros() for n, spec in variants.held.items()}
+    given |= {n: spec.zeros() for n, spec in variants.cached.items()}
     results = variants.compute.run(*variants.compute.operands(given))
     assert torch.equal(results[0], want[0])
 
 
 def test_a_pass_that_there_is_not_cannot_be_left_out() -> None:
-    with pytest.raises(OptionError, match=r"skip=\['sinking'\]: names of passes"):
+    with pytest.raises(OptionError, match=r"skip=\['sinking'\]: the names of passes"):
         run_passes(captured(DEEP), DEEP, skip={"sinking"})
 
 

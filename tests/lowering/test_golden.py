@@ -217,7 +217,7 @@ def test_variants_are_the_same_where_no_block_is_cached() -> None:
     always = DeepCache(no_cache_steps=[0], no_cache_block_id={"blocks": {0, 1, 2}})
     variants = variants_of(always)
     assert code(variants.compute.gm) == code(variants.reuse.gm)
-    assert variants.held == {}
+    assert variants.cached == {}
 
 
 class OneGraph(TestCase):

@@ -289,6 +289,23 @@ def test_forward_slices_takes_whole_parts_only() -> None:
     assert piece.args[1:] == (1, 0, 15)
 
 
+class _EveryOther(Toy):
+    """Takes every other row of the first part of a joined sequence."""
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        temb = self.time_embedder(timestep[:, None])[:, None]
+        img, txt = self.x_embedder(x), self.text_embedder(text)
+        for block in self.blocks:
+            img, txt = block(img, txt, temb)
+        return self.proj_out(torch.cat([img, txt], dim=1)[:, :16:2])
+
+
+def test_forward_slices_leaves_every_other_row() -> None:
+    after = passed(DEEP, "forward_slices", _EveryOther())
+    (rows,) = [n for n in after.graph.nodes if n.target is torch.ops.aten.slice.Tensor]
+    assert rows.args[1:] == (1, 0, 16, 2)
+
+
 class _Masked(Toy):
     """The text, of a length that depends on its values, is in front of the image."""
 
@@ -366,7 +383,7 @@ def test_a_value_read_behind_the_run_is_held(strategy: Strategy) -> None:
 def test_a_slice_of_a_joined_stream_starts_from_its_part() -> None:
     program = passed(TeaCache(no_cache_steps=[0]), "find_values", _Joined())
     (region,) = program.regions
-    assert region.inputs == ("model_x_embedder",)
+    assert region.run_inputs == ("model_x_embedder",)
     (value,) = region.values
     assert program.node(value).target is torch.ops.aten.slice.Tensor
 

@@ -267,7 +267,7 @@ def test_a_pipeline_without_a_transformer() -> None:
     with refused("DDPMPipeline"):
         dit_cache_fx.restore(unet_pipeline())
     empty = SimpleNamespace(transformer=None)
-    with refused("its .transformer: here that is None, not a loaded model"):
+    with refused("its .transformer; here that is None, not a loaded model"):
         dit_cache_fx.apply(empty, "deepcache", no_cache_steps={0})
     with refused("model='str': an nn.Module, or a pipeline"):
         dit_cache_fx.apply("flux", "deepcache", no_cache_steps={0})

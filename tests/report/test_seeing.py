@@ -55,8 +55,8 @@ def test_explain_is_meant_to_be_read() -> None:
 
 
 EXPLAINED = """
-deepcache: computes on a generation's first step, on steps 0, 2 (2 in all), where nothing is held; \
-all other steps are reused
+deepcache: computes on a generation's first step, on steps 0, 2 (2 in all), and when nothing is \
+held; all other steps are reused
 graph 1, for x[1, 6, 8], timestep[1], text[1, 4, 8]
   block lists: blocks (3 blocks)
   timestep: argument 'timestep'
@@ -116,9 +116,7 @@ def test_explain_of_a_rule_shows_what_runs_before_its_decision() -> None:
     cached = cached_toy("teacache", rel_l1_thresh=0.2)
     sample(cached, 2)
     text = str(cached.explain())
-    assert (
-        "its own rule on the first block's modulated input says so (measured against 0.2)" in text
-    )
+    assert "its rule on the first block's modulated input decides so (measured against 0.2)" in text
     assert "before_the_decision(x, timestep, text):" in text
     assert "holds model_blocks_2 of blocks.2, less model_embed: " in text
 

@@ -205,7 +205,7 @@ def test_branches_of_guidance() -> None:
 
 def held_by(cached: CachedModel) -> list[Any]:
     (session,) = cached._engine.call_log.tracker.sessions()
-    return session.branches[0].held
+    return session.branches[0].cached
 
 
 @pytest.mark.parametrize("at", [5, 7, 8])

@@ -156,6 +156,41 @@ def test_a_strategy_may_hold_nothing() -> None:
         assert torch.equal(cached(**inputs), want)
 
 
+class _LongerRun(ToyDiT):
+    """The last block runs on twice as many tokens."""
+
+    def trunk(self, h: Tensor, c: Tensor) -> Tensor:
+        tokens = h.shape[1]
+        h = self.blocks[1](self.blocks[0](h, c), c)
+        return self.blocks[2](torch.cat([h, 2 * h], dim=1), c)[:, tokens:]
+
+
+def test_constants_of_each_function_and_run_are_its_own() -> None:
+    """They are called the same in the graphs of `store` and `measure`, and in those of two runs."""
+
+    def weights(value: Tensor) -> Tensor:
+        return torch.tensor([2.0**i for i in range(value.shape[1])])[:, None]
+
+    def store(self: Any, held: Any, value: Any, start: Any, clock: Any) -> Any:
+        return [value * weights(value)]
+
+    def measure(self: Any, held: Any, value: Any, start: Any, clock: Any) -> Any:
+        return value.mean().reshape(1) * torch.tensor([0.5])
+
+    def reuse(self: Any, held: Any, start: Any, clock: Any) -> Any:
+        return held[0] / weights(held[0])
+
+    told = type(own("Weighted", store)).__mro__[0]
+    strategy = type("Weighted", (told,), {"measure": measure, "reuse": reuse})(
+        no_cache_steps=STEPS, no_cache_block_id={"blocks": {1}}
+    )
+    model = make(_LongerRun)
+    cached = dit_cache_fx.apply(model, strategy)
+    by_hand = ByHand(model, ["blocks"], never=["blocks.1"])
+    follows(cached, by_hand, generation(TOY, STEPS))
+    assert actions(cached) == "CrrCrr"
+
+
 # --- rules ------------------------------------------------------------------------------------
 
 

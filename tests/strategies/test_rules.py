@@ -511,15 +511,15 @@ def test_a_measure_that_is_no_number_computes_and_the_rule_recovers(
         (
             "easycache",
             {"warmup_steps": 2},
-            "on those of the first 2 and the last 1: 0-1, 5 (3 in all), when its own rule on the "
-            "sample says so (measured against 0.05)",
+            "on those of the first 2 and the last 1: 0-1, 5 (3 in all), when its rule on the "
+            "sample decides so (measured against 0.05)",
         ),
         (
             "firstblockcache",
             {"threshold": 0.2},
-            "when its own rule on the residual of the first blocks says so (measured against 0.2)",
+            "when its rule on the residual of the first blocks decides so (measured against 0.2)",
         ),
-        ("taylorcache", {"tolerance": 0.5}, "its own rule on what it measures on computed steps"),
+        ("taylorcache", {"tolerance": 0.5}, "its rule on its measurements on computed steps"),
     ],
 )
 def test_explain_tells_what_decides(name: str, options: dict[str, Any], text: str) -> None:

@@ -7,8 +7,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.runtime.scope import Scope, Splits
-from dit_cache_fx.runtime.session import Session
+from dit_cache_fx.runtime.tracking.scope import Scope, Splits
+from dit_cache_fx.runtime.tracking.session import Session
 from dit_cache_fx.values.rows import CallRows
 
 

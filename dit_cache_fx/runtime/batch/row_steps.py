@@ -41,7 +41,7 @@ def sizes(rows: int) -> list[int]:
 class RowLayout:
     """The dimension of the rows in each operand and result of a graph; 0 in outputs.
 
-    `alone`: the held tensors of a single row. `signal`: in the rule's operand; `carried`: in the
+    `alone`: the cached tensors of a single row. `signal`: in the rule's operand; `carried`: in the
     other results of the rule's graph. None: independent of rows. `carried` is missing if it cannot
     be determined (rows and tokens in one dimension).
     """
@@ -56,8 +56,8 @@ class RowLayout:
     @staticmethod
     def of(one: Lowered, many: Lowered, count: int) -> RowLayout:
         """Find the layout. Raises `CaptureError` if the rows cannot be determined."""
-        alone, held = one.variants.held, many.variants.held
-        if one.program.output != many.program.output or alone.keys() != held.keys():
+        alone, cached = one.variants.cached, many.variants.cached
+        if one.program.output != many.program.output or alone.keys() != cached.keys():
             raise CaptureError(
                 f"the model behaves differently with {count} rows than with one: sessions cannot "
                 "run as one batch. Call each session by itself"
@@ -67,7 +67,7 @@ class RowLayout:
             count,
             many.variants.outputs,
             alone,
-            {name: place_of(name, alone[name], spec, count) for name, spec in held.items()},
+            {name: place_of(name, alone[name], spec, count) for name, spec in cached.items()},
             _carried(one, many, count),
             None if signal is None else _place(signal.name, one, many, count),
         )
@@ -138,12 +138,12 @@ class RowSteps:
             step.decide(value if rows is None else rows[i])
 
     def given(self, names: Collection[str]) -> dict[str, torch.Tensor]:
-        """Return the operands `names` of the graph: held tensors, and the clocks side by side."""
-        held = self._layout.filled([step.held(names) for step in self._steps])
+        """Return the operands `names` of the graph: cached tensors, and the clocks side by side."""
+        cached = self._layout.filled([step.cached(names) for step in self._steps])
         clock = self._layout.filled([step.clock(names) for step in self._steps])
         device = next((spec.device for spec in self._layout.alone.values()), None)
         places = self._layout.cached
-        joined = {name: places[name].joined([h[name] for h in held]) for name in held[0]}
+        joined = {name: places[name].joined([h[name] for h in cached]) for name in cached[0]}
         stacked = {name: torch.stack([c[name] for c in clock]) for name in clock[0]}
         return joined | {
             name: tensor.to(device or tensor.device) for name, tensor in stacked.items()

@@ -73,7 +73,7 @@ def test_shared_are_names(shared: Any) -> None:
 
 def test_shared_are_arguments_of_the_call() -> None:
     serving = serving_of()
-    text = r"shared=\['ids'\]: names of the call's arguments: \['x', 'timestep', 'text'\]"
+    text = r"shared=\['ids'\]: the names of the call's arguments: \['x', 'timestep', 'text'\]"
     with (
         serving.cached.batch(serving.sessions, shared=("ids",)),
         pytest.raises(OptionError, match=text),
@@ -176,7 +176,7 @@ class FlatDiT(ToyDiT):
     [
         (MixingDiT, "Row 0 has another result in the call than by itself .*mixes rows"),
         (MeanDiT, r"output loss is \[\] for 3 rows and \[\] for fewer"),
-        (FlatDiT, r"held_\w+ is torch.float32\[6, 1, 8\] on cpu for one session and "
+        (FlatDiT, r"cached_\w+ is torch.float32\[6, 1, 8\] on cpu for one session and "
          r"torch.float32\[12, 1, 8\] on cpu for 2: it has no dimension of sessions"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

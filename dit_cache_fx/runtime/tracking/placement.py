@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from dit_cache_fx.runtime.branches import Branch
-from dit_cache_fx.runtime.generation import Generation, StepPosition, as_number
-from dit_cache_fx.runtime.matching import CallEvidence, Match, find_branch
-from dit_cache_fx.runtime.session import Session
-from dit_cache_fx.runtime.step_count import StepCount
-from dit_cache_fx.runtime.trajectory import Trajectory, Verdict
+from dit_cache_fx.runtime.tracking.branches import Branch
+from dit_cache_fx.runtime.tracking.generation import Generation, StepPosition
+from dit_cache_fx.runtime.tracking.matching import CallEvidence, Match, find_branch
+from dit_cache_fx.runtime.tracking.session import Session
+from dit_cache_fx.runtime.tracking.step_count import StepCount
+from dit_cache_fx.runtime.tracking.timestep_value import as_number
+from dit_cache_fx.runtime.tracking.trajectory import Trajectory, Verdict
 from dit_cache_fx.strategies import Course
 
 
@@ -47,20 +48,20 @@ class Placement:
         Steps that `cur_timestep` left out do not count.
         """
         since = range(self.branch.answered + 1, self.position.index)
-        if not since or not self.branch.held:
+        if not since or not self.branch.cached:
             return []
         return [step for step in since if step in self.generation.entered]
 
     def settle(self, session: Session, answered: bool) -> bool:
         """Record the call; `answered`: by a graph of the cache, not by the model itself.
 
-        Returns whether the branch could keep its held tensors.
+        Returns whether the branch could keep its cached tensors.
         """
         call, branch, generation = self.call, self.branch, self.generation
         if self.new:
             _forget_others(session, call, generation)
         session.calls += 1
-        session.passes.note(call.value, call.hooked)
+        session.forward_passes.note(call.value, call.hooked)
         session.newest = branch.generation = generation
         generation.course = self.course
         generation.enter(self.position, branch.identity)
@@ -68,10 +69,10 @@ class Placement:
         branch.serial, branch.called = call.serial, session.calls
         if answered:
             branch.answered = self.index
-        kept = session.add(branch, self.replaced, self.new)
+        could_hold = session.add(branch, self.replaced, self.new)
         if self.new:
             branch.number = session.number_of(branch)
-        return kept
+        return could_hold
 
 
 def place(session: Session, call: CallEvidence, count: StepCount) -> Placement:

@@ -14,7 +14,13 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from dit_cache_fx.runtime.generation import Jump, TimestepValue, as_number, distance, movement
+from dit_cache_fx.runtime.tracking.generation import Jump
+from dit_cache_fx.runtime.tracking.timestep_value import (
+    TimestepValue,
+    as_number,
+    distance,
+    movement,
+)
 from dit_cache_fx.values.wrapped import own_part
 
 #: the number of elements that are compared

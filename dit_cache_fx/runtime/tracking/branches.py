@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from dit_cache_fx.runtime.generation import Generation
-from dit_cache_fx.runtime.trajectory import Trajectory
+from dit_cache_fx.runtime.tracking.generation import Generation
+from dit_cache_fx.runtime.tracking.trajectory import Trajectory
 from dit_cache_fx.strategies import RuleState
 from dit_cache_fx.values.identity import TensorIdentity, storage_key, version
 from dit_cache_fx.values.tensor_spec import TensorSpec
@@ -17,8 +17,8 @@ from dit_cache_fx.values.wrapped import inner, nbytes, settled
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """A held tensor, with its version: it is not used if it changed in place since.
+class CachedTensor:
+    """A cached tensor, with its version: it is not used if it changed in place since.
 
     `key`: of its memory (`storage_key`).
     """
@@ -28,16 +28,16 @@ class Held:
     key: int
 
     @staticmethod
-    def of(tensor: torch.Tensor) -> Held:
+    def of(tensor: torch.Tensor) -> CachedTensor:
         """Hold a tensor; a view of a larger one is copied, so that only its own bytes are held."""
         tensor = settled(tensor)
         if sum(part.untyped_storage().nbytes() for part in inner(tensor)) > nbytes(tensor):
             tensor = tensor.clone(memory_format=torch.contiguous_format)
-        return Held(tensor, version(tensor), storage_key(tensor))
+        return CachedTensor(tensor, version(tensor), storage_key(tensor))
 
-    def copy(self) -> Held:
+    def copy(self) -> CachedTensor:
         """Return the same values in memory of their own."""
-        return Held.of(self.tensor.clone())
+        return CachedTensor.of(self.tensor.clone())
 
     def untouched(self) -> bool:
         """Return whether nobody changed it in place (unknown for an inference tensor)."""
@@ -70,21 +70,20 @@ class Branch:
     called: int = 0
     number: int = 0  # its index in its generation, signature and context, for reports
 
-    held: list[Held] = field(default_factory=list)  # of all cached runs, in order
-    memory: RuleState | None = None  # of the strategy's rule
+    cached: list[CachedTensor] = field(default_factory=list)  # of all cached runs, in order
+    rule_state: RuleState | None = None  # of the strategy's rule
     measured: torch.Tensor | None = None  # on the CPU, once the rule has read it
     computed: int = 0  # computed steps so far
     last_computed: int = 0  # the newest computed step
     reach: float = 0.0  # the distance of the last two computed steps
     prepared: tuple[TensorSpec, ...] = ()  # specs of the preamble's results for its newest graph
-    shapes: Any = None  # of the masked selections in the held tensors
+    shapes: Any = None  # of the masked selections in the cached tensors
 
     def emptied(self) -> Branch:
         """Return the same branch with nothing held: its next call computes."""
-        return replace(
-            self, held=[], memory=None, measured=None, computed=0, last_computed=0, prepared=()
-        )
+        nothing: Any = {"cached": [], "rule_state": None, "measured": None, "prepared": ()}
+        return replace(self, computed=0, last_computed=0, **nothing)
 
     def forget(self) -> None:
-        """Drop the held tensors."""
-        self.held, self.memory, self.measured, self.computed = [], None, None, 0
+        """Drop the cached tensors."""
+        self.cached, self.rule_state, self.measured, self.computed = [], None, None, 0

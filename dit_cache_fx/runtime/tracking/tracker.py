@@ -6,9 +6,9 @@ import threading
 from weakref import WeakSet, ref
 
 from dit_cache_fx.runtime.batch import Batch
-from dit_cache_fx.runtime.scope import Scope
-from dit_cache_fx.runtime.session import Session
-from dit_cache_fx.runtime.step_count import StepCount
+from dit_cache_fx.runtime.tracking.scope import Scope
+from dit_cache_fx.runtime.tracking.session import Session
+from dit_cache_fx.runtime.tracking.step_count import StepCount
 
 
 class Tracker:
@@ -71,12 +71,12 @@ class Tracker:
             return list(self._sessions)
 
     def clear(self) -> None:
-        """Forget the held tensors and the place in the generations; their steps are counted."""
+        """Forget the cached tensors and the place in the generations; their steps are counted."""
         self.session.end(self.count)
         for session in self.sessions():
             session.clear()
 
     def forget(self) -> None:
-        """Forget the held tensors."""
+        """Forget the cached tensors."""
         for session in self.sessions():
             session.forget()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from dit_cache_fx._torch import hooks_registered
-from dit_cache_fx.runtime.generation import TimestepValue, distance
+from dit_cache_fx.runtime.tracking.timestep_value import TimestepValue, distance
 
 _BEFORE, _BEHIND = "_forward_pre_hooks", "_forward_hooks"
 
@@ -65,7 +65,7 @@ class Hooks:
         return found
 
 
-class Passes:
+class ForwardPasses:
     """Separates the passes of a step by the hooks on the model.
 
     A wrapped forward always counts. Registered hooks that no call has seen before are another pass

@@ -1,4 +1,4 @@
-"""A session: the calls of one request, and their held tensors."""
+"""A session: the calls of one request, and their cached tensors."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Hashable
 from typing import Any
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.runtime.branches import Branch
-from dit_cache_fx.runtime.generation import Generation
-from dit_cache_fx.runtime.hooked import Passes
-from dit_cache_fx.runtime.scope import Scope
-from dit_cache_fx.runtime.step_count import StepCount
+from dit_cache_fx.runtime.tracking.branches import Branch
+from dit_cache_fx.runtime.tracking.generation import Generation
+from dit_cache_fx.runtime.tracking.hooks import ForwardPasses
+from dit_cache_fx.runtime.tracking.scope import Scope
+from dit_cache_fx.runtime.tracking.step_count import StepCount
 from dit_cache_fx.strategies.timesteps import Timesteps, given_timesteps
 
-#: the largest number of branches of a session with held tensors
+#: the largest number of branches of a session with cached tensors
 MAX_BRANCHES = 8
-#: the largest number of known branches of a session, with held tensors or without
+#: the largest number of known branches of a session, with cached tensors or without
 MAX_KNOWN = 16
 #: the largest number of calls that are recorded in a generation
 MAX_RECORDS = 4096
@@ -49,7 +49,7 @@ class Session:
         self.lock = threading.RLock()
         #: the step index that the user has set, in place of the timestep
         self.explicit: int | None = None
-        self.passes = Passes()
+        self.forward_passes = ForwardPasses()
         self.branches: list[Branch] = []
         self.newest: Generation | None = None
         self.records: deque[Any] = deque(maxlen=MAX_RECORDS)
@@ -102,19 +102,19 @@ class Session:
     @property
     def bytes_held(self) -> int:
         """The number of bytes that its branches hold."""
-        return sum(held.nbytes for branch in self.branches for held in branch.held)
+        return sum(tensor.nbytes for branch in self.branches for tensor in branch.cached)
 
     def close(self) -> None:
-        """Free the held tensors. A closed session cannot be entered again."""
+        """Free the cached tensors. A closed session cannot be entered again."""
         self._closed = True
         self.clear()
 
     def clear(self) -> None:
-        """Forget the held tensors and the place in the generation."""
+        """Forget the cached tensors and the place in the generation."""
         self.explicit, self.newest, self.branches, self.starved = None, None, [], 0
 
     def forget(self) -> None:
-        """Forget the held tensors; the generation continues."""
+        """Forget the cached tensors; the generation continues."""
         for branch in self.branches:
             branch.forget()
 
@@ -149,11 +149,11 @@ class Session:
         else:
             self.branches.append(branch)
         while len(self.branches) > MAX_KNOWN:
-            empty = [b for b in self.branches if not b.held and b is not branch]
+            empty = [b for b in self.branches if not b.cached and b is not branch]
             oldest = min(empty, key=lambda b: b.called)
             oldest.generation.crowded = True
             self.branches.remove(oldest)
-        holding = [b for b in self.branches if b.held]
+        holding = [b for b in self.branches if b.cached]
         if len(holding) <= MAX_BRANCHES:
             return True
         others = [b for b in holding if b is not branch and _gives_way(b, branch, new)]

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
-from dit_cache_fx.runtime.branches import Branch
-from dit_cache_fx.runtime.generation import Jump, TimestepValue, way_of
-from dit_cache_fx.runtime.hooked import NO_HOOKS, Hooked
-from dit_cache_fx.runtime.session import Session
-from dit_cache_fx.runtime.trajectory import Judgement, SampleProbe, Verdict
+from dit_cache_fx.runtime.tracking.branches import Branch
+from dit_cache_fx.runtime.tracking.generation import Jump
+from dit_cache_fx.runtime.tracking.hooks import NO_HOOKS, Hooked
+from dit_cache_fx.runtime.tracking.session import Session
+from dit_cache_fx.runtime.tracking.timestep_value import TimestepValue, way_of
+from dit_cache_fx.runtime.tracking.trajectory import Judgement, SampleProbe, Verdict
 from dit_cache_fx.values.identity import TensorIdentity
 
 #: a sample belongs to the nearest branch if it is nearer than this share of the next distance
@@ -40,7 +41,7 @@ class CallEvidence(NamedTuple):
 
 
 class Match(NamedTuple):
-    """A branch that a call may belong to. `usable`: its held tensors may answer the call."""
+    """A branch that a call may belong to. `usable`: its cached tensors may answer the call."""
 
     branch: Branch
     judgement: Judgement
@@ -53,9 +54,9 @@ def find_branch(session: Session, call: CallEvidence) -> Match | None:
     alike = _of_conditioning(session.of(call.key, call.context), call)
     ahead = [(b, varying) for b, varying in alike if _moves_on(b, call)]
     if len(ahead) > 1 and any(
-        b.held for b, _ in ahead
+        b.cached for b, _ in ahead
     ):  # emptied branches of earlier generations do not count
-        ahead = [p for p in ahead if p[0].held or not p[0].trajectory.stands_at(call.value)]
+        ahead = [p for p in ahead if p[0].cached or not p[0].trajectory.stands_at(call.value)]
     several = len(ahead) > 1
     matches = [m for b, varying in ahead if (m := _match(b, varying, call, several, session))]
     found = matches[0] if len(matches) == 1 else _nearest(session, call, matches)
@@ -72,11 +73,11 @@ def _of_conditioning(
     given = call.conditioning
     objects = [(b, given.other_objects(b.conditioning)) for b in branches]
     same = [pair for pair in objects if not pair[1]]
-    if any(b.held for b, _ in same):  # emptied branches of earlier generations do not count
+    if any(b.cached for b, _ in same):  # emptied branches of earlier generations do not count
         return same
     values = [(b, given.other_values(b.conditioning, places)) for b, places in objects]
     equal = [(b, places) for b, places in values if not places]
-    if any(b.held for b, _ in equal) or not (call.context or call.derived):
+    if any(b.cached for b, _ in equal) or not (call.context or call.derived):
         return equal
     others = [(b, places) for b, places in values if places]
     least = min((len(places) for _, places in others), default=0)
@@ -142,7 +143,7 @@ def _nearest(session: Session, call: CallEvidence, matches: Sequence[Match]) -> 
     """
     if not matches:
         return None
-    holding = [m for m in matches if m.branch.held or m.branch.generation is session.newest]
+    holding = [m for m in matches if m.branch.cached or m.branch.generation is session.newest]
     holding = holding or list(matches)
     first, second = sorted(matches, key=lambda m: _distance(m.judgement))[:2]
     nearer = _distance(first.judgement) < NEARER * _distance(second.judgement)
@@ -167,7 +168,7 @@ def _is_open(match: Match, call: CallEvidence, holding: Sequence[Match]) -> bool
     tensors are too new to be judged by their sample, and its timestep moves on: the same seed gives
     the same sample again at the same timestep.
     """
-    if match.branch.held:
+    if match.branch.cached:
         return True
     young = all(m.branch.trajectory.change == 0 for m in holding)
     return young and not match.branch.trajectory.stands_at(call.value)
