@@ -31,8 +31,9 @@ gpu: $(INSTALLED)
 	$(BIN)/pip install --quiet --no-deps $(ANGELSLIM)
 	$(BIN)/python -m benchmarks --devices cuda,cuda-28
 
+# A file's tests share what they build: they stay in one process
 test: check
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # Every case of every model, compiled and exported too: an hour or two
 test-all: check

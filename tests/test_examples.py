@@ -94,6 +94,8 @@ def test_the_coefficients_page_lists_every_set() -> None:
         assert all(f"{t:g} (" in row for t in published.thresholds)
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
 def test_several_devices(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "several-devices.md").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from tests.zoo.case import rows
 
 DIT = case("DiTTransformer2DModel")
 DEEP = {"no_cache_steps": STEPS}
+#: strategies that `torch.export` takes by default, and whether strictly
+USUAL = (("deepcache", False), ("taylorcache", False), ("rule", True))
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +56,14 @@ def closes(got: Callable[..., Any], want: Callable[..., Any], calls: Any) -> Non
 # --- torch.export ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(
+    ("name", "strict"),
+    [
+        pytest.param(name, strict, marks=() if (name, strict) in USUAL else pytest.mark.exhaustive)
+        for name in STRATEGIES
+        for strict in (False, True)
+    ],
+)
 def test_torch_export_of_a_cached_model(name: str, strict: bool) -> None:
     """The state is in buffers of the program, and the program tells its steps."""
     strategy, options = STRATEGIES[name]
@@ -87,7 +96,13 @@ def test_eager_calls_go_on_beside_an_export() -> None:
 # --- dit_cache_fx.export --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("taylorcache", "rule") else pytest.mark.exhaustive)
+        for name in STRATEGIES
+    ],
+)
 def test_a_runner_is_the_eager_cached_model(name: str) -> None:
     strategy, options = STRATEGIES[name]
     model = TOY.build()
@@ -102,8 +117,10 @@ def test_a_runner_is_the_eager_cached_model(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "strategy", "options"),
     [
-        ("DiTTransformer2DModel", *SCHEDULED["taylorcache"]),
-        ("WanTransformer3DModel", *RULE),
+        pytest.param(
+            "DiTTransformer2DModel", *SCHEDULED["taylorcache"], marks=pytest.mark.exhaustive
+        ),
+        pytest.param("WanTransformer3DModel", *RULE, marks=pytest.mark.exhaustive),
         ("OfficialHunyuanVideo15", *SCHEDULED["deepcache"]),
     ],
 )
@@ -308,15 +325,12 @@ def test_a_package_is_the_eager_cached_model(model_case: Case, name: str, tmp_pa
     assert {*actions(eager)} == {"C", "r"}
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method.:DeprecationWarning:torch")
-@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning")
-def test_another_package_is_refused(tmp_path: Path) -> None:
-    program = torch.export.export(nn.Linear(2, 2).eval(), (torch.ones(1, 2),))
-    path = tmp_path / "other.pt2"
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+def test_another_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loaded as `test_torch_internals` loads one, which takes seconds to make."""
+    module = import_module("dit_cache_fx.export")  # the package has a function of that name
+    monkeypatch.setattr(module, "aoti_load", lambda _: (nn.Linear(2, 2), {"who": "we"}))
     with pytest.raises(OptionError, match=r"a file that Exported.package has written"):
-        load(path)
+        load("other.pt2")
 
 
 # --- conditioning --------------------------------------------------------------------------------

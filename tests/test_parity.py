@@ -25,6 +25,7 @@ from tests.reference import (
     split,
 )
 from tests.zoo import CASES, Case, case, flat
+from tests.zoo.representatives import each_case, each_kind, marks_of
 
 STEPS = 50
 PUBLISHED = interval_schedule(STEPS, 11, 45, 4)
@@ -32,8 +33,6 @@ PUBLISHED = interval_schedule(STEPS, 11, 45, 4)
 SHORT = 10
 IN_SHORT = frozenset({0, 2, 3, 4, 7})
 CLOSE = 1e-5
-
-each_case = pytest.mark.parametrize("model_case", CASES, ids=lambda c: c.name)
 
 Outputs = list[Tensor]
 
@@ -124,30 +123,40 @@ def places(model_case: Case) -> list[tuple[str, int]]:
     return [(n, i) for n, size in sizes.items() for i in sorted({0, size // 2, size - 1})]
 
 
-#: of these every place is tried without `-m exhaustive`, of the others the middle of each list
+#: of these DeepCache is tried at every place by default
 EVERY_PLACE = ("FluxTransformer2DModel", "OfficialHunyuanVideo15")
 
 
-def _usual(model_case: Case, name: str, index: int) -> tuple[pytest.MarkDecorator, ...]:
+def _marks(
+    model_case: Case, name: str, index: int, everywhere: Collection[str]
+) -> tuple[pytest.MarkDecorator, ...]:
     size = len(model_of(model_case).get_submodule(name))
-    usual = model_case.name in EVERY_PLACE or index == size // 2
-    return () if usual else (pytest.mark.exhaustive,)
+    return marks_of(model_case.name, model_case.name in everywhere or index == size // 2)
 
 
-each_place = pytest.mark.parametrize(
-    ("model_case", "ids"),
-    [
-        pytest.param(
-            c, {name: {index}}, id=f"{c.name}-{name}.{index}", marks=_usual(c, name, index)
-        )
-        for c in CASES
-        for name, index in places(c)
-    ],
-)
+def _each_place(everywhere: Collection[str]) -> pytest.MarkDecorator:
+    """Every place of the models; of those that are not `everywhere` the middle by default."""
+    return pytest.mark.parametrize(
+        ("model_case", "ids"),
+        [
+            pytest.param(
+                c,
+                {name: {index}},
+                id=f"{c.name}-{name}.{index}",
+                marks=_marks(c, name, index, everywhere),
+            )
+            for c in CASES
+            for name, index in places(c)
+        ],
+    )
+
+
+each_place = _each_place(EVERY_PLACE)
+each_middle = _each_place(())
 each_last_place = pytest.mark.parametrize(
     ("model_case", "ids"),
     [
-        pytest.param(c, {name: {index}}, id=f"{c.name}-{name}.{index}")
+        pytest.param(c, {name: {index}}, id=f"{c.name}-{name}.{index}", marks=marks_of(c.name))
         for c in CASES
         for name, index in dict(places(c)).items()
     ],
@@ -160,7 +169,7 @@ def aliased(model_case: Case, ids: Mapping[str, set[int]]) -> dict[str, set[int]
     return {alias[name]: blocks for name, blocks in ids.items()}
 
 
-@each_case
+@each_kind
 def test_deepcache_over_the_published_schedule(model_case: Case) -> None:
     model = model_of(model_case)
     cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps=PUBLISHED)
@@ -230,7 +239,7 @@ def taylor_pair(
     return cached, TaylorReference(model, model_case.block_lists, computed, **orders)
 
 
-@each_case
+@each_kind
 def test_taylorcache_over_the_published_schedule(model_case: Case) -> None:
     cached, reference = taylor_pair(model_case, PUBLISHED, {})
     assert_parity(model_case, cached, reference, STEPS, CLOSE)
@@ -243,7 +252,7 @@ def test_taylorcache_over_the_published_schedule(model_case: Case) -> None:
             c,
             orders,
             id=f"{'-'.join(map(str, orders.values()))}-{c.name}",
-            marks=() if place in (number % 4, (number + 2) % 4) else (pytest.mark.exhaustive,),
+            marks=marks_of(c.name, place in (number % 4, (number + 2) % 4)),
         )
         for number, c in enumerate(CASES)
         for place, orders in enumerate(ORDERS)
@@ -303,14 +312,14 @@ def tea_reference(
     return TeaCacheReference(streams, model, model_case.block_lists, computed, ids)
 
 
-@each_case
+@each_kind
 def test_teacache_over_the_published_schedule(model_case: Case) -> None:
     cached = dit_cache_fx.apply(model_of(model_case), "teacache", no_cache_steps=PUBLISHED)
     reference = tea_reference(model_case, PUBLISHED)
     assert_parity(model_case, cached, reference, STEPS, CLOSE)
 
 
-@each_place
+@each_middle
 def test_teacache_with_a_block_that_is_never_cached(
     model_case: Case, ids: dict[str, set[int]]
 ) -> None:
@@ -374,7 +383,10 @@ def test_a_batch_at_another_resolution(model_case: Case) -> None:
         assert_parity(model_case, cached, reference, FEW, error, batch=2, size=1, prompt=1)
 
 
-@pytest.mark.parametrize("name", [c.name for c in CASES if "HunyuanVideo15" in c.name])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(c.name, marks=marks_of(c.name)) for c in CASES if "HunyuanVideo15" in c.name],
+)
 def test_a_model_that_takes_another_way_with_an_image(name: str) -> None:
     """From prompt 2 on there is an image: one branch of the model's own control flow or another."""
     for cached, reference, error in pairs(case(name), case(name).block_lists):
@@ -387,7 +399,7 @@ def test_a_model_that_takes_another_way_with_an_image(name: str) -> None:
         pytest.param(
             c.name,
             chosen,
-            marks=() if chosen == 0 or c.name in EVERY_PLACE else (pytest.mark.exhaustive,),
+            marks=marks_of(c.name),
         )
         for c in CASES
         if len(c.block_lists) == 2

@@ -486,6 +486,7 @@ def test_exporting(strict: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method.:DeprecationWarning:torch")
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning")
 def test_a_package_carries_metadata(tmp_path: Path) -> None:

@@ -114,8 +114,8 @@ def test_any_name_in_compiled_steps(name: str) -> None:
     ("name", "strategy"),
     [
         ("clock", "taylorcache"),
-        ("checksum", "taylorcache"),
-        ("forced", "rule"),
+        pytest.param("checksum", "taylorcache", marks=pytest.mark.exhaustive),
+        pytest.param("forced", "rule", marks=pytest.mark.exhaustive),
         ("state_0", "rule"),
     ],
 )

@@ -98,7 +98,9 @@ class ObjectDiT(ToyDiT):
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("strategy", ["deepcache", "teacache"])
+@pytest.mark.parametrize(
+    "strategy", [pytest.param("deepcache", marks=pytest.mark.exhaustive), "teacache"]
+)
 def test_objects_as_block_arguments(kind: Callable[..., Any], strategy: str) -> None:
     model = built(lambda: ObjectDiT(kind))
     cached = dit_cache_fx.apply(model, strategy, no_cache_steps=STEPS_OF_SIX)

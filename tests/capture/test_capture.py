@@ -39,6 +39,7 @@ from tests.toys import (
 )
 from tests.zoo import CASES, Case, case, flat
 from tests.zoo.case import rows
+from tests.zoo.representatives import marks_of
 
 STEPS = {0, 2, 3}
 
@@ -64,7 +65,12 @@ def prompts(text: Tensor) -> list[tuple[bool, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize(
-    "model_case", [c for c in CASES if c.name != "ZImageTransformer2DModel"], ids=lambda c: c.name
+    "model_case",
+    [
+        pytest.param(c, id=c.name, marks=marks_of(c.name))
+        for c in CASES
+        if c.name != "ZImageTransformer2DModel"
+    ],
 )
 def test_the_first_call_runs_every_block_once(model_case: Case) -> None:
     model = model_case.build()

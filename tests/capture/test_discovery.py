@@ -35,9 +35,8 @@ from tests.toys import (
     runs_of,
     toy_inputs,
 )
-from tests.zoo import CASES, Case, case
-
-each_case = pytest.mark.parametrize("model_case", CASES, ids=lambda c: c.name)
+from tests.zoo import Case, case
+from tests.zoo.representatives import each_kind
 
 STEPS = {0, 2, 3}
 
@@ -58,7 +57,7 @@ def found_in(model: nn.Module, inputs: dict[str, Any], **options: Any) -> dict[s
 # --- the models of the zoo -------------------------------------------------------------------
 
 
-@each_case
+@each_kind
 def test_blocks_and_timestep_of_every_zoo_model(model_case: Case) -> None:
     model = model_case.build()
     cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps={0})

@@ -53,10 +53,10 @@ from tests.toys import (
     runs_of,
     toy_inputs,
 )
-from tests.zoo import CASES, Case, case, flat
+from tests.zoo import Case, case, flat
 from tests.zoo.case import rows
+from tests.zoo.representatives import every_case
 
-each_case = pytest.mark.parametrize("model_case", CASES, ids=lambda c: c.name)
 #: those that between them have every form: two lists, masks, guards, nested inputs
 SOME = tuple(
     case(name)
@@ -104,7 +104,7 @@ def toy_pair(model: nn.Module, steps: set[int] = STEPS, **options: Any) -> tuple
 # --- one generation after another ----------------------------------------------------------------
 
 
-@each_case
+@every_case
 def test_two_generations_with_two_prompts(model_case: Case) -> None:
     cached, by_hand = pair(model_case)
     for prompt in (0, 1):

@@ -228,8 +228,18 @@ def test_compiled_blocks_within_a_compiled_model(model: nn.Module) -> None:
     ("name", "strategy", "options"),
     [
         ("FluxTransformer2DModel", "taylorcache", {"no_cache_steps": STEPS}),
-        ("DiTTransformer2DModel", "teacache", {"rel_l1_thresh": 2.0, "signal": "input"}),
-        ("OfficialHunyuanVideo15", "deepcache", {"no_cache_steps": STEPS}),
+        pytest.param(
+            "DiTTransformer2DModel",
+            "teacache",
+            {"rel_l1_thresh": 2.0, "signal": "input"},
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(
+            "OfficialHunyuanVideo15",
+            "deepcache",
+            {"no_cache_steps": STEPS},
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_inductor(name: str, strategy: str, options: dict[str, Any]) -> None:

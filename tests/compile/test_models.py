@@ -1,8 +1,8 @@
 """Every model of the zoo compiles into one graph that decides by itself, with every strategy.
 
 The models have one block of each kind: what Dynamo needs for a block is most of the time here. Each
-model takes one scheduled strategy, most through AOTAutograd and TeaCache's own rule too;
-`-m exhaustive` runs all strategies both ways.
+representative takes one scheduled strategy through AOTAutograd, and one TeaCache's own rule;
+`-m exhaustive` runs all models and all strategies both ways.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from tests.compile.compiling import (
 )
 from tests.toys import TOY, actions
 from tests.zoo import CASES, Case
+from tests.zoo.representatives import marks_of
 
 #: another prompt is of another length where the model takes a mask
 PROMPTS = (0, 1, 0)
-#: those whose rule and AOTAutograd are left to `-m exhaustive`: they take the longest
-SLOW = (
-    "HunyuanVideo15Transformer3DModel",
-    "HunyuanVideoTransformer3DModel",
-    "OfficialHunyuanVideo15Single",
-    "ZImageTransformer2DModel",
-)
+#: takes TeaCache's own rule too
+RULED = "WanTransformer3DModel"
+
+
+def _usual(number: int, case: Case) -> set[tuple[str, str]]:
+    """The strategies and compilers of a model in the default run."""
+    turn = [*SCHEDULED][number % len(SCHEDULED)]
+    scheduled = {(turn, "aot_eager")}
+    return scheduled | {("rule", "eager")} if case.name == RULED else scheduled
 
 
 def _matrix() -> Iterator[Any]:
     for number, case in enumerate(CASES):
-        turn = [*SCHEDULED][number % len(SCHEDULED)]
         for name in STRATEGIES:
             for inner in ("eager", "aot_eager"):
-                usual = [(turn, "aot_eager"), ("rule", "eager")]
-                often = (name, inner) in ([(turn, "eager")] if case.name in SLOW else usual)
-                marks = () if often else (pytest.mark.exhaustive,)
+                marks = marks_of(case.name, (name, inner) in _usual(number, case))
                 yield pytest.param(case, name, inner, marks=marks, id=f"{case.name}-{name}-{inner}")
 
 

@@ -48,8 +48,7 @@ def model() -> nn.Module:
 USUAL = {
     "DiTTransformer2DModel": "teacache",
     "FluxTransformer2DModel": "taylorcache",
-    "HunyuanVideo15Transformer3DModel": "deepcache",
-    "OfficialHunyuanVideo15": "rule",
+    "OfficialHunyuanVideo15": "deepcache",
     "WanTransformer3DModel": "rule",
 }
 

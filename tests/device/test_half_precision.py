@@ -12,6 +12,7 @@ import dit_cache_fx
 from tests.device.places import CUDA, on
 from tests.reference import DeepCacheReference, TaylorReference, moving_inputs
 from tests.zoo import CASES, Case, flat
+from tests.zoo.representatives import marks_of
 
 STEPS, COMPUTED = 5, (0, 2, 3)
 
@@ -24,7 +25,7 @@ everywhere = [
         id=f"{case.name}-{str(dtype)[6:]}-{device.values[0]}",
         marks=[
             *device.marks,
-            *[pytest.mark.exhaustive] * (device.values[0] == "cpu" and dtype != torch.bfloat16),
+            *(marks_of(case.name, dtype == torch.bfloat16) if device.values[0] == "cpu" else ()),
         ],
     )
     for device in (pytest.param("cpu"), CUDA)

@@ -92,9 +92,7 @@ class one_accelerator:
 #: others at their first block
 DEFAULT: list[tuple[str, str, dict[str, Any]]] = [
     ("flux", "taylorcache", SCHEDULED["taylorcache"]),
-    ("flux", "teacache", RULED["teacache"]),
     ("wan", "teacache", RULED["teacache"]),
-    ("wan", "firstblockcache", RULED["firstblockcache"]),
     ("qwen", "easycache", RULED["easycache"]),
 ]
 

@@ -84,10 +84,26 @@ def one_and_two(engine: str, strategy: str, options: dict[str, Any], after: bool
 
 
 CASES = [*SCHEDULED.items(), *RULED.items()]
+#: a schedule and a rule: one of the engines takes the others too
+USUAL = ("taylorcache", "teacache")
 
 
-@pytest.mark.parametrize(("strategy", "options"), CASES, ids=lambda v: str(v)[:20])
-@pytest.mark.parametrize("engine", ENGINES)
+def _cases(usual: Callable[[str], bool]) -> list[Any]:
+    return [
+        pytest.param(*case, marks=() if usual(case[0]) else pytest.mark.exhaustive)
+        for case in CASES
+    ]
+
+
+@pytest.mark.parametrize(
+    ("engine", "strategy", "options"),
+    [
+        pytest.param(engine, *case.values, marks=case.marks)
+        for engine in ENGINES
+        for case in _cases(lambda name: engine == "fsdp" or name in USUAL)  # noqa: B023
+    ],
+    ids=lambda v: str(v)[:20],
+)
 def test_as_one_process(pair: Pair, engine: str, strategy: str, options: dict[str, Any]) -> None:
     first, second = pair.run(one_and_two, engine, strategy, options, False)
     assert first.actions == second.actions
@@ -116,7 +132,9 @@ def distributed(strategy: str, options: dict[str, Any]) -> float:
     return two.bytes_held / one.bytes_held
 
 
-@pytest.mark.parametrize(("strategy", "options"), CASES, ids=lambda v: str(v)[:20])
+@pytest.mark.parametrize(
+    ("strategy", "options"), _cases(USUAL.__contains__), ids=lambda v: str(v)[:20]
+)
 def test_distributed_tensors(pair: Pair, strategy: str, options: dict[str, Any]) -> None:
     for share in pair.run(distributed, strategy, options):
         assert share == pytest.approx(0.5, abs=0.03)  # and what is measured
@@ -148,7 +166,13 @@ def compiled(engine: str, way: str, strategy: str, options: dict[str, Any]) -> b
     return actions == want.actions
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    [
+        "compile",
+        *(pytest.param(w, marks=pytest.mark.exhaustive) for w in ("compile_steps", "backend")),
+    ],
+)
 def test_compiled(pair: Pair, way: str) -> None:
     assert all(pair.run(compiled, "tensor_parallel", way, "teacache", RULED["teacache"]))
 

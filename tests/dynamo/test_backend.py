@@ -464,7 +464,9 @@ def test_mode_and_options_of_torch_compile_go_to_the_inner_backend() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["teacache", "taylorcache"])
+@pytest.mark.parametrize(
+    "strategy", [pytest.param("teacache", marks=pytest.mark.exhaustive), "taylorcache"]
+)
 def test_inductor(strategy: str) -> None:
     cache = dit_cache_fx.backend(strategy, no_cache_steps=STEPS)
     model = compiled(make(ToyDiT), cache)

@@ -17,6 +17,7 @@ import dit_cache_fx
 from dit_cache_fx import Backend, DitCacheWarning
 from tests.compile.compiling import STEPS, STRATEGIES, calls_of, no_recompile
 from tests.zoo import CASES, Case, case, flat
+from tests.zoo.representatives import marks_of
 
 #: Dynamo breaks these in pieces by themselves
 SPLIT = (
@@ -26,6 +27,8 @@ SPLIT = (
     "ZImageTransformer2DModel",
 )
 WHOLE = [c for c in CASES if c.name not in SPLIT]
+#: with two block lists and with one
+USUAL = ("FluxTransformer2DModel", "DiTTransformer2DModel")
 
 
 class Together:
@@ -67,7 +70,10 @@ def timeline(cached: Any) -> list[tuple[int, str]]:
     return [(record.step, record.action) for record in cached.cache_report().timeline]
 
 
-@pytest.mark.parametrize("model_case", WHOLE, ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "model_case",
+    [pytest.param(c, id=c.name, marks=marks_of(c.name, c.name in USUAL)) for c in WHOLE],
+)
 def test_every_strategy_gives_what_the_eager_cached_model_gives(model_case: Case) -> None:
     model = short(model_case)
     eager = {
@@ -94,7 +100,13 @@ def test_every_strategy_gives_what_the_eager_cached_model_gives(model_case: Case
         assert report.bytes_held == wanted.bytes_held
 
 
-@pytest.mark.parametrize("name", ["OfficialHunyuanVideo15", "ZImageTransformer2DModel"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "OfficialHunyuanVideo15",
+        pytest.param("ZImageTransformer2DModel", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_the_piece_with_the_blocks_is_cached(name: str) -> None:
     """The second step computes: only there it shows what varies of what a piece is given."""
     model_case = case(name)

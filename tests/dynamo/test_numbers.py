@@ -101,7 +101,9 @@ class ScaledDiT(NumberedDiT):
         return super().forward(x * scale, timestep / 7, text)
 
 
-@pytest.mark.parametrize("way", ["full", "tensor", "times"])
+@pytest.mark.parametrize(
+    "way", ["full", *(pytest.param(w, marks=pytest.mark.exhaustive) for w in ("tensor", "times"))]
+)
 def test_numbers_that_must_stay_constants_with_the_index_set(way: str) -> None:
     """Each step has a graph of its own, and what one holds is right for the next."""
     cache = cache_of()
@@ -182,5 +184,6 @@ def test_tensors_that_the_graph_holds() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_tensors_that_the_graph_holds_with_inductor() -> None:
     _compare(cache_of("inductor"), rtol=1e-4, atol=1e-4)

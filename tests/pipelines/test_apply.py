@@ -15,13 +15,11 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 import dit_cache_fx
 from dit_cache_fx import CachedModel, DitCacheWarning, OptionError, TaylorCache
-from tests.pipelines.families import FAMILIES, FLUX, WAN, Family
+from tests.pipelines.families import FLUX, WAN, Family, each_family
 from tests.pipelines.families.flux import FLUX_IMAGE_TO_IMAGE
 from tests.pipelines.families.sd3 import SD3
 from tests.pipelines.families.wan22 import WAN22
 from tests.pipelines.family import run
-
-each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
 
 def steps_of(cached: Any) -> list[int]:

@@ -10,13 +10,13 @@ import pytest
 from torch import Tensor
 
 from tests.pipelines.blocks import blocks_of, replaced_forwards
-from tests.pipelines.families import FAMILIES, Family
+from tests.pipelines.families import FAMILIES, Family, marked
 from tests.pipelines.families.flux import FLUX_IMAGE_TO_IMAGE
 from tests.pipelines.session import Session, session_of
 
 #: image-to-image has Flux's own transformer
 OTHERS = [family for family in FAMILIES if family is not FLUX_IMAGE_TO_IMAGE]
-each_family = pytest.mark.parametrize("family", OTHERS, ids=lambda family: family.name)
+each_family = pytest.mark.parametrize("family", marked(OTHERS))
 
 
 class Broken(Exception):
@@ -77,9 +77,7 @@ def test_a_generation_that_an_exception_ended_leaves_nothing_stale(family: Famil
 
 
 @pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
-@pytest.mark.parametrize(
-    "family", [f for f in OTHERS if f.callback and f.interrupts], ids=lambda f: f.name
-)
+@pytest.mark.parametrize("family", marked(f for f in OTHERS if f.callback and f.interrupts))
 def test_an_interrupted_generation_leaves_nothing_stale(family: Family, guided: bool) -> None:
     session, prompt = session_of(family), family.arguments()
     for last in (0, 1):

@@ -19,6 +19,11 @@ from tests.pipelines.int8 import quantise
 from tests.pipelines.session import Session
 
 each_moment = pytest.mark.parametrize("when", ["before", "after", "between"])
+#: the other moments are left to `-m exhaustive`: `tests/test_cached_model.py` has them with toys
+mostly_between = pytest.mark.parametrize(
+    "when",
+    [*(pytest.param(w, marks=pytest.mark.exhaustive) for w in ("before", "after")), "between"],
+)
 Change = Callable[[DiffusionPipeline], Any]
 
 
@@ -52,7 +57,7 @@ def lora_weights(model: nn.Module, seed: int) -> dict[str, Tensor]:
     return weights
 
 
-@each_moment
+@mostly_between
 def test_lora_loaded_switched_fused_and_unloaded(when: str) -> None:
     pytest.importorskip("peft")
 
@@ -114,7 +119,7 @@ CHANGES: dict[str, tuple[Family, Change]] = {
 }
 
 
-@each_moment
+@mostly_between
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_of_the_model_takes_effect(name: str, when: str) -> None:
     family, change = CHANGES[name]
@@ -155,7 +160,11 @@ def test_compiled_blocks(when: str) -> None:
     assert session.cached.cache_report().steps_computed == len(session.computed)
 
 
-@pytest.mark.parametrize("family", [FLUX, SD3, WAN], ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    "family",
+    [FLUX, *(pytest.param(f, marks=pytest.mark.exhaustive) for f in (SD3, WAN))],
+    ids=lambda family: family.name,
+)
 def test_the_compiled_cached_model_in_one_graph(family: Family) -> None:
     """Without a recompilation after the first generation."""
     torch._dynamo.reset()

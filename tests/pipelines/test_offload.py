@@ -68,7 +68,11 @@ OFFLOADS: dict[str, Callable[[DiffusionPipeline], Any]] = {
 }
 
 
-@pytest.mark.parametrize("family", [SD3, WAN], ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    "family",
+    [SD3, pytest.param(WAN, marks=pytest.mark.exhaustive)],
+    ids=lambda family: family.name,
+)
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", OFFLOADS)
 def test_offloading(name: str, when: str, family: Family) -> None:

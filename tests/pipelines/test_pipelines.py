@@ -10,13 +10,10 @@ import torch
 from torch import Tensor
 
 from tests.pipelines.blocks import counted
-from tests.pipelines.families import FAMILIES, FLUX, WAN, Family
+from tests.pipelines.families import FAMILIES, FLUX, WAN, Family, each_family, marked
 from tests.pipelines.families.dit import DIT
-from tests.pipelines.families.z_image import Z_IMAGE
 from tests.pipelines.family import STEPS, run
 from tests.pipelines.session import Session, session_of
-
-each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
 
 def clearly_other(a: Tensor, b: Tensor) -> bool:
@@ -48,11 +45,7 @@ def test_every_step_computed_is_bitwise_the_uncached_pipeline(family: Family) ->
     assert f"{STEPS}/{STEPS}" in written.getvalue()
 
 
-@pytest.mark.parametrize(
-    "family",
-    [pytest.param(f, marks=[pytest.mark.slow] if f is Z_IMAGE else []) for f in FAMILIES],
-    ids=lambda family: family.name,
-)
+@each_family
 def test_one_generation_after_another(family: Family) -> None:
     """Each equals the same one with its blocks reused by hand, and computes what it should."""
     session = session_of(family)
@@ -102,7 +95,7 @@ def test_teacaches_own_rule_starts_anew_with_each_generation(family: Family) -> 
 # --- callbacks ------------------------------------------------------------------------------------
 
 with_callback = pytest.mark.parametrize(
-    "family", [f for f in FAMILIES if f.callback == "callback_on_step_end"], ids=lambda f: f.name
+    "family", marked(f for f in FAMILIES if f.callback == "callback_on_step_end")
 )
 
 

@@ -36,6 +36,7 @@ from tests.toys import (
 )
 from tests.zoo import Case, case, flat
 from tests.zoo.case import rows
+from tests.zoo.representatives import KINDS, marks_of
 
 #: those that between them have every form: two lists, masks, guards, lists and dicts of tensors
 SOME = tuple(
@@ -45,11 +46,14 @@ SOME = tuple(
         "WanTransformer3DModel",
         "QwenImageTransformer2DModel",
         "HunyuanVideo15Transformer3DModel",
+        "OfficialHunyuanVideo15",
         "OfficialHunyuanVideo15Single",
         "ZImageTransformer2DModel",
     )
 )
-some_cases = pytest.mark.parametrize("model_case", SOME, ids=lambda c: c.name)
+some_cases = pytest.mark.parametrize(
+    "model_case", [pytest.param(c, id=c.name, marks=marks_of(c.name, among=KINDS)) for c in SOME]
+)
 each_mode = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 
 #: computed steps of a generation of six

@@ -25,13 +25,13 @@ from tests.reference import (
     moving_inputs,
 )
 from tests.zoo import CASES, Case, case, flat
+from tests.zoo.representatives import each_case, marks_of
 
 STEPS = 12
 COMPUTED = interval_schedule(STEPS, 2, 10, 3)
 STRATEGIES = ("deepcache", "teacache", "taylorcache")
 
-each_case = pytest.mark.parametrize("model_case", CASES, ids=lambda c: c.name)
-#: each model with one strategy in turn; `-m exhaustive` has the others
+#: each model with one strategy in turn by default
 each_pair = pytest.mark.parametrize(
     ("model_case", "strategy"),
     [
@@ -39,7 +39,7 @@ each_pair = pytest.mark.parametrize(
             c,
             strategy,
             id=f"{c.name}-{strategy}",
-            marks=() if turn == number % len(STRATEGIES) else pytest.mark.exhaustive,
+            marks=marks_of(c.name, turn == number % len(STRATEGIES)),
         )
         for number, c in enumerate(CASES)
         for turn, strategy in enumerate(STRATEGIES)

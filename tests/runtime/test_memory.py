@@ -16,8 +16,7 @@ from dit_cache_fx import CachedModel
 from dit_cache_fx.values.identity import storage_key
 from tests.reference import STREAMS, BlockKey, DeepCacheReference, copied, moving_inputs
 from tests.zoo import CASES, Case, case, flat
-
-each_case = pytest.mark.parametrize("model_case", CASES, ids=lambda c: c.name)
+from tests.zoo.representatives import each_case, marks_of
 
 #: strategy, its options, and how many tensors it holds for each one that leaves a run
 HELD_PER_VALUE = [
@@ -29,6 +28,17 @@ HELD_PER_VALUE = [
     pytest.param(
         "taylorcache", {"low_freqs_order": 2, "high_freqs_order": 1}, 3 + 2, id="two-bands"
     ),
+]
+#: by default every representative with the first, and one of them with the others
+EACH_HELD = [
+    pytest.param(
+        c,
+        *held.values,
+        id=f"{held.id}-{c.name}",
+        marks=marks_of(c.name, number == 0 or c.name == "FluxTransformer2DModel"),
+    )
+    for c in CASES
+    for number, held in enumerate(HELD_PER_VALUE)
 ]
 SMALL = "DiTTransformer2DModel"
 
@@ -216,8 +226,7 @@ def image_bytes(model_case: Case) -> int:
     return sizes[0]
 
 
-@each_case
-@pytest.mark.parametrize(("strategy", "options", "per_value"), HELD_PER_VALUE)
+@pytest.mark.parametrize(("model_case", "strategy", "options", "per_value"), EACH_HELD)
 def test_exactly_what_leaves_the_run_is_held(
     model_case: Case, strategy: str, options: dict[str, int], per_value: int
 ) -> None:
@@ -264,16 +273,19 @@ def test_the_capturing_call_leaves_no_more_than_what_is_held(model_case: Case) -
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("strategy", "name"),
     [
-        "DiTTransformer2DModel",
-        "PixArtTransformer2DModel",
-        "WanTransformer3DModel",
-        "LTXVideoTransformer3DModel",
-        "ZImageTransformer2DModel",
+        pytest.param(strategy, name, marks=marks_of(name, strategy == usual))
+        for name, usual in (
+            ("DiTTransformer2DModel", "deepcache"),
+            ("PixArtTransformer2DModel", "deepcache"),
+            ("WanTransformer3DModel", "teacache"),
+            ("LTXVideoTransformer3DModel", "deepcache"),
+            ("ZImageTransformer2DModel", "taylorcache"),
+        )
+        for strategy in ("deepcache", "teacache", "taylorcache")
     ],
 )
-@pytest.mark.parametrize("strategy", ["deepcache", "teacache", "taylorcache"])
 def test_a_run_of_blocks_with_one_output_takes_one_share_per_block(
     name: str, strategy: str
 ) -> None:
@@ -296,8 +308,17 @@ def test_bytes_per_block_are_those_of_a_helper_that_wraps_each_block(model_case:
 # --- branches, signatures, generations ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", ["deepcache", "teacache", "taylorcache"])
-@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "OfficialHunyuanVideo15"])
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [
+        pytest.param(name, strategy, marks=marks_of(name, strategy in usual))
+        for name, usual in (
+            ("FluxTransformer2DModel", ("deepcache",)),
+            ("OfficialHunyuanVideo15", ("teacache", "taylorcache")),
+        )
+        for strategy in ("deepcache", "teacache", "taylorcache")
+    ],
+)
 def test_two_branches_hold_twice(name: str, strategy: str) -> None:
     one, two, named = (cached_model(case(name), strategy) for _ in range(3))
     run(case(name), one)
@@ -361,11 +382,11 @@ def test_a_thousand_one_step_generations_do_not_grow(prompts: int, clears: bool)
 
 
 def test_many_signatures_are_bounded() -> None:
-    """Batch sizes 1 to 60: neither every state nor every graph is kept."""
+    """Batch sizes 1 to 45: neither every state nor every graph is kept."""
     model = ViewModel().eval()
     cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps={0})
     held, captures = [], []
-    for batch in range(1, 61):
+    for batch in range(1, 46):
         cached(**ViewModel.inputs(1.0, batch=batch))
         report = cached.cache_report()
         held.append(report.bytes_held / (batch * ViewModel.held_per_row))

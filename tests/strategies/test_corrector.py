@@ -385,7 +385,10 @@ def test_the_backend() -> None:
     assert len(inner.graphs) == 2
 
 
-@pytest.mark.parametrize("options", [OPTIONS, {"corrector": 0.5, "num_steps": LENGTH}])
+@pytest.mark.parametrize(
+    "options",
+    [OPTIONS, pytest.param({"corrector": 0.5, "num_steps": LENGTH}, marks=pytest.mark.exhaustive)],
+)
 def test_exported_programs(options: dict[str, Any]) -> None:
     model = make(ToyDiT)
     eager = toy(model, **options)

@@ -115,7 +115,15 @@ def test_behind_backend(rule: str) -> None:
     assert actions(cache) == actions(eager)
 
 
-@pytest.mark.parametrize("rule", ["both ends", "rate", "tolerance", "tolerance, timesteps known"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "both ends",
+        pytest.param("rate", marks=pytest.mark.exhaustive),
+        pytest.param("tolerance", marks=pytest.mark.exhaustive),
+        "tolerance, timesteps known",
+    ],
+)
 def test_exported(rule: str) -> None:
     """The rule is inside of the program, and its state goes in and out."""
     eager = cached_model(rule)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tests.zoo import CASES, Case, case, flat
+from tests.zoo.representatives import KINDS, every_case
 
-each_case = pytest.mark.parametrize("model_case", CASES, ids=lambda c: c.name)
 each_half = pytest.mark.parametrize(
     ("model_case", "dtype"),
     [pytest.param(c, d, id=f"{c.name}-{d}") for c in CASES for d in c.half],
@@ -67,7 +67,7 @@ def scaled(block: nn.Module, factor: float) -> Iterator[None]:
             parameter.copy_(state[name])
 
 
-@each_case
+@every_case
 def test_build_is_deterministic_and_leaves_the_rng_alone(model_case: Case) -> None:
     before = torch.get_rng_state()
     rebuilt = model_case.build()
@@ -77,7 +77,7 @@ def test_build_is_deterministic_and_leaves_the_rng_alone(model_case: Case) -> No
     assert all(torch.equal(value, other[key]) for key, value in rebuilt.state_dict().items())
 
 
-@each_case
+@every_case
 def test_forward_is_deterministic_and_of_order_one(model_case: Case) -> None:
     first, again = output(model_case), output(model_case)
     assert torch.equal(first, again)
@@ -85,7 +85,7 @@ def test_forward_is_deterministic_and_of_order_one(model_case: Case) -> None:
     assert 0.3 < first.std().item() < 3
 
 
-@each_case
+@every_case
 def test_timestep_argument_is_one_value_per_row(model_case: Case) -> None:
     timesteps = model_case.timesteps(8)
     assert len(set(timesteps)) == 8
@@ -93,13 +93,13 @@ def test_timestep_argument_is_one_value_per_row(model_case: Case) -> None:
     assert timestep.shape == (2,)
 
 
-@each_case
+@every_case
 def test_inputs_are_arguments_of_forward(model_case: Case) -> None:
     parameters = inspect.signature(model_of(model_case).forward).parameters
     assert set(model_case.inputs(model_case.timesteps(8)[0])) <= set(parameters)
 
 
-@each_case
+@every_case
 @pytest.mark.parametrize(
     "change", [{"step": 3}, {"prompt": 1}, {"prompt": 2}, {"seed": 1}], ids=str
 )
@@ -107,7 +107,7 @@ def test_output_depends_on(model_case: Case, change: dict[str, int]) -> None:
     assert relative_change(output(model_case), output(model_case, **change)) > CLEARLY
 
 
-@each_case
+@every_case
 def test_output_depends_on_every_trunk_block(model_case: Case) -> None:
     model, before = model_of(model_case), output(model_case)
     for name in model_case.block_lists:
@@ -120,7 +120,7 @@ def test_output_depends_on_every_trunk_block(model_case: Case) -> None:
     assert torch.equal(output(model_case), before)
 
 
-@each_case
+@every_case
 def test_trunk_blocks_run_in_order(model_case: Case) -> None:
     model = model_of(model_case)
     expected = [each for name in model_case.block_lists for each in model.get_submodule(name)]
@@ -134,14 +134,14 @@ def test_trunk_blocks_run_in_order(model_case: Case) -> None:
     assert ran == expected
 
 
-@each_case
+@every_case
 def test_other_resolution(model_case: Case) -> None:
     larger = output(model_case, size=1)
     assert larger.isfinite().all()
     assert larger.numel() > output(model_case, size=0).numel()
 
 
-@each_case
+@every_case
 @pytest.mark.parametrize("prompt", [0, 2])
 def test_batch_rows_are_the_single_rows(model_case: Case, prompt: int) -> None:
     single = output(model_case, prompt=prompt)
@@ -182,3 +182,7 @@ def test_official_form_returns_a_pair_or_a_dict() -> None:
     assert torch.equal(model(**(inputs | {"return_dict": True}))["x"], image)
     _, features = model(**(inputs | {"output_features": True}))
     assert [each.shape for each in features] == [(1, 32, 32)] * 2
+
+
+def test_the_representatives_are_models_of_the_zoo() -> None:
+    assert {c.name for c in CASES} >= KINDS.keys()

@@ -31,7 +31,7 @@ def serving_of(
 @pytest.mark.parametrize(
     "strategy",
     [
-        DeepCache(no_cache_steps={0, 2, 3}),
+        pytest.param(DeepCache(no_cache_steps={0, 2, 3}), marks=pytest.mark.exhaustive),
         TaylorCache(no_cache_steps={0, 2, 3}, corrector=0.5),
         TeaCache(rel_l1_thresh=1.0),
     ],
