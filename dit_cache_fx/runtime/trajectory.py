@@ -8,6 +8,7 @@ elements are looked at.
 
 from __future__ import annotations
 
+import functools
 import math
 from enum import Enum
 from typing import NamedTuple
@@ -56,6 +57,11 @@ class SampleProbe:
         probe.values = values
         return probe
 
+    @functools.cached_property
+    def square(self) -> float:
+        """The scalar product with itself. Waits for the device."""
+        return self.values.dot(self.values).item()
+
     @property
     def plain(self) -> bool:
         """Whether all elements are the same. Waits for the device."""
@@ -76,20 +82,17 @@ class SampleProbe:
 
     def similar(self, other: SampleProbe) -> bool:
         """Whether both point the same way, more than by chance. Waits for the device."""
-        dot, now, before = self._products(other)
         least = min(SIMILAR + 2 / math.sqrt(max(self.values.numel(), 1)), 0.98)
-        return dot >= least * math.sqrt(now * before)
+        return self._points_as(other, least)
 
     def grown_from(self, other: SampleProbe) -> bool:
         """Whether it is what another one may have become by a long step. Waits for the device."""
-        dot, now, before = self._products(other)
-        return dot >= ALIKE * math.sqrt(now * before) or now >= GROWN**2 * before
+        return self._points_as(other, ALIKE) or self.square >= GROWN**2 * other.square
 
-    def _products(self, other: SampleProbe) -> tuple[float, float, float]:
-        """The scalar product of both, and of each with itself."""
-        a, b = self.values, other.values
-        dot, now, before = torch.stack([a.dot(b), a.dot(a), b.dot(b)]).tolist()
-        return dot, now, before
+    def _points_as(self, other: SampleProbe, least: float) -> bool:
+        """Whether the cosine of the angle between both is no less than this."""
+        dot = self.values.dot(other.values).item()
+        return dot >= least * math.sqrt(self.square * other.square)
 
 
 class Judgement(NamedTuple):
@@ -103,7 +106,7 @@ class Trajectory(NamedTuple):
     """The calls of one branch so far: its newest timestep and sample, and how far both moved.
 
     `move`, `change`, `speed`: the largest move of the timestep, change of the sample and quotient
-    of both, from step to step.
+    of both, from step to step. `steady`: each sample was similar to the one before.
     """
 
     value: TimestepValue | None = None
@@ -112,6 +115,7 @@ class Trajectory(NamedTuple):
     move: float = 0.0
     change: float = 0.0
     speed: float = 0.0
+    steady: bool = True
 
     def after(
         self,
@@ -124,10 +128,11 @@ class Trajectory(NamedTuple):
         if self.value is None or explicit != self.explicit:
             return Trajectory(value, explicit, sample)
         move = self._move(value)
-        far, fast = self.change, self.speed
+        far, fast, steady = self.change, self.speed, self.steady
         if change is not None:
             far, fast = max(far, change), max(fast, change / move if move else 0.0)
-        return Trajectory(value, explicit, sample, max(self.move, move), far, fast)
+            steady = steady and self.similar(sample)
+        return Trajectory(value, explicit, sample, max(self.move, move), far, fast, steady)
 
     def judge(
         self,
@@ -175,11 +180,13 @@ class Trajectory(NamedTuple):
         if self.change == 0:  # nothing is known of the sampler
             unlikely = (move == 0 and change != 0) or self._rises_far(value)
             return unlikely and not self.similar(sample)
-        if change <= OTHER_CHANGE * self.change or change <= OTHER_SPEED * self.speed * move:
-            return False
         assert sample is not None
         assert self.sample is not None
-        return not sample.grown_from(self.sample)
+        if change <= self.change:
+            return False
+        far = max(OTHER_CHANGE * self.change, OTHER_SPEED * self.speed * move)
+        unlike = self.steady and not self.similar(sample)
+        return not (change <= far and not unlike) and not sample.grown_from(self.sample)
 
     def _rises_far(self, value: TimestepValue) -> bool:
         """Whether the first move is upwards by more than half of what timesteps span.
