@@ -55,8 +55,11 @@ def _sinkable(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _is_result(node: fx.Node) -> bool:
-    """Whether it is taken from what a block returns: it stays where the block is."""
-    return node.target is operator.getitem and is_block(_container(node))
+    """Whether it is taken from what a block or a run returns: it stays where that is."""
+    if node.target is not operator.getitem:
+        return False
+    container = _container(node)
+    return is_block(container) or is_cached_run(container)
 
 
 def _container(node: fx.Node) -> fx.Node:

@@ -224,7 +224,7 @@ def _joins(session: Session, last: Branch, position: StepPosition, call: CallEvi
     if judgement.verdict is not Verdict.CONTINUES:
         return False
     known = judgement.change is not None and last.trajectory.change > 0
-    if known or generation.position.direction or session.of_one_request:
+    if known or generation.position.direction or session.of_one_request or call.context[:-1]:
         return True
     return call.conditioning.shares(last.conditioning) or last.trajectory.similar(call.sample)
 
