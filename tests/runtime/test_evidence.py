@@ -273,6 +273,22 @@ def test_a_run_broken_off_then_one_that_starts_lower(broken_off: int, named: boo
     assert done == ["0c", "1r", "2c", "3r"]
 
 
+def test_a_sample_unlike_the_one_before_is_of_elsewhere() -> None:
+    """The late steps of a shifted schedule are long: there any two samples are near enough."""
+    cached = cache(computed={0, 4})
+    for step in (0, 0.6, 1.6, 3.3):
+        call(cached, sample(0, step, 10), time(step, 10))
+    assert call(cached, sample(5, 6.2, 10), time(6.2, 10)) == "0c"
+    assert call(cached, sample(5, 8, 10), time(8, 10)) == "1r"
+
+
+def test_a_long_step_goes_on() -> None:
+    cached = cache(computed={0})
+    for step in (0, 0.6, 1.6, 3.3):
+        call(cached, sample(0, step, 10), time(step, 10))
+    assert call(cached, sample(0, 6.2, 10), time(6.2, 10)) == "4r"
+
+
 def test_a_timestep_that_jumps_computes() -> None:
     """Where the samples say nothing: each is far from the one before."""
     cached = cache()
