@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from enum import Enum
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
@@ -27,13 +27,13 @@ OTHER_SPEED = 3.0
 OTHER_CHANGE = 2.0
 #: where nothing is known of a sampler, samples are of one trajectory where this similar (cosine)
 SIMILAR = 0.5
-#: one that moved out of proportion is all the same where this similar ...
+#: one that moved out of proportion is in doubt where this similar ...
 ALIKE = 0.8
 #: ... or where it has grown this many times: no fresh sample is larger than an old one
 GROWN = 2.0
 
 
-class Verdict(Enum):
+class Verdict(IntEnum):
     """Whether a call goes on from the one before: yes, perhaps, no."""
 
     CONTINUES = 0
@@ -151,11 +151,10 @@ class Trajectory(NamedTuple):
             return Judgement(Verdict.OTHER)
         move, doubtful = self._move(value), jump is not Jump.NONE
         change = self._distance(sample, wait or doubtful or move == 0 or self._rises_far(value))
-        if change is not None and self._elsewhere(value, change, sample):
-            return Judgement(Verdict.OTHER, change)
-        if doubtful and not self.similar(sample):
-            return Judgement(Verdict.OTHER if jump is Jump.FAR else Verdict.DOUBTFUL, change)
-        return Judgement(Verdict.CONTINUES, change)
+        verdicts = [self._jumped(jump, sample)]
+        if change is not None:
+            verdicts.append(self._moved(value, change, sample))
+        return Judgement(max(verdicts), change)
 
     def stands_at(self, value: TimestepValue) -> bool:
         """Whether the newest timestep is this one."""
@@ -174,19 +173,25 @@ class Trajectory(NamedTuple):
             return None
         return sample.distance(self.sample)
 
-    def _elsewhere(self, value: TimestepValue, change: float, sample: SampleProbe | None) -> bool:
-        """Whether the sample has moved out of proportion. NaN has."""
+    def _moved(self, value: TimestepValue, change: float, sample: SampleProbe | None) -> Verdict:
+        """What the change of the sample says. NaN is out of proportion."""
         move = self._move(value)
         if self.change == 0:  # nothing is known of the sampler
             unlikely = (move == 0 and change != 0) or self._rises_far(value)
-            return unlikely and not self.similar(sample)
+            return Verdict.OTHER if unlikely and not self.similar(sample) else Verdict.CONTINUES
+        far = max(OTHER_CHANGE * self.change, OTHER_SPEED * self.speed * move)
+        unlike = self.steady and not change <= self.change and not self.similar(sample)
+        if change <= far and not unlike:
+            return Verdict.CONTINUES
         assert sample is not None
         assert self.sample is not None
-        if change <= self.change:
-            return False
-        far = max(OTHER_CHANGE * self.change, OTHER_SPEED * self.speed * move)
-        unlike = self.steady and not self.similar(sample)
-        return not (change <= far and not unlike) and not sample.grown_from(self.sample)
+        return Verdict.DOUBTFUL if sample.grown_from(self.sample) else Verdict.OTHER
+
+    def _jumped(self, jump: Jump, sample: SampleProbe | None) -> Verdict:
+        """What the timestep says; a similar sample makes up for one grade of it."""
+        if jump is Jump.NONE:
+            return Verdict.CONTINUES
+        return Verdict(jump - self.similar(sample))
 
     def _rises_far(self, value: TimestepValue) -> bool:
         """Whether the first move is upwards by more than half of what timesteps span.

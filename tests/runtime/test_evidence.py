@@ -289,6 +289,26 @@ def test_a_long_step_goes_on() -> None:
     assert call(cached, sample(0, 6.2, 10), time(6.2, 10)) == "4r"
 
 
+def test_another_sample_of_the_same_picture_computes() -> None:
+    """Variations of one picture at a low noise level are alike, but too far apart for a step."""
+    cached = cache()
+
+    def edited(seed: int, step: int) -> Tensor:
+        return (1 - step / 20) * noise(seed) + step / 20 * noise(1000)
+
+    for step in (14, 15, 16):
+        call(cached, edited(0, step), time(step, 20))
+    assert call(cached, edited(5, 17), time(17, 20)) == "3c"
+    assert call(cached, edited(5, 18), time(18, 20)) == "4r"
+
+
+def test_a_timestep_that_jumps_far_computes_where_the_sample_is_alike() -> None:
+    cached = cache()
+    for step in range(3):
+        call(cached, sample(0, step, 50), time(step, 50))
+    assert call(cached, sample(0, 20, 50), time(20, 50)) == "3c"
+
+
 def test_a_timestep_that_jumps_computes() -> None:
     """Where the samples say nothing: each is far from the one before."""
     cached = cache()
