@@ -31,7 +31,7 @@ from dit_cache_fx.capture.refusals import (
     refuse_written_memory,
     require_timestep,
 )
-from dit_cache_fx.capture.settings import Watch, refuse_made_values
+from dit_cache_fx.capture.settings import Watch, put_back, refuse_made_values
 from dit_cache_fx.capture.side_effects import (
     Arguments,
     left_behind,
@@ -63,6 +63,7 @@ def capture(subject: Subject, call: FlatCall, timestep_argument: str | None) -> 
         lists = subject.lists()
         kept = kept_modules(subject.model, lists)
         recording, unread = _recorded(subject, call, tensors, lists, kept)
+        put_back(recording.settings, recording.before)
         with unnoticed(subject.model), without_dispatch_modes():
             with together(subject.strategy.ranks):
                 captured = _traced(
@@ -97,9 +98,9 @@ def _traced(
     mark_signal(program, subject.strategy, recording)
     trunk = {str(node.target) for node in program.block_calls()}
     blocks = {m: name for m, name in members.items() if f"model.{name}" in trunk}
-    # what forward sets on a module, the graph depends on: then nothing of the model is looked
-    # up live without a check
-    whole = set() if recording.settings else set(kept)
+    # what forward sets on a module, the graph depends on, also where it was there already: then
+    # nothing of the model is looked up live without a check
+    whole = set() if recording.settings or subject.turns.needed else set(kept)
     captured = Captured(program, program.gm, guards, recording, blocks, whole, set(), subject.turns)
     captured.not_held = not_held(program, recording)
     captured.opened, captured.ranks = sharded_owners(program), subject.strategy.ranks
@@ -143,14 +144,18 @@ def _recorded(
     theirs = {m for module in kept for m in module.modules()}
     watch = Watch(kept, World(model, theirs) if subject.check else None)
     arguments = Arguments(unflatten_call(call.skeleton, list(tensors)))
-    recording = record(
-        lambda: subject.answer(call, arguments.given),
-        kept,
-        set(members),
-        {m for m, name in members.items() if subject.always_runs(name)},
-        {m: parts_of(m, kept[m]) for m in subject.opened(lists)},
-        watch,
-    )
+    try:
+        recording = record(
+            lambda: subject.answer(call, arguments.given),
+            kept,
+            set(members),
+            {m for m, name in members.items() if subject.always_runs(name)},
+            {m: parts_of(m, kept[m]) for m in subject.opened(lists)},
+            watch,
+        )
+    except BaseException:
+        put_back(watch.settings.values(), before)
+        raise
     numbers = {c.name for c in recording.calls if any(v is not None for v in constants(c.skeleton))}
     open_layers = [m for m, name in kept.items() if name in numbers and m not in members]
     if open_layers:
