@@ -153,8 +153,8 @@ def _recorded(
             {m: parts_of(m, kept[m]) for m in subject.opened(lists)},
             watch,
         )
-    except BaseException:
-        put_back(watch.settings.values(), before)
+    except BaseException:  # what forward has set up to here it would not take back
+        restore(model.named_modules(), before)
         raise
     numbers = {c.name for c in recording.calls if any(v is not None for v in constants(c.skeleton))}
     open_layers = [m for m, name in kept.items() if name in numbers and m not in members]
