@@ -193,4 +193,12 @@ MUTANTS = (
         "blocks that read a variable of the model's module run with that of the last call",
         ("tests/capture/test_surroundings.py::test_blocks_that_read_a_variable_are_refused",),
     ),
+    Mutant(
+        "settings-stay",
+        "capture/eager.py",
+        "put_back(recording.settings, recording.before)",
+        "pass",
+        "a strength that a call leaves is not set for the calls behind it",
+        ("tests/capture/test_kept_settings.py::test_each_call_has_its_own_value",),
+    ),
 )
