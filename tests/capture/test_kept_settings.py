@@ -80,6 +80,7 @@ def test_each_call_has_its_own_value(kind: Callable[..., Any], compiled: bool) -
     for number, (strength, batch) in enumerate(CALLS):
         inputs = given(strength, batch, prompt=number)
         assert torch.equal(cached(**inputs), alone(**inputs)), number
+        assert [block.scale for block in model.blocks] == 3 * [1.0]  # as a run of a graph leaves it
     assert len(cached.cache_report().captures) == 4
 
 

@@ -201,4 +201,12 @@ MUTANTS = (
         "a strength that a call leaves is not set for the calls behind it",
         ("tests/capture/test_kept_settings.py::test_each_call_has_its_own_value",),
     ),
+    Mutant(
+        "unchanged-settings-not-checked",
+        "capture/eager.py",
+        "whole = set() if recording.settings or subject.turns.needed else",
+        "whole = set() if recording.settings else",
+        "a strength that an uncached call leaves is in force for cached ones",
+        ("tests/capture/test_kept_settings.py::test_after_a_call_that_the_model_itself_answers",),
+    ),
 )
