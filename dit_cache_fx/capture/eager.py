@@ -32,7 +32,7 @@ from dit_cache_fx.capture.refusals import (
     refuse_written_memory,
     require_timestep,
 )
-from dit_cache_fx.capture.settings import Watch, refuse_made_values
+from dit_cache_fx.capture.settings import Watch, put_back, refuse_made_values
 from dit_cache_fx.capture.side_effects import (
     Arguments,
     left_behind,
@@ -64,6 +64,7 @@ def capture(subject: Subject, call: FlatCall, timestep_argument: str | None) -> 
         lists = subject.lists()
         leaves = leaf_modules(subject.model, lists)
         recording, unread = _recorded(subject, call, tensors, lists, leaves)
+        put_back(recording.settings, recording.before)
         with unnoticed(subject.model), without_dispatch_modes():
             with together(subject.strategy.ranks):
                 captured = _traced(
@@ -98,9 +99,9 @@ def _traced(
     mark_signal(program, subject.strategy, recording)
     trunk = {str(node.target) for node in program.block_calls()}
     blocks = {m: name for m, name in members.items() if f"model.{name}" in trunk}
-    # The graph depends on attributes that forward sets on a module: then no module is looked up
-    # live without a check.
-    whole = set() if recording.settings else set(leaves)
+    # The graph depends on attributes that forward sets on a module, even if they have the value
+    # already: then no module is looked up live without a check.
+    whole = set() if recording.settings or subject.turns.needed else set(leaves)
     captured = Captured(program, program.gm, guards, recording, blocks, whole, set(), subject.turns)
     captured.not_recorded = not_recorded(program, recording)
     captured.opened, captured.ranks = sharded_owners(program), subject.strategy.ranks
@@ -144,14 +145,18 @@ def _recorded(
     theirs = {m for module in leaves for m in module.modules()}
     watch = Watch(leaves, World(model, theirs) if subject.check else None)
     arguments = Arguments(unflatten_call(call.skeleton, list(tensors)))
-    recording = record(
-        lambda: subject.answer(call, arguments.given),
-        leaves,
-        set(members),
-        {m for m, name in members.items() if subject.always_runs(name)},
-        {m: parts_of(m, leaves[m]) for m in subject.opened(lists)},
-        watch,
-    )
+    try:
+        recording = record(
+            lambda: subject.answer(call, arguments.given),
+            leaves,
+            set(members),
+            {m for m, name in members.items() if subject.always_runs(name)},
+            {m: parts_of(m, leaves[m]) for m in subject.opened(lists)},
+            watch,
+        )
+    except BaseException:  # forward takes back nothing of what it has set so far
+        restore(model.named_modules(), before)
+        raise
     numbers = {c.name for c in recording.calls if any(v is not None for v in constants(c.skeleton))}
     open_layers = [m for m, name in leaves.items() if name in numbers and m not in members]
     if open_layers:

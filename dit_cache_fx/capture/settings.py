@@ -7,7 +7,7 @@ set it in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from dit_cache_fx.capture.attributes import (
+    MISSING,
     Attributes,
     Change,
     attributes,
@@ -98,6 +99,15 @@ def refuse_made_values(settings: Sequence[Setting], before: Attributes) -> None:
                 f"{setting} (to a value of type {type(value).__name__}): a graph cannot do the "
                 f"same. {_INSTEAD}"
             )
+
+
+def put_back(settings: Iterable[Setting], before: Attributes) -> None:
+    """Give the attributes what they had `before`: a run of a graph leaves nothing there either."""
+    for setting in settings:
+        holder, key = setting.change.owner.holder, setting.change.key
+        owner = before.get(id(holder))
+        if owner is not None:
+            put(holder, key, owner.values.get(key, MISSING))
 
 
 def refuse_other_values(settings: Sequence[Setting], name: str) -> None:

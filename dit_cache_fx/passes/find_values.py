@@ -14,6 +14,7 @@ from dit_cache_fx.ir.program import (
     ancestors,
     block_call_of,
     block_values,
+    descendants,
 )
 from dit_cache_fx.ir.streams import padded_run_input, run_input_of, sample_like_output
 from dit_cache_fx.strategies import Strategy
@@ -73,7 +74,7 @@ class _Cut:
         cached = {b for region in program.regions for b in region.blocks}
         calls = [c for c in program.block_calls() if block_of(c) in cached]
         self.values = {v for call in calls for v in block_values(call)}
-        self.always = _always(program, cached)
+        self.always = [*_always(program, cached), *_handed_over(program)]
 
     def find(self) -> dict[fx.Node, fx.Node | None]:
         """Return each cached value with its run input.
@@ -120,6 +121,16 @@ def _always(program: Program, cached: set[BlockId]) -> list[fx.Node]:
     if program.signal is not None:
         roots.append(program.signal)
     return roots
+
+
+def _handed_over(program: Program) -> list[fx.Node]:
+    """What the runs read that is made outside of them: of a U-shape, by a block of another run."""
+    read: list[fx.Node] = []
+    for region in program.regions[1:]:
+        calls = [c for c in program.block_calls() if block_of(c) in region.blocks]
+        members = descendants(calls) & ancestors(calls) | set(calls)
+        read += [n for m in members for n in m.all_input_nodes if n not in members]
+    return read
 
 
 def _is_slice(node: fx.Node) -> bool:

@@ -55,8 +55,11 @@ def _sinkable(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _is_result(node: fx.Node) -> bool:
-    """Return whether the node takes a part of a block's result: it stays with the block."""
-    return node.target is operator.getitem and is_block(_container(node))
+    """Return whether the node takes a part of a block's or a run's result: it stays with that."""
+    if node.target is not operator.getitem:
+        return False
+    container = _container(node)
+    return is_block(container) or is_cached_run(container)
 
 
 def _container(node: fx.Node) -> fx.Node:

@@ -208,7 +208,9 @@ class Graphs:
         strategy = spread_over(strategy, found(model, call.tensors))
         before = fingerprint(model)
         captured = capture(replace(self.subject, strategy=strategy), call, self.timestep_argument)
-        self.subject.turns.needed |= bool(captured.recording.settings)
+        if captured.recording.settings and not self.subject.turns.needed:
+            self.subject.turns.needed = True
+            self.clear()  # graphs of before do not look at what forward sets
         self._tell_unread(captured.unread)
         after = fingerprint(model)
         program = captured.program

@@ -193,4 +193,20 @@ MUTANTS = (
         "blocks that read a variable of the model's module run with that of the last call",
         ("tests/capture/test_surroundings.py::test_blocks_that_read_a_variable_are_refused",),
     ),
+    Mutant(
+        "settings-stay",
+        "capture/eager.py",
+        "put_back(recording.settings, recording.before)",
+        "pass",
+        "a strength that a call leaves is not set for the calls behind it",
+        ("tests/capture/test_kept_settings.py::test_each_call_has_its_own_value",),
+    ),
+    Mutant(
+        "unchanged-settings-not-checked",
+        "capture/eager.py",
+        "whole = set() if recording.settings or subject.turns.needed else",
+        "whole = set() if recording.settings else",
+        "a strength that an uncached call leaves is in force for cached ones",
+        ("tests/capture/test_kept_settings.py::test_after_a_call_that_the_model_itself_answers",),
+    ),
 )

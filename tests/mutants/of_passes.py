@@ -148,4 +148,12 @@ MUTANTS = (
             "test_a_residual_of_joined_rows_has_the_stream_in_its_own_rows",
         ),
     ),
+    Mutant(
+        "not-held-for-another-run",
+        "passes/find_values.py",
+        "[*_always(program, cached), *_handed_over(program)]",
+        "_always(program, cached)",
+        "a block that another run reads of runs twice, and on reused steps too",
+        ("tests/passes/test_handed_over.py::test_each_block_runs_on_computed_steps_alone",),
+    ),
 )

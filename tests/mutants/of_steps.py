@@ -136,12 +136,39 @@ MUTANTS = (
     Mutant(
         "samples-not-compared",
         "runtime/tracking/trajectory.py",
-        "if change is not None and self._elsewhere(value, move, change, sample):",
-        "if False:",
+        "        if change is not None:\n            verdicts",
+        "        if False:\n            verdicts",
         "two requests with one prompt are answered from each other",
         (
             "tests/runtime/test_evidence.py::"
             "test_requests_with_one_prompt_in_turn_are_told_apart_by_their_samples",
+        ),
+    ),
+    Mutant(
+        "unlike-samples-not-noticed",
+        "runtime/tracking/trajectory.py",
+        "if change <= far and not unlike:",
+        "if change <= far:",
+        "a request is answered from another one whose last steps were long",
+        ("tests/runtime/test_evidence.py::test_a_sample_unlike_the_one_before_is_of_elsewhere",),
+    ),
+    Mutant(
+        "alike-samples-continue",
+        "runtime/tracking/trajectory.py",
+        "return Verdict.DOUBTFUL if sample.grown_from",
+        "return Verdict.CONTINUES if sample.grown_from",
+        "a variation of a picture is answered from another one",
+        ("tests/runtime/test_evidence.py::test_another_sample_of_the_same_picture_computes",),
+    ),
+    Mutant(
+        "late-branch-is-of-the-newest-generation",
+        "runtime/tracking/placement.py",
+        "own = [b for b in session.branches if b.context[:-1] == call.context[:-1]]",
+        "own = session.branches",
+        "guidance that starts late counts the steps of another request",
+        (
+            "tests/runtime/test_late_branches.py::"
+            "test_guidance_behind_the_first_step_of_requests_told_by_contexts",
         ),
     ),
     Mutant(

@@ -291,6 +291,42 @@ def test_a_run_broken_off_then_one_that_starts_lower(broken_off: int, named: boo
     assert done == ["0c", "1r", "2c", "3r"]
 
 
+def test_a_sample_unlike_the_one_before_is_of_elsewhere() -> None:
+    """The late steps of a shifted schedule are long: there any two samples are near enough."""
+    cached = cache(computed={0, 4})
+    for step in (0, 0.6, 1.6, 3.3):
+        call(cached, sample(0, step, 10), time(step, 10))
+    assert call(cached, sample(5, 6.2, 10), time(6.2, 10)) == "0c"
+    assert call(cached, sample(5, 8, 10), time(8, 10)) == "1r"
+
+
+def test_a_long_step_goes_on() -> None:
+    cached = cache(computed={0})
+    for step in (0, 0.6, 1.6, 3.3):
+        call(cached, sample(0, step, 10), time(step, 10))
+    assert call(cached, sample(0, 6.2, 10), time(6.2, 10)) == "4r"
+
+
+def test_another_sample_of_the_same_picture_computes() -> None:
+    """Variations of one picture at a low noise level are alike, but too far apart for a step."""
+    cached = cache()
+
+    def edited(seed: int, step: int) -> Tensor:
+        return (1 - step / 20) * noise(seed) + step / 20 * noise(1000)
+
+    for step in (14, 15, 16):
+        call(cached, edited(0, step), time(step, 20))
+    assert call(cached, edited(5, 17), time(17, 20)) == "3c"
+    assert call(cached, edited(5, 18), time(18, 20)) == "4r"
+
+
+def test_a_timestep_that_jumps_far_computes_where_the_sample_is_alike() -> None:
+    cached = cache()
+    for step in range(3):
+        call(cached, sample(0, step, 50), time(step, 50))
+    assert call(cached, sample(0, 20, 50), time(20, 50)) == "3c"
+
+
 def test_a_timestep_that_jumps_computes() -> None:
     """Where the samples say nothing: each is far from the one before."""
     cached = cache()

@@ -175,12 +175,13 @@ def _new_branch(
     call.conditioning.remember()
     trajectory = Trajectory(call.value, call.explicit, call.sample)
     branch = Branch(key=call.key, context=call.context, serial=call.serial)
-    newest = session.newest
-    if newest is not None and newest is not left:
-        position = newest.reached(call.value, call.explicit, branch.identity)
-        if position is not None and _joins(session, newest, position, call):
-            course = _course(call, newest, position, count)
-            return Placement(call, branch, newest, position, trajectory, course, new=True)
+    last = _last_of_caller(session, call)
+    if last is not None and last.generation is not left:
+        under_way = last.generation
+        position = under_way.reached(call.value, call.explicit, branch.identity)
+        if position is not None and _joins(session, last, position, call):
+            course = _course(call, under_way, position, count)
+            return Placement(call, branch, under_way, position, trajectory, course, new=True)
     position = StepPosition(call.value, explicit=call.explicit)
     session.end(count)  # learn its steps before the next one is planned
     generation = Generation.begun(position, count, session.timesteps)
@@ -201,20 +202,21 @@ def _course(
     return count.on_way(generation.course, generation.values, position.index, as_number(call.value))
 
 
-def _joins(
-    session: Session, generation: Generation, position: StepPosition, call: CallEvidence
-) -> bool:
-    """Return whether an unknown branch belongs to a generation under way.
+def _last_of_caller(session: Session, call: CallEvidence) -> Branch | None:
+    """Return the branch called last within the same outer contexts, which tell requests apart."""
+    own = [b for b in session.branches if b.context[:-1] == call.context[:-1]]
+    return max(own, key=lambda b: b.called, default=None)
+
+
+def _joins(session: Session, last: Branch, position: StepPosition, call: CallEvidence) -> bool:
+    """Return whether an unknown branch belongs to the generation of the branch called `last`.
 
     At the same timestep it is another branch of the step. At one that moves on it belongs if its
-    sample continues those of the generation, or it shares conditioning with them.
+    sample continues those of the generation, or it shares conditioning with them. In a session of
+    one request it belongs unless its sample comes from elsewhere.
     """
-    last = max(
-        (b for b in session.branches if b.generation is generation),
-        key=lambda b: b.called,
-        default=None,
-    )
-    if generation.over(position) or last is None or last.context[:-1] != call.context[:-1]:
+    generation = last.generation
+    if generation.over(position):
         return False
     if position is generation.position or call.explicit:
         return True
@@ -223,7 +225,7 @@ def _joins(
     if judgement.verdict is not Verdict.CONTINUES:
         return False
     known = judgement.change is not None and last.trajectory.change > 0
-    if known or generation.position.direction:
+    if known or generation.position.direction or session.of_one_request or call.context[:-1]:
         return True
     return call.conditioning.shares(last.conditioning) or last.trajectory.similar(call.sample)
 

@@ -45,6 +45,8 @@ class Session:
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
         self._closed = False
+        #: whether a user has made it, for one request; else it is of all calls of a thread
+        self.of_one_request = True
         #: one call at a time
         self.lock = threading.RLock()
         #: the step index that the user has set, in place of the timestep

@@ -41,6 +41,7 @@ class Tracker:
         own: Session | None = getattr(self._own, "session", None)
         if own is None:
             own = self._own.session = self.new_session()
+            own.of_one_request = False
         return own
 
     @property

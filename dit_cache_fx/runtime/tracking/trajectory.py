@@ -7,8 +7,9 @@ one picture, an aborted run) is much farther away. The comparison uses a few hun
 
 from __future__ import annotations
 
+import functools
 import math
-from enum import Enum
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
@@ -31,13 +32,13 @@ OTHER_SPEED = 3.0
 OTHER_CHANGE = 2.0
 #: for an unknown sampler, samples are of one trajectory from this similarity (cosine) on
 SIMILAR = 0.5
-#: one that moved out of proportion still belongs if it is this similar ...
+#: one that moved out of proportion is in doubt if it is this similar ...
 ALIKE = 0.8
 #: ... or has grown this many times: no fresh sample is larger than an old one
 GROWN = 2.0
 
 
-class Verdict(Enum):
+class Verdict(IntEnum):
     """Whether a call continues the one before: yes, perhaps, no."""
 
     CONTINUES = 0
@@ -63,6 +64,11 @@ class SampleProbe:
         probe.values = values
         return probe
 
+    @functools.cached_property
+    def square(self) -> float:
+        """The scalar product with itself; reading it waits for the device."""
+        return self.values.dot(self.values).item()
+
     @property
     def plain(self) -> bool:
         """Return whether all elements are the same. Waits for the device."""
@@ -83,20 +89,17 @@ class SampleProbe:
 
     def similar(self, other: SampleProbe) -> bool:
         """Return whether both point the same way, more than by chance. Waits for the device."""
-        dot, now, before = self._products(other)
         least = min(SIMILAR + 2 / math.sqrt(max(self.values.numel(), 1)), 0.98)
-        return dot >= least * math.sqrt(now * before)
+        return self._points_as(other, least)
 
     def grown_from(self, other: SampleProbe) -> bool:
         """Return whether a long step may have turned the other sample into this one. Waits."""
-        dot, now, before = self._products(other)
-        return dot >= ALIKE * math.sqrt(now * before) or now >= GROWN**2 * before
+        return self._points_as(other, ALIKE) or self.square >= GROWN**2 * other.square
 
-    def _products(self, other: SampleProbe) -> tuple[float, float, float]:
-        """Return the scalar product of both, and of each with itself."""
-        a, b = self.values, other.values
-        dot, now, before = torch.stack([a.dot(b), a.dot(a), b.dot(b)]).tolist()
-        return dot, now, before
+    def _points_as(self, other: SampleProbe, least: float) -> bool:
+        """Return whether the cosine of the angle between both is at least this."""
+        dot = self.values.dot(other.values).item()
+        return dot >= least * math.sqrt(self.square * other.square)
 
 
 class Judgement(NamedTuple):
@@ -110,7 +113,7 @@ class Trajectory(NamedTuple):
     """The calls of one branch so far: its newest timestep and sample, and their largest moves.
 
     `move`, `change`, `speed`: the largest move of the timestep, change of the sample and quotient
-    of both, from step to step.
+    of both, from step to step. `steady`: each sample was similar to the one before.
     """
 
     value: TimestepValue | None = None
@@ -119,6 +122,7 @@ class Trajectory(NamedTuple):
     move: float = 0.0
     change: float = 0.0
     speed: float = 0.0
+    steady: bool = True
 
     def after(
         self,
@@ -131,10 +135,11 @@ class Trajectory(NamedTuple):
         if self.value is None or explicit != self.explicit:
             return Trajectory(value, explicit, sample)
         move = distance(self.value, value)
-        far, fast = self.change, self.speed
+        far, fast, steady = self.change, self.speed, self.steady
         if change is not None:
             far, fast = max(far, change), max(fast, change / move if move else 0.0)
-        return Trajectory(value, explicit, sample, max(self.move, move), far, fast)
+            steady = steady and self.similar(sample)
+        return Trajectory(value, explicit, sample, max(self.move, move), far, fast, steady)
 
     def judge(
         self,
@@ -153,11 +158,10 @@ class Trajectory(NamedTuple):
             return Judgement(Verdict.OTHER)
         move, doubtful = distance(self.value, value), jump is not Jump.NONE
         change = self._distance(sample, wait or doubtful or move == 0 or self._rises_far(value))
-        if change is not None and self._elsewhere(value, move, change, sample):
-            return Judgement(Verdict.OTHER, change)
-        if doubtful and not self.similar(sample):
-            return Judgement(Verdict.OTHER if jump is Jump.FAR else Verdict.DOUBTFUL, change)
-        return Judgement(Verdict.CONTINUES, change)
+        verdicts = [self._jumped(jump, sample)]
+        if change is not None:
+            verdicts.append(self._moved(value, move, change, sample))
+        return Judgement(max(verdicts), change)
 
     def stands_at(self, value: TimestepValue) -> bool:
         """Return whether the newest timestep is this one."""
@@ -176,18 +180,26 @@ class Trajectory(NamedTuple):
             return None
         return sample.distance(self.sample)
 
-    def _elsewhere(
+    def _moved(
         self, value: TimestepValue, move: float, change: float, sample: SampleProbe | None
-    ) -> bool:
-        """Return whether the sample has moved out of proportion. NaN has."""
+    ) -> Verdict:
+        """Judge by the change of the sample. NaN is out of proportion."""
         if self.change == 0:  # the sampler is unknown
             unlikely = (move == 0 and change != 0) or self._rises_far(value)
-            return unlikely and not self.similar(sample)
-        if change <= OTHER_CHANGE * self.change or change <= OTHER_SPEED * self.speed * move:
-            return False
+            return Verdict.OTHER if unlikely and not self.similar(sample) else Verdict.CONTINUES
+        far = max(OTHER_CHANGE * self.change, OTHER_SPEED * self.speed * move)
+        unlike = self.steady and not change <= self.change and not self.similar(sample)
+        if change <= far and not unlike:
+            return Verdict.CONTINUES
         assert sample is not None
         assert self.sample is not None
-        return not sample.grown_from(self.sample)
+        return Verdict.DOUBTFUL if sample.grown_from(self.sample) else Verdict.OTHER
+
+    def _jumped(self, jump: Jump, sample: SampleProbe | None) -> Verdict:
+        """Judge by the move of the timestep; a similar sample makes up for one grade of it."""
+        if jump is Jump.NONE:
+            return Verdict.CONTINUES
+        return Verdict(jump - self.similar(sample))
 
     def _rises_far(self, value: TimestepValue) -> bool:
         """Return whether the first move is upwards by more than half of the range of timesteps.
