@@ -61,7 +61,7 @@ class RowGraphs:
         """The graph for several, and where the rows are in it."""
 
         def make() -> tuple[Lowered, Layout | None]:
-            many = self._lower(inputs, Alone(count, one.variants.held))
+            many = self._lower(inputs, Alone(count, one.program.values()))
             return many, Layout.of(one, many, count)
 
         return self._found(key, make)

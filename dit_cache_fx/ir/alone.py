@@ -14,27 +14,26 @@ from dit_cache_fx.values.tensor_spec import TensorSpec
 
 @dataclass(frozen=True)
 class Alone:
-    """What the program of one row alone holds, beside one of `count` rows.
+    """What leaves the runs of a program for one row alone, beside one for `count` rows.
 
     Each row has a clock of its own, so the clock's tensors have a first dimension of rows, and the
     strategy's functions are mapped over the rows.
+
+    `values`: by run and place. Names do not tell them: a model that goes through the rows in a loop
+    has another number of nodes for each number of rows.
     """
 
     count: int
-    held: Mapping[str, TensorSpec]
+    values: Mapping[tuple[int, int], TensorSpec]
 
-    def spec(self, name: str) -> TensorSpec:
-        """What a row alone holds under this name."""
-        if name not in self.held:
+    def spec(self, run: int, index: int, name: str) -> TensorSpec:
+        """The value of one row alone that `name` is of all rows."""
+        if (run, index) not in self.values:
             raise CaptureError(
                 f"several sessions in one call hold {name}, and one session alone does not: they "
                 "cannot be answered together. Call each session by itself"
             )
-        return self.held[name]
-
-    def place(self, name: str, many: TensorSpec) -> RowPlace:
-        """Where the rows are in what is held under this name."""
-        return place_of(name, self.spec(name), many, self.count)
+        return self.values[run, index]
 
     def clock(self, spec: TensorSpec, device: torch.device) -> TensorSpec:
         """A tensor of the clock, for each row."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch import fx
 
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.alone import place_of
@@ -43,33 +44,35 @@ class Layout:
 
     `alone`: what one row by itself holds. `signal`: in what a rule looks at; `carried`: in what
     the rule's graph has computed for the others. None: nothing there depends on rows. There is no
-    `carried` where it cannot be told (rows and tokens in one dimension).
+    `carried` where it cannot be told (rows and tokens in one dimension). `alone` and `held` are in
+    the same order; their names may differ.
     """
 
     count: int
     outputs: int
     alone: Mapping[str, TensorSpec]
     held: Mapping[str, RowPlace]
-    carried: Mapping[str, RowPlace | None] | None
+    carried: Sequence[RowPlace | None] | None
     signal: RowPlace | None
 
     @staticmethod
     def of(one: Lowered, many: Lowered, count: int) -> Layout:
         """Raises `CaptureError` where there is no telling the rows."""
         alone, held = one.variants.held, many.variants.held
-        if one.program.output != many.program.output or alone.keys() != held.keys():
+        if one.program.output != many.program.output or len(alone) != len(held):
             raise CaptureError(
                 f"the model does something else with {count} rows than with one: sessions cannot "
                 "be answered together. Call each session by itself"
             )
-        signal = many.program.signal
+        pairs = zip(held.items(), alone.values(), strict=True)
+        signal, signals = one.program.signal, many.program.signal
         return Layout(
             count,
             many.variants.outputs,
             alone,
-            {name: place_of(name, alone[name], spec, count) for name, spec in held.items()},
+            {name: place_of(name, own, spec, count) for (name, spec), own in pairs},
             _carried(one, many, count),
-            None if signal is None else _place(signal.name, one, many, count),
+            None if signal is None or signals is None else _place(signal, signals, count),
         )
 
     def rows(self, results: Results) -> list[list[torch.Tensor]]:
@@ -78,42 +81,45 @@ class Layout:
         split = [p.split(t) for p, t in zip(places, results, strict=False)]
         return [[rows[i] for rows in split] for i in range(self.count)]
 
-    def carried_rows(self, carried: Results) -> list[dict[str, torch.Tensor] | None]:
+    def own(self, names: Collection[str]) -> dict[str, str]:
+        """By its name in the graph, the name under which one row by itself holds it."""
+        pairs = zip(self.held, self.alone, strict=True)
+        return {name: own for name, own in pairs if name in names}
+
+    def carried_rows(self, carried: Results) -> list[Results | None]:
         """What the rule's graph has computed, of each row."""
         if self.carried is None:
             return [None] * self.count
-        split = {
-            name: [tensor] * self.count if place is None else place.split(tensor)
-            for (name, place), tensor in zip(self.carried.items(), carried, strict=True)
-        }
-        return [{name: rows[i] for name, rows in split.items()} for i in range(self.count)]
+        split = [
+            [tensor] * self.count if place is None else place.split(tensor)
+            for place, tensor in zip(self.carried, carried, strict=True)
+        ]
+        return [[rows[i] for rows in split] for i in range(self.count)]
 
-    def carried_together(
-        self, rows: Sequence[Mapping[str, torch.Tensor]]
-    ) -> dict[str, torch.Tensor]:
+    def carried_together(self, rows: Sequence[Results]) -> Results:
         """The same for all rows."""
         assert self.carried is not None
-        filled = self.filled(rows)
-        return {
-            name: filled[0][name] if place is None else place.joined([r[name] for r in filled])
-            for name, place in self.carried.items()
-        }
+        by_tensor = zip(self.carried, zip(*self.filled(rows), strict=True), strict=True)
+        return [own[0] if place is None else place.joined(own) for place, own in by_tensor]
 
     def filled(self, rows: Sequence[_T]) -> list[_T]:
         """As many as the graph has rows: the last one stands for the rest."""
         return [*rows, *[rows[-1]] * (self.count - len(rows))]
 
 
-def _carried(one: Lowered, many: Lowered, count: int) -> dict[str, RowPlace | None] | None:
+def _carried(one: Lowered, many: Lowered, count: int) -> list[RowPlace | None] | None:
+    first, second = ([of.program.node(n) for n in of.variants.carried] for of in (one, many))
+    if [node.target for node in first] != [node.target for node in second]:
+        return None
     try:
-        return {name: _place(name, one, many, count) for name in many.variants.carried}
+        return [_place(*nodes, count) for nodes in zip(first, second, strict=True)]
     except CaptureError:
         return None
 
 
-def _place(name: str, one: Lowered, many: Lowered, count: int) -> RowPlace | None:
-    alone, together = (tensor_spec(of.program.node(name)) for of in (one, many))
-    return None if alone == together else place_of(name, alone, together, count)
+def _place(one: fx.Node, many: fx.Node, count: int) -> RowPlace | None:
+    alone, together = tensor_spec(one), tensor_spec(many)
+    return None if alone == together else place_of(many.name, alone, together, count)
 
 
 class Together:
@@ -139,14 +145,15 @@ class Together:
 
     def given(self, names: Collection[str]) -> dict[str, torch.Tensor]:
         """What the graph reads of `names`: what is held, and the clocks, which are beside it."""
-        held = self._layout.filled([step.held(names) for step in self._steps])
+        own, places = self._layout.own(names), self._layout.held
+        held = self._layout.filled([step.held(own.values()) for step in self._steps])
         clock = self._layout.filled([step.clock(names) for step in self._steps])
         device = next((spec.device for spec in self._layout.alone.values()), None)
-        places = self._layout.held
-        joined = {name: places[name].joined([h[name] for h in held]) for name in held[0]}
+        joined = {name: places[name].joined([h[one] for h in held]) for name, one in own.items()}
         stacked = {name: torch.stack([c[name] for c in clock]) for name in clock[0]}
         return joined | {
-            name: tensor.to(device or tensor.device) for name, tensor in stacked.items()
+            name: tensor.to(device or tensor.device, non_blocking=True)  # without a wait
+            for name, tensor in stacked.items()
         }
 
     compiled_given = given
