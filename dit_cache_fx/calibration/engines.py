@@ -21,7 +21,7 @@ from dit_cache_fx.capture import FlatCall
 from dit_cache_fx.runtime.call_log import CallLog
 from dit_cache_fx.runtime.drive import Compiler, Serving
 from dit_cache_fx.runtime.engine import Engine
-from dit_cache_fx.runtime.generation import Generation, as_number
+from dit_cache_fx.runtime.generation import Generation
 from dit_cache_fx.runtime.graphs import Entry, Found, GraphKey, Graphs, RowsOf
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.values.pytree import flatten
@@ -72,7 +72,7 @@ class RecordingEngine(Engine):
             position, sample = session.newest.position, _sample(self.graphs, call)
             found = [t for t in flatten(output)[0] if t.is_floating_point()]
             made = found[0] if found else None
-            timestep = as_number(position.value)
+            timestep = session.newest.number(position.value)
             self.listener(Call(session.newest, position.index, timestep, sample, made))
         return output
 

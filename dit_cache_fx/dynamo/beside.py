@@ -11,7 +11,7 @@ from dit_cache_fx._torch import Piece
 from dit_cache_fx.dynamo.capture import Outlined
 from dit_cache_fx.dynamo.shared import NO_BLOCKS, Compiled, Shared, step_value
 from dit_cache_fx.lowering.lowered_program import Lowered
-from dit_cache_fx.runtime.generation import TimestepValue
+from dit_cache_fx.runtime.timestep_value import TimestepValue
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
 

@@ -23,8 +23,8 @@ from dit_cache_fx.ir.alone import Alone
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.runtime.batch import Batch
 from dit_cache_fx.runtime.drive import lasting
-from dit_cache_fx.runtime.generation import TimestepValue
 from dit_cache_fx.runtime.session import Session
+from dit_cache_fx.runtime.timestep_value import TimestepValue
 from dit_cache_fx.values.identity import storage_key
 from dit_cache_fx.values.pytree import unflatten
 

@@ -21,11 +21,11 @@ from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.runtime.batch import Batch
 from dit_cache_fx.runtime.call_log import CallLog, CallStart
 from dit_cache_fx.runtime.drive import GraphCall, Serving, lasting
-from dit_cache_fx.runtime.generation import TimestepValue
 from dit_cache_fx.runtime.row_check import compare_rows, tolerance
 from dit_cache_fx.runtime.row_groups import Group, Row, answer, decide, output
 from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.runtime.step import Step
+from dit_cache_fx.runtime.timestep_value import TimestepValue
 from dit_cache_fx.runtime.together import Layout, Together
 from dit_cache_fx.values.rows import CallRows
 

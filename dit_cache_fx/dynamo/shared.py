@@ -12,8 +12,8 @@ from dit_cache_fx.dynamo.capture import Input, Outlined
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.ranks import Ranks
 from dit_cache_fx.runtime.call_log import CallLog
-from dit_cache_fx.runtime.generation import TimestepValue
 from dit_cache_fx.runtime.session import Session
+from dit_cache_fx.runtime.timestep_value import TimestepValue
 
 NO_BLOCKS = (
     "no block list found in the compiled graph (an nn.ModuleList whose members are called one "

@@ -12,13 +12,13 @@ import torch
 from dit_cache_fx.errors import warn
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.runtime.branches import Branch
-from dit_cache_fx.runtime.generation import TimestepValue, as_number, timestep_value
 from dit_cache_fx.runtime.hooked import NO_HOOKS, Hooked
 from dit_cache_fx.runtime.matching import CallEvidence
 from dit_cache_fx.runtime.placement import Placement, place
 from dit_cache_fx.runtime.session import MAX_BRANCHES, Session
 from dit_cache_fx.runtime.step import MISSING, Step
 from dit_cache_fx.runtime.step_count import StepCount
+from dit_cache_fx.runtime.timestep_value import TimestepValue, as_number, timestep_value
 from dit_cache_fx.runtime.tracker import Tracker
 from dit_cache_fx.runtime.trajectory import SampleProbe
 from dit_cache_fx.strategies import Course, Strategy

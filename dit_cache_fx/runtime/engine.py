@@ -23,11 +23,11 @@ from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.call_log import CallLog, CallStart
 from dit_cache_fx.runtime.drive import Compiler, Results, Serving, drive
 from dit_cache_fx.runtime.execution import StepCompiler
-from dit_cache_fx.runtime.generation import as_number
 from dit_cache_fx.runtime.graphs import Entry, Found, GraphKey, Graphs, RowsOf, input_key
 from dit_cache_fx.runtime.matching import CallEvidence
 from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.runtime.step import Step
+from dit_cache_fx.runtime.timestep_value import as_number
 from dit_cache_fx.runtime.together import Together
 from dit_cache_fx.values.pytree import flatten, unflatten
 from dit_cache_fx.values.wrapped import own_part

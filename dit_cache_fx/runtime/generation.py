@@ -8,50 +8,15 @@ from enum import IntEnum
 import torch
 
 from dit_cache_fx.runtime.step_count import StepCount
+from dit_cache_fx.runtime.timestep_value import (
+    TimestepValue,
+    as_number,
+    distance,
+    movement,
+    number_of,
+)
 from dit_cache_fx.strategies import Course
 from dit_cache_fx.strategies.timesteps import Timesteps
-from dit_cache_fx.values.wrapped import whole
-
-#: a timestep as a number; where its elements differ, all of them: float64 [n] on the CPU
-TimestepValue = float | torch.Tensor
-
-
-def timestep_value(timestep: torch.Tensor) -> TimestepValue:
-    """The values of a timestep tensor. Waits for the device when the tensor is on one."""
-    timestep = whole(timestep)
-    if timestep.numel() == 1:
-        return float(timestep.item())
-    values = timestep.detach().to("cpu", torch.float64).flatten()
-    return float(values[0]) if bool((values == values[0]).all()) else values
-
-
-def as_number(value: TimestepValue) -> float:
-    """One number for reports: the mean."""
-    return value if isinstance(value, float) else float(value.mean())
-
-
-def movement(before: TimestepValue, now: TimestepValue) -> tuple[float, float]:
-    """How far the elements of a timestep moved at least and at most, with signs.
-
-    Timesteps of different lengths move as their means do.
-    """
-    if isinstance(before, float) and isinstance(now, float):
-        return now - before, now - before
-    a, b = (
-        torch.as_tensor(v, dtype=torch.float64, device="cpu").reshape(-1) for v in (before, now)
-    )
-    if 1 not in (a.numel(), b.numel()) and a.numel() != b.numel():
-        return movement(as_number(before), as_number(now))
-    low, high = torch.aminmax(b - a)
-    return float(low), float(high)
-
-
-def distance(before: TimestepValue, now: TimestepValue) -> float:
-    """How far the farthest element of a timestep moved."""
-    if isinstance(before, float) and isinstance(now, float):
-        return abs(now - before)
-    return max(map(abs, movement(before, now)))
-
 
 #: a timestep that moves this many times as far as ever before in a generation is in doubt ...
 DOUBTFUL_MOVE = 1.75
@@ -139,9 +104,13 @@ class Generation:
         position: StepPosition, count: StepCount, timesteps: Timesteps | None = None
     ) -> Generation:
         """One that begins with a call at this position. `timesteps`: those of its request alone."""
-        value = None if position.explicit else as_number(position.value)
+        value = None if position.explicit else position.value
         course = count.course(value, timesteps)
         return Generation(position, course, count.told_steps(course, own=timesteps is not None))
+
+    def number(self, value: TimestepValue) -> float:
+        """A timestep of this generation as one number."""
+        return number_of(value, None if self.course.learnt else self.course.timesteps)
 
     def apart(self, position: StepPosition, branch: object) -> Generation:
         """One for a branch that others have left behind at this position."""
@@ -194,7 +163,7 @@ class Generation:
         """Whether its next step is known to have this timestep."""
         timesteps, following = self.course.timesteps, self.position.index + 1
         known = timesteps is not None and following < len(timesteps)
-        return known and isinstance(value, float) and timesteps[following] == value  # type: ignore[index]
+        return known and timesteps[following] == self.number(value)  # type: ignore[index]
 
     def enter(self, position: StepPosition, branch: object) -> None:
         """Move to a call of `branch`; its timestep is learnt where it is the next step's."""
@@ -205,7 +174,7 @@ class Generation:
         self.entered.add(position.index)
         following = position.index == len(self.values) and not position.explicit
         if following and len(self.values) < MAX_VALUES:
-            self.values.append(as_number(position.value))
+            self.values.append(self.number(position.value))
 
 
 def _rounding(value: float) -> float:

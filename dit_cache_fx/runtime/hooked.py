@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from dit_cache_fx.runtime.generation import TimestepValue, distance
+from dit_cache_fx.runtime.timestep_value import TimestepValue, distance
 
 _BEFORE, _BEHIND = "_forward_pre_hooks", "_forward_hooks"
 

@@ -10,9 +10,10 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 from dit_cache_fx.runtime.branches import Branch
-from dit_cache_fx.runtime.generation import Jump, TimestepValue, way_of
+from dit_cache_fx.runtime.generation import Jump, way_of
 from dit_cache_fx.runtime.hooked import NO_HOOKS, Hooked
 from dit_cache_fx.runtime.session import Session
+from dit_cache_fx.runtime.timestep_value import TimestepValue
 from dit_cache_fx.runtime.trajectory import Judgement, SampleProbe, Verdict
 from dit_cache_fx.values.identity import TensorIdentity
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from dit_cache_fx.runtime.branches import Branch
-from dit_cache_fx.runtime.generation import Generation, StepPosition, as_number
+from dit_cache_fx.runtime.generation import Generation, StepPosition
 from dit_cache_fx.runtime.matching import CallEvidence, Match, find_branch
 from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.runtime.step_count import StepCount
@@ -197,7 +197,9 @@ def _course(
     call: CallEvidence, generation: Generation, position: StepPosition, count: StepCount
 ) -> Course:
     """What is known of the generation's steps by now."""
-    return count.on_way(generation.course, generation.values, position.index, as_number(call.value))
+    return count.on_way(
+        generation.course, generation.values, position.index, generation.number(call.value)
+    )
 
 
 def _joins(

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from dit_cache_fx.runtime.generation import Jump, TimestepValue, as_number, distance, movement
+from dit_cache_fx.runtime.generation import Jump
+from dit_cache_fx.runtime.timestep_value import TimestepValue, as_number, distance, movement
 from dit_cache_fx.values.wrapped import own_part
 
 #: how many elements of a sample are looked at
