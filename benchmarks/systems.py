@@ -406,7 +406,7 @@ def _rows() -> dict[str, Row]:
             UncachedCudaGraphs,
             gpu_only=True,
         ),
-        "limit": Row("only what must still run, torch.compile", "limit", Limit),
+        "limit": Row("only work that cannot be skipped, torch.compile", "limit", Limit),
         "apply": Row(ours + "apply, eager", "ours", Apply),
         "apply-compile": Row(
             ours + "apply + torch.compile(fullgraph=True)",

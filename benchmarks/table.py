@@ -28,19 +28,24 @@ HEAD = (
     "error, computed steps",
 )
 ABOUT = """\
-Columns: medians over {generations} generations of {steps} steps, the systems taking turns, one \
-generation each, never two at once. *x limit*: over the physical limit, which is {computed} x the \
-uncached compiled step + {reused} x the compiled time of what must still run. *compile*: what the \
-first generation takes beyond a later one, with empty caches. *graphs*, *breaks*, *recompiles*: \
-what Dynamo compiled. *cache*: bytes that a generation leaves behind, measured. *peak*: allocated \
-on the GPU, weights included. *error*: the largest relative difference to the uncached output on \
-a computed step. FirstBlockCache chooses its steps itself; its threshold is set so that it \
-computes as many, or nearly.
+Seconds and milliseconds are medians over {generations} generations of {steps} steps. The systems \
+take turns, one generation each, and never run at the same time.
+
+- *x limit*: relative to the physical limit: {computed} x the uncached compiled step + {reused} x \
+the compiled time of the work that a reused step cannot skip.
+- *compile*: the extra time of the first generation, with empty compiler caches.
+- *graphs*, *breaks*, *recompiles*: counted by Dynamo.
+- *cache*: the memory still used after a generation.
+- *peak*: the memory allocated on the GPU, including the weights.
+- *error*: the largest relative difference to the uncached output on a computed step.
+
+FirstBlockCache chooses its steps itself. Its threshold is set so that it computes the same number \
+of steps, or nearly.
 """
 
 
 def report(data: dict[str, Any], command: str) -> str:
-    """A device's section: what was measured on, and a table for each model."""
+    """The section of a device: the versions, and a table for each model."""
     settings, machine = data["settings"], data["machine"]
     versions = ", ".join(f"{name} {v}" for name, v in machine["peers"].items())
     threads = f", {machine['threads']} threads" if "threads" in machine else ""
@@ -64,7 +69,7 @@ def _of_steps(settings: dict[str, Any]) -> str:
 
 
 def model_table(rows: dict[str, Any], settings: dict[str, Any]) -> list[str]:
-    """The lines of a model's table, and what follows from it."""
+    """The lines of a model's table, and its conclusions."""
     measured = figures(rows, settings)
     head = tuple(title.replace("50", str(settings["steps"])) for title in HEAD)
     keep = [i for i in range(len(head)) if i != 12 or any(row.peak_bytes for row in measured)]
@@ -111,13 +116,13 @@ def _conclusions(limit: float | None, measured: list[Figures]) -> list[str]:
     if ours is not None and ours.seconds is not None:
         computed = ours.computed
         lines.append(
-            f"- This library's fastest: {ours.seconds:.3f} s ({ours.title}), "
+            f"- Fastest with this library: {ours.seconds:.3f} s ({ours.title}), "
             f"{_number(ours.of_limit, '.3f')} x the limit."
         )
     peer = best(measured, "peer", computed)
     if ours and peer and ours.seconds and peer.seconds:
         lines.append(
-            f"- The fastest peer that computes as many steps: {peer.seconds:.3f} s "
+            f"- Fastest other system with as many computed steps: {peer.seconds:.3f} s "
             f"({peer.title}), {peer.seconds / ours.seconds:.2f} x this library's time."
         )
     lines += _reused(measured)
@@ -125,7 +130,7 @@ def _conclusions(limit: float | None, measured: list[Figures]) -> list[str]:
 
 
 def _reused(measured: list[Figures]) -> list[str]:
-    """The shortest reused step, here and elsewhere."""
+    """The shortest reused step of each kind of system."""
 
     def shortest(kind: str) -> Figures | None:
         timed = [r for r in measured if r.kind == kind and r.reused_ms is not None]

@@ -17,12 +17,15 @@ from dit_cache_fx.export import Exported, Runner, export, load
 from dit_cache_fx.report.cache_report import CacheReport, CaptureReport
 from dit_cache_fx.report.explain import Explanation
 from dit_cache_fx.runtime.batch import Batch
-from dit_cache_fx.runtime.call_log import StepRecord
-from dit_cache_fx.runtime.session import Session
+from dit_cache_fx.runtime.step_record import StepRecord
+from dit_cache_fx.runtime.tracking.session import Session
 from dit_cache_fx.strategies import (
     Clock,
     DeepCache,
     EasyCache,
+    EvenAndLast,
+    EvenSteps,
+    EvenTimesteps,
     Exponential,
     FirstBlockCache,
     FoCa,
@@ -30,15 +33,10 @@ from dit_cache_fx.strategies import (
     MagCache,
     NewtonCache,
     RuleState,
+    Schedule,
     Strategy,
     TaylorCache,
     TeaCache,
-)
-from dit_cache_fx.strategies.schedule import (
-    EvenAndLast,
-    EvenSteps,
-    EvenTimesteps,
-    Schedule,
     interval_schedule,
 )
 from dit_cache_fx.strategies.teacache_coefficients import TEACACHE_COEFFICIENTS, Coefficients

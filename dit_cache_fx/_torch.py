@@ -1,10 +1,11 @@
-"""Everything that reaches into torch's internals; `tests/test_torch_internals.py` watches it.
+"""Access to torch's internals, all in one file; `tests/test_torch_internals.py` checks it.
 
-`opaque` is an operator that `make_fx` and `functionalize` do not look into: it becomes one node of
-the graph, whatever runs behind it. The means are those of torch's own higher-order operators.
+`opaque` is an operator that `make_fx` and `functionalize` do not trace into: it becomes one node of
+the graph, whatever runs behind it. It uses the same mechanism as torch's own higher-order
+operators.
 
-Importing the compiler takes a second, which `import torch` does not: what belongs to Dynamo, to
-Inductor and to symbolic shapes is imported where it is used.
+Importing the compiler takes a second longer than `import torch`: modules of Dynamo, of Inductor and
+of symbolic shapes are imported where they are used.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
     is_traceable_wrapper_subclass,
 )
+from torch.utils.hooks import RemovableHandle
 
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
@@ -71,16 +73,19 @@ _REAL = (torch.Tensor, nn.Parameter)
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
+# --- operators that tracing does not look into ---------------------------------------------------
+
+
 class OpaqueCall(Protocol):
-    """What `opaque` runs, and how it appears in the graph."""
+    """The function behind a call of `opaque`, and its form in the graph."""
 
     def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The outputs, as new tensor objects."""
+        """Return the outputs, as new tensor objects."""
 
     def emit(
         self, graph: Emitter, inputs: Sequence[Any], outputs: Sequence[torch.Tensor]
     ) -> Sequence[Any]:
-        """Add nodes for the call; one proxy for each of the `outputs` that `run` gave."""
+        """Add nodes for the call; return one proxy for each of the `outputs` of `run`."""
 
 
 class Emitter:
@@ -96,7 +101,7 @@ class Emitter:
         return proxy
 
     def attribute(self, name: str, value: object) -> fx.Proxy:
-        """A node that gives `value`; the traced module gets it as its attribute."""
+        """Add a node for `value`, which becomes an attribute of the traced module."""
         setattr(self._tracer.root, name, value)
         proxy: fx.Proxy = self._tracer.create_proxy("get_attr", name, (), {})
         return proxy
@@ -147,7 +152,7 @@ def _below_autograd(call: OpaqueCall, tensors: list[torch.Tensor]) -> Any:
 def emit_node(target: Callable[..., Any], args: Any, kwargs: Any, name: str) -> bool:
     """Add a node that reads tensors (which appear in `args`) to the graph being traced.
 
-    Returns False where no tensor is a value of the graph (constants): nothing is added then.
+    Returns False, without a node, if no tensor is a value of the graph (constants).
     """
     mode = _proxy_mode()
     if mode is None:
@@ -160,8 +165,11 @@ def emit_node(target: Callable[..., Any], args: Any, kwargs: Any, name: str) -> 
     return True
 
 
+# --- tracing -------------------------------------------------------------------------------------
+
+
 def reads_data() -> tuple[type[Exception], ...]:
-    """What code raises that needs a tensor's values where there are none (`trace_shapes`)."""
+    """Return the errors of code that reads values of tensors without data (`trace_shapes`)."""
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     return DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode
@@ -170,31 +178,62 @@ def reads_data() -> tuple[type[Exception], ...]:
 def trace_shapes(
     function: Callable[..., Sequence[torch.Tensor]], specs: Sequence[TensorSpec]
 ) -> fx.GraphModule:
-    """The graph of a pure function for tensors of these specs, without data."""
+    """Trace a pure function for tensors of these specs, without data."""
     with without_dispatch_modes(), FakeTensorMode():
         inputs = [torch.empty(shape, dtype=dtype, device=d) for shape, dtype, d in specs]
         return _traced(function, inputs)
 
 
+def trace_functional(
+    function: Callable[..., list[torch.Tensor]], tensors: Sequence[torch.Tensor]
+) -> fx.GraphModule:
+    """Return the ATen graph of `function(*tensors)`, without in-place operations."""
+    return _traced(torch.func.functionalize(function), tensors)
+
+
+def _traced(
+    function: Callable[..., Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor]
+) -> fx.GraphModule:
+    """Return the ATen graph of `function(*inputs)`, as traced by `make_fx`.
+
+    `make_fx` also replaces `nn.Module.__call__` for all threads, and sets a flag that makes every
+    compiled function of the process raise. Here only this thread's mode stack changes.
+    """
+    tracer: Any = PythonKeyTracer()
+    tracer.root, tracer.tensor_attrs = nn.Module(), {}
+    tracer.graph = fx.Graph(tracer_cls=PythonKeyTracer)
+    with ProxyTorchDispatchMode(tracer, "real"), disable_autocast_cache():
+        names = [f"input_{number}" for number in range(len(inputs))]
+        proxies = [tracer.create_proxy("placeholder", name, (), {}) for name in names]
+        with disable_proxy_modes_tracing():
+            track_tensor_tree([*inputs], proxies, constant=None, tracer=tracer)
+        results = [tracer.unwrap_proxy(t) for t in function(*inputs)]
+        tracer.create_node("output", "output", (tracer.create_arg(results),), {})
+    return fx.GraphModule(tracer.root, tracer.graph)
+
+
 @contextmanager
 def fakes(values: Sequence[Any]) -> Iterator[list[Any]]:
-    """Within it nothing is computed; gives stand-ins without data for the tensors among `values`.
+    """Replace the tensors among `values` by stand-ins without data; code inside computes nothing.
 
-    Their shapes are fixed. What is no tensor is left as it is.
+    Their shapes are fixed. Other values remain.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         yield [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in values]
 
 
+# --- compilers -----------------------------------------------------------------------------------
+
+
 def like_dynamos(
     gm: fx.GraphModule, dynamos: fx.GraphModule, inputs: Mapping[str, fx.Node]
 ) -> fx.GraphModule:
-    """Mark a graph as made from Dynamo's: some of its inputs are inputs of that one.
+    """Mark a graph as derived from Dynamo's: some of its inputs are inputs of that one.
 
-    So a compiler knows the parameters among them, whose memory stays where it is (CUDA graphs need
-    not copy them). AOTAutograd wants a source for every tensor that the graph holds by itself
-    (constants of the model's code): each gets one of its own.
+    Then a compiler recognises its parameters, whose memory does not move (CUDA graphs need not copy
+    them). AOTAutograd requires a source for every tensor that the graph itself holds (constants of
+    the model's code): each gets one of its own.
     """
     from torch._dynamo.source import ConstantSource
 
@@ -212,30 +251,33 @@ def like_dynamos(
 
 
 def inductor_compiler(mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
-    """Inductor as `torch.compile` calls it with a mode and options, which it checks."""
+    """Return Inductor as `torch.compile` calls it, with its checks of mode and options."""
     compiler: Callable[..., Any] = torch._TorchCompileInductorWrapper(mode, options, None)
     return compiler
 
 
 def known_backends() -> list[str]:
-    """Every backend name that `torch.compile` takes."""
+    """Return every backend name that `torch.compile` takes."""
     import torch._dynamo
 
     return list(torch._dynamo.list_backends(exclude_tags=()))
 
 
 def lookup_backend(backend: Any) -> Callable[..., Any]:
-    """The backend of a name; a callable is one itself."""
+    """Return the backend of a name; a callable is a backend itself."""
     import torch._dynamo
 
     function: Callable[..., Any] = torch._dynamo.lookup_backend(backend)
     return function
 
 
-class Piece(NamedTuple):
-    """What Dynamo's graph is of the function that is compiled.
+# --- what Dynamo knows of a graph and its frame --------------------------------------------------
 
-    `whole`: all of it; else a graph break parts it. `first`: nothing of it comes before.
+
+class Piece(NamedTuple):
+    """The part of the compiled function that Dynamo's graph covers.
+
+    `whole`: all of it; otherwise a graph break splits it. `first`: no other part precedes it.
     `function`: the file and name of the function.
     """
 
@@ -248,7 +290,7 @@ _RESUMED = re.compile(r"^torch_dynamo_resume_in_(.+)_at_\d+$")
 
 
 def piece_of(gm: fx.GraphModule) -> Piece:
-    """Which piece a graph is that Dynamo has just handed to a backend."""
+    """Return the part of a graph that Dynamo has just passed to a backend."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     stack = getattr(reason, "user_stack", None) or []
     file, name = (stack[0].filename, stack[0].name) if stack else ("", "")
@@ -258,11 +300,11 @@ def piece_of(gm: fx.GraphModule) -> Piece:
 
 
 class CompiledFrame(NamedTuple):
-    """The call that Dynamo compiles at present.
+    """The call that Dynamo is compiling.
 
     `arguments`: the function's, in order, then those of the module's forward. `outer`: the module
-    that `torch.compile` was asked for; None where it is no module's. `inner`: the function is one
-    that this module calls. `numbers`: the arguments that are numbers.
+    that was passed to `torch.compile`; None for a function. `inner`: the function is one that this
+    module calls. `numbers`: the arguments that are numbers.
     """
 
     arguments: tuple[str, ...]
@@ -272,7 +314,7 @@ class CompiledFrame(NamedTuple):
 
 
 def compiled_frame() -> CompiledFrame:
-    """What Dynamo compiles while it calls a backend; nothing is known of it anywhere else."""
+    """Return the call that Dynamo is compiling while it calls a backend; empty at other times."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
@@ -281,7 +323,7 @@ def compiled_frame() -> CompiledFrame:
         return CompiledFrame((), None, False, {})
     code, outer = tx.f_code, _outermost_module()
     arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    if outer is not None:  # behind a wrapper all of them may be in **kwargs
+    if outer is not None:  # a wrapper may pass all of them in **kwargs
         arguments = (*arguments, *inspect.signature(outer.forward).parameters)
     owner = tx.f_locals.get("self")
     resumed = owner is None and _RESUMED.match(code.co_name) is not None
@@ -291,7 +333,7 @@ def compiled_frame() -> CompiledFrame:
 
 
 def _codes(function: Any) -> list[Any]:
-    """The code of a function, and of the functions that it wraps."""
+    """Return the code of a function, and of the functions that it wraps."""
     found = []
     while function is not None:
         found.append(getattr(function, "__code__", None))
@@ -308,7 +350,7 @@ def _numbers(given: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _outermost_module() -> nn.Module | None:
-    """The first module that was called behind `torch.compile`'s own call."""
+    """Return the first module that was called after `torch.compile`'s own call."""
     found, frame = None, inspect.currentframe()
     while frame is not None and frame.f_code.co_name != "compile_wrapper":
         owner = frame.f_locals.get("self")
@@ -318,24 +360,27 @@ def _outermost_module() -> nn.Module | None:
 
 
 def dynamo_source(node: fx.Node) -> str:
-    """How the compiled function reaches an input of Dynamo's graph; empty where it is unknown."""
+    """Return the access path of an input of Dynamo's graph; empty if unknown."""
     source = getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", "")
     return str(name() if callable(name) else name)
 
 
 def dynamos_tensor() -> Callable[..., torch.Tensor]:
-    """What `torch.tensor` of a number that varies is in Dynamo's graph."""
+    """Return the operator that represents `torch.tensor` of a varying number in Dynamo's graph."""
     import torch._refs
 
     made: Callable[..., torch.Tensor] = torch._refs.tensor
     return made
 
 
-def not_a_compiled_frame(function: _F) -> _F:
-    """Mark a function that `torch.compile` must not make code of; it looks at what it calls.
+# --- functions under torch.compile ---------------------------------------------------------------
 
-    As for `Module.__call__`, this is about frames: within another compiled function it is traced.
+
+def not_a_compiled_frame(function: _F) -> _F:
+    """Exclude a function from compilation by `torch.compile`, but not the functions that it calls.
+
+    As for `Module.__call__`, this concerns frames: inside another compiled function it is traced.
     """
     code: Any = function.__code__
     set_code_exec_strategy(code, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.DEFAULT))
@@ -343,9 +388,9 @@ def not_a_compiled_frame(function: _F) -> _F:
 
 
 def constant_result(function: _F) -> _F:
-    """Mark a function whose result is a constant of what `torch.compile` traces.
+    """Mark a function whose result is a constant for `torch.compile`.
 
-    As `torch.compiler.assume_constant_result`, which imports Dynamo.
+    Like `torch.compiler.assume_constant_result`, which imports Dynamo.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -354,16 +399,16 @@ def constant_result(function: _F) -> _F:
 @cache
 @not_a_compiled_frame
 def unseen(function: _F) -> _F:
-    """The function, hidden from `torch.compile` with all that it calls; no method of an object.
+    """Hide a function from `torch.compile`, with everything that it calls; not for methods.
 
-    Made at the first call, since it imports Dynamo, and once, since calls wait for it.
+    The hidden function is made at the first call, since that imports Dynamo, and only once.
     """
     hidden: _F = torch.compiler.disable(function)
     return hidden
 
 
 def cannot_compile() -> tuple[type[Exception], ...]:
-    """What `torch.compile` raises for a graph that it, or its backend, cannot make."""
+    """Return the errors of `torch.compile` for a graph that it, or its backend, cannot compile."""
     from torch._dynamo import exc
 
     return (
@@ -375,15 +420,15 @@ def cannot_compile() -> tuple[type[Exception], ...]:
     )
 
 
-#: what `torch.compile` has set to look at frames: None where it does not
+#: the callback of `torch.compile` that looks at frames; None outside of it
 dynamo_callback = get_eval_frame_callback
 
 
 def breaks_raise() -> Any:
-    """A context in which `torch.compile` raises where it would break a graph.
+    """Return a context in which `torch.compile` raises at a graph break.
 
-    `fullgraph=True` does that too, and counts the frames of all threads in one place: calls from
-    several threads at a time can fail then ("found no compiled frames"; see `frame_is_compiled`).
+    `fullgraph=True` does that too, but counts the frames of all threads together: concurrent calls
+    from several threads can then fail ("found no compiled frames"; see `frame_is_compiled`).
     """
     import torch._dynamo
 
@@ -392,38 +437,38 @@ def breaks_raise() -> Any:
 
 @not_a_compiled_frame
 def frame_is_compiled() -> None:
-    """Tell `torch.compile(fullgraph=True)` that a frame of the call under way was compiled.
+    """Tell `torch.compile(fullgraph=True)` that a frame of the current call was compiled.
 
-    It counts the frames of all threads in one place, where a call that ends can begin the count of
-    another one anew: that one then raises ("found no compiled frames").
+    It counts the frames of all threads together, so the end of one call can reset the count of
+    another one, which then raises ("found no compiled frames").
     """
     count = getattr(eval_frame, "set_fullgraph_compiled_frame_count", None)
     if count is None:
         return
-    before = count(-1)  # it takes a number only where nobody counts, which is -1
+    before = count(-1)  # takes a number only if nobody counts (-1)
     if before >= 0:
         count(max(before, 1))
 
 
 def wants_one_graph(callback: object) -> bool:
-    """Whether it is that of `torch.compile(fullgraph=True)`."""
+    """Return whether it is the callback of `torch.compile(fullgraph=True)`."""
     return getattr(callback, "_one_graph", False) is True
 
 
-#: held while a patch of torch is put in or taken out
+#: held while a patch of torch is applied or removed
 _PATCHING = threading.Lock()
 
 
 @contextmanager
 def signatures_kept() -> Iterator[None]:
-    """Within it, Dynamo looks into the branches of `cond` without mixing up their signatures.
+    """Prevent Dynamo from mixing up signatures between the branches of `cond`.
 
-    Up to torch 2.13 it remembers what `inspect.signature` gave in one branch, where what it knows
-    of the object's attributes is dropped with the branch: the other branch then fails with
+    Up to torch 2.13 it remembers the result of `inspect.signature` from one branch, but drops its
+    knowledge of that object's attributes with the branch. The other branch then fails with
     "'Signature' object has no attribute '_parameters'".
 
-    This is a patch of a class of Dynamo, for all threads: stay in it only to compile. Threads that
-    are in it at a time share one patch; the last one to leave takes it out.
+    This patches a class of Dynamo, for all threads: enter it only to compile. Threads that are
+    inside at the same time share one patch; the last one to leave removes it.
     """
     from torch._dynamo.variables import functions as dynamo_functions
 
@@ -446,7 +491,7 @@ def signatures_kept() -> Iterator[None]:
 
 
 def _signatures_apart(remembered: Callable[..., Any]) -> Any:
-    """Dynamo's `inspect.signature`, which remembers nothing in a branch."""
+    """Return Dynamo's `inspect.signature` without memory inside a branch."""
 
     from torch._dynamo.variables import functions as dynamo_functions
 
@@ -462,13 +507,16 @@ def _signatures_apart(remembered: Callable[..., Any]) -> Any:
 
 @not_a_compiled_frame
 def look_again(callback: object) -> None:
-    """Let `torch.compile` look at frames again: it stops for good where it raises."""
+    """Let `torch.compile` look at frames again: after an error it stops for good."""
     if callback is not None and dynamo_callback() is None:
         set_eval_frame(callback)  # type: ignore[arg-type]
 
 
+# --- structured logs -----------------------------------------------------------------------------
+
+
 def trace_text(name: str, text: Callable[[], str]) -> None:
-    """Add an artifact to torch's structured trace (`TORCH_TRACE`), where there is one.
+    """Add an artifact to torch's structured trace (`TORCH_TRACE`), if there is one.
 
     `tlparse` shows it under `name`. `text` is called only for a trace.
     """
@@ -480,12 +528,15 @@ def trace_text(name: str, text: Callable[[], str]) -> None:
     )
 
 
+# --- what traces this thread ---------------------------------------------------------------------
+
+
 @constant_result
 def exporting() -> bool:
-    """Whether `torch.export` is at work in this thread.
+    """Return whether `torch.export` is running in this thread.
 
     `torch.compiler.is_exporting()` is a flag of the process: an export in another thread sets it,
-    and may clear it too early. It is not set yet either when `torch.export` lists buffers.
+    and may clear it too early. It is also not set yet when `torch.export` lists buffers.
     """
     frame = sys._getframe()
     while frame.f_back is not None:
@@ -497,10 +548,10 @@ def exporting() -> bool:
 
 @not_a_compiled_frame
 def traced_here(values: Iterable[object]) -> bool:
-    """Whether this thread runs for a trace (`make_fx`, `torch.export`), or `values` are fake.
+    """Return whether this thread is tracing (`make_fx`, `torch.export`), or `values` are fake.
 
     `torch.compiler.is_compiling()` is a flag of the process: other threads set it while they
-    compile. In what Dynamo traces, `torch.compiler.is_dynamo_compiling()` is to be asked before.
+    compile. In code that Dynamo traces, check `torch.compiler.is_dynamo_compiling()` first.
     """
     if _proxy_mode() is not None or torch._C._get_dispatch_mode(_FAKE) is not None:
         return True
@@ -512,11 +563,13 @@ def traced_here(values: Iterable[object]) -> bool:
 
 @not_a_compiled_frame
 def _proxy_mode() -> ProxyTorchDispatchMode | None:
-    """What traces this thread; torch keeps the mode of `pre_dispatch` tracing for all threads."""
+    """Return this thread's tracer; for `pre_dispatch` torch keeps one mode for all threads."""
     here = torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
     mode = get_proxy_mode() if here else torch._C._get_dispatch_mode(_PROXY)
     return mode if isinstance(mode, ProxyTorchDispatchMode) else None
 
+
+# --- attention kernels and autocast --------------------------------------------------------------
 
 _ATTENTION: Mapping[str, Callable[[], bool]] = MappingProxyType(
     {
@@ -531,7 +584,7 @@ _BY_NUMBER = {int(getattr(SDPBackend, name)): name for name in _ATTENTION}
 
 
 def attention_backends() -> tuple[str, ...]:
-    """Names of the `SDPBackend`s that attention may use, the preferred one first."""
+    """Return the names of the `SDPBackend`s that attention may use, the preferred one first."""
     if torch.cuda.is_initialized():
         _let_torch_order_attention()
     ordered = [_BY_NUMBER[number] for number in torch._C._get_sdp_priority_order()]
@@ -544,11 +597,11 @@ def _let_torch_order_attention() -> None:
     """Let torch choose its order of attention kernels for this GPU.
 
     It does so at the process's first attention on one. Between two calls of a model that would look
-    like an order that the user has set.
+    as if the user had set another order.
     """
     query = torch.zeros(1, 1, 1, 8, dtype=torch.float16, device="cuda")
     attend = torch.nn.functional.scaled_dot_product_attention
-    with without_dispatch_modes(), torch.no_grad(), suppress(RuntimeError):  # all are switched off
+    with without_dispatch_modes(), torch.no_grad(), suppress(RuntimeError):  # all are disabled
         attend(query, query, query)
 
 
@@ -558,38 +611,46 @@ def use_attention_backends(names: Sequence[str]) -> None:
 
 
 def emit_autocast(graph: fx.Graph, device: str, dtype: torch.dtype, cache: bool) -> fx.Node:
-    """Add a node that enters autocast, as Dynamo writes it."""
+    """Add a node that enters autocast, as Dynamo does."""
     return graph.call_function(_enter_autocast, (device, dtype, True, cache))
 
 
 def emit_end_of_autocast(graph: fx.Graph, entered: fx.Node) -> None:
-    """Add the node that leaves it."""
+    """Add the node that leaves autocast."""
     graph.call_function(_exit_autocast, (entered,))
 
 
+# --- hooks, modes, tensor subclasses -------------------------------------------------------------
+
+
+def hooks_registered() -> int:
+    """Return the number of hooks that this process has registered, including removed ones."""
+    return RemovableHandle.next_id
+
+
 def is_subclass(value: object) -> bool:
-    """Whether it is a tensor made of others, that says by itself what operators do (int8)."""
+    """Return whether a tensor wraps others and implements operators itself (int8)."""
     return isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value)
 
 
 def modes() -> tuple[str, ...]:
-    """The classes of the modes that see each function or operator."""
+    """Return the classes of the active modes, which see each function or operator."""
     function, dispatch = _get_current_function_mode_stack(), _get_current_dispatch_mode_stack()
     return tuple(type(mode).__name__ for mode in (*function, *dispatch))
 
 
 def untraced() -> Any:
-    """A context in which operations run without being added to the graph."""
+    """Return a context in which operations run without being added to the graph."""
     return disable_proxy_modes_tracing()
 
 
-#: within it what looks on at operators (a count of FLOPs, a debugger) does not see them
+#: inside, observers of operators (a FLOP counter, a debugger) see nothing
 without_dispatch_modes = _disable_current_modes
 
 
 @contextmanager
 def without_mode(kind: type[TorchFunctionMode]) -> Iterator[None]:
-    """Within it the innermost `TorchFunctionMode` is off, where it is of this kind."""
+    """Disable the innermost `TorchFunctionMode`, if it is of this kind."""
     if isinstance(_get_current_function_mode(), kind):
         with _pop_mode_temporarily():
             yield
@@ -597,41 +658,16 @@ def without_mode(kind: type[TorchFunctionMode]) -> Iterator[None]:
         yield
 
 
-def trace_functional(
-    function: Callable[..., list[torch.Tensor]], tensors: Sequence[torch.Tensor]
-) -> fx.GraphModule:
-    """The graph of `function(*tensors)` on ATen level, without in-place operations."""
-    return _traced(torch.func.functionalize(function), tensors)
-
-
-def _traced(
-    function: Callable[..., Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor]
-) -> fx.GraphModule:
-    """The graph of `function(*inputs)` on ATen level, as `make_fx` traces it.
-
-    `make_fx` also replaces `nn.Module.__call__` for all threads, and sets a flag at which every
-    compiled function of the process raises. Here only this thread's mode stack changes.
-    """
-    tracer: Any = PythonKeyTracer()
-    tracer.root, tracer.tensor_attrs = nn.Module(), {}
-    tracer.graph = fx.Graph(tracer_cls=PythonKeyTracer)
-    with ProxyTorchDispatchMode(tracer, "real"), disable_autocast_cache():
-        names = [f"input_{number}" for number in range(len(inputs))]
-        proxies = [tracer.create_proxy("placeholder", name, (), {}) for name in names]
-        with disable_proxy_modes_tracing():
-            track_tensor_tree([*inputs], proxies, constant=None, tracer=tracer)
-        results = [tracer.unwrap_proxy(t) for t in function(*inputs)]
-        tracer.create_node("output", "output", (tracer.create_arg(results),), {})
-    return fx.GraphModule(tracer.root, tracer.graph)
+# --- collectives ---------------------------------------------------------------------------------
 
 
 def members(group: Any) -> list[int]:
-    """The processes of a group, by their ranks."""
+    """Return the ranks of a group's processes."""
     return torch.distributed.get_process_group_ranks(group)
 
 
 def all_reduced(tensor: torch.Tensor, how: str, group: str) -> torch.Tensor:
-    """The sum ("sum") or the largest ("max") of each element over a group; can be in a graph."""
+    """Return the sum ("sum") or maximum ("max") of each element over a group; works in a graph."""
     given = tensor.to(_reached(group, tensor.device))
     functional = torch.ops._c10d_functional
     reduced: torch.Tensor = functional.wait_tensor(functional.all_reduce(given, how, group))
@@ -639,7 +675,7 @@ def all_reduced(tensor: torch.Tensor, how: str, group: str) -> torch.Tensor:
 
 
 def broadcast(tensor: torch.Tensor, group: str) -> torch.Tensor:
-    """The tensor of a group's first process."""
+    """Return the tensor of a group's first process."""
     given = tensor.to(_reached(group, tensor.device))
     functional = torch.ops._c10d_functional
     sent: torch.Tensor = functional.wait_tensor(functional.broadcast(given, 0, group))
@@ -647,7 +683,7 @@ def broadcast(tensor: torch.Tensor, group: str) -> torch.Tensor:
 
 
 def all_gathered(tensor: torch.Tensor, group: str) -> torch.Tensor:
-    """The tensors of a group's processes, one behind the other."""
+    """Return the concatenated tensors of a group's processes."""
     given = tensor.to(_reached(group, tensor.device))
     functional = torch.ops._c10d_functional
     size = len(members(_group_of(group)))
@@ -658,7 +694,7 @@ def all_gathered(tensor: torch.Tensor, group: str) -> torch.Tensor:
 
 
 def beside_distributed() -> Any:
-    """A context in which tensors that all processes have go along with distributed ones."""
+    """Return a context in which DTensors can be combined with tensors that all processes have."""
     from torch.distributed.tensor.experimental import implicit_replication
 
     return implicit_replication()
@@ -670,9 +706,12 @@ def _group_of(name: str) -> Any:
 
 
 def _reached(group: str, device: torch.device) -> torch.device:
-    """The device itself, where a group's processes can send what is there; else one of theirs."""
+    """Return the device if the group's processes can send from there, otherwise one of theirs."""
     devices = {d.type for d in _group_of(group)._device_types}
     return device if device.type in devices or not devices else torch.device(sorted(devices)[0])
+
+
+# --- packages of AOTInductor ---------------------------------------------------------------------
 
 
 def aoti_package(
@@ -689,7 +728,7 @@ def aoti_package(
 
 
 def aoti_load(path: str | PathLike[str]) -> tuple[Any, dict[str, str]]:
-    """What a `.pt2` file holds, as a function, and its metadata."""
+    """Return the function in a `.pt2` file, and its metadata."""
     from torch import _inductor as inductor
 
     function = inductor.aoti_load_package(str(path))

@@ -1,4 +1,4 @@
-"""`apply` composes the stages; `restore` undoes it."""
+"""`apply` and `restore`: cache a model or a pipeline, and undo it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dit_cache_fx.strategies import ALIASES, Strategy, check_block_ids, make_str
 from dit_cache_fx.strategies.calibrated import check_model
 
 PipelineT = TypeVar("PipelineT")
-#: the arguments of `apply` that are not the strategy's, and their defaults
+#: arguments of `apply` that are not the strategy's, and their defaults
 _OTHERS = {"blocks": None, "timestep": None, "check": True}
 
 
@@ -64,14 +64,15 @@ def apply(
     check: bool = True,
     **options: Any,
 ) -> Any:
-    """Return a cached model, called exactly as `model`; `model` itself stays as it is.
+    """Return a cached model, called exactly as `model`; `model` itself does not change.
 
-    The two share their weights and their blocks. The first call of each input signature captures a
-    graph.
+    The two share their weights and their blocks. The first call of each input signature (shapes,
+    dtypes, devices and constants) captures a graph. Call the cached model without gradients, under
+    `torch.no_grad()` or `torch.inference_mode()`: with gradients it runs uncached, with a warning.
 
-    Given a pipeline, put cached models in the place of its `transformer` and, if it has one, of its
-    `transformer_2`, and return the pipeline. They go by the timesteps of `pipe.scheduler`, and two
-    of them share the steps of a run. `restore` puts the originals back.
+    A pipeline is changed in place and returned: cached models replace its `transformer` and its
+    other transformers, if it has any (`transformer_2`). They use the timesteps of `pipe.scheduler`,
+    and two of them share the steps of a run. `restore` undoes this.
 
     Args:
         model (`nn.Module | DiffusionPipeline`):
@@ -82,22 +83,29 @@ def apply(
             `Strategy` object.
         blocks (`str | nn.ModuleList | Sequence[str | nn.ModuleList]`, *optional*):
             The block lists, as attribute paths or as the lists themselves. When None, they are
-            found from the graph.
+            determined from the graph.
         timestep (`str`, *optional*):
-            The name of forward's timestep argument. When None, it is found.
+            The name of forward's timestep argument. When None, it is determined from the arguments.
         check (`bool`, defaults to `True`):
-            Check each captured graph against the model on a second input. Where the model's forward
+            Check each captured graph against the model on a second input. If the model's forward
             changes something around its blocks that they may read, the blocks run once more.
         options (`Any`):
-            The options of the strategy, where `strategy` is a name: see the classes of these names.
-            For a pipeline, also the options that differ for one transformer, by its name:
+            The options of the strategy, if `strategy` is a name: see the class of that name. For a
+            pipeline, also options for a single transformer, by its name:
             `transformer_2={"schedule": "quality"}`, or False to leave it uncached.
 
+    Returns:
+        A `CachedModel`, or the pipeline.
+
     Raises:
-        OptionError: An argument cannot work. The text says what would.
-        DiscoveryError: The model holds no block list.
+        OptionError: An argument has a value that cannot work. The text names the values that would.
+        DiscoveryError: The model has no block list. The first call raises it if none can be used,
+            or if the timestep argument cannot be determined.
+        CaptureError: The first call raises it if the model cannot be captured, or if the captured
+            graph differs from the model.
 
     Example:
+        >>> cached = dit_cache_fx.apply(model, "taylorcache", schedule="quality", num_steps=50)
         >>> pipe = dit_cache_fx.apply(pipe, "taylorcache", schedule="quality")
     """
     arguments: dict[str, Any] = {"blocks": blocks, "timestep": timestep, "check": check}
@@ -109,7 +117,7 @@ def apply(
 
 
 def apply_to_pipeline(pipe: Any, strategy: str | Strategy, options: dict[str, Any]) -> None:
-    """`apply` on a pipeline, which may be an nn.Module itself. `options`: everything else."""
+    """Apply to a pipeline, which may be an nn.Module itself. `options`: all other arguments."""
 
     def cache(model: nn.Module, chosen: str | Strategy, **own: Any) -> CachedModel:
         named = {name: own.pop(name, value) for name, value in _OTHERS.items()}
@@ -127,15 +135,19 @@ def restore(model: PipelineT) -> PipelineT: ...
 
 
 def restore(model: Any) -> Any:
-    """Return the model behind a cached one, or a pipeline with its original transformers again.
+    """Return the original of a cached model, or a pipeline with its original transformers.
 
-    The held tensors are freed.
+    The cached tensors are freed. Anything that is not cached is returned as it is.
 
     Args:
         model (`CachedModel | DiffusionPipeline`):
             The cached model or the pipeline that `apply` returned.
 
+    Returns:
+        The original model, or the pipeline.
+
     Example:
+        >>> pipe = dit_cache_fx.apply(pipe, "taylorcache", schedule="quality")
         >>> pipe = dit_cache_fx.restore(pipe)
     """
     if not isinstance(model, nn.Module):
@@ -157,7 +169,9 @@ def _apply_to_model(
     _check_callable(model)
     model = original(model)
     if installed_on(model) is not None:
-        raise OptionError("model", type(model).__name__, "a helper is enabled on it: disable() it")
+        raise OptionError(
+            "model", type(model).__name__, "a helper is enabled on it: call its disable() first"
+        )
     chosen = make_strategy(strategy, options)
     if model.training:
         raise OptionError("model.training", True, "call model.eval() first")
@@ -183,17 +197,17 @@ def _apply_to_model(
 
 
 def _check_callable(model: nn.Module) -> None:
-    """Raise where calls would not go through a cached model, or would through another cache."""
+    """Refuse a model whose calls would bypass the cached model, or go through another cache."""
     name = type(model).__name__
     if is_compiled(model):
-        raise OptionError("model", name, "apply first, then torch.compile")
+        raise OptionError("model", name, "call apply first, then torch.compile")
     for given in (model, original(model)):
         if vars(given).get("_compiled_call_impl") is not None:
             raise OptionError(
                 "model",
                 name,
-                "model.compile() was called on it, which a cached model would not go through: "
-                "apply to a model that is not compiled, then call cached.compile()",
+                "model.compile() was called on it, which a cached model would bypass: apply to a "
+                "model that is not compiled, then call cached.compile()",
             )
     if getattr(original(model), "is_cache_enabled", False) is True:
         raise OptionError(
@@ -208,7 +222,7 @@ def _cached(
     timestep: str | None,
     check: bool,
 ) -> CachedModel:
-    """A model whose arguments were looked at: a copy of a cached one is made in the same way."""
+    """Make a cached model from checked arguments; a copy of one is made in the same way."""
     signature = _signature(model, timestep)
     argument = named_timestep(signature.parameters, timestep, more=signature.open)
     engine = Engine(Subject(model, signature, blocks, strategy, check), argument)
@@ -233,12 +247,14 @@ def _named_lists(model: nn.Module, blocks: Blocks) -> list[BlockList]:
             )
         lists.append(named_list(model, names[found]))
     if not lists:
-        raise OptionError("blocks", blocks, "at least one block list, or None to find them")
+        raise OptionError(
+            "blocks", blocks, "at least one block list, or None to determine them from the graph"
+        )
     return lists
 
 
 def _check_ids_early(strategy: Strategy, lists: Sequence[BlockList], known: bool) -> None:
-    """Refuse ids that cannot be right whatever lists the capture will find."""
+    """Refuse ids that are wrong for every block list that the capture may find."""
     sizes = {b.name: len(b.modules) for b in lists}
     if known:
         check_block_ids(strategy, sizes)

@@ -1,4 +1,4 @@
-"""The cached model: what `apply` returns."""
+"""`CachedModel`: the result of `apply`."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.runtime.call_log import WANTS_GRADIENTS, CallLog
 from dit_cache_fx.runtime.drive import NOTHING, Compiler, Serving, drive
 from dit_cache_fx.runtime.engine import Engine, requires_grad
+from dit_cache_fx.runtime.entry import Entry
 from dit_cache_fx.runtime.execution import StepCompiler
-from dit_cache_fx.runtime.graphs import Entry
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-#: attributes that belong to the cached model itself; every other one is the model's
+#: attributes of the cached model itself; every other one belongs to the model
 _OWN = frozenset({"_model", "_engine", "_rebuild", "_enabled", "_compiled_call_impl"})
-#: what accelerate's hooks (offloading) set to wrap a forward: they wrap that of the cached model
+#: attributes with which accelerate's hooks (offloading) wrap a forward: that of the cached model
 _HOOK = frozenset({"forward", "_old_forward", "_hf_hook"})
 
-#: what can be set on the cached model itself
+#: attributes that can be set on the cached model itself
 _SETTABLE = frozenset({"cur_timestep", "num_steps", "timesteps"})
 
 
@@ -43,7 +43,7 @@ def _as_it_is(function: _F) -> _F:
 
 
 class _Alike(type):
-    """The type of a class that is equal to another: pipelines compare the types of components."""
+    """A type that equals another one: pipelines compare the types of their components."""
 
     like: type | None = None
 
@@ -55,15 +55,22 @@ class _Alike(type):
 
 
 class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
-    """A view of a model whose forward skips the blocks that the cache stands for.
+    """A view of a model whose forward reuses cached results instead of running some blocks.
 
     `apply` makes one. It shares everything with the model: parameters, submodules and hooks are the
     model's own dictionaries, so `.to()`, `load_state_dict`, LoRA and replaced layers act on both.
-    Every attribute that is not the cache's is read from and written to the model.
+    Every attribute that does not belong to the cache is read from and written to the model.
+
+    Example:
+        >>> cached = dit_cache_fx.apply(model, "taylorcache", compute_ratio=0.5)
+        >>> with torch.no_grad():
+        ...     noise = cached(sample, timestep, prompt)
+        >>> isinstance(cached, type(model))
+        True
     """
 
     def __new__(cls, model: nn.Module, *_: Any) -> CachedModel:
-        """An instance of a class of its own, which is equal to the model's."""
+        """Make an instance of a new class that equals the model's."""
         kind: Any = _Alike(cls.__name__, (cls,), {"like": type(model)})
         made: CachedModel = object.__new__(kind)
         return made
@@ -71,11 +78,11 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
     def __init__(
         self, model: nn.Module, engine: Engine, rebuild: Callable[[nn.Module], CachedModel]
     ) -> None:
-        # nn.Module.__init__ would make dictionaries of its own
+        # nn.Module.__init__ would create new dictionaries
         for name in vars(nn.Module()):
             if name != "training":
                 self.__dict__[name] = model.__dict__[name]
-        # a saved pipeline names the model's class by it
+        # a saved pipeline stores this as the module of the model's class
         self.__dict__["__module__"] = type(model).__module__
         self._model = model
         self._engine = engine
@@ -86,7 +93,7 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
 
     @not_a_compiled_frame
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward, called as before."""
+        """Run the model's forward, called as before."""
         if torch.compiler.is_dynamo_compiling() or traced_here((*args, *kwargs.values())):
             return self._traced(self._model.forward, args, kwargs)
         callback = dynamo_callback()
@@ -100,14 +107,14 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
         return output if hook is None else hidden(after_call)(hook, self._model, output)
 
     def _traced(self, uncached: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The answer as part of another graph that is being made: no host runs beside it."""
+        """Return the answer inside another graph under construction, where there is no host."""
         wanted = not exporting() and self._uncached_because(args, kwargs)
         if wanted or not self._enabled:
             return uncached(*args, **kwargs)
         return self._engine.carried(args, kwargs)
 
     def _serving(self, args: Any, kwargs: Any, callback: object) -> Serving | None:
-        """How a call is answered; None where the model itself answers it."""
+        """Return the engine's call; None if the model itself answers."""
         if not self._enabled:
             return None
         reason = self._uncached_because(args, kwargs)
@@ -127,7 +134,7 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
         return None
 
     def __getattr__(self, name: str) -> Any:
-        if name in _OWN or name in _HOOK:  # its own, and not there
+        if name in _OWN or name in _HOOK:  # its own, and missing
             raise AttributeError(name)
         return getattr(self._model, name)
 
@@ -151,7 +158,7 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        """The model's class: `isinstance` answers as for the model."""
+        """The model's class, so that `isinstance` works as for the model."""
         return type(self._model)
 
     @property
@@ -172,7 +179,7 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
         return self
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """The model's modules; during `torch.export` also those that carry the cache's state."""
+        """Yield the model's modules; during `torch.export` also those with the cache's state."""
         yield from super().named_modules(*args, **kwargs)
         if exporting():
             prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
@@ -182,11 +189,11 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
 
     @property
     def cache_state(self) -> nn.ModuleDict:
-        """The modules that carry the state through an exported program, one for each graph."""
+        """Return the modules with the state of an exported program, one for each graph."""
         return self._engine.graphs.carried(self._engine.call_log.tracker.context)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CachedModel:
-        """A copy of the model, cached in the same way; it holds nothing yet."""
+        """Copy the model, cached in the same way, without cached tensors."""
         return _rebuilt(self._rebuild, copy.deepcopy(self._model, memo), self._settings())
 
     def __copy__(self) -> CachedModel:
@@ -203,22 +210,22 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
     def _captured(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Entry, FlatCall, CallSignature]:
-        """The graph for a call like this, captured where there is none."""
+        """Return the graph for a call like this; capture it if there is none."""
         entry, call = self._engine.captured(args, kwargs)
         return entry, call, self._engine.subject.signature
 
     # --- compiling -----------------------------------------------------------------------------
 
     def compile_steps(self, **options: Any) -> None:
-        """Compile the graph of each kind of step by itself, when it first runs.
+        """Compile the graph of each kind of step by itself, on its first run.
 
-        A reused step then checks no guard for the code that it skips, and with
-        `mode="reduce-overhead"` each kind of step is a CUDA graph of its own. `torch.compile` of
-        the cached model is different: it gives one graph with the decision inside.
+        A reused step then checks no guards of code that it skips, and with `mode="reduce-overhead"`
+        each kind of step is a separate CUDA graph. `torch.compile` of the cached model is
+        different: it makes one graph that contains the decision.
 
         Args:
             options (`Any`):
-                The options of `torch.compile`, which raises for those it does not take. With
+                The options of `torch.compile`, which raises for those that it does not take. With
                 `fullgraph=True` it also raises for a graph that a block breaks; without it, the
                 blocks of such a graph are compiled one by one.
 
@@ -237,20 +244,20 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
         return self._engine.graphs.all()
 
     def clear_states(self) -> None:
-        """Forget the held tensors and the place in the generation; keep the graphs."""
+        """Forget the cached tensors and the place in the generation; keep the graphs."""
         self._engine.clear_states()
 
     def reset_states(self) -> None:
-        """Forget everything, graphs and counts included."""
+        """Forget everything, including graphs and counts."""
         self._engine.reset_states()
 
     def _own_context(self, name: str, more: dict[str, Any]) -> AbstractContextManager[Any] | None:
-        own = getattr(self._model, "cache_context", None)  # the model's own hooks may look at it
+        own = getattr(self._model, "cache_context", None)  # the model's own hooks may use it
         return own and own(name, **more)  # type: ignore[no-any-return]
 
 
 class _Settings(NamedTuple):
-    """What a user has set on a cached model, which its copies keep."""
+    """Settings of the user on a cached model, which its copies keep."""
 
     enabled: bool
     num_steps: int | None
@@ -269,10 +276,10 @@ def _rebuilt(
 
 
 def original(model: nn.Module) -> nn.Module:
-    """The model behind a cached one; any other model itself."""
+    """Return the model behind a cached one; any other model as it is."""
     return model._model if isinstance(model, CachedModel) else model
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether it is what `torch.compile(model)` returned."""
+    """Return whether `torch.compile(model)` made the model."""
     return hasattr(model, "_orig_mod")

@@ -21,6 +21,13 @@ class OptionError(DitCacheError, ValueError):
             Its value.
         expected (`str`):
             The values that would be right, in words.
+
+    Example:
+        >>> try:
+        ...     dit_cache_fx.apply(model, "deepcache", compute_ratio=2)
+        ... except dit_cache_fx.OptionError as error:
+        ...     print(error)
+        compute_ratio=2: a share of the steps above 0 and at most 1, such as 0.5
     """
 
     def __init__(self, name: str, value: object, expected: str) -> None:
@@ -34,7 +41,7 @@ class OptionError(DitCacheError, ValueError):
 
 
 class DiscoveryError(DitCacheError):
-    """The model does not tell its block lists or its timestep argument. Name them."""
+    """The block lists or the timestep argument cannot be determined from the model. Name them."""
 
 
 class CaptureError(DitCacheError):
@@ -42,15 +49,15 @@ class CaptureError(DitCacheError):
 
 
 class VerifyError(DitCacheError):
-    """A program breaks an invariant: a bug in a pass, or in a strategy of your own."""
+    """A program breaks an invariant: a bug in a pass, or in a user's strategy."""
 
 
 class MissingPackageError(DitCacheError, ImportError):
-    """A package that only this one feature needs is not installed. The text names it."""
+    """A package that only this feature needs is not installed. The text names the package."""
 
 
 class DitCacheWarning(UserWarning):
-    """Something is not cached although you asked for caching. The text says why."""
+    """Something is not cached although caching was requested. The text gives the reason."""
 
 
 _PLUMBING = (str(Path(__file__).parent), "torch", "contextlib")

@@ -1,4 +1,4 @@
-"""`export`: a cached model as one program that carries its state; and running such programs."""
+"""`export`: turn a cached model into one program that carries its state, and run such programs."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def export(
 
     The program is `forward(state, inputs) -> (outputs, state)`. State and inputs are dicts of
     tensors, with the shapes and dtypes of this call; every other argument is fixed. The program
-    tells the step from the timestep, and decides by itself whether to compute. It asserts the
-    values that the model's own code has read from the conditioning here.
+    determines the step from the timestep, and decides by itself whether to compute. It asserts the
+    values that the model's own code has read from the conditioning in this call.
 
     Args:
         cached (`CachedModel`):
@@ -53,16 +53,22 @@ def export(
             Turn it off if inputs other than the sample change at each step, and give each branch
             its own state.
 
+    Returns:
+        The exported program, with the form of its calls.
+
     Raises:
         OptionError: `cached` is no cached model.
-        CaptureError: The program cannot be exported. The text says what is in the way.
+        CaptureError: The program cannot be exported. The text names the cause.
 
     Example:
         >>> exported = dit_cache_fx.export(cached, (sample, timestep, prompt))
-        >>> runner = exported.package("model.pt2")
+        >>> runner = exported.runner()
+        >>> noise = runner(sample, timestep, prompt)
     """
     if not isinstance(cached, CachedModel):
-        raise OptionError("cached", type(cached).__name__, "what dit_cache_fx.apply returned")
+        raise OptionError(
+            "cached", type(cached).__name__, "the cached model that dit_cache_fx.apply returned"
+        )
     entry, call, signature = cached._captured(tuple(args), dict(kwargs or {}))
     stateful = entry.stateful(check_conditioning)
     specs = {n: TensorSpec.of(t) for n, t in zip(stateful.inputs, call.tensors, strict=True)}
@@ -83,16 +89,20 @@ def export(
 def load(path: str | PathLike[str]) -> Runner:
     """Load a program that `Exported.package` has written.
 
-    The file holds code: load only your own.
+    The file contains code: load only files that you trust.
 
     Args:
         path (`str | PathLike[str]`):
             The `.pt2` file.
 
+    Returns:
+        A runner, called as the model was.
+
     Raises:
         OptionError: The file is another package.
 
     Example:
+        >>> runner = exported.package("model.pt2")
         >>> runner = dit_cache_fx.load("model.pt2")
         >>> noise = runner(sample, timestep, prompt)
     """
@@ -105,7 +115,7 @@ def load(path: str | PathLike[str]) -> Runner:
 
 @dataclass(frozen=True)
 class CallForm:
-    """How a program is called: what of a call is fixed, and what it and its state are made of."""
+    """The form of a program's calls: fixed arguments, and specs of its inputs and state."""
 
     signature: CallSignature
     timestep_argument: str | None
@@ -115,14 +125,16 @@ class CallForm:
     state: dict[str, TensorSpec]
 
     def initial(self) -> State:
-        """The state before the first call."""
+        """Return the state before the first call."""
         return {name: spec.zeros() for name, spec in self.state.items()}
 
     def tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """The inputs of a call by name. Raises `OptionError` where it is not of this form."""
+        """Return the inputs of a call by name. Raises `OptionError` for another form."""
         call = flatten_call(self.signature.bind(args, kwargs), self.timestep_argument)
         if call.skeleton != self.skeleton:
-            raise OptionError("arguments", call.names(), "those that the program was exported with")
+            raise OptionError(
+                "arguments", call.names(), "the arguments that the program was exported with"
+            )
         for (name, spec), tensor in zip(self.inputs.items(), call.tensors, strict=True):
             if TensorSpec.of(tensor) != spec:
                 raise OptionError(name, str(TensorSpec.of(tensor)), f"exported for {spec}")
@@ -142,6 +154,12 @@ class Exported:
             The program: `forward(state, inputs) -> (outputs, state)`.
         form (`CallForm`):
             The form of a call: names, shapes and dtypes of its inputs and of the state.
+
+    Example:
+        >>> exported = dit_cache_fx.export(cached, (sample, timestep, prompt))
+        >>> state = exported.initial_state()
+        >>> inputs = {"x": sample, "timestep": timestep, "text": prompt}
+        >>> outputs, state = exported.program.module()(state, inputs)
     """
 
     program: torch.export.ExportedProgram
@@ -152,7 +170,7 @@ class Exported:
         return self.form.initial()
 
     def runner(self) -> Runner:
-        """Return a runner of the program as it is, in eager mode."""
+        """Return a runner of the program in eager mode."""
         return Runner(self.program.module(), self.form)
 
     def package(self, path: str | PathLike[str], **inductor_configs: Any) -> Runner:
@@ -165,6 +183,9 @@ class Exported:
                 The `.pt2` file to write.
             inductor_configs (`Any`):
                 Options of Inductor.
+
+        Example:
+            >>> runner = exported.package("model.pt2")
         """
         form = base64.b64encode(pickle.dumps(self.form)).decode()
         aoti_package(self.program, path, {_METADATA: form}, inductor_configs)
@@ -174,11 +195,16 @@ class Exported:
 class Runner:
     """An exported program that is called as the model was, and keeps the state between calls.
 
-    Each `cache_context` has a state of its own. Without one, batch CFG into one call per step.
+    Each `cache_context` has its own state. Without one, batch CFG into one call per step.
 
     Attributes:
         form (`CallForm`):
             The form of a call: names, shapes and dtypes of its inputs and of the state.
+
+    Example:
+        >>> runner = dit_cache_fx.export(cached, (sample, timestep, prompt)).runner()
+        >>> noise = runner(sample, timestep, prompt)
+        >>> runner.clear_states()
     """
 
     def __init__(self, function: Function, form: CallForm) -> None:
@@ -197,11 +223,15 @@ class Runner:
 
     @contextmanager
     def cache_context(self, name: str) -> Iterator[None]:
-        """A context whose calls belong to one branch of CFG.
+        """Return a context whose calls belong to one branch of CFG.
 
         Args:
             name (`str`):
                 The name of the branch, such as "cond".
+
+        Example:
+            >>> with runner.cache_context("cond"):
+            ...     noise = runner(sample, timestep, prompt)
         """
         before, self._context = self._context, name
         try:
@@ -210,5 +240,5 @@ class Runner:
             self._context = before
 
     def clear_states(self) -> None:
-        """Forget the held tensors: the next call computes."""
+        """Forget the cached tensors: the next call computes."""
         self._states.clear()

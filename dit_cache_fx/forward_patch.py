@@ -1,4 +1,4 @@
-"""A cached model in the place of its model's `forward`."""
+"""Replace a model's `forward` by that of a cached model."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _TWICE = (
 
 
 class InstalledForward:
-    """Makes a model object skip by itself, for those who cannot be given another object.
+    """Adds caching to a model object itself, for code that cannot be given another object.
 
-    It is set as the model's `forward` and calls the cached model; when that asks the model for its
-    own answer, it calls the forward that was there before. `owner` is who may remove it.
+    It replaces the model's `forward` and calls the cached model. When that asks the model for its
+    own answer, it calls the previous forward. `owner` is the object that may remove it.
     """
 
     def __init__(self, cached: CachedModel, owner: object) -> None:
@@ -36,7 +36,7 @@ class InstalledForward:
         self._before = vars(model).get("forward", _NOTHING)
         self._forward = model.forward
         self._cached: CachedModel | None = cached
-        self._here = threading.local()  # `inside`: this thread's call comes from the cached model
+        self._here = threading.local()  # `inside`: whether the cached model calls
         self._owner = ref(owner)
         model.forward = self
 
@@ -61,11 +61,11 @@ class InstalledForward:
 
     @property
     def owned(self) -> bool:
-        """Whether it is in use and its owner is still there."""
+        """Return whether it is in use and its owner still exists."""
         return self._cached is not None and self._owner() is not None
 
     def remove(self) -> None:
-        """Put back what was there; below hooks that came later it stays and passes calls on."""
+        """Restore the previous forward; below later hooks it stays and passes calls on."""
         if self._cached is None:
             return
         model, self._cached = original(self._cached), None
@@ -77,7 +77,7 @@ class InstalledForward:
             model.forward = self._before
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy of the model gets the forward that was there before, bound to the copy."""
+        """Return the previous forward, bound to the copy of the model."""
         return copy.deepcopy(self._forward, memo)
 
     def __reduce__(self) -> Any:
@@ -85,6 +85,6 @@ class InstalledForward:
 
 
 def installed_on(model: nn.Module) -> InstalledForward | None:
-    """What stands in the place of a model's forward."""
+    """Return the installed forward of a model, if there is one."""
     forward = vars(model).get("forward")
     return forward if isinstance(forward, InstalledForward) else None

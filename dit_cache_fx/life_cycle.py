@@ -1,4 +1,4 @@
-"""What a user can ask of a cached model, whichever way it was made."""
+"""`LifeCycle`: the methods that cached models and backends share."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dit_cache_fx.report.explain import Explanation, explain
 from dit_cache_fx.report.plot import draw
 from dit_cache_fx.runtime.batch import Batch
 from dit_cache_fx.runtime.call_log import CallLog
-from dit_cache_fx.runtime.scope import CacheContext
-from dit_cache_fx.runtime.session import Session
-from dit_cache_fx.strategies.schedule import check_num_steps
+from dit_cache_fx.runtime.tracking.scope import CacheContext
+from dit_cache_fx.runtime.tracking.session import Session
+from dit_cache_fx.strategies.checks import check_count, check_num_steps
 from dit_cache_fx.strategies.timesteps import Timesteps, given_timesteps
 
 if TYPE_CHECKING:
@@ -33,25 +33,31 @@ class LifeCycle:
         raise NotImplementedError
 
     def _lowered(self) -> Sequence[Lowered]:
-        """The graphs that there are."""
+        """Return the graphs."""
         raise NotImplementedError
 
     def clear_states(self) -> None:
-        """Forget the held tensors and the place in the generation; keep the graphs."""
+        """Forget the cached tensors and the place in the generation; keep the graphs."""
         self._call_log.tracker.clear()
 
     def reset_states(self) -> None:
-        """Forget everything, graphs and counts included."""
+        """Forget everything, including graphs and counts."""
         raise NotImplementedError
 
     @property
     def cur_timestep(self) -> int:
-        """The index of the current step: as you set it, else that of the newest call.
+        """The index of the current step, from 0: as set, else that of the newest call.
 
-        Set it to override the step that the timestep tells; None takes that back.
+        Set it to override the step that follows from the timestep; set None to undo that. Inside a
+        session it belongs to the session.
 
         Raises:
             OptionError: The new value is neither an integer from 0 nor None.
+
+        Example:
+            >>> cached.cur_timestep = 0
+            >>> noise = cached(sample, timestep, prompt)
+            >>> cached.cur_timestep = None
         """
         session = self._call_log.tracker.session
         if session.explicit is not None:
@@ -61,21 +67,23 @@ class LifeCycle:
     @cur_timestep.setter
     def cur_timestep(self, step: int | None) -> None:
         if self._call_log.tracker.batch is not None:
-            expected = "to be set in each session (with session: cached.cur_timestep = ...)"
+            expected = "None here: set it in each session (with session: cached.cur_timestep = ...)"
             raise OptionError("cur_timestep", step, expected)
-        if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
-            raise OptionError("cur_timestep", step, "a step index: an integer from 0, or None")
+        check_count("cur_timestep", step, 0, optional=True, meaning="a step index")
         self._call_log.tracker.session.explicit = step
 
     @property
     def num_steps(self) -> int | None:
-        """The number of steps in a generation; None where it is not known.
+        """The number of steps in a generation; None if unknown.
 
-        Set it before a generation begins. It goes before the option of this name; None takes it
-        back.
+        Set it before a generation begins. It takes precedence over the option of this name; set
+        None to undo that.
 
         Raises:
             OptionError: The new value is neither an integer from 1 nor None.
+
+        Example:
+            >>> cached.num_steps = 30
         """
         given = self._call_log.count.given
         return self._call_log.num_steps if given is None else given
@@ -88,14 +96,19 @@ class LifeCycle:
 
     @property
     def timesteps(self) -> tuple[float, ...] | None:
-        """The timesteps of the calls of a generation; None where they are not known.
+        """The timesteps of the calls of a generation; None if unknown.
 
-        Set them before a generation begins: a sequence, tensor or array, or a function that returns
-        them and is asked at the first call of each generation. They go before the option of this
-        name; None takes them back.
+        Set them before a generation begins: a flat sequence, tensor or array of finite numbers, in
+        the unit of the scheduler or of the model, or a function that returns them and is called at
+        the first call of each generation. They take precedence over the option of this name; set
+        None to undo that.
 
         Raises:
             OptionError: The new value is no flat sequence of finite numbers.
+
+        Example:
+            >>> cached.timesteps = torch.linspace(1000.0, 20.0, 50)
+            >>> cached.timesteps = lambda: pipe.scheduler.timesteps
         """
         given = self._call_log.count.given_timesteps
         if isinstance(given, tuple):
@@ -113,15 +126,15 @@ class LifeCycle:
         self._enabled = True
 
     def disable(self) -> None:
-        """Run as the original model, exactly, and release the held tensors."""
+        """Run exactly as the original model, and free the cached tensors."""
         self._enabled = False
         self.clear_states()
 
     def new_session(self) -> Session:
         """Return a session for the calls of one request.
 
-        A session has a generation and branches of its own. Closing or dropping it frees them. There
-        may be any number of sessions. Calls outside of any session belong to one per thread.
+        A session has its own generation and branches. Closing or dropping it frees them. The number
+        of sessions is not limited. Calls outside of any session belong to one per thread.
 
         Example:
             >>> session = cached.new_session()
@@ -140,21 +153,23 @@ class LifeCycle:
 
         Args:
             sessions (`Sequence[Session]`):
-                The session of each row.
+                The session of each row, each one once.
             shared (`Collection[str]`, defaults to `()`):
-                The names of arguments that have no rows although their size says so.
+                The names of arguments without rows whose first dimension happens to be the number
+                of sessions.
 
         Raises:
-            OptionError: A session is closed, of another model, or given twice.
+            OptionError: A session is closed, belongs to another model, or is given twice.
 
         Example:
-            >>> with cached.batch([first, second]):
-            ...     noise = cached(torch.cat([a, b]), torch.tensor([900.0, 40.0]), prompts)
+            >>> with cached.batch([cached.new_session(), cached.new_session()]):
+            ...     samples, prompts = torch.cat([sample, sample]), torch.cat([prompt, prompt])
+            ...     noise = cached(samples, torch.tensor([900.0, 40.0]), prompts)
         """
         return Batch(self._call_log.tracker.scope, sessions, shared)
 
     def cache_context(self, name: str, **more: Any) -> AbstractContextManager[None]:
-        """Return a context whose calls belong to one branch of CFG, with a state of its own.
+        """Return a context whose calls belong to one branch of CFG, with its own state.
 
         Contexts nest: a name inside another one is a branch of that one. Like sessions, they are
         local to the thread or the asyncio task.
@@ -181,34 +196,46 @@ class LifeCycle:
         return None
 
     def cache_report(self) -> CacheReport:
-        """Return a report of the cached blocks, the held bytes, and the last generation's steps."""
+        """Return a report of the cached blocks, the held bytes, and the last generation's steps.
+
+        Example:
+            >>> print(cached.cache_report())
+            taylorcache...
+        """
         return report(self._call_log, self._lowered(), self._enabled)
 
     def explain(self, full: bool = False) -> Explanation:
-        """Return an explanation to print: the model's structure, the held values, the graph of a
-        reused step.
+        """Return an explanation to print: block lists, held values, and the graph of a reused step.
 
         Args:
             full (`bool`, defaults to `False`):
                 Add the text of every graph.
+
+        Example:
+            >>> print(cached.explain())
+            taylorcache: computes...
         """
         return explain(self._call_log, self._lowered(), self._enabled, full)
 
     def plot(self, path: str | PathLike[str] | None = None) -> Figure:
-        """Draw the last generation: what each block did on each step.
+        """Draw the last generation: the action of each block on each step.
 
         For a strategy with a rule of its own, such as TeaCache with `rel_l1_thresh`, the figure
-        also shows the measured numbers and the threshold. It needs matplotlib.
+        also shows the measured numbers and the threshold. Requires matplotlib.
 
         Args:
             path (`str | PathLike[str]`, *optional*):
-                The file to write; its ending (`.png`, `.pdf`, `.svg`) selects the format.
+                The file to write; its ending (`.png`, `.pdf`, `.svg`) selects the format. When
+                None, nothing is written.
+
+        Returns:
+            The figure.
 
         Raises:
             MissingPackageError: Matplotlib is not installed.
             DitCacheError: There was no call yet.
 
         Example:
-            >>> cached.plot("steps.png")
+            >>> figure = cached.plot("steps.png")
         """
         return draw(self.cache_report(), path)

@@ -1,4 +1,4 @@
-"""A pipeline: each transformer that it holds is cached, and put back again."""
+"""Cache each transformer of a pipeline, and restore the originals."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from torch import nn
 
 from dit_cache_fx.cached_model import CachedModel, is_compiled, original
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.runtime.run import share_run
+from dit_cache_fx.runtime.shared_run import share_run
 from dit_cache_fx.strategies import Strategy
-from dit_cache_fx.strategies.base import options_of
+from dit_cache_fx.strategies.options import options_of
 from dit_cache_fx.strategies.registry import BY_NAME
 
-#: what a pipeline's attribute is called that holds a model to cache, whatever else is in its name
+#: attributes of a pipeline whose name contains this hold a model to cache
 TRANSFORMER = "transformer"
-#: the options that say which steps are computed: one takes the place of another
+#: options that select the steps to compute: one replaces another
 _WAYS = ("no_cache_steps", "compute_ratio", "schedule", "computed_steps")
 
 
 class Choice(NamedTuple):
-    """How one transformer is cached: a strategy, its options, other arguments of `apply`."""
+    """The caching of one transformer: a strategy, its options, other arguments of `apply`."""
 
     strategy: str | Strategy
     options: dict[str, Any]
 
     def with_own(self, name: str, own: Any) -> Choice:
-        """With the options that are given for one transformer alone."""
+        """Add the options for one transformer alone."""
         if not isinstance(own, Mapping):
             raise OptionError(
                 name,
                 own,
                 "the options of this transformer alone, such as dict(schedule='quality'), or "
-                "False where it is not to be cached",
+                "False to leave it uncached",
             )
         more = dict(own)
         if "strategy" in more:
@@ -52,17 +52,17 @@ class Choice(NamedTuple):
         return Choice(self.strategy, {**_without(self.options, dropped), **more})
 
     def _known(self) -> Choice:
-        """With those of the common options that another strategy has too."""
+        """Keep only the common options that another strategy also has."""
         kind = BY_NAME.get(self.strategy) if isinstance(self.strategy, str) else None
         names = {*(() if kind is None else options_of(kind)), "blocks", "timestep", "check"}
         return Choice(self.strategy, {k: v for k, v in self.options.items() if k in names})
 
 
 class PipelineTimesteps:
-    """The timesteps of a pipeline's run, asked when the run has begun.
+    """The timesteps of a pipeline's run, read when the run has begun.
 
-    It does not keep the pipeline alive: the pipeline holds the model that holds it. A pipeline that
-    was made from this one (`from_pipe`) goes on with its scheduler.
+    It does not keep the pipeline alive, which holds the model that holds it. A pipeline made from
+    this one (`from_pipe`) continues with its scheduler.
     """
 
     def __init__(self, pipe: Any) -> None:
@@ -80,9 +80,9 @@ def cache_pipeline(
     options: dict[str, Any],
     cache: Callable[..., CachedModel],
 ) -> None:
-    """Put a cached transformer in the place of each one that a pipeline has.
+    """Replace each transformer of a pipeline by a cached one.
 
-    `options`: those of all, and by a transformer's name those of one. `cache`: caches one model.
+    `options`: for all, and under a transformer's name for that one. `cache`: caches one model.
     """
     found = transformers_of(pipe)
     own = {name: options[name] for name in options if TRANSFORMER in name}
@@ -99,14 +99,14 @@ def cache_pipeline(
             choice = common.with_own(name, own.get(name, {}))
             made[name] = cache(model, choice.strategy, **choice.options)
     if not made:
-        raise OptionError(*next(iter(own.items())), "nothing is left to be cached")
+        raise OptionError(*next(iter(own.items())), "at least one transformer to cache")
     share_run([cached._call_log for cached in made.values()], PipelineTimesteps(pipe))
     for name, cached in made.items():  # all of them, or none
         setattr(pipe, name, cached)
 
 
 def restore_pipeline(pipe: Any) -> None:
-    """Put the original transformers back."""
+    """Restore the original transformers."""
     for name, model in transformers_of(pipe).items():
         cached = behind(model)
         if isinstance(cached, CachedModel):
@@ -114,9 +114,9 @@ def restore_pipeline(pipe: Any) -> None:
 
 
 def transformers_of(pipe: Any) -> dict[str, nn.Module]:
-    """The transformers of a pipeline, by the names of its attributes.
+    """Return the transformers of a pipeline, by the names of its attributes.
 
-    Raises `OptionError` where it has none.
+    Raises `OptionError` if it has none.
     """
     held = (*getattr(pipe, "__dict__", ()), *getattr(pipe, "_modules", ()))
     names = dict.fromkeys((TRANSFORMER, *held))
@@ -128,14 +128,14 @@ def transformers_of(pipe: Any) -> dict[str, nn.Module]:
 
 
 def behind(model: nn.Module) -> nn.Module:
-    """What `torch.compile(model)` was made from; any other model itself."""
+    """Return the model that was passed to `torch.compile`; any other model as it is."""
     while is_compiled(model):
         model = model._orig_mod  # type: ignore[assignment]
     return model
 
 
 def uncached(cached: CachedModel) -> nn.Module:
-    """The model behind a cached one, which holds nothing any more; it keeps what offloads it."""
+    """Return the original of a cached model, without cached tensors, with its offloading hooks."""
     cached.clear_states()
     model, hook = original(cached), vars(cached).get("_hf_hook")
     if hook is not None:
@@ -154,15 +154,15 @@ def _check_untouched(pipe: Any, name: str, model: nn.Module) -> None:
         raise OptionError(
             "model",
             type(pipe).__name__,
-            f"its {name} is cached already: dit_cache_fx.restore(pipe) first",
+            f"its {name} is cached already: call dit_cache_fx.restore(pipe) first",
         )
 
 
 def _without_transformer(pipe: Any, names: Mapping[str, Any]) -> str:
-    """Why there is nothing to cache, and what would be right."""
+    """Return the reason why there is nothing to cache, and what would be right."""
     expected = "an nn.Module, or a pipeline that holds a Diffusion Transformer as its .transformer"
     if hasattr(pipe, TRANSFORMER):
-        return f"{expected}: here that is {getattr(pipe, TRANSFORMER)!r}, not a loaded model"
+        return f"{expected}; here that is {getattr(pipe, TRANSFORMER)!r}, not a loaded model"
     models = [
         f"{name} ({type(value).__name__})"
         for name in names
@@ -174,7 +174,7 @@ def _without_transformer(pipe: Any, names: Mapping[str, Any]) -> str:
 def _weak(pipe: Any) -> Callable[[], Any]:
     try:
         return ref(pipe)
-    except TypeError:  # of a class that has no weak references
+    except TypeError:  # a class without weak references
         return lambda: pipe
 
 

@@ -1,8 +1,8 @@
-"""The processes that run one model together, and how they come to the same decisions.
+"""The processes that run one model together, and their common decisions.
 
-Each holds a part of the model, of its sequence or of its data, and their blocks talk to each other.
-So a step that one of them computes, all must compute. What goes by numbers that each has of its own
-part is made one number here, inside the graphs too.
+Each process holds a part of the model, of its sequence or of its data, and their blocks
+communicate. So if one of them computes a step, all must. Decisions based on numbers of each
+process's own part use one reduced number, inside the graphs too.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from dit_cache_fx.errors import CaptureError, OptionError
 from dit_cache_fx.values.containers import attributes
 from dit_cache_fx.values.wrapped import is_distributed
 
-#: where models note how they are run in parallel, and how deep a mesh may be in there
+#: the attribute with a model's parallel configuration, and the depth to search it for meshes
 _CONFIG, _DEPTH = "_parallel_config", 3
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Processes, by their `groups`: what is reduced over one after another is reduced over all."""
+    """Processes, by their `groups`: reductions over one group after another cover all processes."""
 
     groups: tuple[str, ...]
 
     # --- as part of a graph ----------------------------------------------------------------------
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of each element over the processes."""
+        """Return the sum of each element over the processes."""
         return self._reduced(tensor, "sum")
 
     def largest(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The largest of each element over the processes."""
+        """Return the maximum of each element over the processes."""
         return self._reduced(tensor, "max")
 
     def any(self, flags: torch.Tensor) -> torch.Tensor:
-        """Whether each flag is set in any process."""
+        """Return whether each flag is set in any process."""
         return self.largest(flags.to(torch.int32)).to(torch.bool)
 
     def first(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor of the first process."""
+        """Return the tensor of the first process."""
         for group in self.groups:
             tensor = _torch.broadcast(tensor, group)
         return tensor
@@ -58,34 +58,34 @@ class Ranks:
     # --- on the host -----------------------------------------------------------------------------
 
     def gathered(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensors of all processes, one behind the other. They are of one size."""
+        """Return the concatenated tensors of all processes, which have equal sizes."""
         for group in self.groups:
             tensor = _torch.all_gathered(tensor, group)
         return tensor
 
     def differ(self, tensor: torch.Tensor) -> bool:
-        """Whether the processes have other values. The tensors are of one size."""
+        """Return whether the values differ between the processes. The tensors have equal sizes."""
         ends = self.largest(torch.stack([tensor, -tensor]))
         return not torch.equal(ends[0], -ends[1])
 
     def every(self, value: bool) -> bool:
-        """Whether it holds in every process."""
+        """Return whether the value is true in every process."""
         return not bool(self.any(torch.tensor([not value], device="cpu")))
 
     def signed(self, checksum: torch.Tensor) -> torch.Tensor:
-        """A checksum of what all processes have, from those of what each has."""
+        """Combine the checksums of all processes' parts."""
         return self.total(checksum * (2 * torch.distributed.get_rank() + 3))
 
 
-#: what differs, where it is not in this process
+#: the difference that is reported if it is in another process
 ANOTHER = "in another process"
 
 
 @contextmanager
 def together(ranks: Ranks | None) -> Iterator[None]:
-    """Where one process raises within it, all of them do. None of them may wait for others there.
+    """Raise in all processes if one of them raises inside, where none may wait for others.
 
-    So none is left waiting for one that has gone.
+    Otherwise the others would wait for a process that has left.
     """
     try:
         yield
@@ -95,13 +95,13 @@ def together(ranks: Ranks | None) -> Iterator[None]:
         raise
     if ranks is not None and not ranks.every(True):
         raise CaptureError(
-            "another process could not capture the model, and all of them must: the error of that "
-            "process says why"
+            "another process could not capture the model, and all of them must: see the error of "
+            "that process"
         )
 
 
 def every(ranks: Ranks | None, value: bool) -> bool:
-    """Whether it holds, in every process where there are several."""
+    """Return whether the value is true, in every process if there are several."""
     return value if ranks is None else ranks.every(value)
 
 
@@ -109,7 +109,7 @@ def every(ranks: Ranks | None, value: bool) -> bool:
 
 
 def ranks_of(option: Any) -> Ranks | None:
-    """The processes of `process_group=`. Raises `OptionError` for what is no group."""
+    """Return the processes of `process_group=`. Raises `OptionError` for other objects."""
     if option is None or isinstance(option, Ranks):
         return option
     if hasattr(option, "get_all_groups"):  # a mesh
@@ -121,10 +121,10 @@ def ranks_of(option: Any) -> Ranks | None:
 
 
 def found(model: nn.Module | None, tensors: Iterable[torch.Tensor] = ()) -> Ranks | None:
-    """The processes that a model is spread over, as far as it tells; None where it does not.
+    """Return the processes that run a model, as far as is known; otherwise None.
 
-    Its weights and the tensors of a call tell by their meshes, diffusers' models by their parallel
-    configuration.
+    They follow from the meshes of its weights and of the tensors of a call, and from the parallel
+    configuration of diffusers.
     """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return None
@@ -139,7 +139,7 @@ def found(model: nn.Module | None, tensors: Iterable[torch.Tensor] = ()) -> Rank
 
 
 def _groups_of(tensor: torch.Tensor) -> Iterator[Any]:
-    """The groups that have other parts of a tensor."""
+    """Yield the groups whose processes have other parts of a tensor."""
     if is_distributed(tensor):
         spread: Any = tensor
         for dim, placement in enumerate(spread.placements):
@@ -156,7 +156,7 @@ def _meshes(value: Any, depth: int) -> Iterator[Any]:
 
 
 def _ranks(groups: Sequence[Any]) -> Ranks | None:
-    """Without groups of one process, and those whose processes another one has."""
+    """Drop groups of one process, and those contained in another one."""
     named = {group.group_name: frozenset(_torch.members(group)) for group in groups}
     once = {members: name for name, members in reversed([*named.items()])}
     kept = [

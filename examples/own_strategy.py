@@ -41,14 +41,14 @@ class DampedLine(Strategy):
         return 2  # the newest value, and its change per step
 
     def store(
-        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+        self, cached: Sequence[Tensor], value: Tensor, run_input: Tensor | None, clock: Clock
     ) -> Sequence[Tensor]:
         two_values = (clock.computed > 0) & (clock.distance > 0)
         steps = torch.where(two_values, clock.distance, torch.inf)  # no change known: 0
-        return [value, (value - held[0]) / steps]
+        return [value, (value - cached[0]) / steps]
 
-    def reuse(self, held: Sequence[Tensor], start: Tensor | None, clock: Clock) -> Tensor:
-        value, change = held
+    def reuse(self, cached: Sequence[Tensor], run_input: Tensor | None, clock: Clock) -> Tensor:
+        value, change = cached
         return value + self.damping * clock.distance * change
 
 

@@ -13,7 +13,7 @@ import dataclasses
 import inspect
 import re
 import textwrap
-from importlib import import_module
+from collections.abc import Mapping
 from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 import pytest
 
 import dit_cache_fx
-from dit_cache_fx import Strategy
-from dit_cache_fx.strategies import make_strategy
-from dit_cache_fx.strategies.registry import BY_NAME, KINDS
+from dit_cache_fx import Strategy, helpers
+from dit_cache_fx.strategies.registry import KINDS
+from tests.api_examples import VLLM_OMNI, module_of, run_example
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = dit_cache_fx.__name__
 REFERENCE = ROOT / "docs" / "reference"
 
 _SECTION = re.compile(r"^(Args|Attributes|Example):\n((?:    .*\n|\n(?=    ))+)", re.M)
@@ -83,7 +84,10 @@ def shown() -> dict[str, list[str] | None]:
 def at(path: str) -> Any:
     """The object of a path: `dit_cache_fx.apply`."""
     module, _, name = path.rpartition(".")
-    return getattr(import_module(module), name)
+    return getattr(_VLLM if module == VLLM_OMNI else module_of(module), name)
+
+
+_VLLM = module_of(VLLM_OMNI)
 
 
 def public() -> list[Any]:
@@ -92,9 +96,10 @@ def public() -> list[Any]:
 
 
 def members(path: str) -> dict[str, Any]:
-    """What the pages show of a class."""
-    listed, own = shown()[path], vars(at(path)).items()
-    return {n: m for n, m in own if (n[0] != "_" if listed is None else n in listed)}
+    """What the pages show of a class, inherited members included."""
+    listed, bases = shown()[path], [k for k in at(path).__mro__ if k.__module__.startswith(PACKAGE)]
+    all_ = {name: member for kind in reversed(bases) for name, member in vars(kind).items()}
+    return {n: m for n, m in all_.items() if (n[0] != "_" if listed is None else n in listed)}
 
 
 def functions() -> list[FunctionType]:
@@ -108,6 +113,20 @@ def functions() -> list[FunctionType]:
 def properties() -> list[property]:
     classes = [path for path in shown() if inspect.isclass(at(path))]
     return [m for path in classes for m in members(path).values() if isinstance(m, property)]
+
+
+def with_init() -> list[type]:
+    """The classes that are made by calling an `__init__` of their own."""
+    written = [x for x in public() if isinstance(vars(x).get("__init__"), FunctionType)]
+    return [x for x in written if not dataclasses.is_dataclass(x) and section(x, "Args")]
+
+
+def examples() -> dict[str, str]:
+    """Each `Example:` on the pages, by the path of what it is for."""
+    found = {path: section(at(path), "Example") for path in shown()}
+    for path in filter(lambda path: inspect.isclass(at(path)), shown()):
+        found |= {f"{path}.{n}": section(m, "Example") for n, m in members(path).items()}
+    return {path: text for path, text in found.items() if text}
 
 
 def dataclasses_with(title: str) -> list[type]:
@@ -128,7 +147,8 @@ def named(item: Any) -> str:
 
 def test_every_public_name_is_on_a_page() -> None:
     on_pages = {id(at(path)) for path in shown()}
-    exported = {name: getattr(dit_cache_fx, name) for name in dit_cache_fx.__all__}
+    rooms = (dit_cache_fx, helpers)
+    exported = {name: getattr(room, name) for room in rooms for name in room.__all__}
     assert [name for name, item in exported.items() if id(item) not in on_pages] == []
 
 
@@ -160,7 +180,19 @@ def test_every_property_has_a_docstring() -> None:
 def test_every_argument_of_a_function_is_described(function: FunctionType) -> None:
     parameters = dict(inspect.signature(function).parameters)
     parameters.pop("self", None)
-    listed = described(function)
+    assert_described(function, parameters)
+
+
+@pytest.mark.parametrize("kind", with_init(), ids=named)
+def test_every_argument_of_a_class_is_described(kind: type) -> None:
+    """Those that it takes over from its base are the base's to describe."""
+    parameters = dict(inspect.signature(kind).parameters)
+    inherited = described(kind.__mro__[1])
+    assert_described(kind, {n: p for n, p in parameters.items() if n not in inherited})
+
+
+def assert_described(item: Any, parameters: Mapping[str, inspect.Parameter]) -> None:
+    listed = described(item)
     assert list(listed) == list(parameters)
     for name, parameter in parameters.items():
         free = parameter.default is parameter.empty
@@ -193,20 +225,25 @@ def test_every_dataclass_is_described() -> None:
 # --- the examples --------------------------------------------------------------------------------
 
 
-def applied(kind: type[Strategy]) -> list[ast.Call]:
-    """The calls of `apply` in the example of a strategy."""
-    lines = [line[4:] for line in section(kind, "Example").splitlines()]
-    calls = [node for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, ast.Call)]
-    return [call for call in calls if ast.unparse(call.func) == "dit_cache_fx.apply"]
+#: examples that compile for many seconds
+_LONG = {"dit_cache_fx.load", "dit_cache_fx.Exported.package"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=pytest.mark.exhaustive if p in _LONG else ()) for p in examples()],
+)
+def test_an_example_runs(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_example(examples()[path])
+
+
+@pytest.mark.parametrize("item", public(), ids=named)
+def test_what_a_user_calls_has_an_example(item: Any) -> None:
+    called = inspect.isfunction(item) or section(item, "Args")
+    assert section(item, "Example") or not called
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=named)
-def test_the_example_of_a_strategy_has_options_that_it_takes(kind: type[Strategy]) -> None:
-    calls = applied(kind)
-    assert calls
-    for call in calls:
-        name = ast.literal_eval(call.args[1])
-        assert BY_NAME[name] is kind
-        given = {str(option.arg): ast.unparse(option.value) for option in call.keywords}
-        options = {n: eval(v, {"ratios": [1.0, 0.9]}) for n, v in given.items()}
-        assert isinstance(make_strategy(name, options), kind)
+def test_the_example_of_a_strategy_applies_it(kind: type[Strategy]) -> None:
+    assert f'dit_cache_fx.apply(model, "{kind.name}", ' in section(kind, "Example")

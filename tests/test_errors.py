@@ -108,12 +108,13 @@ def test_a_strategy_object_is_used_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "more"), [("deepcache", ""), ("taylorcache", "; or give tolerance=0.01, say")]
+    ("strategy", "more"),
+    [("deepcache", ""), ("taylorcache", "; or pass a tolerance, for example tolerance=0.01")],
 )
 def test_no_schedule_at_all(strategy: str, more: str) -> None:
     refused(
-        r"no_cache_steps=None: say which steps are computed in full, for instance "
-        r"interval_schedule\(50, 11, 45, 4\) or range\(0, 50, 2\), or give compute_ratio=0.5 or "
+        r"no_cache_steps=None: the indices of the steps to compute in full, for example "
+        r"interval_schedule\(50, 11, 45, 4\) or range\(0, 50, 2\), or instead compute_ratio=0.5 or "
         rf"schedule='balanced'{more}$",
         make(ToyDiT),
         strategy,
@@ -122,7 +123,7 @@ def test_no_schedule_at_all(strategy: str, more: str) -> None:
 
 def test_no_schedule_at_all_for_teacache_names_its_rule() -> None:
     refused(
-        r"no_cache_steps=None: .*; or give rel_l1_thresh \(the dynamic rule\)",
+        r"no_cache_steps=None: .*; or pass rel_l1_thresh \(the dynamic rule\)",
         make(ToyDiT),
         "teacache",
     )
@@ -131,7 +132,7 @@ def test_no_schedule_at_all_for_teacache_names_its_rule() -> None:
 @pytest.mark.parametrize("steps", [{-1}, [0, -3], {0, 1.5}, [True], {"0"}, 7, "013", [None]])
 def test_steps_that_are_no_indexes(steps: Any) -> None:
     refused(
-        r"no_cache_steps=.*: a collection of step indexes: integers from 0",
+        r"no_cache_steps=.*: a collection of step indices: integers from 0",
         make(ToyDiT),
         no_cache_steps=steps,
     )
@@ -154,13 +155,16 @@ def test_steps_may_be_any_collection_of_integers(steps: Any) -> None:
         ({"blocks": {3}}, r"blocks has 3 blocks, ids 0 to 2; got \[3\]"),
         ({"blocks": {0, 7, 53}}, r"blocks has 3 blocks, ids 0 to 2; got \[7, 53\]"),
         ({"double_blocks": {3}}, r"double_blocks has 3 blocks, ids 0 to 2; got \[3\]"),
-        ({"layers": {0}}, r"no block list of that name; the lists are \['blocks'"),
-        ({"blocks": {-1}}, r"a mapping from a block list's name to a collection of block ids"),
+        ({"layers": {0}}, r"no block list of this name; the lists are \['blocks'"),
+        (
+            {"blocks": {-1}},
+            r"a mapping from the name of a block list to a collection of block indices",
+        ),
         ({"blocks": {True}}, r".*integers from 0"),
         ({"blocks": {0.5}}, r".*integers from 0"),
         ({"blocks": 2}, r".*integers from 0"),
-        ([2], r"a mapping from a block list's name"),
-        (2, r"a mapping from a block list's name"),
+        ([2], r"a mapping from the name of a block list"),
+        (2, r"a mapping from the name of a block list"),
     ],
 )
 def test_block_ids_that_cannot_be(ids: Any, match: str) -> None:
@@ -174,7 +178,7 @@ def test_block_ids_that_cannot_be(ids: Any, match: str) -> None:
 
 def test_block_ids_of_named_lists_are_checked_at_once() -> None:
     refused(
-        r"no_cache_block_id=\{'single_blocks': \[0\]\}: no block list of that name; "
+        r"no_cache_block_id=\{'single_blocks': \[0\]\}: no block list of this name; "
         r"the lists are \['blocks'\] \(or \['double_blocks'\] in call order\)",
         make(ToyDiT),
         no_cache_steps={0},
@@ -199,7 +203,7 @@ def test_the_second_alias_needs_a_second_list() -> None:
     cached = dit_cache_fx.apply(
         make(ToyDiT), "deepcache", no_cache_steps={0}, no_cache_block_id={"single_blocks": {0}}
     )
-    with pytest.raises(OptionError, match=r"no block list of that name"):
+    with pytest.raises(OptionError, match=r"no block list of this name"):
         cached(**toy_inputs(1.0))
 
 
@@ -231,7 +235,7 @@ def test_orders_that_cannot_be(option: str, value: Any) -> None:
 @pytest.mark.parametrize("value", [0, -0.1, math.nan, True, "0.1"])
 def test_thresholds_that_cannot_be(value: Any) -> None:
     refused(
-        r"rel_l1_thresh=.*: a number above 0, for instance 0.15",
+        r"rel_l1_thresh=.*: a number above 0, for example 0.15",
         make(ToyDiT),
         "teacache",
         rel_l1_thresh=value,
@@ -251,7 +255,7 @@ def test_coefficients_that_cannot_be(value: Any) -> None:
 
 def test_coefficients_without_a_threshold() -> None:
     refused(
-        r"coefficients=\[1.0, 0.0\]: only used with rel_l1_thresh: give both",
+        r"coefficients=\[1.0, 0.0\]: only used with rel_l1_thresh: pass both",
         make(ToyDiT),
         "teacache",
         no_cache_steps={0},
@@ -273,7 +277,7 @@ def test_signals_that_there_are_not(value: Any) -> None:
 @pytest.mark.parametrize("value", [None, 1, ["img"]])
 def test_cache_names_that_cannot_be(value: Any) -> None:
     refused(
-        r"cache_name=.*: the name of a block's argument",
+        r"cache_name=.*: the name of a block argument",
         make(ToyDiT),
         "teacache",
         no_cache_steps={0},
@@ -322,8 +326,8 @@ def test_a_model_in_training_mode() -> None:
 
 def test_a_compiled_model() -> None:
     refused(
-        r"model='ToyDiT': apply first, then torch.compile"
-        r"|model='OptimizedModule': apply first, then torch.compile",
+        r"model='ToyDiT': call apply first, then torch.compile"
+        r"|model='OptimizedModule': call apply first, then torch.compile",
         torch.compile(make(ToyDiT), backend="eager"),
         no_cache_steps={0},
     )
@@ -360,7 +364,7 @@ def test_blocks_of_another_model() -> None:
 
 def test_an_empty_choice_of_blocks() -> None:
     refused(
-        r"blocks=\[\]: at least one block list, or None to find them",
+        r"blocks=\[\]: at least one block list, or None to determine them",
         make(ToyDiT),
         no_cache_steps={0},
         blocks=[],

@@ -13,11 +13,12 @@ import pytest
 from torch import distributed as dist
 
 from dit_cache_fx import TEACACHE_COEFFICIENTS
-from dit_cache_fx.strategies.schedule import PRESETS
+from dit_cache_fx.strategies.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 GRAPHS = (ROOT / "docs" / "how_it_works.md").read_text()
 SCHEDULES = (ROOT / "docs" / "schedules.md").read_text()
+COEFFICIENTS = (ROOT / "docs" / "teacache_coefficients.md").read_text()
 
 
 def run(script: str, cwd: Path) -> str:
@@ -78,13 +79,16 @@ def test_the_code_in_the_schedules_page(
     assert "16 steps computed, 34 not\nschedule: balanced, for 50 steps" in printed
 
 
-def test_the_schedules_page_lists_the_presets_and_the_coefficients() -> None:
+def test_the_schedules_page_lists_the_presets() -> None:
     for name, preset in PRESETS.items():
         counts = [sum(preset.computes(i, n) for i in range(n)) for n in (20, 30, 50)]
         cells = " | ".join(map(str, counts))
         assert f'| `"{name}"` | {preset.ratio:g} | {cells} |' in SCHEDULES
+
+
+def test_the_coefficients_page_lists_every_set() -> None:
     for name, published in TEACACHE_COEFFICIENTS.items():
-        row = next(r for r in SCHEDULES.splitlines() if r.startswith(f'| `"{name}"`'))
+        row = next(r for r in COEFFICIENTS.splitlines() if r.startswith(f'| `"{name}"`'))
         assert f"| {published.signal} |" in row
         assert published.source in row
         assert all(f"{t:g} (" in row for t in published.thresholds)

@@ -129,7 +129,7 @@ def test_state_goes_in_and_out() -> None:
         outputs, after = program(state, given)
         assert torch.equal(outputs[0], by_hand(computes, **inputs))
         assert all(torch.equal(state[name], before[name]) for name in state)  # it is not changed
-        held = [n for n in state if n.startswith("held")]
+        held = [n for n in state if n.startswith("cached")]
         assert all(torch.equal(after[n], state[n]) != computes for n in held)
         state = after
     assert made.initial_state()["clock"].eq(0).all()
@@ -216,7 +216,9 @@ def test_a_masked_selection_is_of_the_exported_size() -> None:
 
 
 def test_a_model_that_is_not_cached_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"cached='ToyDiT': what dit_cache_fx.apply returned"):
+    with pytest.raises(
+        OptionError, match=r"cached='ToyDiT': the cached model that dit_cache_fx.apply returned"
+    ):
         export(make(ToyDiT), (), toy_inputs(1000.0))  # type: ignore[arg-type]
 
 
@@ -226,7 +228,10 @@ WRONG = {
         r"x='torch.float32\[1, 7, 8\] on cpu': exported for torch.float32\[1, 6, 8\] on cpu",
     ),
     "dtype": ({"text": torch.zeros(1, 4, 8).half()}, r"text='torch.float16\[1, 4, 8\] on cpu'"),
-    "kind": ({"text": [torch.zeros(1, 4, 8)]}, r"arguments=.*: those that the program was exp"),
+    "kind": (
+        {"text": [torch.zeros(1, 4, 8)]},
+        r"arguments=.*: the arguments that the program was exp",
+    ),
 }
 
 

@@ -77,7 +77,7 @@ def test_every_file_belongs_to_a_layer() -> None:
 
 def test_the_page_has_a_line_for_each_layer_in_this_order() -> None:
     page = (PACKAGE.parent / "docs" / "layout.md").read_text()
-    table = page[page.index("| room |") :].split("\n\n")[0]
+    table = page[page.index("| module |") :].split("\n\n")[0]
     assert tuple(re.findall(r"^\| `(\w+)` \|", table, re.M)) == LAYERS
 
 

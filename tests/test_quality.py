@@ -88,7 +88,7 @@ def test_a_table_is_written_in_the_place_of_the_old_one() -> None:
     figures: dict[str, Any] = {"one": {"scores": {"3": dict.fromkeys(ROWS, [1.0] * 4)}}}
     filled = fill(page, figures)
     assert "old" not in filled
-    assert filled.startswith("a\n<!-- few_steps: goals -->\n| computed of 50 for | 40 dB |")
+    assert filled.startswith("a\n<!-- few_steps: goals -->\n| computed steps for | 40 dB |")
     assert filled.endswith("|\n\nb\n")
     assert fill(filled, figures) == filled
 

@@ -763,6 +763,19 @@ def test_torch_orders_its_kernels_before_their_order_is_read(
     assert ordered == [True]
 
 
+def test_every_hook_that_is_registered_counts() -> None:
+    layer = nn.Linear(2, 2)
+    before = _torch.hooks_registered()
+    handle = layer.register_forward_pre_hook(lambda *_: None)
+    assert _torch.hooks_registered() > before
+    before = _torch.hooks_registered()
+    layer.register_forward_hook(lambda *_: None)
+    assert _torch.hooks_registered() > before
+    before = _torch.hooks_registered()
+    handle.remove()
+    assert _torch.hooks_registered() == before
+
+
 def test_every_attention_backend_has_a_name() -> None:
     every = [b.name for b in SDPBackend.__members__.values() if b is not SDPBackend.ERROR]
     with sdpa_kernel([SDPBackend.__members__[name] for name in every]):

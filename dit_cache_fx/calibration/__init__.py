@@ -1,4 +1,4 @@
-"""Calibration: the best plan for a model, its sampler and a number of computed steps."""
+"""Calibration: find the best plan for a model, its sampler and a number of computed steps."""
 
 from dit_cache_fx.calibration.calibrating import calibrate
 from dit_cache_fx.calibration.calibration import Calibration, Row

@@ -1,4 +1,4 @@
-"""`calibrate`: the plans for a model, its sampler and some runs."""
+"""`calibrate`: find the best plans for a model, its sampler and some runs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from dit_cache_fx.calibration.simulate import Recorded
 from dit_cache_fx.errors import OptionError
 from dit_cache_fx.strategies.model_signature import ModelSignature
 
-#: samples that the search goes by
+#: the largest number of samples that the search uses
 MAX_SAMPLES = 24
-#: what a generation with cached steps takes beside its computed steps, as a share of a whole one
+#: the overhead of a generation with cached steps, as a share of a whole one
 _OVERHEAD = 0.15
-#: candidates of each number of computed steps, as far as is known before they are made
+#: the assumed number of candidates of each number of computed steps, before they are made
 _USUAL = 11
 
 Plain = Callable[[int], Sequence[Any]]
@@ -45,9 +45,9 @@ def calibrate(
     the PSNR in dB to the same run with every step computed. There, a plan is never worse than the
     preset with as many steps.
 
-    Before it starts, it prints the number of generations and the time on standard error. Ctrl-C
-    ends it early and returns the results so far. The cached model is left as it was, also if a run
-    raises; nothing else may call it meanwhile.
+    Before it starts, it prints the number of generations and the expected time on standard error.
+    Ctrl-C ends it early and returns the results so far. The cached model keeps its strategy and its
+    state, even if a run raises; nothing else may call it meanwhile.
 
     Args:
         cached (`CachedModel`):
@@ -58,26 +58,31 @@ def calibrate(
             (with a generator that it seeds), and returns the result: a tensor, several, arrays, or
             PIL images. 4 to 20 samples are enough.
         computed (`int | Sequence[int]`, defaults to `(7, 10, 15, 25)`):
-            The numbers of computed steps.
+            The numbers of computed steps to calibrate for, each from 1 to the number of steps.
         plain (`Callable[[int], Any]`, *optional*):
-            A function of each of these numbers, called with the model uncached: the results of the
-            plain sampler in so many steps, one for each run. For the table and the plot.
+            A function of each of these numbers, called with the model uncached: it returns the
+            results of the plain sampler in so many steps, one for each run. For the table and the
+            plot.
         progress (`bool`, defaults to `True`):
             Report the progress on standard error, with a bar if tqdm is installed.
+
+    Returns:
+        The plans, by their number of computed steps.
 
     Raises:
         OptionError: An argument cannot work, or a run does not call the cached model, returns
             nothing, differs from one time to the next, or has timesteps of its own.
 
     Example:
-        >>> calibration = dit_cache_fx.calibrate(cached, runs, computed=(10, 15))
-        >>> cached = dit_cache_fx.apply(model, calibration.plan(10))
+        >>> runs = [lambda seed=seed: generate(cached, seed) for seed in range(2)]
+        >>> calibration = dit_cache_fx.calibrate(cached, runs, computed=(4, 6))
+        >>> faster = dit_cache_fx.apply(model, calibration.plan(4))
     """
     cached = _checked_model(cached)
     runs = _checked_runs(runs)
     numbers = _checked_numbers(computed)
     if plain is not None and not callable(plain):
-        raise OptionError("plain", plain, "a function of a number of steps")
+        raise OptionError("plain", plain, "a function that takes a number of steps")
     bar = Progress(progress)
     try:
         return _Calibrating(cached, runs, numbers, plain, bar).run()
@@ -129,7 +134,7 @@ class _Calibrating:
             self._progress.advance("recorded")
 
     def _tell(self) -> None:
-        """How long it will take."""
+        """Report the expected time."""
         runs, steps, seconds = len(self._runs), len(self._reference.timesteps), 0.0
         each = generations(_USUAL, runs)
         total = (runs - 1) + each * len(self._numbers)
@@ -203,7 +208,9 @@ class _Calibrating:
 def _checked_model(cached: Any) -> CachedModel:
     cached = cached._orig_mod if is_compiled(cached) else cached
     if not isinstance(cached, CachedModel):
-        raise OptionError("cached", type(cached).__name__, "what dit_cache_fx.apply returned")
+        raise OptionError(
+            "cached", type(cached).__name__, "the model that dit_cache_fx.apply returned"
+        )
     return cached
 
 
@@ -217,7 +224,7 @@ def _checked_runs(runs: Any) -> list[Run]:
 
 def _checked_numbers(computed: Any) -> list[int]:
     numbers = [computed] if isinstance(computed, int) else computed
-    expected = "how many steps are computed in full: integers from 1, at least one"
+    expected = "the numbers of steps to compute in full: integers from 1, at least one"
     if not isinstance(numbers, Iterable) or isinstance(numbers, str):
         raise OptionError("computed", computed, expected)
     found = [_number(number) for number in numbers]
@@ -227,7 +234,7 @@ def _checked_numbers(computed: Any) -> list[int]:
 
 
 def _number(value: Any) -> int:
-    """The value as an integer; 0 where it is none."""
+    """Return the value as an integer; 0 if it is none."""
     if isinstance(value, bool):
         return 0
     try:

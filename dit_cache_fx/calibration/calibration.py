@@ -1,4 +1,4 @@
-"""What `calibrate` returns."""
+"""`Calibration`: the result of `calibrate`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from dit_cache_fx.calibration.plot import Curve, draw
 from dit_cache_fx.errors import OptionError
 from dit_cache_fx.strategies import NumSteps, Strategy, make_strategy
 from dit_cache_fx.strategies.calibrated import CalibratedSteps
+from dit_cache_fx.strategies.checks import is_number
 from dit_cache_fx.strategies.model_signature import ModelSignature
-from dit_cache_fx.strategies.registry import predictor_options
+from dit_cache_fx.strategies.options import predictor_options
 from dit_cache_fx.strategies.timesteps import Timesteps
 
 if TYPE_CHECKING:
@@ -41,9 +42,9 @@ class Row:
         lowest (`float`):
             The lowest PSNR of a single sample.
         preset (`float`):
-            The PSNR of the preset that computes as many steps, where timesteps are known.
+            The PSNR of the preset that computes as many steps, with known timesteps.
         plain (`float`, *optional*):
-            The PSNR of the plain sampler in so many steps, where `plain` was given.
+            The PSNR of the plain sampler in so many steps, if `plain` was passed.
     """
 
     computed: int
@@ -61,13 +62,19 @@ class Calibration:
 
     Attributes:
         model (`ModelSignature`):
-            The model that they are for.
+            The signature of the calibrated model.
         timesteps (`tuple[float, ...]`):
-            The timesteps of the calibrated calls, as the model got them.
+            The timesteps of the calibrated calls, in the unit of the model's argument.
         runs (`int`):
             The number of runs that the plans were judged on.
         rows (`tuple[Row, ...]`):
             The results, one for each number of computed steps.
+
+    Example:
+        >>> calibration.save("model.json")
+        >>> calibration = dit_cache_fx.Calibration.load("model.json")
+        >>> [row.computed for row in calibration.rows]
+        [4, 6]
     """
 
     model: ModelSignature
@@ -90,13 +97,13 @@ class Calibration:
 
         Args:
             computed (`int`, *optional*):
-                The number of computed steps, one of those that were calibrated.
+                The number of computed steps, one of the calibrated ones.
             psnr (`float`, *optional*):
                 Instead of `computed`: the PSNR in dB to reach on the calibrated runs, with as few
                 computed steps as possible.
             timesteps (`Iterable[float] | Callable[[], Iterable[float]]`, *optional*):
                 The option of this name of every strategy. When None, a generation that begins like
-                the calibrated ones is taken to have their timesteps.
+                the calibrated ones is assumed to have their timesteps.
             num_steps (`int | Callable[[], int]`, *optional*):
                 The option of this name of every strategy.
 
@@ -104,7 +111,7 @@ class Calibration:
             OptionError: There is no such plan. The text lists the plans.
 
         Example:
-            >>> cached = dit_cache_fx.apply(model, calibration.plan(psnr=45.0))
+            >>> cached = dit_cache_fx.apply(model, calibration.plan(psnr=10.0))
         """
         row = self._row(computed, psnr)
         return replace(row.plan, timesteps=timesteps, num_steps=num_steps)
@@ -118,10 +125,10 @@ class Calibration:
             if row.computed == computed:
                 return row
         known = [row.computed for row in self.rows]
-        raise OptionError("computed", computed, f"a number that was calibrated: one of {known}")
+        raise OptionError("computed", computed, f"a calibrated number: one of {known}")
 
     def _reaching(self, psnr: Any) -> Row:
-        if isinstance(psnr, bool) or not isinstance(psnr, (int, float)) or math.isnan(psnr):
+        if not is_number(psnr) or math.isnan(psnr):
             raise OptionError("psnr", psnr, "a PSNR in dB, such as 45.0")
         for row in sorted(self.rows, key=lambda row: row.computed):
             if row.psnr >= psnr:
@@ -131,21 +138,25 @@ class Calibration:
             "psnr",
             psnr,
             f"at most {best.psnr:.1f} dB, which {best.computed} computed steps reach; calibrate "
-            "with more computed steps to have more",
+            "with more computed steps for a higher one",
         )
 
     def plot(self, path: str | PathLike[str] | None = None) -> Figure:
         """Draw the PSNR over the number of computed steps.
 
         One curve for the plans, one for the presets, and one for the plain sampler, if it is known.
-        It needs matplotlib.
+        Requires matplotlib.
 
         Args:
             path (`str | PathLike[str]`, *optional*):
-                The file to write; its ending (`.png`, `.pdf`, `.svg`) selects the format.
+                The file to write; its ending (`.png`, `.pdf`, `.svg`) selects the format. When
+                None, nothing is written.
 
         Raises:
             MissingPackageError: Matplotlib is not installed.
+
+        Example:
+            >>> figure = calibration.plot("calibration.png")
         """
         steps = [row.computed for row in self.rows]
         plain = [row.plain for row in self.rows if row.plain is not None]
@@ -184,6 +195,9 @@ class Calibration:
         Args:
             path (`str | PathLike[str]`):
                 The file to write.
+
+        Example:
+            >>> calibration.save("model.json")
         """
         data = {
             "format": _FORMAT,
@@ -199,8 +213,8 @@ class Calibration:
     def load(path: str | PathLike[str]) -> Calibration:
         """Read a calibration that `save` has written.
 
-        Its plans are for the calibrated model: `apply` and `backend` refuse others, and name what
-        differs.
+        Its plans are for the calibrated model: `apply` and `backend` refuse others, and name the
+        differences.
 
         Args:
             path (`str | PathLike[str]`):
@@ -208,10 +222,14 @@ class Calibration:
 
         Raises:
             OptionError: The file is no calibration.
+
+        Example:
+            >>> calibration.save("model.json")
+            >>> calibration = dit_cache_fx.Calibration.load("model.json")
         """
         try:
             data = json.loads(Path(path).read_text())
-        except ValueError as error:  # no JSON, or no text at all
+        except ValueError as error:  # no JSON, or no text
             raise OptionError("path", str(path), f"{_EXPECTED} ({error})") from None
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             raise OptionError("path", str(path), _EXPECTED)
@@ -230,7 +248,7 @@ _EXPECTED = "a file that Calibration.save has written"
 def calibrated(
     predictor: Strategy, steps: frozenset[int], timesteps: tuple[float, ...], model: ModelSignature
 ) -> Strategy:
-    """The plan: a predictor with the steps that it computes."""
+    """Return the plan: a predictor with the steps that it computes."""
     schedule = CalibratedSteps(steps, timesteps, model)
     return replace(predictor, no_cache_steps=None, schedule=schedule)
 
@@ -276,7 +294,7 @@ def _row_from_json(
 
 
 def _finite(value: float | None) -> float | None:
-    """JSON has no infinities."""
+    """Return None for infinities, which JSON lacks."""
     return value if value is not None and math.isfinite(value) else None
 
 

@@ -1,4 +1,4 @@
-"""What a calibration tries: predictors, and which steps they compute."""
+"""The candidates of a calibration: predictors, and the steps that they compute."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from dit_cache_fx.calibration.programme import best_schedules
 from dit_cache_fx.calibration.search import improved
 from dit_cache_fx.calibration.simulate import Recorded
 from dit_cache_fx.strategies import NewtonCache, Strategy, TaylorCache
-from dit_cache_fx.strategies.registry import BY_NAME, predictor_options
-from dit_cache_fx.strategies.schedule import EvenTimesteps, evenly_spaced
+from dit_cache_fx.strategies.even import EvenTimesteps, evenly_spaced
+from dit_cache_fx.strategies.options import predictor_options
+from dit_cache_fx.strategies.registry import BY_NAME
 
-#: how many predictors have their steps searched, and how many candidates of each kind are judged
+#: the number of predictors whose steps are searched, and of candidates of each kind to judge
 SEARCHED = 8
 JUDGED = 4
-#: where candidates' steps come from
+#: the origins of candidates' steps
 EVEN_TIMESTEP, EVEN_INDEX, SEARCH = "even in timestep", "even in index", "searched"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A predictor (a strategy whose schedule means nothing), and the steps that it computes.
+    """A predictor (a strategy without its schedule), and the steps that it computes.
 
-    `preset`: it is what a preset does that computes as many steps.
+    `preset`: it equals a preset that computes as many steps.
     """
 
     predictor: Strategy
@@ -40,9 +41,9 @@ class Candidate:
 
 
 def predictors(own: Strategy, timesteps: Sequence[float]) -> list[Strategy]:
-    """Every predictor that is tried, each once: first the default, then the model's own.
+    """Return every predictor to try, each once: first the default, then the model's own.
 
-    All of them leave the same blocks uncached as `own` does. The axis makes no difference where
+    All of them leave the same blocks uncached as `own` does. The axis makes no difference if the
     timesteps are evenly spaced.
     """
     moves = torch.tensor(timesteps, dtype=torch.float64).diff()
@@ -69,7 +70,7 @@ def predictors(own: Strategy, timesteps: Sequence[float]) -> list[Strategy]:
 
 
 def _own(own: Strategy) -> Iterator[Strategy]:
-    """The model's own strategy without its schedule, where that is all it needs to decide."""
+    """Yield the model's own strategy without its schedule, if it needs nothing else to decide."""
     if own.has_rule or own.whole_model or BY_NAME.get(own.name) is not type(own):
         return
     yield replace(
@@ -84,7 +85,7 @@ def _own(own: Strategy) -> Iterator[Strategy]:
 
 
 def linear(predictor: Strategy) -> bool:
-    """Whether its predictions are linear in the computed values, element by element."""
+    """Return whether its predictions are linear in the computed values, element by element."""
     return isinstance(predictor, TaylorCache) and len(predictor.orders) == 1
 
 
@@ -94,10 +95,10 @@ def candidates(
     timesteps: Sequence[float],
     computed: Sequence[int],
 ) -> dict[int, list[Candidate]]:
-    """What is judged for each number of computed steps, the most promising first.
+    """Return the candidates for each number of computed steps, the most promising first.
 
-    The preset is among them, the default predictor evenly placed by timestep; so is what it does
-    where timesteps are not known, evenly placed by index.
+    They include the preset, which is the default predictor evenly placed by timestep, and its
+    behaviour with unknown timesteps: evenly placed by index.
     """
     programme = {} if recorded is None else _programme(recorded, computed)
     return {
@@ -139,7 +140,7 @@ def _for_count(
 
 
 def _programme(recorded: Recorded, computed: Sequence[int]) -> dict[int, list[frozenset[int]]]:
-    """The best schedules of straight lines over the steps, and over the timesteps."""
+    """Return the best schedules of straight lines over the steps, and over the timesteps."""
     steps = len(recorded.timesteps)
     even = torch.arange(steps, dtype=torch.float64)
     times = torch.tensor(recorded.timesteps, dtype=torch.float64)
@@ -172,7 +173,7 @@ def _steps(mask: Tensor) -> frozenset[int]:
 
 
 def describe(strategy: Strategy) -> str:
-    """A strategy's name, and its options that are not the default ones."""
+    """Return a strategy's name, and its options with other values than the defaults."""
     options = [
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in predictor_options(strategy).items()

@@ -1,8 +1,8 @@
-"""A cached model that answers with another strategy for a while, from the same captures.
+"""Let a cached model answer with another strategy for a while, from the same captures.
 
-Candidates differ in what is stored and in which steps compute, not in what is captured. So one
-capture of each input signature serves all of them: its program is copied and lowered once for each
-predictor, and a schedule needs nothing at all.
+Candidates differ in the tensors that they store and in the steps that they compute, not in their
+capture. So one capture of each input signature serves all of them: its program is copied and
+lowered once for each predictor, and a new schedule needs nothing at all.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from dit_cache_fx.capture import FlatCall
 from dit_cache_fx.runtime.call_log import CallLog
 from dit_cache_fx.runtime.drive import Compiler, Serving
 from dit_cache_fx.runtime.engine import Engine
-from dit_cache_fx.runtime.generation import Generation
-from dit_cache_fx.runtime.graphs import Entry, Found, GraphKey, Graphs, RowsOf
+from dit_cache_fx.runtime.entry import Entry, GraphKey, RowsOf
+from dit_cache_fx.runtime.graphs import Found, Graphs
+from dit_cache_fx.runtime.tracking.generation import Generation
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.values.pytree import flatten
 
@@ -31,9 +32,9 @@ _T = TypeVar("_T")
 
 @contextmanager
 def answering(cached: CachedModel, engine: Engine | None) -> Iterator[None]:
-    """Within it the calls of a cached model go to another engine; None: to the model itself.
+    """Redirect the calls of a cached model to another engine; None: to the model itself.
 
-    Nothing of its own is touched: neither what it holds nor where its generation stands.
+    Its own cached tensors and generation do not change.
     """
     before = cached._engine, cached._enabled
     cached._engine, cached._enabled = engine or cached._engine, engine is not None
@@ -45,7 +46,7 @@ def answering(cached: CachedModel, engine: Engine | None) -> Iterator[None]:
 
 
 class Call(NamedTuple):
-    """A call that was answered: its generation and step there, its sample and its output."""
+    """An answered call: its generation and step, its sample and its output."""
 
     generation: Generation
     step: int
@@ -55,13 +56,13 @@ class Call(NamedTuple):
 
 
 class RecordingEngine(Engine):
-    """Answers as its strategy says, and tells `listener` of every call."""
+    """Answers according to its strategy, and passes every call to `listener`."""
 
     def __init__(self, like: Engine, strategy: Strategy, listener: Callable[[Call], None]) -> None:
         super().__init__(replace(like.subject, strategy=strategy), like.graphs.timestep_argument)
         self.graphs.keep_programs = True
         self.listener = listener
-        self._newest: tuple[int, int] | None = None  # the call that was told last
+        self._newest: tuple[int, int] | None = None  # the newest call that was passed on
 
     def serve(self, args: tuple[Any, ...], kwargs: dict[str, Any], compiler: Compiler) -> Serving:
         session, call = self.call_log.tracker.session, self._flat(args, kwargs)
@@ -78,7 +79,7 @@ class RecordingEngine(Engine):
 
 
 class CandidateEngine(Engine):
-    """Answers with a predictor, from the captures of `origin`; `follow` says on which steps."""
+    """Answers with a predictor, from the captures of `origin`; `follow` sets the steps."""
 
     def __init__(self, origin: Engine, predictor: Strategy) -> None:
         subject = replace(origin.subject, strategy=predictor)
@@ -88,7 +89,7 @@ class CandidateEngine(Engine):
         self.start: torch.Tensor | None = None  # elements of the first call's sample
 
     def follow(self, strategy: Strategy) -> None:
-        """Begin anew with a strategy that has the same predictor."""
+        """Start again with a strategy that has the same predictor."""
         self.call_log, self._called, self.start = CallLog(strategy), False, None
 
     def serve(self, args: tuple[Any, ...], kwargs: dict[str, Any], compiler: Compiler) -> Serving:
@@ -100,7 +101,7 @@ class CandidateEngine(Engine):
 
 
 def _sample(graphs: Graphs, call: FlatCall) -> torch.Tensor | None:
-    """The noisy sample of a call that was answered."""
+    """Return the noisy sample of an answered call."""
     entry = graphs.known(call.key)
     return None if entry is None or entry.sample is None else call.tensors[entry.sample]
 
@@ -119,7 +120,7 @@ class _Relowered(Graphs):
         check: Callable[[Entry], _T],
         rows: RowsOf | None,
     ) -> Found[_T]:
-        if rows is not None:  # the graph of a batch depends on what is held for each row
+        if rows is not None:  # a batch's graph depends on each row's state
             return super()._captured(call, key, check, rows)
         known = self._origin.graphs.find(call, key, partial(self._origin._first, call))
         self.timestep_argument = self._origin.graphs.timestep_argument

@@ -1,4 +1,4 @@
-"""Candidates judged in whole generations: few runs for all of them, all runs for the best."""
+"""Judge candidates in whole generations: few runs for all of them, all runs for the best."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from dit_cache_fx.calibration.progress import Progress
 from dit_cache_fx.calibration.reference import Reference, Run
 from dit_cache_fx.calibration.results import psnr, result_of
 
-#: the share of the runs that each round goes up to, and how many candidates beside the preset take
-#: part; all candidates do in the first
+#: the share of the runs that each round uses, and the number of candidates besides the preset that
+#: take part; all candidates do in the first
 ROUNDS = ((0.15, math.inf), (0.4, 4), (1, 2))
-#: dB that a candidate must gain over the preset where too few samples tell how sure that is
+#: the least gain over the preset in dB, if too few samples show how certain it is
 LEAST_GAIN = 0.3
-#: samples from which on their spread tells
+#: the number of samples from which on their spread is meaningful
 _ENOUGH = 4
 
 
 @dataclass(eq=False)
 class Judged:
-    """A candidate, and the PSNR in dB of each sample of the runs that it was judged on."""
+    """A candidate, and the PSNR in dB of each sample of its runs."""
 
     candidate: Candidate
     scores: list[list[float]] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Judge:
         self._engines: dict[str, CandidateEngine] = {}
 
     def judge(self, judged: Sequence[Judged]) -> None:
-        """Judge them in rounds; what is left in the last one is judged on all runs."""
+        """Judge them in rounds; those left in the last one are judged on all runs."""
         for share, most in ROUNDS:
             upto = math.ceil(share * len(self._runs))
             for entry in leading(judged, most):
@@ -89,7 +89,7 @@ class Judge:
 
 
 def generations(candidates: int, runs: int) -> int:
-    """How many generations it takes to judge so many candidates."""
+    """Return the number of generations that it takes to judge so many candidates."""
     total, before = 0, 0
     for share, most in ROUNDS:
         upto = math.ceil(share * runs)
@@ -99,7 +99,7 @@ def generations(candidates: int, runs: int) -> int:
 
 
 def leading(judged: Sequence[Judged], most: float) -> Sequence[Judged]:
-    """All of them, or the preset and the best `most` of the others."""
+    """Return all of them, or the preset and the best `most` of the others."""
     if math.isinf(most):
         return judged
     ranked = sorted(judged, key=lambda entry: -entry.mean)
@@ -109,10 +109,10 @@ def leading(judged: Sequence[Judged], most: float) -> Sequence[Judged]:
 
 
 def winner(judged: Sequence[Judged], runs: int) -> Judged | None:
-    """The best of those that were judged on all runs; None where there is none.
+    """Return the best of those that were judged on all runs; None if there is none.
 
-    The preset, unless another one is better by more than chance: by more than the standard error of
-    what it gains over the samples.
+    The preset wins unless another one is better by more than chance: by more than the standard
+    error of its gain over the samples.
     """
     ready = [entry for entry in judged if len(entry.scores) == runs]
     best = max(ready, key=lambda entry: entry.mean, default=None)

@@ -1,4 +1,4 @@
-"""A calibration as a picture. Matplotlib is imported when drawing."""
+"""Draw a calibration. Matplotlib is imported when drawing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Curve(NamedTuple):
 
 
 def draw(curves: Sequence[Curve], title: str, path: str | PathLike[str] | None = None) -> Figure:
-    """All curves in one picture."""
+    """Draw all curves in one figure."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

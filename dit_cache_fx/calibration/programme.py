@@ -1,9 +1,9 @@
-"""The best computed steps by a dynamic programme over pairs of computed steps.
+"""Find the best steps to compute by dynamic programming over pairs of computed steps.
 
-Between two computed steps the outputs go along the line through the last two computed ones, and
-what the sampler sums up wrongly is `|sum of (predicted - true output) weight|^2`. It depends on
-the computed step before, the current one and the next one alone. So the best schedule follows from
-the best ones up to each pair (Bellman: Dynamic Programming, 1957).
+Between two computed steps the outputs follow the line through the last two computed ones, and the
+sampler accumulates the error `|sum of (predicted - true output) weight|^2`. It depends only on the
+computed step before, the current one and the next one. So the best schedule follows from the best
+ones up to each pair (Bellman: Dynamic Programming, 1957).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from dit_cache_fx.calibration.simulate import Recorded
 def best_schedules(
     recorded: Recorded, axis: Tensor, computed: Collection[int]
 ) -> dict[int, frozenset[int]]:
-    """The computed steps for each number of them.
+    """Return the steps to compute for each number of them.
 
-    `axis` (float64 [steps]): where each step stands.
+    `axis` (float64 [steps]): the position of each step.
     """
     costs, steps = _costs(recorded, axis), len(recorded.timesteps)
     most = max(computed, default=0)
     best = torch.full((steps, steps), torch.inf, dtype=torch.float64)  # of (previous, current)
-    best[0, 0] = 0.0  # the first step, before which there is none
+    best[0, 0] = 0.0  # the first step has none before it
     choices: list[Tensor] = []
     found: dict[int, frozenset[int]] = {}
     for count in range(1, most + 1):
@@ -40,7 +40,7 @@ def best_schedules(
 
 
 def _traced(totals: Tensor, choices: list[Tensor]) -> frozenset[int]:
-    """The steps that lead to the best pair."""
+    """Return the steps that lead to the best pair."""
     previous, current = divmod(int(totals.argmin()), totals.shape[1])
     steps = {current}
     for choice in reversed(choices):
@@ -50,9 +50,9 @@ def _traced(totals: Tensor, choices: list[Tensor]) -> frozenset[int]:
 
 
 def _costs(recorded: Recorded, axis: Tensor) -> Tensor:
-    """[previous, current, next]: infinite where they are not in order.
+    """Return the costs [previous, current, next]: infinite if they are not in order.
 
-    Each sample's errors are taken by how much its outputs bend, so that no odd one decides for all.
+    Each sample's errors are relative to the curvature of its outputs, so that no outlier decides.
     """
     values, weights = recorded.values, recorded.weights
     steps, samples, rank = values.shape

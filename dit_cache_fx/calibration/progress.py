@@ -1,4 +1,4 @@
-"""What a calibration says while it runs."""
+"""The progress report of a calibration."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ log = logging.getLogger(__name__)
 
 
 class Progress:
-    """A bar (of tqdm, where that is installed) that counts generations. `shown`: write anything."""
+    """A bar that counts generations (of tqdm, if it is installed). `shown`: write anything."""
 
     def __init__(self, shown: bool) -> None:
         self._shown = shown
         self._bar: Any = None
 
     def tell(self, message: str) -> None:
-        """Say something, on standard error."""
+        """Write a message on standard error."""
         log.info("%s", message)
         if self._shown:
             print(f"dit_cache_fx: {message}", file=sys.stderr, flush=True)
 
     def begin(self, generations: int) -> None:
-        """There will be so many generations."""
+        """Announce the number of generations."""
         if not self._shown:
             return
         try:
@@ -33,12 +33,12 @@ class Progress:
         self._bar = tqdm(total=generations, unit="generation", leave=False, disable=None)
 
     def advance(self, what: str = "") -> None:
-        """One more generation has ended."""
+        """Count a generation that has ended."""
         if self._bar is not None:
             self._bar.set_description(what)
             self._bar.update()
 
     def end(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.close()

@@ -1,8 +1,8 @@
-"""What is remembered of a generation in which every step was computed.
+"""Record a generation in which every step is computed.
 
-Of each call a bounded number of the output's elements is kept, on the CPU, for a window of the
-newest steps; when the generation has ended, what is left of it is small: for each sample a few
-numbers a step, with the same scalar products as the outputs.
+For each call a bounded number of the output's elements is kept, on the CPU, for a window of the
+newest steps. After the generation only a few numbers per step and sample remain, with the same
+scalar products as the outputs.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 
 from dit_cache_fx.calibration.engines import Call
 from dit_cache_fx.calibration.probe import probe
-from dit_cache_fx.runtime.generation import Generation
+from dit_cache_fx.runtime.tracking.generation import Generation
 
-#: steps of a generation that are kept: its newest
+#: the largest number of steps of a generation to keep: its newest
 MAX_STEPS = 128
-#: samples of a generation that are kept
+#: the largest number of samples of a generation to keep
 MAX_SAMPLES = 32
-#: part of the largest eigenvalue below which one counts for nothing
+#: eigenvalues below this part of the largest one are ignored
 _RANK = 1e-11
-#: share of a step's change that a one-step sampler may leave unexplained
+#: the largest share of a step's change that a one-step sampler may leave unexplained
 _MOST_UNEXPLAINED = 0.3
 
 
@@ -32,7 +32,7 @@ _MOST_UNEXPLAINED = 0.3
 class Trajectory:
     """The model's outputs over one generation.
 
-    `values` (float64 [samples, rank, steps]): their scalar products are those of the outputs, by
+    `values` (float64 [samples, rank, steps]): have the same scalar products as the outputs, per
     element. `weights` (float64 [steps]): by how much an error in each output moves the result.
     """
 
@@ -81,11 +81,11 @@ class Recorder:
 
     @property
     def batch(self) -> int:
-        """Samples in a call of the model."""
+        """The number of samples in a call of the model."""
         return max((steps.batch for steps in self._generations.values()), default=1)
 
     def trajectories(self) -> list[Trajectory]:
-        """Those of the generations whose steps are all there, and all alike."""
+        """Return those of the generations whose steps are complete and have equal shapes."""
         found = [_trajectory(steps) for steps in self._generations.values()]
         return [trajectory for trajectory in found if trajectory is not None]
 
@@ -108,14 +108,14 @@ def _trajectory(steps: _Steps) -> Trajectory | None:
 
 
 def _samples(steps: _Steps, number: int) -> Tensor | None:
-    """The samples of the steps' first calls [steps, rows, elements], where all are known."""
+    """Return the samples of the steps' first calls [steps, rows, elements], if all are known."""
     found = [steps.samples.get(step, [None])[0] for step in range(number)]
     known = [sample for sample in found if sample is not None]
     return torch.stack(known).double() if len(known) == number else None
 
 
 def _by_sample(outputs: Tensor, samples: Tensor) -> Tensor:
-    """Rows of one call that are made from the same sample (CFG in a batch) become branches."""
+    """Turn rows of one call that come from the same sample (CFG in a batch) into branches."""
     first, rows = samples[0], samples.shape[1]
     for parts in (4, 3, 2):
         if rows % parts == 0 and torch.equal(first, first[: rows // parts].repeat(parts, 1)):
@@ -125,7 +125,7 @@ def _by_sample(outputs: Tensor, samples: Tensor) -> Tensor:
 
 
 def _moves(timesteps: Sequence[float]) -> Tensor:
-    """How far each step moves the timestep; behind the last one it goes to its end."""
+    """Return how far each step moves the timestep; after the last one it goes to its end."""
     times = torch.tensor(timesteps, dtype=torch.float64)
     last, way = float(times[-1]), float(times[-1] - times[0])
     ends = [0.0] if way < 0 else [1.0, 1000.0]
@@ -134,17 +134,17 @@ def _moves(timesteps: Sequence[float]) -> Tensor:
 
 
 def _even(outputs: Tensor, moves: Tensor) -> tuple[Tensor, Tensor]:
-    """Branches that count the same, weights that go by the timesteps."""
+    """Return branches of equal weight, and weights by timestep."""
     branches = outputs.shape[1]
     return torch.full((branches,), 1 / branches, dtype=torch.float64), moves
 
 
 def _fitted(samples: Tensor | None, outputs: Tensor, moves: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The shares of the branches and the weights, from what the sampler has done.
+    """Fit the shares of the branches and the weights to the sampler's steps.
 
-    Each step is taken for `x' = a x + sum b[i] v[i]` with scalars: what every sampler of one step
-    does. Then an error in `v` moves the result by `b` times the `a` of the steps behind it. None
-    where the steps are not of this form.
+    Each step is modelled as `x' = a x + sum b[i] v[i]` with scalars, as in every one-step sampler.
+    Then an error in `v` moves the result by `b` times the `a` of the later steps. None if the steps
+    do not have this form.
     """
     if samples is None:
         return None
@@ -164,7 +164,7 @@ def _fitted(samples: Tensor | None, outputs: Tensor, moves: Tensor) -> tuple[Ten
 
 
 def _fit(sample: Tensor, outputs: Tensor, following: Tensor) -> tuple[float, Tensor] | None:
-    """`a` and `b` of a step, by least squares; None where they do not explain it."""
+    """Return `a` and `b` of a step, by least squares; None if they do not explain it."""
     columns = torch.stack([sample.flatten(), *(o.flatten() for o in outputs)], dim=1)
     solution = torch.linalg.lstsq(columns, following.flatten()[:, None], driver="gelsd").solution
     missed = (columns @ solution).flatten() - following.flatten()
@@ -175,7 +175,7 @@ def _fit(sample: Tensor, outputs: Tensor, following: Tensor) -> tuple[float, Ten
 
 
 def _compressed(outputs: Tensor) -> Tensor:
-    """[samples, steps, elements] as [samples, rank, steps] with the same scalar products."""
+    """Return [samples, steps, elements] as [samples, rank, steps] with equal scalar products."""
     gram = torch.einsum("ske,sme->skm", outputs, outputs) / outputs.shape[2]
     eigenvalues, vectors = torch.linalg.eigh(gram)
     kept = int((eigenvalues > _RANK * eigenvalues.max()).any(0).sum())

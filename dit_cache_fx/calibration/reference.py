@@ -1,4 +1,4 @@
-"""The runs with every step computed: what candidates are judged against."""
+"""The runs with every step computed: the reference for candidates."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from dit_cache_fx.strategies import DeepCache
 
 Run = Callable[[], Any]
 
-#: a run whose two results are nearer than this (dB) is taken for reproducible
+#: a run is reproducible if its two results are nearer than this (dB)
 _SAME_DB = 60.0
-#: by this share of its size a run's first sample may differ from time to time
+#: the share of its size by which a run's first sample may differ from time to time
 _SAME_START = 1e-2
 
 
 class Reference:
     """The results and the recordings of the runs, one after another.
 
-    `engine`: has the captures. `seconds`: that an uncached generation takes.
+    `engine`: has the captures. `seconds`: the time of an uncached generation.
     """
 
     def __init__(self, cached: CachedModel, runs: Sequence[Run]) -> None:
@@ -52,7 +52,7 @@ class Reference:
     def record(self) -> None:
         """Run the next one with every step computed.
 
-        Raises `OptionError` where it does not call the cached model, returns nothing, or has other
+        Raises `OptionError` if it does not call the cached model, returns nothing, or has other
         timesteps than the runs before.
         """
         name, recorder = f"runs[{len(self.results)}]", Recorder()
@@ -75,7 +75,7 @@ class Reference:
         self._starts.append(recorder.start)
 
     def check_repeats(self) -> None:
-        """Run the first one again, uncached. Raises `OptionError` where it gives something else."""
+        """Run the first one again, uncached. Raises `OptionError` if its result differs."""
         began = time.perf_counter()
         with answering(self._cached, None):
             again = result_of(self._runs[0](), "runs[0]", self.results[0].batch)
@@ -86,7 +86,7 @@ class Reference:
             raise OptionError("runs[0]", told, _SAME_EACH_TIME)
 
     def check_start(self, run: int, start: torch.Tensor | None) -> None:
-        """Raise `OptionError` where a run began with another sample than when it was recorded."""
+        """Raise `OptionError` if a run began with another sample than when it was recorded."""
         before = self._starts[run]
         if start is None or before is None or start.shape != before.shape:
             return
@@ -108,12 +108,12 @@ class Reference:
 
 
 _NOT_CALLED = (
-    "a whole generation through the model that is calibrated: put that into the pipeline that the "
+    "a whole generation through the calibrated model: put that model into the pipeline that the "
     "run uses, in evaluation mode"
 )
 _SAME_EACH_TIME = (
-    "the same each time it is called, so that results can be compared: give it a generator with a "
-    "seed that is made inside of the function"
+    "the same result each time it is called, so that results can be compared: pass a generator "
+    "with a seed that the function creates itself"
 )
 
 

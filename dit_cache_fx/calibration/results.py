@@ -1,4 +1,4 @@
-"""What runs return, as numbers to compare: tensors, arrays, pictures, and containers of them."""
+"""Compare the results of runs: tensors, arrays, pictures, and containers of them."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from torch import Tensor
 from dit_cache_fx.errors import OptionError
 from dit_cache_fx.values.pytree import flatten
 
-#: the PSNR of results that are the same, and the most that any is given
+#: the PSNR of equal results, and the largest that is returned
 MOST_DB = 120.0
 
 _EXPECTED = (
-    "a function without arguments that generates once through the cached model and returns what it "
-    "generates: a tensor, several, or pictures"
+    "a function without arguments that generates once through the cached model and returns its "
+    "result: a tensor, several, or pictures"
 )
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run has returned. `tensors`: on the CPU, as they were.
+    """The result of a run. `tensors`: on the CPU, unchanged.
 
-    `peak`: the range of 8-bit pictures, else 0. `batch`: samples in a call of the model; where the
-    first dimension of a tensor fits it, that tells the samples, else each tensor is one.
+    `peak`: the range of 8-bit pictures, else 0. `batch`: the number of samples in a call of the
+    model; if the first dimension of a tensor fits it, it counts the samples, else each tensor is
+    one.
     """
 
     tensors: tuple[Tensor, ...]
@@ -36,16 +37,16 @@ class Result:
 
 
 def peak_of(results: Sequence[Result]) -> float:
-    """The range of the numbers in results: 255 for 8-bit pictures, else from least to largest."""
+    """Return the range of the numbers in results: 255 for 8-bit pictures, else max - min."""
     tensors = [tensor for result in results for tensor in result.tensors]
     wide = max(float(t.max()) for t in tensors) - min(float(t.min()) for t in tensors)
     return max(result.peak for result in results) or wide
 
 
 def result_of(value: Any, name: str, batch: int = 1, expected: str = _EXPECTED) -> Result:
-    """What the run called `name` has returned. `batch`: samples in a call of the model.
+    """Return the result of the run called `name`. `batch`: samples in a call of the model.
 
-    Raises `OptionError` where it is nothing or holds no numbers.
+    Raises `OptionError` if it is None or contains no numbers.
     """
     found = list(_arrays(value))
     if not found:
@@ -58,13 +59,13 @@ def result_of(value: Any, name: str, batch: int = 1, expected: str = _EXPECTED) 
 
 
 def psnr(result: Result, reference: Result, peak: float, name: str) -> list[float]:
-    """The PSNR in dB of each sample to a reference, from -inf to `MOST_DB`.
+    """Return the PSNR in dB of each sample to a reference, from -inf to `MOST_DB`.
 
-    `peak`: the range of the numbers. Raises `OptionError` where the shapes differ.
+    `peak`: the range of the numbers. Raises `OptionError` if the shapes differ.
     """
     shapes, right = ([tuple(t.shape) for t in r.tensors] for r in (result, reference))
     if shapes != right:
-        told = f"the same shapes each time; it was {right} before. Seed it, and fix its sizes"
+        told = f"the same shapes each time; they were {right} before. Set a seed and fixed sizes"
         raise OptionError(name, shapes, told)
     return [
         _db(error, peak)
@@ -74,7 +75,7 @@ def psnr(result: Result, reference: Result, peak: float, name: str) -> list[floa
 
 
 def _mean_squares(difference: Tensor, batch: int) -> list[float]:
-    """One for each sample: the first dimension tells them where it fits the model's batch."""
+    """Return one for each sample: the first dimension counts them if it fits the batch."""
     first = difference.shape[0] if difference.ndim > 1 else 1
     rows = difference.reshape(first if first > 1 and batch % first == 0 else 1, -1)
     return rows.square().mean(1).tolist()  # type: ignore[no-any-return]
@@ -94,7 +95,7 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 def _arrays(value: Any) -> Iterator[Tensor]:
-    """The numbers in a result, in order."""
+    """Yield the numbers in a result, in order."""
     if isinstance(value, Tensor):
         yield value
     elif hasattr(value, "getbands") and hasattr(value, "tobytes"):
@@ -112,7 +113,7 @@ def _arrays(value: Any) -> Iterator[Tensor]:
 
 
 def _picture(picture: Any) -> Tensor:
-    """A PIL picture as bytes, by rows."""
+    """Return a PIL picture as bytes, by rows."""
     bands = picture if picture.mode in ("L", "RGB", "RGBA") else picture.convert("RGB")
     width, height = bands.size
     values = torch.frombuffer(bytearray(bands.tobytes()), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Better computed steps for a predictor, by small moves of one step at a time."""
+"""Improve a predictor's steps by small moves of one step at a time."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import Tensor
 from dit_cache_fx.calibration.simulate import Recorded
 from dit_cache_fx.strategies import Strategy
 
-#: by how many indexes a computed step is moved
+#: the moves of a computed step, in indices
 MOVES = (-4, -2, -1, 1, 2, 4)
-#: most moves of one search
+#: the largest number of moves in one search
 MOST_ROUNDS = 24
-#: dB that a move must gain
+#: the least gain of a move, in dB
 LEAST_GAIN = 0.01
 
 
 def improved(recorded: Recorded, strategy: Strategy, mask: Tensor) -> tuple[Tensor, float]:
-    """A schedule (bool [steps]) that no such move makes better, and its score."""
+    """Return a schedule (bool [steps]) that no such move improves, and its score."""
     best = float(recorded.score(strategy, mask[None])[0])
     for _ in range(MOST_ROUNDS):
         others = neighbours(mask)
@@ -32,7 +32,7 @@ def improved(recorded: Recorded, strategy: Strategy, mask: Tensor) -> tuple[Tens
 
 
 def neighbours(mask: Tensor) -> Tensor:
-    """Every schedule with one computed step moved; the first step stays."""
+    """Return every schedule with one computed step moved; the first step stays."""
     steps = mask.shape[0]
     moved = []
     for step in mask[1:].nonzero().flatten().add(1).tolist():

@@ -1,8 +1,8 @@
-"""What a predictor makes of a recorded generation, without the model.
+"""Simulate a predictor on a recorded generation, without the model.
 
-The predictors are linear in the computed values, so a strategy's own functions are run on unit
-vectors: what comes out for a step are the factors of the computed values in its prediction. Many
-schedules are run at once, one in each row.
+The predictors are linear in the computed values, so a strategy's own functions run on unit vectors:
+the result for a step are the factors of the computed values in its prediction. Many schedules run
+at once, one in each row.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from dit_cache_fx.calibration.record import Trajectory
 from dit_cache_fx.strategies import Clock, Course, Strategy
 from dit_cache_fx.strategies.clock import MOMENTS
 
-#: how much the errors on the way count beside the one at the end: the model's next outputs go by
-#: the sample as it is by then
+#: the weight of the errors on the way, relative to that at the end: the model's next outputs depend
+#: on the sample at that time
 WAY = 1.0
 _FLOOR = 1e-30
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """The recorded generations of all runs as one, and where their steps stand.
+    """The recorded generations of all runs together, and the positions of their steps.
 
     `values` (float64 [steps, samples, rank]) and `weights` (float64 [steps]) as in `Trajectory`.
     """
@@ -38,7 +38,7 @@ class Recorded:
     def of(
         timesteps: tuple[float, ...], trajectories: Sequence[Trajectory], most: int
     ) -> Recorded | None:
-        """At `most` samples of them, from as many runs as possible; None where there are none."""
+        """Return at most `most` samples of them, from as many runs as possible, or None."""
         fitting = [t for t in trajectories if t.values.shape[2] == len(timesteps)]
         if not fitting:
             return None
@@ -52,7 +52,7 @@ class Recorded:
         return Recorded(timesteps, padded, weights)
 
     def score(self, strategy: Strategy, masks: Tensor) -> Tensor:
-        """How near the result would come with each schedule, in dB of an unknown unit: [rows].
+        """Score each schedule by its expected error, in dB of an unknown unit: [rows].
 
         `masks` (bool [rows, steps]): the computed steps.
         """
@@ -67,25 +67,25 @@ class Recorded:
 
 
 def factors(strategy: Strategy, timesteps: tuple[float, ...], masks: Tensor) -> Tensor:
-    """[rows, steps, steps]: in row k of a schedule, what its output on step k is made of."""
+    """Return [rows, steps, steps]: row k of a schedule has the factors of its output on step k."""
     course = strategy.course(len(timesteps), timesteps)
     rows, steps = masks.shape
     clock, one = _Clocks(course, masks), torch.eye(steps, dtype=torch.float64)
-    held = [torch.zeros(rows, steps, dtype=torch.float64)] * strategy.slots()
+    cached = [torch.zeros(rows, steps, dtype=torch.float64)] * strategy.slots()
     found = []
     for step in range(steps):
         computes, now = masks[:, step, None], clock.at(step)
         value = one[step].expand(rows, steps)
-        found.append(torch.where(computes, value, strategy.reuse(held, None, now)))
+        found.append(torch.where(computes, value, strategy.reuse(cached, None, now)))
         if bool(computes.any()):
-            new = strategy.store(held, value, None, now)
-            held = [torch.where(computes, a, b) for a, b in zip(new, held, strict=True)]
+            new = strategy.store(cached, value, None, now)
+            cached = [torch.where(computes, a, b) for a, b in zip(new, cached, strict=True)]
         clock.advance(step)
     return torch.stack(found, 1)
 
 
 class _Clocks:
-    """The clock of each schedule: as `Course` and `Step` tell it, for many rows."""
+    """The clock of each schedule: as in `Course` and `Step`, for many rows."""
 
     def __init__(self, course: Course, masks: Tensor) -> None:
         rows, steps = masks.shape

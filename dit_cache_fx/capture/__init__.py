@@ -1,4 +1,4 @@
-"""From a model's forward to a checked program (`eager`), and what says how a model is called."""
+"""Capture a model's forward as a checked program."""
 
 from dit_cache_fx.capture.captured import (
     Captured,

@@ -1,4 +1,4 @@
-"""The state of torch that a call finds: autocast, attention kernels, default dtype, flags."""
+"""torch's global state at a call: autocast, attention kernels, default dtype, flags."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dit_cache_fx.ir.within import AttentionKernels, Within
 
 
 class Ambient(NamedTuple):
-    """What of it a graph depends on: two calls with another one have other graphs."""
+    """The part of the state that a graph depends on: another state leads to another graph."""
 
     autocast: tuple[tuple[str, torch.dtype], ...]
     cache: bool
@@ -24,7 +24,7 @@ class Ambient(NamedTuple):
 
     @staticmethod
     def now() -> Ambient:
-        """The state in this thread."""
+        """Return the state of this thread."""
         return Ambient(
             autocast(),
             torch.is_autocast_cache_enabled(),
@@ -33,26 +33,26 @@ class Ambient(NamedTuple):
         )
 
     def within(self, entry: Ambient) -> Within:
-        """The contexts that give this state to a call in a graph whose caller has state `entry`."""
+        """Return the contexts that set this state for a call in a graph with state `entry`."""
         same = self.attention == entry.attention
         kernels = None if same else AttentionKernels(self.attention, entry.attention)
         return Within(self.autocast, self.cache, kernels)
 
 
 _ACCELERATOR = torch.accelerator.current_accelerator()
-#: those that autocast can be on for
+#: device types that may have autocast enabled
 _DEVICE_TYPES = ("cpu",) if _ACCELERATOR is None else ("cpu", _ACCELERATOR.type)
 
 
 def autocast() -> tuple[tuple[str, torch.dtype], ...]:
-    """The device types for which autocast is on, and its dtypes."""
+    """Return the device types with autocast enabled, and the dtypes."""
     on = [kind for kind in _DEVICE_TYPES if torch.is_autocast_enabled(kind)]
     return tuple([(kind, torch.get_autocast_dtype(kind)) for kind in on])
 
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Within it no autocast is on: in a graph every cast is written out."""
+    """Disable autocast: in a graph every cast is explicit."""
     with ExitStack() as stack:
         for kind, dtype in autocast():
             stack.enter_context(torch.autocast(kind, dtype, enabled=False))
@@ -77,7 +77,7 @@ _FLAGS: Mapping[str, Callable[[], Any]] = MappingProxyType(
 
 
 def flags() -> dict[str, Any]:
-    """The rest of the state, which a graph cannot set, in words."""
+    """Return the rest of the state, which a graph cannot set, in words."""
     return {what: _read(flag) for what, flag in _FLAGS.items()}
 
 
@@ -89,12 +89,12 @@ def _read(flag: Callable[[], Any]) -> Any:
 
 
 def refuse_flags(entry: dict[str, Any], now: dict[str, Any], name: str) -> None:
-    """Refuse a model that calls module `name` in a state that a graph cannot give to it."""
+    """Refuse a model that calls module `name` in a state that a graph cannot set."""
     for what, value in now.items():
         if value != entry[what]:
             raise CaptureError(
-                f"the model's forward calls module {name!r} with {what} set to {value!r}, and was "
-                f"itself called with {entry[what]!r}: a graph cannot do that. Set it inside of the "
+                f"the model's forward calls module {name!r} with {what} set to {value!r}, but was "
+                f"called with {entry[what]!r}: a graph cannot change that. Set it inside of the "
                 "module, or around the call of the model; or make such calls between disable() "
                 "and enable()"
             )

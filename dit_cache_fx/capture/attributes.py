@@ -1,7 +1,4 @@
-"""What modules note on themselves: their attributes, and what lists and dicts among them hold.
-
-Two looks at it tell what has changed in between, and an earlier look can be put back.
-"""
+"""Compare and restore the attributes of modules, and the lists and dicts among them."""
 
 from __future__ import annotations
 
@@ -16,15 +13,15 @@ from torch import nn
 
 from dit_cache_fx.values.identity import version
 
-#: parameters, hooks, training, how it is called: not the model's own notes
+#: parameters, hooks, training mode, how it is called: not state of the model's own code
 TORCHS = frozenset({*vars(nn.Module()), "_call_impl", "_compiled_call_impl"})
 
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
-#: how deep containers are looked into, and up to which length
+#: the depth to which containers are searched, and the largest length
 _DEPTH, _LONGEST = 3, 10_000
 
 
-#: a number that is multiplied for a call and divided after it comes back this near
+#: a number that is multiplied for a call and divided after it returns to within this
 ROUNDING = 1e-12
 
 
@@ -37,7 +34,7 @@ MISSING = _Missing()
 
 
 class _Tensor(NamedTuple):
-    """A tensor, and how often it had been changed in place."""
+    """A tensor, with the number of its in-place changes."""
 
     tensor: torch.Tensor
     version: int
@@ -45,9 +42,9 @@ class _Tensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Owner:
-    """Something that holds values by name or place: a module, a dict, a list.
+    """An object that holds values by name or index: a module, a dict, a list.
 
-    `attribute`: the module's attribute that it is in; None for a module itself.
+    `attribute`: the module's attribute that contains it; None for a module itself.
     """
 
     holder: Any
@@ -59,7 +56,7 @@ class Owner:
 
 @dataclass(frozen=True)
 class Change:
-    """A value that is another one than before."""
+    """A value that changed."""
 
     owner: Owner
     key: Any
@@ -72,17 +69,17 @@ class Change:
 
     @property
     def attribute(self) -> str:
-        """The module's attribute that it is, or is in."""
+        """The module's attribute that changed, or contains the change."""
         return str(self.key) if self.owner.attribute is None else self.owner.attribute
 
     @property
     def in_place(self) -> bool:
-        """Whether a tensor is the same one, with other values."""
+        """Whether it is the same tensor with other values."""
         was, now = self.before, self.now
         return isinstance(was, _Tensor) and isinstance(now, _Tensor) and was.tensor is now.tensor
 
     def slim(self) -> Change:
-        """The same, without what its owner holds besides."""
+        """Return the same change without the other values of its owner."""
         return replace(self, owner=replace(self.owner, values={}), before=MISSING)
 
     def __str__(self) -> str:
@@ -91,16 +88,16 @@ class Change:
 
 
 def shown(path: str) -> str:
-    """A module's path in words."""
+    """Return a module's path in words."""
     return f"module '{path}'" if path else "the model"
 
 
-#: by id of the holder, which is kept alive by it
+#: owners by the id of their holder; an owner keeps it alive
 Attributes = dict[int, Owner]
 
 
 def attributes(modules: Iterable[tuple[str, nn.Module]]) -> Attributes:
-    """What these modules (path and module) hold now; what is inside of them is not looked for."""
+    """Return the current attributes of these modules (path and module), not of their children."""
     found: Attributes = {}
     for path, module in modules:
         values = _values(module)
@@ -141,12 +138,12 @@ def _noted(value: Any) -> Any:
 
 
 def noted(value: Any) -> Any:
-    """The value itself of what a look has noted."""
+    """Return the value behind an entry of `attributes`."""
     return value.tensor if isinstance(value, _Tensor) else value
 
 
 def changes(before: Attributes, now: Attributes) -> list[Change]:
-    """What is not as it was, of what both have."""
+    """Return the differences, among the keys that both have."""
     return [
         Change(owner, key, was, value)
         for place, owner in now.items()
@@ -159,7 +156,7 @@ def changes(before: Attributes, now: Attributes) -> list[Change]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two noted values are one, or plain and equal."""
+    """Return whether two entries are the same object, or plain and equal."""
     if a is b:
         return True
     if type(a) is not type(b):
@@ -176,7 +173,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether it is told by its value: a number, text, or a tuple, list or dict of such."""
+    """Return whether a value is compared by equality: number, text, or a container of such."""
     if isinstance(value, (list, tuple)):
         return all(map(is_plain, value))
     if isinstance(value, dict):
@@ -185,7 +182,7 @@ def is_plain(value: Any) -> bool:
 
 
 def get(holder: Any, key: Any) -> Any:
-    """What a holder has there now, as it is noted."""
+    """Return the current entry of a holder."""
     if isinstance(holder, nn.Module):
         return _noted({**holder._buffers, **vars(holder)}.get(key, MISSING))
     if isinstance(holder, dict):
@@ -194,7 +191,7 @@ def get(holder: Any, key: Any) -> Any:
 
 
 def put(holder: Any, key: Any, value: Any) -> None:
-    """Give a holder a noted value; `MISSING` takes away what it has."""
+    """Set an entry of a holder; `MISSING` removes it."""
     into: Any = holder
     if isinstance(holder, nn.Module):
         into = holder._buffers if key in holder._buffers else vars(holder)
@@ -205,7 +202,7 @@ def put(holder: Any, key: Any, value: Any) -> None:
 
 
 def restore(modules: Iterable[tuple[str, nn.Module]], then: Attributes) -> None:
-    """Put back what these modules had; tensors that were changed in place stay as they are."""
+    """Restore the attributes of these modules; in-place changes of tensors remain."""
     for change in changes(then, attributes(modules)):
         if change.in_place:
             continue

@@ -1,4 +1,4 @@
-"""A `torch.autograd.Function` in the model's own code, while that is traced."""
+"""Trace `torch.autograd.Function` in the model's own code by its forward."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch.autograd import Function
 _DEFAULT = Function.setup_context
 
 
-#: held while the patch is put in or taken out
+#: held while the patch is applied or removed
 _PATCHING = threading.Lock()
 
 
 @contextmanager
 def forward_only() -> Iterator[None]:
-    """Within it, in this thread, an autograd function is the operators of its forward.
+    """Replace autograd functions by the operators of their forward, in this thread.
 
-    Functorch refuses those that are written in the older way. A cached model computes no gradients,
-    so what a function would keep for them is not needed. Threads that are in it at a time share
-    one patch; the last one to leave takes it out.
+    Functorch refuses functions in the older style. A cached model computes no gradients, so nothing
+    needs to be saved for a backward pass. Threads that are inside at the same time share one patch;
+    the last one to leave removes it.
     """
     thread = threading.get_ident()
     with _PATCHING:
@@ -41,11 +41,11 @@ def forward_only() -> Iterator[None]:
 
 
 class _Apply:
-    """In the place of `Function.apply`."""
+    """Replaces `Function.apply`."""
 
     def __init__(self, before: Any) -> None:
         self.before = before
-        self.threads: list[int] = []  # those that want the forward only
+        self.threads: list[int] = []  # threads that want the forward only
 
     def __get__(self, instance: object, cls: type[Function]) -> Callable[..., Any]:
         here = threading.get_ident() in self.threads
@@ -58,7 +58,7 @@ def _forward(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
 
 
 class _NoContext:
-    """In the place of a function's context: takes whatever is kept for a backward pass."""
+    """Replaces a function's context: accepts everything that is saved for a backward pass."""
 
     def __init__(self, inputs: int) -> None:
         self.needs_input_grad = (False,) * inputs

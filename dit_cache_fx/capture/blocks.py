@@ -1,4 +1,4 @@
-"""Which of the captured module lists are the trunk: the blocks that a cache is for."""
+"""Find the trunk among the captured module lists: the blocks to cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dit_cache_fx.ir.program import (
 
 @dataclass(frozen=True)
 class _Found:
-    """A called list: its calls, the arguments they depend on, and why it is no trunk list."""
+    """A called list: its calls, the arguments they depend on, and the reason if it is not trunk."""
 
     blocks: BlockList
     calls: tuple[fx.Node, ...]
@@ -28,22 +28,22 @@ class _Found:
     fault: str | None
 
     def parameters(self, program: Program) -> int:
-        """How many its members own, and are given as inputs of the graph."""
+        """Return the number of its members' tensors among the inputs of the graph."""
         given = {n for c in self.calls for n in c.all_input_nodes if n.name in program.owned}
         own = sum(p.numel() for m in self.blocks.modules for p in m.parameters())
         return own + sum(spec.numel() for n in given if (spec := spec_of(n)) is not None)
 
 
 def mark_blocks(program: Program, lists: Sequence[BlockList], chosen: bool) -> None:
-    """Find the trunk among `lists` and note on each of its calls which block it is.
+    """Find the trunk among `lists`, and mark each of its calls with its block.
 
-    `chosen`: the user named the lists, all of them are taken. Otherwise a list is trunk when its
-    blocks are made of several layers, carry a tensor through (an output has an input's shape),
-    depend on the noisy sample, and depend on every argument that the largest such list starts
-    from. So a text refiner is none (no sample), nor a refiner that runs on the sample before the
-    text joins it.
+    `chosen`: the user named the lists, so all of them are trunk. Otherwise a list is trunk if its
+    blocks have several layers, carry a tensor through (an output has an input's shape), depend on
+    the noisy sample, and depend on every argument that the largest such list reads. So a text
+    refiner is not trunk (no sample), nor is a refiner that runs on the sample before the text joins
+    it.
 
-    Raises `DiscoveryError` with the candidates when there is none.
+    Raises `DiscoveryError` with the candidates if there is no trunk.
     """
     needs = program.needs()
     program.sample = program.sample or _sample(program)
@@ -98,7 +98,7 @@ def _trunk(
 
 
 def is_composite(blocks: BlockList) -> bool:
-    """Whether its members are made of several layers."""
+    """Return whether the members have several layers."""
     return all(next(module.children(), None) is not None for module in blocks.modules)
 
 
@@ -110,7 +110,7 @@ def _carries_stream(call: fx.Node) -> bool:
 
 
 def _sample(program: Program) -> str | None:
-    """The argument that carries the noisy sample: shaped like the output, or the first one."""
+    """Return the argument with the noisy sample: shaped like the output, or the first one."""
     inputs = [
         (program.node(name), argument)
         for name, argument in zip(program.inputs, program.arguments, strict=True)
@@ -126,7 +126,7 @@ def _sample(program: Program) -> str | None:
 
 
 def _beside(program: Program) -> frozenset[str]:
-    """The arguments of the form of the model's other results: samples of their own."""
+    """Return the arguments shaped like the model's further results: more samples."""
     results = program.outputs_of_blocks()[1:]
     others = [(spec.shape, spec.dtype) for n in results if (spec := spec_of(n)) is not None]
     given = {
@@ -148,7 +148,7 @@ def _position(program: Program, node: fx.Node) -> int:
 
 def _explain(found: Sequence[_Found], missing: Sequence[str]) -> str:
     if missing:
-        return f"blocks={list(missing)!r}: never called by the model in this call"
+        return f"blocks={list(missing)!r}: the model did not call these lists in this call"
     lines = [f"  {f.blocks.name} ({len(f.blocks.modules)}): {f.fault}" for f in found]
     listing = "\n".join(lines) or "  (the model holds no nn.ModuleList)"
     return (

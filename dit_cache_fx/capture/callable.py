@@ -1,7 +1,7 @@
-"""How a forward can really be called, whoever has wrapped it.
+"""Determine the parameters of a forward, even if it is wrapped.
 
-`inspect.signature` follows `__wrapped__` and takes what it finds there for the wrapper's own. That
-is wrong by one argument where one of the two is bound to the model and the other is not.
+`inspect.signature` follows `__wrapped__` and takes its signature for the wrapper's. That is wrong
+by one argument if only one of the two is bound to the model.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _ANY = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 class _Found(NamedTuple):
     signature: Signature
-    bound: bool  # without the parameter that the model goes to
-    method: bool = False  # surely with it: a function of a class
+    bound: bool  # without the parameter for the model
+    method: bool = False  # certainly with it: a function of a class
 
 
 def called_as(forward: Callable[..., Any]) -> Signature:
-    """The parameters of a forward as it is called, without the model.
+    """Return the parameters of a forward as it is called, without the model.
 
-    Those of a wrapper that takes anything (`*args, **kwargs`) are those of what it says it wraps.
+    For a wrapper with `*args, **kwargs` these are the parameters of the wrapped function.
     """
     if isinstance(forward, functools.partial) and _wraps_its_own(forward):
         return _rest(forward)
@@ -39,15 +39,15 @@ def called_as(forward: Callable[..., Any]) -> Signature:
 
 
 def takes_anything(forward: Callable[..., Any]) -> bool:
-    """Whether it takes any number of arguments by position, whatever it wraps."""
+    """Return whether it takes any number of positional arguments."""
     parameters = _own(forward).parameters.values()
     return any(p.kind is Parameter.VAR_POSITIONAL for p in parameters)
 
 
 def positional_names(model: nn.Module) -> tuple[str, ...]:
-    """What the model's class calls the arguments of its forward: the first class that names them.
+    """Return the positional parameters of forward in the first class that names them.
 
-    For a forward put in its place that takes `*args` and does not say what it wraps.
+    For a replaced forward that takes `*args` and does not name the function that it wraps.
     """
     for kind in type(model).__mro__:
         forward = vars(kind).get("forward")
@@ -59,7 +59,7 @@ def positional_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def _wraps_its_own(forward: functools.partial[Any]) -> bool:
-    """Whether a partial call does not say that it wraps another function than it calls."""
+    """Return whether a partial object calls another function than it claims to wrap."""
     return getattr(forward, "__wrapped__", forward.func) is forward.func
 
 
@@ -68,7 +68,7 @@ def _own(function: Callable[..., Any]) -> Signature:
 
 
 def _found(function: Callable[..., Any]) -> _Found:
-    """The parameters of a function, and whether they are without the model's."""
+    """Return the parameters of a function, and whether the model's is left out."""
     own, wrapped = _own(function), getattr(function, "__wrapped__", None)
     is_open = any(p.kind in _ANY for p in own.parameters.values())
     if wrapped is None or not is_open:
@@ -82,17 +82,17 @@ def _found(function: Callable[..., Any]) -> _Found:
 
 
 def _is_method(function: Callable[..., Any]) -> bool:
-    """Whether a function was written in a class: `Model.forward`, not `patch.<locals>.forward`."""
+    """Return whether a function was defined in a class, and not inside a function."""
     owner = getattr(function, "__qualname__", "").rpartition(".")[0]
     return isinstance(function, types.FunctionType) and owner[-1:] not in ("", ">")
 
 
 def _rest(forward: functools.partial[Any]) -> Signature:
-    """What is left to give of a partial call."""
+    """Return the remaining parameters of a partial call."""
     inner: Any = forward.func
     if isinstance(inner, types.FunctionType):
         found = _found(inner)
-        given = len(forward.args) - found.bound  # the model goes to the wrapper's own parameter
+        given = len(forward.args) - found.bound  # the model fills the wrapper's own parameter
         signature = _without(found.signature, given)
     else:
         signature = _without(called_as(inner), len(forward.args))
@@ -101,7 +101,7 @@ def _rest(forward: functools.partial[Any]) -> Signature:
 
 
 def _without(signature: Signature, count: int) -> Signature:
-    """A signature without its first positional parameters; `*args` takes any number of them."""
+    """Drop the first positional parameters; `*args` counts as any number of them."""
     parameters = list(signature.parameters.values())
     while count > 0 and parameters and parameters[0].kind not in _ANY:
         parameters.pop(0)
@@ -110,7 +110,7 @@ def _without(signature: Signature, count: int) -> Signature:
 
 
 def _with_more(signature: Signature, own: Signature) -> Signature:
-    """With the keywords that a wrapper takes beside those of what it wraps."""
+    """Add the keywords of a wrapper to those of the wrapped function."""
     known = signature.parameters
     more = [
         p

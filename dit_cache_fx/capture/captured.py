@@ -1,4 +1,4 @@
-"""A captured graph: which calls it is right for, and its first answer without its blocks."""
+"""A captured graph: the calls that it is valid for, and its first run without its blocks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.leaves import BlockList, candidate_lists, named_list
 from dit_cache_fx.capture.normal_form import Guards
 from dit_cache_fx.capture.outer_hook import own_forward
-from dit_cache_fx.capture.record import ModuleCall, Recording
+from dit_cache_fx.capture.recording import Recording
 from dit_cache_fx.capture.scalar_timestep import NumberFactories
 from dit_cache_fx.capture.settings import applied
 from dit_cache_fx.capture.side_effects import unnoticed
@@ -26,7 +26,7 @@ from dit_cache_fx.capture.signature import CallSignature, FlatCall, unflatten_ca
 from dit_cache_fx.capture.turns import Turns
 from dit_cache_fx.ir.graph_text import short
 from dit_cache_fx.ir.node_meta import BlockId, meta_of
-from dit_cache_fx.ir.program import Program, block_values
+from dit_cache_fx.ir.program import Program, block_values, module_name
 from dit_cache_fx.ranks import Ranks, every
 from dit_cache_fx.strategies import Strategy, never_cached
 from dit_cache_fx.strategies.signals import value_of
@@ -36,25 +36,25 @@ from dit_cache_fx.values.pytree import unflatten
 
 @dataclass(frozen=True)
 class Subject:
-    """What is captured: the model, how it is called, and where its blocks are looked for."""
+    """A model to capture: how it is called, and the lists that may hold its blocks."""
 
     model: nn.Module
     signature: CallSignature
-    blocks: tuple[str, ...] | None  # the block lists' names where the user gave them
+    blocks: tuple[str, ...] | None  # the names of the block lists if the user passed them
     strategy: Strategy
     check: bool = True
-    turns: Turns = field(default_factory=Turns)  # of threads, at its modules
+    turns: Turns = field(default_factory=Turns)  # for threads that use its modules
 
     def lists(self) -> list[BlockList]:
-        """The lists that may hold the trunk, as they are now."""
+        """Return the lists that may hold the trunk, as they are now."""
         if self.blocks is None:
             return candidate_lists(self.model)
         return [named_list(self.model, name) for name in self.blocks]
 
     def always_runs(self, name: str) -> bool:
-        """Whether the block of this name may be one that is never cached.
+        """Return whether the block of this name may be one that is never cached.
 
-        Before the trunk is found an alias ("double_blocks") can mean any of the lists, and any of
+        Before the trunk is known an alias ("double_blocks") can mean any of the lists, and any of
         them can be the first or the last.
         """
         list_name, _, index = name.rpartition(".")
@@ -67,50 +67,50 @@ class Subject:
         )
 
     def opened(self, lists: Sequence[BlockList]) -> list[nn.Module]:
-        """The blocks whose inside is recorded, to find the strategy's signal there."""
+        """Return the blocks whose parts are recorded, to find the strategy's signal there."""
         wanted = value_of(self.strategy) == "modulated"
         return [blocks.modules[0] for blocks in lists] if wanted else []
 
     def run(self, call: FlatCall, tensors: Sequence[torch.Tensor]) -> Any:
-        """The model's own answer to a flattened call with these tensors."""
+        """Run the model on a flattened call with these tensors."""
         return self.answer(call, unflatten_call(call.skeleton, list(tensors)))
 
     def answer(self, call: FlatCall, arguments: dict[str, Any]) -> Any:
-        """The same, for arguments by name."""
+        """Run the model on named arguments."""
         with nullcontext() if call.number is None else NumberFactories(call.number):
             return self.signature.call(own_forward(self.model), arguments)
 
 
 log = logging.getLogger(__name__)
 
-#: the sizes of masked selections, which may differ from call to call
+#: the sizes of masked selections, which may differ between calls
 Shapes = tuple[torch.Size, ...]
 
 
 @dataclass
 class Captured:
-    """A program that was checked, with what is needed to trust it on the next call."""
+    """A checked program, with everything that is needed to validate it on the next call."""
 
     program: Program
-    gm: fx.GraphModule  # the graph as captured; the passes give the program others
+    gm: fx.GraphModule  # the graph as captured; each pass makes another one
     guards: Guards | None
     recording: Recording  # of the call that it was captured from, until that call is answered
     blocks: dict[nn.Module, str]
-    whole: set[nn.Module]  # every module that the graph calls as a node
+    whole: set[nn.Module]  # every module that the graph calls
     accepted: set[Shapes]  # guard shapes that the graph was checked with
-    turns: Turns  # of the model's graphs
-    not_held: frozenset[str] = frozenset()  # block results that the recording did not hold
-    #: the tensors of the newest call that the guards depend on, and its guard shapes
+    turns: Turns  # for threads that run the model's graphs
+    not_recorded: frozenset[str] = frozenset()  # block results that were not recorded
+    #: the tensors that the guards of the newest call depend on, and its guard shapes
     newest: tuple[TensorIdentity, Shapes] | None = None
-    unread: Sequence[str] = ()  # attributes that forward sets for others, in words
+    unread: Sequence[str] = ()  # attributes that forward sets for other code, in words
     spread: bool = False  # some of its tensors are distributed
-    ranks: Ranks | None = None  # the processes that the model is spread over
-    opened: tuple[Any, ...] = ()  # blocks with parts in the graph, their weights in shards
+    ranks: Ranks | None = None  # the processes that run the model
+    opened: tuple[Any, ...] = ()  # blocks with parts in the graph and sharded weights
 
     def around(self) -> AbstractContextManager[None]:
-        """Within it the graphs may run: without autocast, with what forward sets on its modules.
+        """Enter the state that the graphs need: no autocast, the attributes that forward sets.
 
-        Threads share the modules: where something is set there, no other graph runs meanwhile.
+        Threads share the modules: while attributes are set there, no other graph runs.
         """
         if self.recording.settings or self.spread or autocast():
             return self._around()
@@ -126,7 +126,7 @@ class Captured:
 
     @contextmanager
     def around_parts(self) -> Iterator[None]:
-        """The same where parts of blocks run, whose weights a block has only while it runs."""
+        """Like `around`, for parts of blocks, whose weights exist only while the block runs."""
         with self.around():
             try:
                 for block in self.opened:
@@ -137,44 +137,39 @@ class Captured:
                     block.reshard()
 
     def run(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """The graph's answer to tensors."""
+        """Run the graph on tensors."""
         with self.around_parts():
             return self.gm(*tensors)
 
     def read(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """What the guards read out of tensors."""
+        """Return the values that the guards read."""
         assert self.guards is not None
         with self.around(), torch.no_grad():
             return self.guards.gm(*tensors)
 
 
 def sharded_owners(program: Program) -> tuple[Any, ...]:
-    """The modules of which only parts are called, where weights are in shards (`fully_shard`).
+    """Return the modules with sharded weights (`fully_shard`) of which only parts are called.
 
-    Such a module has the weights of its parts only while it runs itself. What the model has of its
-    own it has in each of its calls.
+    Such a module has the weights of its parts only while it runs. The model's own weights exist in
+    each of its calls.
     """
-    calls = [str(n.target).removeprefix("model.") for n in program.graph.nodes if _is_call(n)]
-    owners = [o for name in calls if (o := _sharded(program.model, name)) not in ("", name)]
+    called = map(module_name, program.graph.find_nodes(op="call_module"))
+    owners = [o for name in called if (o := _sharded(program.model, name)) not in ("", name)]
     return tuple(map(program.model.get_submodule, dict.fromkeys(owners)))
 
 
-def _is_call(node: fx.Node) -> bool:
-    return node.op == "call_module"
-
-
 def _sharded(model: nn.Module, name: str) -> str:
-    """The path of the innermost module, from `name` up, that can gather its weights."""
+    """Return the path of the innermost module, from `name` up, that can gather its weights."""
     while name and not hasattr(model.get_submodule(name), "unshard"):
         name = name.rpartition(".")[0]
     return name
 
 
 def accepts(subject: Subject, captured: Captured, call: FlatCall) -> Shapes | None:
-    """The guard shapes of a call (whose signature is the capture's) that the graph is right for.
+    """Return the guard shapes of a call with the capture's signature if the graph is valid for it.
 
-    None where it is not. Where a masked selection has another size than any seen, the graph is
-    checked with it first.
+    None if it is not. If a masked selection has a new size, the graph is checked with it first.
     """
     guards, newest = captured.guards, captured.newest
     if guards is None:
@@ -190,7 +185,7 @@ def accepts(subject: Subject, captured: Captured, call: FlatCall) -> Shapes | No
     if not every(captured.ranks, shapes in captured.accepted):
         difference = _differs(subject, captured, call, call.tensors)
         if not every(captured.ranks, difference is None):
-            log.info("a graph is not for this call: with %s %s", shapes, difference)
+            log.info("a graph is not valid for this call: with %s %s", shapes, difference)
             return None
         captured.accepted.add(shapes)
     captured.newest = tensors, shapes
@@ -205,24 +200,21 @@ def _log_failed(guards: Guards, read: Sequence[Any]) -> None:
             for text, want, value in zip(texts, wanted, read, strict=True)
             if want != value and not isinstance(value, torch.Size)
         ]
-        log.info("a graph is not for this call: it reads %s", "; ".join(failed))
+        log.info("a graph is not valid for this call: it reads %s", "; ".join(failed))
 
 
 def can_replay(captured: Captured) -> bool:
-    """Whether the recording holds all that is read of blocks: run values, never cached blocks."""
+    """Return whether the recording holds all results that are read: run values, uncached blocks."""
     program = captured.program
     read = {name for region in program.regions for name in region.values}
     read |= {value.name for call in program.block_calls() for value in block_values(call)}
-    return not read & captured.not_held
+    return not read & captured.not_recorded
 
 
 @contextmanager
 def replayed(captured: Captured) -> Iterator[None]:
-    """Within the context the blocks return what they returned in the recorded run."""
-    calls: dict[str, Iterator[ModuleCall]] = {
-        name: iter([c for c in captured.recording.calls if c.name == name])
-        for name in captured.blocks.values()
-    }
+    """Let the blocks return the results of the recorded run."""
+    calls = captured.recording.of_each(captured.blocks.values())
 
     def handle(
         module: nn.Module, name: str, call: Callable[..., Any], args: Any, kwargs: Any
@@ -234,15 +226,12 @@ def replayed(captured: Captured) -> Iterator[None]:
         yield
 
 
-def not_held(program: Program, recording: Recording) -> frozenset[str]:
-    """The names of block results whose values the recording does not hold."""
-    calls: dict[str, Iterator[ModuleCall]] = {}
+def not_recorded(program: Program, recording: Recording) -> frozenset[str]:
+    """Return the names of block results whose values the recording does not hold."""
+    calls = recording.of_each(map(module_name, program.block_calls()))
     missing: list[str] = []
     for node in program.block_calls():
-        name = str(node.target).removeprefix("model.")
-        if name not in calls:
-            calls[name] = iter([c for c in recording.calls if c.name == name])
-        made = next(calls[name])
+        made = next(calls[module_name(node)])
         missing += [v.name for v in block_values(node) if meta_of(v).output not in made.values]
     return frozenset(missing)
 

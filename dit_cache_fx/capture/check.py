@@ -1,8 +1,8 @@
-"""A capture is checked against the model before it is trusted.
+"""Check a captured graph against the model before using it.
 
-Both run on inputs that the capture has not seen, with every block replaced by a stand-in: so the
-check costs what the model does around its blocks. Each block must be called with the same values,
-and the outputs must be the same, bit by bit.
+Both run on inputs that the capture has not seen, with every block replaced by a stand-in, so the
+check costs only the model's own code around its blocks. Each block must be called with the same
+values, and the outputs must be bitwise equal.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 from dit_cache_fx._torch import without_mode
 from dit_cache_fx.capture.ambient import Ambient
 from dit_cache_fx.capture.intercept import intercepted
-from dit_cache_fx.capture.record import ModuleCall, Recording
+from dit_cache_fx.capture.recording import RecordedCall, Recording
 from dit_cache_fx.capture.samples import Samples, other_block
 from dit_cache_fx.capture.scalar_timestep import NumberFactories
 from dit_cache_fx.errors import CaptureError, DitCacheError
@@ -28,7 +28,7 @@ from dit_cache_fx.values.wrapped import Layout, laid_out, own_part
 
 
 class _Checksum(NamedTuple):
-    """What tells two tensors apart, without keeping them."""
+    """A checksum that separates tensors without keeping them."""
 
     kind: str
     first: int
@@ -36,7 +36,7 @@ class _Checksum(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """A tensor among all that a run shows: of which block call (None: of the output), which."""
+    """The position of a tensor in a run: block call (None: the output) and index."""
 
     call: int | None
     number: int
@@ -44,11 +44,11 @@ class _Place(NamedTuple):
 
 @dataclass
 class _Run:
-    """The block calls of a run and checksums of the tensors that it showed."""
+    """The block calls of a run, and checksums of their tensors."""
 
     calls: list[str] = field(default_factory=list)
-    states: list[Ambient] = field(default_factory=list)  # of torch, at each call
-    constants: list[list[Any]] = field(default_factory=list)  # of each call, what is no tensor
+    states: list[Ambient] = field(default_factory=list)  # torch's state at each call
+    constants: list[list[Any]] = field(default_factory=list)  # non-tensor arguments
     checksums: dict[_Place, _Checksum] = field(default_factory=dict)
     samples: Samples = field(default_factory=Samples)
     wanted: _Place | None = None
@@ -69,9 +69,9 @@ def compare(
     recording: Recording,
     sampled: bool = False,
 ) -> str | None:
-    """What differs first between the model's run and the graph's; None when nothing does.
+    """Return the first difference between the model's run and the graph's; None if there is none.
 
-    `sampled`: the first block of each list is run, too.
+    `sampled`: also run the first block of each list.
     """
     want = _run(model, blocks, recording, _Run(samples=Samples(sampled)))
     got = _run(graph, blocks, recording, _Run(samples=Samples(sampled)))
@@ -83,7 +83,10 @@ def compare(
             return f"it calls block {name} with {unlike}"
     for name, model_state, state in zip(want.calls, want.states, got.states, strict=True):
         if state != model_state:
-            return f"it calls block {name} with torch in the state {state}, the model {model_state}"
+            return (
+                f"it calls block {name} with torch in the state {state}, the model with "
+                f"{model_state}"
+            )
     if sampled:
         _compare_samples(
             want, got, lambda: _run(graph, blocks, recording, _Run(samples=Samples(True)))
@@ -98,28 +101,28 @@ def compare(
 
 
 def _compare_samples(want: _Run, got: _Run, again: Callable[[], _Run]) -> None:
-    """Refuse blocks that give something else in the graph; those that always do are their own."""
+    """Refuse blocks that differ in the graph; blocks that always differ are no evidence."""
     name = want.samples.unlike(got.samples)
     if name is not None and again().samples.unlike(got.samples) is None:
         raise other_block(name)
 
 
 def refuse(difference: str) -> CaptureError:
-    """The error for a capture that differs."""
+    """Return the error for a capture that differs."""
     return CaptureError(
         f"the captured graph disagrees with the model: {difference}. Something in the model's "
         "forward (outside its blocks) depends on more than its tensors and arguments, or on "
-        "randomness. Move it into a block or a layer; or pass check=False when the difference is "
-        "wanted"
+        "randomness. Move it into a block or a layer; or pass check=False if the difference is "
+        "acceptable"
     )
 
 
 class IllegalInputs(Exception):
-    """The model refuses inputs that were made up; the cause says why."""
+    """The model refuses generated inputs; the cause says why."""
 
 
 def refusable(model: Callable[[], Any]) -> Callable[[], Any]:
-    """A run of the model on made-up inputs: what it raises there is `IllegalInputs`."""
+    """Return a function that runs the model on generated inputs; errors become `IllegalInputs`."""
 
     def run() -> Any:
         try:
@@ -135,10 +138,10 @@ def refusable(model: Callable[[], Any]) -> Callable[[], Any]:
 def second_inputs(
     tensors: Sequence[torch.Tensor], timestep_position: int, sample: Sequence[int]
 ) -> Iterator[list[torch.Tensor]]:
-    """Inputs that differ from the capture's: first all of them, then only what changes each step.
+    """Yield inputs that differ from the capture's: first all, then those that change each step.
 
-    Integers and booleans (ids, labels, masks) stay as they are, the timestep excepted: another
-    value might not be a legal one.
+    Integers and booleans (ids, labels, masks) keep their values, except the timestep: another value
+    might be invalid.
     """
     generator = torch.Generator("cpu").manual_seed(0)
     for only in (range(len(tensors)), sample):
@@ -173,7 +176,7 @@ def _run(
         shown.calls.append(name)
         made = next(calls, None)
         if made is None or made.name != name:
-            raise CaptureError(f"block {name} was called out of the order of the capture")
+            raise CaptureError(f"block {name} was called in another order than at capture")
         return unflatten(made.skeleton, stand_in(made, len(shown.calls), inputs))
 
     with intercepted(blocks, handle):
@@ -190,8 +193,8 @@ def _called(
         return call(module, *args, **kwargs)
 
 
-def stand_in(made: ModuleCall, index: int, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Values in the place of a block's outputs: other ones for each block, equal in each run."""
+def stand_in(made: RecordedCall, index: int, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return replacements for a block's outputs: unique to the block, equal in each run."""
     outputs = []
     for place, spec in enumerate(made.specs):
         like = made.like[place]

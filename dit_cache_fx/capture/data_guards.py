@@ -1,6 +1,6 @@
-"""What a model's own code reads out of a tensor while it is traced: guards.
+"""Guards on values that the model's own code reads from tensors during tracing.
 
-That is the result of `.item()` or `bool(...)`, of `.tolist()`, and the size of a masked selection.
+These are the results of `.item()`, `bool(...)` and `.tolist()`, and the sizes of masked selections.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ from dit_cache_fx.values.pytree import flatten
 
 @fx.has_side_effect
 def read_value(operator: Any, args: Any, kwargs: Any) -> Any:
-    """What an operator whose result is no tensor gave (`.item()`, `torch.equal`): a guard."""
+    """Guard the result of an operator that returns no tensor (`.item()`, `torch.equal`)."""
     return operator(*args, **kwargs)
 
 
 @fx.has_side_effect
 def read_list(tensor: torch.Tensor) -> Any:
-    """What `.tolist()` or `.numpy()` gave: a guard."""
+    """Guard the result of `.tolist()` or `.numpy()`."""
     return tensor.tolist()
 
 
 @fx.has_side_effect
 def read_count(mask: torch.Tensor) -> torch.Size:
-    """How many rows a mask selects: a guard, compared as a shape."""
+    """Guard the number of rows that a mask selects, compared as a shape."""
     return torch.Size([int(mask.count_nonzero())])
 
 
 @fx.has_side_effect
 def read_shape(tensor: torch.Tensor) -> torch.Size:
-    """The shape of a result whose shape depends on data: a guard."""
+    """Guard the shape of a result with a data-dependent shape."""
     return tensor.shape
 
 
-#: the nodes that become guards
+#: graph nodes that become guards
 READS = (read_value, read_list, read_count, read_shape)
 
-# these reach a dispatch mode before they are taken apart into a tagged operator
+# operators that reach a dispatch mode before they decompose into a tagged operator
 _COMPOSITE_READS = (torch.ops.aten.is_nonzero.default, torch.ops.aten.item.default)
 
 
 class DataReads(TorchDispatchMode):
-    """Turns operators whose result depends on data into guards."""
+    """Turns operators with data-dependent results into guards."""
 
     supports_higher_order_operators = True  # lets `opaque` through
 
@@ -73,9 +73,9 @@ class DataReads(TorchDispatchMode):
         return result
 
     def _read_sizes(self, func: Any, inputs: list[torch.Tensor], outputs: Any) -> None:
-        """Guard the sizes of a result: by the masks alone where they decide them.
+        """Guard the sizes of a result: by its masks alone, if they determine the sizes.
 
-        What is selected from (a text refiner's output) need not run to know how much is.
+        Then the selected tensor (a text refiner's output) need not be computed for the guard.
         """
         masks = _masks(func, inputs)
         for tensor in outputs if masks is None else masks:
@@ -87,7 +87,7 @@ class DataReads(TorchDispatchMode):
 
 
 def _masks(func: Any, inputs: list[torch.Tensor]) -> list[torch.Tensor] | None:
-    """The tensors whose true values decide the size of a selection; None where others do."""
+    """Return the masks that determine the size of a selection; None if other tensors do."""
     if func is torch.ops.aten.index.Tensor:
         return [t for t in inputs[1:] if t.dtype in (torch.bool, torch.uint8)]
     if func is torch.ops.aten.masked_select.default:
@@ -96,7 +96,7 @@ def _masks(func: Any, inputs: list[torch.Tensor]) -> list[torch.Tensor] | None:
 
 
 class PythonReads(TorchFunctionMode):
-    """Turns `.tolist()` and `.numpy()`, which no operator stands for, into guards."""
+    """Turns `.tolist()` and `.numpy()`, which are no operators, into guards."""
 
     _READS = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__)
 
@@ -113,7 +113,7 @@ class PythonReads(TorchFunctionMode):
 
 
 class _ListRead:
-    """Reads a whole tensor as an operator that the tracer does not look into."""
+    """Reads a whole tensor, as an operator that is opaque to the tracer."""
 
     def __init__(self, func: Callable[[torch.Tensor], Any], read: list[Any]) -> None:
         self._func = func

@@ -1,8 +1,8 @@
-"""From a model's forward to a checked `Program`, in one recorded run of the model.
+"""Capture a model's forward as a checked `Program`, with one recorded run of the model.
 
-`record` runs the model once, `trace` makes the graph of what it does around its kept modules,
-`normal_form` makes that a program, `mark_blocks` finds the trunk and `check` compares program and
-model on inputs that neither has seen.
+`record` runs the model once, `trace` makes a graph of its own code around the leaf modules,
+`normal_form` turns that into a program, `mark_blocks` finds the trunk, and `check` compares program
+and model on inputs that neither has seen.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from torch import nn
 from dit_cache_fx._torch import without_dispatch_modes
 from dit_cache_fx.capture.attributes import attributes, restore
 from dit_cache_fx.capture.blocks import mark_blocks
-from dit_cache_fx.capture.captured import Captured, Subject, not_held, sharded_owners
+from dit_cache_fx.capture.captured import Captured, Subject, not_recorded, sharded_owners
 from dit_cache_fx.capture.check import IllegalInputs, compare, refusable, refuse, second_inputs
-from dit_cache_fx.capture.leaves import BlockList, kept_modules
+from dit_cache_fx.capture.leaves import BlockList, leaf_modules
 from dit_cache_fx.capture.normal_form import normal_form
-from dit_cache_fx.capture.record import Recording, record
+from dit_cache_fx.capture.record import record
+from dit_cache_fx.capture.recording import Recording
 from dit_cache_fx.capture.refusals import (
     refuse_late_guards,
     refuse_read_number,
@@ -35,7 +36,7 @@ from dit_cache_fx.capture.settings import Watch, refuse_made_values
 from dit_cache_fx.capture.side_effects import (
     Arguments,
     left_behind,
-    refuse_kept_state,
+    refuse_state,
     unnoticed,
 )
 from dit_cache_fx.capture.signal import mark_signal, parts_of
@@ -54,23 +55,23 @@ log = logging.getLogger(__name__)
 def capture(subject: Subject, call: FlatCall, timestep_argument: str | None) -> Captured:
     """Capture the model for calls like `call`; its blocks run once, for this call's own answer.
 
-    `timestep_argument`: None where it is to be found; the program has what it is.
-    Raises `DiscoveryError` where blocks or timestep cannot be told, `CaptureError` where the graph
-    cannot be made or differs from the model.
+    `timestep_argument`: None to find it; the program contains the result. Raises `DiscoveryError`
+    if blocks or timestep cannot be determined, `CaptureError` if there is no graph or it differs
+    from the model.
     """
     with torch.inference_mode(False), torch.no_grad():
         tensors = [t.clone() if t.is_inference() else t for t in call.tensors]
         lists = subject.lists()
-        kept = kept_modules(subject.model, lists)
-        recording, unread = _recorded(subject, call, tensors, lists, kept)
+        leaves = leaf_modules(subject.model, lists)
+        recording, unread = _recorded(subject, call, tensors, lists, leaves)
         with unnoticed(subject.model), without_dispatch_modes():
             with together(subject.strategy.ranks):
                 captured = _traced(
-                    subject, call, tensors, lists, kept, recording, timestep_argument
+                    subject, call, tensors, lists, leaves, recording, timestep_argument
                 )
             captured.unread = unread
             if subject.check:
-                with _explained("the captured graph fails where the model does not"):
+                with _explained("the captured graph fails, and the model does not"):
                     _check(subject, captured, call, tensors)
     return captured
 
@@ -80,14 +81,14 @@ def _traced(
     call: FlatCall,
     tensors: Sequence[torch.Tensor],
     lists: Sequence[BlockList],
-    kept: dict[nn.Module, str],
+    leaves: dict[nn.Module, str],
     recording: Recording,
     timestep_argument: str | None,
 ) -> Captured:
-    """The graph of a recorded call, its blocks marked."""
-    members = {m: kept[m] for blocks in lists for m in blocks.modules}
+    """Trace a recorded call, and mark its blocks."""
+    members = {m: leaves[m] for blocks in lists for m in blocks.modules}
     with _explained("the model's own code (outside its blocks and layers) cannot be traced"):
-        traced = trace(lambda inputs: subject.run(call, inputs), tensors, kept, recording)
+        traced = trace(lambda inputs: subject.run(call, inputs), tensors, leaves, recording)
     if timestep_argument is None:
         timestep_argument = guessed_timestep(call)
     require_timestep(call, timestep_argument)
@@ -97,11 +98,11 @@ def _traced(
     mark_signal(program, subject.strategy, recording)
     trunk = {str(node.target) for node in program.block_calls()}
     blocks = {m: name for m, name in members.items() if f"model.{name}" in trunk}
-    # what forward sets on a module, the graph depends on: then nothing of the model is looked
-    # up live without a check
-    whole = set() if recording.settings else set(kept)
+    # The graph depends on attributes that forward sets on a module: then no module is looked up
+    # live without a check.
+    whole = set() if recording.settings else set(leaves)
     captured = Captured(program, program.gm, guards, recording, blocks, whole, set(), subject.turns)
-    captured.not_held = not_held(program, recording)
+    captured.not_recorded = not_recorded(program, recording)
     captured.opened, captured.ranks = sharded_owners(program), subject.strategy.ranks
     made = [layout for c in recording.calls for layout in c.layouts]
     captured.spread = any(made) or any(map(is_distributed, tensors))
@@ -113,16 +114,16 @@ def _traced(
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """The model has just answered this call: what fails now is the capture, not the call."""
+    """Explain errors as faults of the capture: the model itself has just answered this call."""
     try:
         yield
     except (DitCacheError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise CaptureError(
-            f"{what}: {type(error).__name__}: {error}. Move what fails into a block or a layer, or "
-            "make it before the call and pass it as an argument; or make such calls between "
-            "disable() and enable()"
+            f"{what}: {type(error).__name__}: {error}. Move the failing code into a block or a "
+            "layer, or compute its result before the call and pass it as an argument; or make "
+            "such calls between disable() and enable()"
         ) from error
 
 
@@ -131,33 +132,33 @@ def _recorded(
     call: FlatCall,
     tensors: Sequence[torch.Tensor],
     lists: Sequence[BlockList],
-    kept: dict[nn.Module, str],
+    leaves: dict[nn.Module, str],
 ) -> tuple[Recording, list[str]]:
-    """Record the model; a layer that answers with numbers is looked into, so leaves `kept`.
+    """Record the model; a layer that returns numbers is removed from `leaves` and traced.
 
-    Also returns the attributes that it sets and never reads, in words.
+    Also return the attributes that it sets and never reads, in words.
     """
     model = subject.model
-    members = {m: kept[m] for blocks in lists for m in blocks.modules}
+    members = {m: leaves[m] for blocks in lists for m in blocks.modules}
     before = attributes(model.named_modules())
-    theirs = {m for module in kept for m in module.modules()}
-    watch = Watch(kept, World(model, theirs) if subject.check else None)
+    theirs = {m for module in leaves for m in module.modules()}
+    watch = Watch(leaves, World(model, theirs) if subject.check else None)
     arguments = Arguments(unflatten_call(call.skeleton, list(tensors)))
     recording = record(
         lambda: subject.answer(call, arguments.given),
-        kept,
+        leaves,
         set(members),
         {m for m, name in members.items() if subject.always_runs(name)},
-        {m: parts_of(m, kept[m]) for m in subject.opened(lists)},
+        {m: parts_of(m, leaves[m]) for m in subject.opened(lists)},
         watch,
     )
     numbers = {c.name for c in recording.calls if any(v is not None for v in constants(c.skeleton))}
-    open_layers = [m for m, name in kept.items() if name in numbers and m not in members]
+    open_layers = [m for m, name in leaves.items() if name in numbers and m not in members]
     if open_layers:
         for module in open_layers:
-            del kept[module]
+            del leaves[module]
         restore(model.named_modules(), before)
-        return _recorded(subject, call, tensors, lists, kept)
+        return _recorded(subject, call, tensors, lists, leaves)
     refuse_rewritten_arguments(recording)
     refuse_written_memory(model, call, tensors, recording)
     arguments.refuse_changed(recording.calls, notes=True)
@@ -169,7 +170,7 @@ def _recorded(
     noted, after = arguments.noted(), Arguments(arguments.given)
     again = partial(subject.answer, call, after.given)
     with without_dispatch_modes():
-        unread = refuse_kept_state(model, again, kept, recording, left, noted)
+        unread = refuse_state(model, again, leaves, recording, left, noted)
     after.refuse_changed([], notes=False)
     return recording, unread
 
@@ -195,7 +196,7 @@ def _check(
                 sampled=captured.recording.suspect,
             )
         except IllegalInputs as error:
-            log.info("the model refuses inputs made up for a check: %r", error.__cause__)
+            log.info("the model refuses inputs generated for a check: %r", error.__cause__)
             continue
         if not every(captured.ranks, difference is None):
             raise refuse(difference or ANOTHER)
@@ -209,7 +210,7 @@ def _check_number(
     tensors: Sequence[torch.Tensor],
     timestep_position: int,
 ) -> None:
-    """The graph takes the timestep as a tensor: that must act as the number does."""
+    """Check that the timestep acts the same as a tensor, which the graph takes, and as a number."""
     numbered: list[Any] = [*tensors]
     numbered[timestep_position] = call.number
     arguments = unflatten_call(call.skeleton, numbered)

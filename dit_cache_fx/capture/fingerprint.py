@@ -1,8 +1,8 @@
-"""Whether the model is still what was captured.
+"""Detect changes of the model since its capture.
 
-A graph holds what the model's own code did with plain Python attributes, so a change of those (an
-option, a layer put in another's place, a dtype) must lead to a new capture. Modules that the graph
-calls whole are looked up live and need no such check.
+A graph contains decisions of the model's own code on plain Python attributes, so a change of those
+(an option, a replaced layer, a dtype) must lead to a new capture. Modules that the graph calls are
+looked up live and need no such check.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 
 from dit_cache_fx.capture.attributes import TORCHS
 
-#: (module's path, what of it) -> its value
+#: (path of the module, kind of entry) -> its value
 Fingerprint = dict[tuple[str, str], Hashable]
 
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
@@ -22,7 +22,7 @@ _OTHER = object()
 
 
 def fingerprint(model: nn.Module, whole: Collection[nn.Module]) -> Fingerprint:
-    """What of the model's structure and options the graph depends on, outside of `whole`.
+    """Return the structure and options that the graph depends on, outside of `whole`.
 
     Weights may change: only their dtype and device count.
     """
@@ -30,7 +30,7 @@ def fingerprint(model: nn.Module, whole: Collection[nn.Module]) -> Fingerprint:
 
 
 def volatile(before: Fingerprint, after: Fingerprint) -> frozenset[tuple[str, str]]:
-    """What the model's forward itself changed: notes to itself, no options."""
+    """Return the entries that the model's forward itself changed: notes to itself, no options."""
     return frozenset(k for k in {*before, *after} if before.get(k) != after.get(k))
 
 
@@ -39,9 +39,9 @@ def _parts(
 ) -> Iterator[tuple[tuple[str, str], Hashable]]:
     yield (path, "class"), id(type(module))
     yield (path, "forward"), "forward" in vars(module)
-    if path:  # the model's own hooks run around the graph
+    if path:  # the model's own hooks run outside of the graph
         yield (path, "hooks"), bool(module._forward_hooks or module._forward_pre_hooks)
-    for name, value in list(vars(module).items()):  # other threads may capture the module
+    for name, value in list(vars(module).items()):  # other threads may capture the module now
         if name not in TORCHS and (plain := _plain(value)) is not _OTHER:
             yield (path, name), plain
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -58,7 +58,7 @@ def _parts(
 
 
 def _plain(value: object) -> Hashable:
-    """A value that can be compared: a number, text, or a container of such; else `_OTHER`."""
+    """Return a comparable value: number, text, or a container of such; `_OTHER` for all else."""
     if isinstance(value, float):
         return float(f"{value:.12g}")  # see `attributes.ROUNDING`
     if isinstance(value, _PLAIN):

@@ -1,4 +1,4 @@
-"""Seeing (and answering) the calls of chosen modules while a model's forward runs."""
+"""Intercept and answer the calls of chosen modules while a model's forward runs."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import nn
 
 from dit_cache_fx._torch import not_a_compiled_frame
 
-#: (module, its name, run it for real, args, kwargs) -> what the caller gets
+#: (module, its name, its real call, args, kwargs) -> the result for the caller
 Handler = Callable[[nn.Module, str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 _CAPTURING = ContextVar("dit_cache_fx_capturing", default=False)
-#: held while seams are put in or taken out, never while a module runs
+#: held while seams are added or removed, never while a module runs
 _SEAMS = threading.Lock()
 
 
 @contextmanager
 def intercepted(names: Mapping[nn.Module, str], handler: Handler) -> Iterator[None]:
-    """Within the context, a call of a module in `names` goes to `handler`.
+    """Send calls of the modules in `names` to `handler`.
 
-    Only calls of this thread, and only the outermost: what a handled module calls inside runs as
-    always. Hooks, compiled blocks (`block.compile()`) and replaced forwards are part of the call.
+    This covers only calls of this thread, and only the outermost: modules inside a handled one run
+    normally. Hooks, compiled blocks (`block.compile()`) and replaced forwards are part of the call.
     """
     interception = _Interception(names, handler)
     token = _CAPTURING.set(True)
@@ -40,12 +40,12 @@ def intercepted(names: Mapping[nn.Module, str], handler: Handler) -> Iterator[No
 
 @not_a_compiled_frame
 def capturing() -> bool:
-    """Whether a capture is under way in this thread."""
+    """Return whether this thread is capturing."""
     return _CAPTURING.get()
 
 
 class _Interception:
-    """What one capture does with the calls of its modules."""
+    """The handling of one capture's module calls."""
 
     def __init__(self, names: Mapping[nn.Module, str], handler: Handler) -> None:
         self._names = names
@@ -55,14 +55,14 @@ class _Interception:
         self.inside = False  # a module is being handled
 
     def enter(self, modules: Iterable[nn.Module]) -> None:
-        """From now on this thread's calls of `modules` come here."""
+        """Intercept this thread's calls of `modules` from now on."""
         with _SEAMS:
             for module in modules:
                 self._seams[module] = _seam(module)
                 self._seams[module].add(self._thread, self)
 
     def leave(self, modules: Iterable[nn.Module]) -> None:
-        """From now on they do not."""
+        """Stop intercepting them."""
         with _SEAMS:
             for module in [m for m in modules if m in self._seams]:
                 self._seams.pop(module).remove(self._thread, self)
@@ -75,7 +75,7 @@ class _Interception:
             self.inside = False
 
     def _run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Run it with all in it as it was: what is compiled there would be compiled again."""
+        """Run a module without interceptions: otherwise compiled parts would compile again."""
         inside = [m for m in module.modules() if m in self._seams]
         self.leave(inside)
         try:
@@ -85,11 +85,11 @@ class _Interception:
 
 
 class _Seam:
-    """Stands in front of how a module is called: an attribute of the one module object.
+    """An attribute of one module object that replaces the way it is called.
 
-    `Module.__call__` runs the module's `_compiled_call_impl` where there is one, else its
-    `_call_impl`. Only a thread that captures is sent elsewhere; calls of all others pass. (Code
-    that Dynamo makes of such a call meanwhile passes too, and is made once more afterwards.)
+    `Module.__call__` runs the module's `_compiled_call_impl` if there is one, otherwise its
+    `_call_impl`. Only a capturing thread is redirected; the calls of all others pass through. (Code
+    that Dynamo compiles for such a call meanwhile also passes, and is compiled again afterwards.)
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -110,11 +110,11 @@ class _Seam:
         return here[-1].handle(self.module, args, kwargs)
 
     def add(self, thread: int, interception: _Interception) -> None:
-        """The newest of a thread's interceptions gets its calls."""
+        """Add an interception; the newest one of a thread gets its calls."""
         self._waiting.setdefault(thread, []).append(interception)
 
     def remove(self, thread: int, interception: _Interception) -> None:
-        """The last one to leave puts the module's own attribute back."""
+        """Remove an interception; the last one restores the module's own attribute."""
         self._waiting[thread].remove(interception)
         if not self._waiting[thread]:
             del self._waiting[thread]
@@ -126,12 +126,12 @@ class _Seam:
             del vars(self.module)[self._attribute]
 
     def __reduce__(self) -> Any:
-        """A copy of the module has no seam."""
+        """Copy the module without a seam."""
         return getattr, (self.module, self._attribute)
 
 
 def _seam(module: nn.Module) -> _Seam:
-    """The seam of a module, made where there is none."""
+    """Return the seam of a module; create it if there is none."""
     own = vars(module)
     known = [own.get(name) for name in ("_compiled_call_impl", "_call_impl")]
     return next((s for s in known if isinstance(s, _Seam)), None) or _Seam(module)

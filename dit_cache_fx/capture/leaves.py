@@ -1,8 +1,8 @@
-"""Which modules a capture keeps whole: the candidate blocks, and the layers around them.
+"""Choose the leaf modules of a capture: candidate blocks, and the layers around them.
 
-A kept module is one `call_module` of the user's own, live module. So hooks, quantised or offloaded
-weights, LoRA layers put in its place later and compiled forwards all keep working, and nothing of
-its inside is baked into the graph.
+A leaf module is one `call_module` of the user's own, live module. So hooks, quantised or offloaded
+weights, LoRA layers that are added later and compiled forwards keep working, and nothing inside the
+module becomes a constant of the graph.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ class BlockList:
 
 
 def candidate_lists(model: nn.Module) -> list[BlockList]:
-    """Every `nn.ModuleList` that is not inside a member of another one.
+    """Return every `nn.ModuleList` that is not inside a member of another one.
 
-    A list whose members are lists themselves (`[attention, feed-forward]` pairs) is never called
-    as such: its members stand for it.
+    A list whose members are lists themselves (`[attention, feed-forward]` pairs) is never called as
+    such: its members represent it.
     """
     return list(_lists(model, ""))
 
 
 def named_list(model: nn.Module, name: str) -> BlockList:
-    """The module list at this attribute path."""
+    """Return the module list at this attribute path."""
     return BlockList(name, tuple(model.get_submodule(name).children()))
 
 
@@ -50,30 +50,31 @@ def _lists(module: nn.Module, prefix: str) -> Iterator[BlockList]:
             yield from _lists(child, f"{path}.")
 
 
-def kept_modules(model: nn.Module, lists: Sequence[BlockList]) -> dict[nn.Module, str]:
-    """Module -> its name, for every module that the capture keeps whole.
+def leaf_modules(model: nn.Module, lists: Sequence[BlockList]) -> dict[nn.Module, str]:
+    """Return module -> name for every module that the capture does not trace into.
 
     Layers inside blocks are among them: some models call one from outside (a block's embedding).
     """
-    kept: dict[nn.Module, str] = {}
+    leaves: dict[nn.Module, str] = {}
     for blocks in lists:
         for index, block in enumerate(blocks.modules):
-            kept.setdefault(block, f"{blocks.name}.{index}")
-    _keep_layers(model, "", kept)
-    return kept
+            leaves.setdefault(block, f"{blocks.name}.{index}")
+    _add_layers(model, "", leaves)
+    return leaves
 
 
-def _keep_layers(module: nn.Module, prefix: str, kept: dict[nn.Module, str]) -> None:
+def _add_layers(module: nn.Module, prefix: str, leaves: dict[nn.Module, str]) -> None:
     for name, child in module.named_children():
         path = f"{prefix}{name}"
-        if child not in kept and _is_layer(child) and not any(m in kept for m in child.modules()):
-            kept[child] = path
+        inside = any(module in leaves for module in child.modules())
+        if not inside and _is_layer(child):
+            leaves[child] = path
         else:
-            _keep_layers(child, f"{path}.", kept)
+            _add_layers(child, f"{path}.", leaves)
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Weights without parts, one of torch's own, or one that something else has hold of."""
+    """Return whether a module is a layer: weights without parts, torch's own, or a wrapped one."""
     if isinstance(module, _CONTAINERS):
         return False
     if _is_adapted(module) or _is_hooked(module):
@@ -84,12 +85,12 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def _owns_tensors(module: nn.Module) -> bool:
-    """Whether it has weights: without any, what it does is the model's own code (positions)."""
+    """Return whether a module has weights: without any, it is the model's own code (positions)."""
     return bool(module._parameters or module._buffers)
 
 
 def _is_adapted(module: nn.Module) -> bool:
-    """Adapter layers (LoRA and kin) wrap the layer that they adapt as `base_layer`."""
+    """Return whether a module wraps an adapted layer as `base_layer` (LoRA and similar)."""
     return isinstance(getattr(module, "base_layer", None), nn.Module)
 
 
@@ -98,15 +99,17 @@ def _is_hooked(module: nn.Module) -> bool:
     return any(hooks) or "forward" in vars(module) or module._compiled_call_impl is not None
 
 
-#: what can hold blocks
+#: containers that can hold blocks
 LISTS = (nn.ModuleList, nn.Sequential)
 Blocks = str | nn.ModuleList | Sequence[str | nn.ModuleList]
 
 
 def listed(blocks: Blocks) -> list[str | nn.ModuleList]:
-    """One name or list, or several of them, as a list; raises `OptionError` for anything else."""
+    """Return one name or list, or several of them, as a list; raise `OptionError` otherwise."""
     if isinstance(blocks, (str, *LISTS)):
         return [blocks]
     if not isinstance(blocks, Iterable):
-        raise OptionError("blocks", blocks, "attribute paths of module lists, or the lists")
+        raise OptionError(
+            "blocks", blocks, "attribute paths of module lists, or the lists themselves"
+        )
     return list(blocks)

@@ -1,4 +1,4 @@
-"""From a trace to a `Program`: live parameters, `call_module` nodes, guards set apart."""
+"""Turn a trace into a `Program`: live parameters, `call_module` nodes, separate guards."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import fx, nn
 
 from dit_cache_fx.capture.data_guards import READS, read_count, read_list, read_shape
 from dit_cache_fx.capture.signature import FlatCall
-from dit_cache_fx.capture.trace import Trace, call_kept
+from dit_cache_fx.capture.trace import Trace, call_leaf
 from dit_cache_fx.ir.copying import add_input, body, copy_nodes
 from dit_cache_fx.ir.graph_text import short
 from dit_cache_fx.ir.names import unreserved
 from dit_cache_fx.ir.node_meta import mark, meta_of
-from dit_cache_fx.ir.program import Program, ancestors, graph_module, is_kept
+from dit_cache_fx.ir.program import Program, ancestors, graph_module, inputs_behind, is_kept
 
-# without autograd and without in-place operations these return their argument
+# without autograd and in-place operations these return their argument
 _IDENTITIES = (
     torch.ops.aten.detach.default,
     torch.ops.aten.alias.default,
@@ -28,37 +28,41 @@ _IDENTITIES = (
 
 @dataclass(frozen=True)
 class Guards:
-    """What the captured code read out of tensors: `gm(*inputs)` gives it again.
+    """The values that the captured code read from tensors: `gm(*inputs)` returns them again.
 
-    Values are compared for equality; shapes (sizes of masked selections) may differ when the graph
-    has been checked with them.
+    Values must be equal; shapes (sizes of masked selections) may differ after a check of the graph.
     """
 
     gm: fx.GraphModule
-    expected: tuple[Any, ...]  # a torch.Size where a shape was read
-    inputs: tuple[int, ...]  # which of the call's tensors they depend on
+    expected: tuple[Any, ...]  # a torch.Size for each shape
+    inputs: tuple[int, ...]  # the call's tensors that they depend on
 
     def described(self, read: Sequence[Any]) -> list[str]:
-        """What was read, in words, with the values in `read`."""
-        nodes = [n for n in self.gm.graph.nodes if n.target in READS]
+        """Return descriptions of the reads, with the values in `read`."""
+        nodes = data_reads(self.gm.graph)
         return [
             f"{_reading(n)}: {short([*value] if isinstance(value, torch.Size) else value)}"
             for n, value in zip(nodes, read, strict=True)
         ]
 
     def values(self, read: Sequence[Any]) -> list[Any]:
-        """Those of the reads that must be equal."""
+        """Return the reads that must be equal."""
         return [v for v in read if not isinstance(v, torch.Size)]
 
     def shapes(self, read: Sequence[Any]) -> tuple[torch.Size, ...]:
-        """Those of the reads that may differ after a check."""
+        """Return the reads that may differ after a check."""
         return tuple(v for v in read if isinstance(v, torch.Size))
+
+
+def data_reads(graph: fx.Graph) -> list[fx.Node]:
+    """Return the nodes that read a value or a shape from a tensor's data, in order."""
+    return [node for node in graph.nodes if node.target in READS]
 
 
 def normal_form(
     model: nn.Module, traced: Trace, call: FlatCall, timestep_argument: str | None
 ) -> tuple[Program, Guards | None]:
-    """The program and the guards of a trace. Raises `CaptureError` where a guard needs a block."""
+    """Return a trace's program and guards. Raises `CaptureError` if a guard needs a block."""
     names, arguments = call.names(), call.arguments_of()
     attributes: dict[str, Any] = {}
     graph = _rewrite(model, traced, names, attributes)
@@ -97,7 +101,7 @@ def _rewrite(
 
 
 def _placeholder(graph: fx.Graph, traced: fx.Node, name: str) -> fx.Node:
-    """An input whose name is an identifier, unlike all others and unlike the cache's operands."""
+    """Add an input; its name is a unique identifier and not reserved for the cache's operands."""
     node = add_input(graph, traced, unreserved(name))
     node.target = node.name
     return node
@@ -111,7 +115,7 @@ def translated(
     given: dict[fx.Node, fx.Node],
     needed: set[fx.Node],
 ) -> dict[fx.Node, fx.Node]:
-    """Add the `needed` nodes of a trace to `graph`, in normal form; `given` are there already.
+    """Add the `needed` nodes of a trace to `graph`, in normal form; `given` exist already.
 
     Constants are added to `attributes`. Returns the new node of each.
     """
@@ -126,7 +130,7 @@ def translated(
         args, kwargs = fx.map_arg((node.args, node.kwargs), new.__getitem__)
         if node.op == "get_attr":
             made = graph.get_attr(_attribute(traced.gm, node, live, attributes))
-        elif node.target is call_kept:
+        elif node.target is call_leaf:
             _, name, args, kwargs = args
             made = graph.call_module(f"model.{name}", args, kwargs)
         else:
@@ -150,7 +154,7 @@ def _name_parts(call: fx.Node, parts: Sequence[fx.Node]) -> None:
 def _attribute(
     gm: fx.GraphModule, node: fx.Node, live: dict[int, str], attributes: dict[str, Any]
 ) -> str:
-    """The live name of a tensor that the model owns; any other value is a constant."""
+    """Return the live name of a tensor that the model owns; any other value becomes a constant."""
     value = getattr(gm, str(node.target))
     if id(value) in live:
         return f"model.{live[id(value)]}"
@@ -163,7 +167,7 @@ def _attribute(
 
 
 def _live_tensors(model: nn.Module) -> dict[int, str]:
-    """id -> attribute path of each tensor that a module owns."""
+    """Return id -> attribute path of each tensor that a module owns."""
     found: dict[int, str] = {}
     for name, value in owned_tensors(model):
         found.setdefault(id(value), name)
@@ -171,7 +175,7 @@ def _live_tensors(model: nn.Module) -> dict[int, str]:
 
 
 def owned_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each tensor that a module owns by its attribute path, plain attributes included."""
+    """Yield each tensor that a module owns with its attribute path, plain attributes included."""
     for prefix, module in model.named_modules():
         for items in (module._parameters, module._buffers, vars(module)):
             for name, value in items.items():
@@ -180,13 +184,13 @@ def owned_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _reading(node: fx.Node) -> str:
-    """What a guard reads, and of which inputs."""
-    inputs = sorted(n.name for n in ancestors([node]) if n.op == "placeholder")
+    """Describe a guard's read and its inputs."""
+    inputs = sorted(n.name for n in inputs_behind(node))
     what = _WHAT.get(node.target) or str(node.args[0])
     return f"{what} of {', '.join(inputs) or 'a constant'}"
 
 
-#: what a guard reads, where it is not the result of an operator
+#: descriptions of guards that do not read the result of an operator
 _WHAT: dict[Any, str] = {
     read_list: "values",
     read_count: "count of true values",
@@ -197,7 +201,7 @@ _WHAT: dict[Any, str] = {
 def _split_guards(
     model: nn.Module, graph: fx.Graph, attributes: dict[str, Any], read: Sequence[Any]
 ) -> Guards | None:
-    reads = [node for node in graph.nodes if node.target in READS]
+    reads = data_reads(graph)
     if not reads:
         return None
     needed = ancestors(reads)

@@ -14,7 +14,7 @@ from torch import nn
 
 
 def outer_hook(model: nn.Module) -> Any:
-    """The hook that wraps the model's forward; None where there is none."""
+    """Return the hook that wraps the model's forward; None if there is none."""
     forward = vars(model).get("forward")
     if not isinstance(forward, functools.partial) or "_old_forward" not in vars(model):
         return None
@@ -22,15 +22,15 @@ def outer_hook(model: nn.Module) -> Any:
 
 
 def own_forward(model: nn.Module) -> Callable[..., Any]:
-    """The model's forward without that hook."""
+    """Return the model's forward without that hook."""
     return model.forward if outer_hook(model) is None else vars(model)["_old_forward"]  # type: ignore[no-any-return]
 
 
 def before_call(hook: Any, model: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Let the hook do what it does in front of a call; returns the call's arguments."""
+    """Run the hook before a call; return the arguments of the call."""
     return hook.pre_forward(model, *args, **kwargs)  # type: ignore[no-any-return]
 
 
 def after_call(hook: Any, model: nn.Module, output: Any) -> Any:
-    """Let the hook do what it does behind a call; returns the output."""
+    """Run the hook after a call; return the output."""
     return hook.post_forward(model, output)

@@ -1,4 +1,4 @@
-"""Signals outside of blocks: what the model's first blocks add to their stream, and the sample."""
+"""Rule signals outside of blocks: the sample, and the residual of the model's first blocks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dit_cache_fx.strategies import Strategy
 
 
 def mark_sample(program: Program, cache_name: str) -> None:
-    """Take the sample that the model is given as the signal, in the shape of the output."""
+    """Use the model's sample as the signal, in the shape of the output."""
     mark(sample_like_output(program), signal=True)
 
 
 def mark_residual(program: Program, strategy: Strategy) -> None:
-    """Add what the first blocks, which always run, add to their stream; take it as the signal.
+    """Use the residual of the first blocks, which always run, as the signal.
 
     Before, with one such block:
 
@@ -52,7 +52,7 @@ def mark_residual(program: Program, strategy: Strategy) -> None:
 def _stream_after(
     program: Program, call: fx.Node, stream: fx.Node, following: fx.Node | None, name: str
 ) -> fx.Node:
-    """The result of a block that continues `stream`: what the next block takes as its stream."""
+    """Return the result of a block that continues `stream`: the next block's stream."""
     like = spec_of(stream)
     found = [
         value

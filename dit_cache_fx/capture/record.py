@@ -1,15 +1,14 @@
-"""Phase one of a capture: run the model once as it is, and note what each kept module returned.
+"""Phase one of a capture: run the model once, unchanged, and record its leaf modules' results.
 
 The blocks run exactly once, outside of any tracer. Tracing (phase two) and the first computed step
-then replay what was recorded, so a capture costs no second forward pass. Where forward has changed
-something around its blocks that they may read, they run once more, in the graph (`rerun`).
+then replay the recording, so a capture costs no second forward pass. If forward changed something
+around its blocks that they may read, they run a second time, in the graph (`rerun`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
 
@@ -19,97 +18,38 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_cache_fx._torch import without_dispatch_modes, without_mode
 from dit_cache_fx.capture.ambient import Ambient, flags, refuse_flags
-from dit_cache_fx.capture.attributes import Attributes
 from dit_cache_fx.capture.intercept import intercepted
+from dit_cache_fx.capture.recording import Inside, RecordedCall, Recording
 from dit_cache_fx.capture.scalar_timestep import NumberFactories
-from dit_cache_fx.capture.settings import Setting, Watch
-from dit_cache_fx.capture.splits import Split, split_of
-from dit_cache_fx.capture.world import World
+from dit_cache_fx.capture.settings import Watch
+from dit_cache_fx.capture.splits import split_of
 from dit_cache_fx.ir.within import Within
-from dit_cache_fx.values.checksum import Checksums, checksum
+from dit_cache_fx.values.checksum import checksum
 from dit_cache_fx.values.identity import storage_key, version
 from dit_cache_fx.values.pytree import Skeleton, flatten, unflatten
 from dit_cache_fx.values.random_state import RandomState
 from dit_cache_fx.values.tensor_spec import TensorSpec
-from dit_cache_fx.values.wrapped import Layout, laid_out, settled
-
-
-@dataclass
-class Inside:
-    """What a block did inside: the call that it got, and the calls of its parts."""
-
-    block: nn.Module
-    parts: Mapping[nn.Module, str]
-    tensors: list[torch.Tensor]
-    skeleton: Skeleton
-    recording: Recording
-
-
-@dataclass
-class ModuleCall:
-    """One call of a kept module."""
-
-    name: str
-    specs: list[TensorSpec]
-    skeleton: Skeleton
-    layouts: list[Layout | None] = field(default_factory=list)
-    values: dict[int, torch.Tensor] = field(default_factory=dict)
-    mutated: tuple[int, ...] = ()  # which of its tensor arguments it changed in place
-    like: tuple[int | None, ...] = ()  # for each output a tensor argument of the same shape
-    inside: Inside | None = None
-    rewrites: bool = False  # whether it put something else into a container among its arguments
-    changed: frozenset[int] = frozenset()  # addresses of memory that it changed
-    writes: frozenset[int] = frozenset()  # the same, where it did not return it
-    within: Within = field(default_factory=Within)  # the contexts that it was called in
-    digests: Checksums = field(default_factory=list)  # of what it returned
-    split: Split | None = None  # what hooks leave of its arguments
-    random: RandomState | None = None  # what it drew its random numbers from
-
-    def outputs(self) -> list[torch.Tensor]:
-        """What it returned, as new tensor objects; placeholders where no value was kept."""
-        return [
-            self.values[i].detach() if i in self.values else laid_out(spec.placeholder(), layout)
-            for i, (spec, layout) in enumerate(zip(self.specs, self.layouts, strict=True))
-        ]
-
-
-@dataclass
-class Recording:
-    """The calls of the kept modules in order, and what the model returned."""
-
-    calls: list[ModuleCall]
-    output: Any
-    settings: tuple[Setting, ...] = ()  # what forward sets on its modules
-    suspect: bool = False  # whether blocks may depend on more than their arguments
-    before: Attributes = field(default_factory=dict)  # of the modules, before the recorded run
-    world: World | None = None  # what blocks may read beside them, before the recorded run
-
-    def forget(self) -> None:
-        """Let go of the values: only the first answer needs them."""
-        self.output, self.before, self.world = None, {}, None
-        for made in self.calls:
-            made.values.clear()
-            made.digests.clear()
+from dit_cache_fx.values.wrapped import Layout, settled
 
 
 def record(
     run: Callable[[], Any],
-    kept: Mapping[nn.Module, str],
+    leaves: Mapping[nn.Module, str],
     blocks: Collection[nn.Module],
     always_run: Collection[nn.Module] = (),
     opened: Mapping[nn.Module, Mapping[nn.Module, str]] | None = None,
     watch: Watch | None = None,
 ) -> Recording:
-    """Run the model and record its kept modules' calls.
+    """Run the model, and record its leaf modules' calls.
 
-    A block's output is held only when something other than a cached block reads it: holding every
-    block's output would be what the cache is here to avoid. `always_run` are the blocks that are
-    never cached; what they read and give is held too. `opened`: blocks -> their parts, whose calls
-    are recorded as well. `watch` sees what the model sets around its modules; with it, digests of
-    what blocks give are noted.
+    A block's output is held only if something other than a cached block reads it; holding every
+    output would defeat the purpose of the cache. `always_run` are the blocks that are never cached;
+    their inputs and outputs are held too. `opened`: blocks -> their parts, whose calls are recorded
+    as well. `watch` observes the attributes that the model sets on its modules; with it, checksums
+    of block outputs are recorded.
     """
     recorder = _Recorder(blocks, {b for b in blocks if b not in always_run}, opened or {}, watch)
-    with intercepted(kept, recorder.handle), recorder.reader:
+    with intercepted(leaves, recorder.handle), recorder.reader:
         output = run()
         recorder.reader.reads(flatten(output)[0])
     if watch is None:
@@ -120,7 +60,7 @@ def record(
 
 
 class _Recorder:
-    """Runs kept modules, and notes each call."""
+    """Runs leaf modules, and notes each call."""
 
     def __init__(
         self,
@@ -129,7 +69,7 @@ class _Recorder:
         opened: Mapping[nn.Module, Mapping[nn.Module, str]],
         watch: Watch | None,
     ) -> None:
-        self.calls: list[ModuleCall] = []
+        self.calls: list[RecordedCall] = []
         self.reader = _Reader()
         self._blocks = blocks
         self._cached = cached
@@ -160,7 +100,7 @@ class _Recorder:
             if any(a is not b for a, b in zip(outputs, given_back, strict=True)):
                 output = unflatten(skeleton, outputs)
             layouts = [Layout.of(t) for t in outputs]
-            made = ModuleCall(name, [TensorSpec.of(t) for t in outputs], skeleton, layouts)
+            made = RecordedCall(name, [TensorSpec.of(t) for t in outputs], skeleton, layouts)
             made.inside, made.within, made.split = inside, within, split_of(module)
             self._after(module, made, outputs, drawn)
         made.mutated = tuple(i for i, t in enumerate(inputs) if version(t) != versions[i])
@@ -169,12 +109,12 @@ class _Recorder:
         self.calls.append(made)
         return output
 
-    def _hold(self, module: nn.Module, made: ModuleCall, outputs: list[torch.Tensor]) -> None:
+    def _hold(self, module: nn.Module, made: RecordedCall, outputs: list[torch.Tensor]) -> None:
         self.reader.changed(made.changed)
         self.reader.produced(made, outputs)
         if module not in self._blocks:
             self.reader.hold(made, outputs)
-        elif module not in self._cached:  # a copy: whoever gets it may change it in place
+        elif module not in self._cached:  # a copy: the reader may change it in place
             made.values.update((i, t.clone()) for i, t in enumerate(outputs))
 
     def _within(self, name: str) -> Within:
@@ -190,7 +130,7 @@ class _Recorder:
     def _after(
         self,
         module: nn.Module,
-        made: ModuleCall,
+        made: RecordedCall,
         outputs: list[torch.Tensor],
         drawn: RandomState | None,
     ) -> None:
@@ -203,13 +143,13 @@ class _Recorder:
 
 
 def _note_changes(
-    made: ModuleCall,
+    made: RecordedCall,
     inputs: list[torch.Tensor],
     outputs: list[torch.Tensor],
     given: Skeleton,
     arguments: Any,
 ) -> None:
-    """Note what the call has changed of its arguments."""
+    """Note the arguments that the call changed."""
     after, form = flatten(arguments)
     made.rewrites = given != form or any(a is not b for a, b in zip(inputs, after, strict=True))
     shapes = [t.shape for t in inputs]
@@ -219,14 +159,14 @@ def _note_changes(
 
 
 class _Reader(TorchDispatchMode):
-    """Watches which recorded outputs are read by the model's own code."""
+    """Watches which recorded outputs the model's own code reads."""
 
     def __init__(self) -> None:
         super().__init__()
-        #: by id of a tensor that a module gave: of which call, which of its tensors
-        self._origin: dict[int, tuple[ref[torch.Tensor], ModuleCall, int]] = {}
-        #: what is held itself, by the memory that it is in
-        self._held: dict[int, list[tuple[ModuleCall, int]]] = {}
+        #: by id of an output tensor: its call, and its index there
+        self._origin: dict[int, tuple[ref[torch.Tensor], RecordedCall, int]] = {}
+        #: outputs that are held without a copy, by their memory
+        self._held: dict[int, list[tuple[RecordedCall, int]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = flatten((args, kwargs or {}))[0]
@@ -235,11 +175,11 @@ class _Reader(TorchDispatchMode):
             self._set_apart(tensors)
         return func(*args, **(kwargs or {}))
 
-    def produced(self, call: ModuleCall, outputs: list[torch.Tensor]) -> None:
+    def produced(self, call: RecordedCall, outputs: list[torch.Tensor]) -> None:
         for index, tensor in enumerate(outputs):
             self._origin[id(tensor)] = (ref(tensor), call, index)
 
-    def hold(self, call: ModuleCall, outputs: list[torch.Tensor]) -> None:
+    def hold(self, call: RecordedCall, outputs: list[torch.Tensor]) -> None:
         """Hold outputs themselves, until the model's own code changes them in place."""
         for index, tensor in enumerate(outputs):
             call.values[index] = tensor
@@ -251,7 +191,7 @@ class _Reader(TorchDispatchMode):
                 call.values[index] = call.values[index].clone()
 
     def changed(self, places: Collection[int]) -> None:
-        """A module has changed this memory: what was held there is not known any more."""
+        """A module has changed this memory: forget the outputs that were held there."""
         for place in places:
             for call, index in self._held.pop(place, ()):
                 del call.values[index]
@@ -259,7 +199,7 @@ class _Reader(TorchDispatchMode):
     def reads(self, tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:
             origin = self._origin.get(id(tensor))
-            if origin is None or origin[0]() is not tensor:  # an id may come back
+            if origin is None or origin[0]() is not tensor:  # ids are reused
                 continue
             _, call, index = origin
             if index not in call.values:  # a copy: the model may change it in place afterwards
@@ -267,7 +207,7 @@ class _Reader(TorchDispatchMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Take the mode off: what runs inside must not see it (compiled blocks refuse modes)."""
+        """Disable the mode: code inside must not see it (compiled blocks refuse modes)."""
         self.__exit__(None, None, None)
         try:
             yield

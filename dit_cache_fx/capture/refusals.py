@@ -1,4 +1,4 @@
-"""Models whose cached steps could not do the same are refused."""
+"""Refuse models whose cached steps could not behave like the model."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from dit_cache_fx.capture.data_guards import READS
-from dit_cache_fx.capture.normal_form import Guards, owned_tensors
-from dit_cache_fx.capture.record import Recording
+from dit_cache_fx.capture.normal_form import Guards, data_reads, owned_tensors
+from dit_cache_fx.capture.recording import Recording
 from dit_cache_fx.capture.signature import FlatCall
 from dit_cache_fx.errors import CaptureError, DiscoveryError
-from dit_cache_fx.ir.program import Program, ancestors
+from dit_cache_fx.ir.program import Program, inputs_behind
 from dit_cache_fx.values.identity import storage_key
 
 _APART = (
-    "a cached step could not do the same. Make such calls between disable() and enable(), turn off "
-    "the option that asks for them (a cache of keys and values, say), or let the module return the "
-    "value instead"
+    "a cached step could not do the same. Make such calls between disable() and enable(), turn "
+    "off the option that causes it (a cache of keys and values, for example), or let the module "
+    "return the value instead"
 )
 
 
@@ -32,21 +31,20 @@ def require_timestep(call: FlatCall, timestep_argument: str) -> None:
 
 
 def refuse_read_number(call: FlatCall, program: Program, guards: Guards | None) -> None:
-    """Refuse a model whose own code computes with the value of a timestep that is a number.
+    """Refuse a model whose own code computes with the value of a number as timestep.
 
-    What it makes of it would be a constant of the graph: every step would be captured anew.
+    The result would be a constant of the graph: every step would need a new capture.
     """
     if call.number is None or guards is None:
         return
-    reads = [n for n in guards.gm.graph.nodes if n.target in READS]
-    for node, value in zip(reads, guards.expected, strict=True):
-        given = {n.name for n in ancestors([node]) if n.op == "placeholder"}
+    for node, value in zip(data_reads(guards.gm.graph), guards.expected, strict=True):
+        given = {n.name for n in inputs_behind(node)}
         if program.timestep_input in given and not isinstance(value, (bool, torch.Size)):
             raise CaptureError(
                 "the model's own code computes with the value of the timestep "
-                f"{program.timestep_argument!r} outside of torch (float(), math.log(), a look-up): "
-                "that is another graph for each step. Pass it as a tensor, and let the model "
-                "compute with torch (torch.log), or do so in a block or a layer"
+                f"{program.timestep_argument!r} outside of torch (float(), math.log(), a "
+                "look-up): every step would need its own graph. Pass it as a tensor, and let the "
+                "model compute with torch (torch.log), or do so in a block or a layer"
             )
 
 
@@ -63,7 +61,7 @@ def refuse_rewritten_arguments(recording: Recording) -> None:
 def refuse_written_memory(
     model: nn.Module, call: FlatCall, tensors: Sequence[torch.Tensor], recording: Recording
 ) -> None:
-    """Refuse a module that keeps a value for later, in memory that outlives the call."""
+    """Refuse a module that keeps a value in memory that outlives the call."""
     if not any(made.writes for made in recording.calls):
         return
     lasting = {storage_key(t): f"the model's {name!r}" for name, t in owned_tensors(model)}

@@ -1,8 +1,8 @@
-"""The blocks of a new graph run once more, in the graph, for the call that it was captured from.
+"""Run the blocks of a new graph a second time, in the graph, for the call of its capture.
 
-What a module-level variable, or a context that nobody knows of, does to the blocks while the
-model's forward is in charge is seen in this way alone: by then forward has been left, and what it
-has changed is put back. So a block that depends on it gives something else, or fails.
+This detects effects on blocks that are visible in no other way: of module-level variables, or of
+contexts that the capture does not know. At that point forward has returned and its changes are
+undone, so a block that depends on them gives another result, or fails.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 from dit_cache_fx.capture.captured import Captured
 from dit_cache_fx.capture.intercept import intercepted
-from dit_cache_fx.capture.record import ModuleCall
+from dit_cache_fx.capture.recording import RecordedCall
 from dit_cache_fx.capture.samples import other_block
 from dit_cache_fx.capture.side_effects import unnoticed
 from dit_cache_fx.errors import DitCacheError
@@ -25,37 +25,34 @@ from dit_cache_fx.values.pytree import flatten
 
 
 class Rerun:
-    """What the blocks have given in a graph, beside what they gave in the recorded run."""
+    """The results of the blocks in a graph, compared with those of the recorded run."""
 
     def __init__(self) -> None:
         self.running = ""
         self.pairs: list[tuple[str, Checksums, Checksums]] = []
 
-    def given(self, made: ModuleCall, outputs: list[torch.Tensor]) -> None:
+    def given(self, made: RecordedCall, outputs: list[torch.Tensor]) -> None:
         self.pairs.append((made.name, made.digests, [checksum(t) for t in outputs]))
 
     def differing(self) -> str | None:
-        """The first block that gave something else."""
+        """Return the first block with another result."""
         return next((name for name, want, got in self.pairs if not equal(want, got)), None)
 
     def repeats(self, other: Rerun) -> bool:
-        """Whether the blocks gave the same in two runs of the graph."""
+        """Return whether the blocks gave the same results in two runs of the graph."""
         mine, others = ([got for _, _, got in rerun.pairs] for rerun in (self, other))
         return len(mine) == len(others) and all(map(equal, mine, others))
 
 
 @contextmanager
 def rerunning(model: nn.Module, captured: Captured) -> Iterator[Rerun]:
-    """Within it a graph may run its blocks once: it finds what the recorded run has found.
+    """Let a graph run its blocks once in the conditions of the recorded run.
 
-    Attributes are put back afterwards, and random numbers are drawn again.
+    Attributes are restored afterwards, and the same random numbers are drawn.
     """
     rerun = Rerun()
     recording = captured.recording
-    calls: dict[str, Iterator[ModuleCall]] = {
-        name: iter([c for c in recording.calls if c.name == name])
-        for name in captured.blocks.values()
-    }
+    calls = recording.of_each(captured.blocks.values())
 
     def handle(
         module: nn.Module, name: str, call: Callable[..., Any], args: Any, kwargs: Any

@@ -1,4 +1,4 @@
-"""What the first block of each list gives when it really runs: in the model, and in the graph."""
+"""Compare the first block of each list as it really runs in the model and in the graph."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dit_cache_fx.values.random_state import fixed_random_state
 
 
 class Samples:
-    """Checksums of what the blocks gave, by name; none are taken where they are not `wanted`."""
+    """Checksums of block results, by name; empty if they are not `wanted`."""
 
     def __init__(self, wanted: bool = False) -> None:
         self.wanted = wanted
@@ -30,22 +30,22 @@ class Samples:
         """Run the block on copies of its inputs, if it is the first of its list."""
         lists = {known.rpartition(".")[0] for known in self._taken}
         if self.wanted and name.rpartition(".")[0] not in lists:
-            self._taken[name] = []  # where it fails
+            self._taken[name] = []  # stays empty if the block fails
             with fixed_random_state(inputs), suppress(Exception):
                 outputs, _ = flatten(block([t.clone() for t in inputs]))
                 self._taken[name] = [checksum(t) for t in outputs]
 
     def unlike(self, other: Samples) -> str | None:
-        """The first block that gave something else in the other run."""
+        """Return the first block with another result in the other run."""
         pairs = ((name, own, other._taken.get(name, [])) for name, own in self._taken.items())
         return next((name for name, own, others in pairs if not equal(own, others)), None)
 
 
 def other_block(name: str) -> CaptureError:
-    """The error for a block that acts otherwise in the graph."""
+    """Return the error for a block that behaves differently in the graph."""
     return CaptureError(
-        f"block {name} gives something else in the captured graph than in the model, for the same "
-        "arguments: it reads what the model's forward sets around it (a module-level variable, a "
-        "context, an attribute of an object). Let the block take it as an argument; or make such "
-        "calls between disable() and enable()"
+        f"block {name} gives another result in the captured graph than in the model, for the same "
+        "arguments: it reads something that the model's forward sets around it (a module-level "
+        "variable, a context, an attribute of an object). Let the block take it as an argument; "
+        "or make such calls between disable() and enable()"
     )

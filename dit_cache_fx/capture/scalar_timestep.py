@@ -1,6 +1,6 @@
-"""`torch.tensor([t])`, `torch.full(size, t)` and like calls where the number `t` is a tensor.
+"""Support `torch.tensor([t])`, `torch.full(size, t)` and similar calls for a number `t`.
 
-A timestep given as a number is a tensor of no dimensions in the graph. These functions read its
+A timestep passed as a number is a tensor of no dimensions in the graph. These functions read its
 value, which would make it a constant of the graph.
 """
 
@@ -17,9 +17,9 @@ from dit_cache_fx.values.pytree import flatten
 
 
 class NumberFactories(TorchFunctionMode):
-    """Makes the same tensors by operators of the graph, with the dtypes that numbers give.
+    """Creates the same tensors by operators of the graph, with the dtypes that numbers give.
 
-    `number`: the timestep as it was given, where it was no tensor.
+    `number`: the timestep as passed, if it was no tensor.
     """
 
     def __init__(self, number: object = None) -> None:
@@ -42,7 +42,7 @@ class NumberFactories(TorchFunctionMode):
         like: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
         device: Any = None,
-        **_: Any,  # memory formats and such, and what autograd wants
+        **_: Any,  # memory formats, and arguments for autograd
     ) -> torch.Tensor:
         tensor = _stacked(value)
         if like is not None:
@@ -91,7 +91,7 @@ def _new_tensor(self: Any, data: Any, **more: Any) -> dict[str, Any]:
     return _of(data, like=self, **more)
 
 
-#: how each function's arguments are to be read: its value, and what shape and dtype it takes
+#: how to read each function's arguments: its value, shape and dtype
 _FORMS: Mapping[Any, Callable[..., dict[str, Any]]] = MappingProxyType(
     {
         torch.tensor: _tensor,

@@ -1,8 +1,8 @@
-"""Attributes of blocks and layers that the model's forward sets for their calls.
+"""Attributes that the model's forward sets on blocks and layers for their calls.
 
-So LoRA layers get the strength of a call (`scaling` of every adapted layer), and are given back
-what they had afterwards. Such a value is the same in each call of one signature: it is set around
-the runs of the graph in the same way.
+LoRA layers, for example, get the strength of a call (`scaling` of every adapted layer), and their
+old value afterwards. Such a value is the same in each call of one signature: the runs of the graph
+set it in the same way.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _INSTEAD = "Let the block take it as an argument; or make such calls between dis
 
 @dataclass(frozen=True)
 class Setting:
-    """A value that forward has put there before it calls `module`."""
+    """An attribute that forward sets before it calls `module`."""
 
     change: Change
     module: str
@@ -44,27 +44,28 @@ class Setting:
 
 
 class Watch:
-    """Notes what the model's own code sets on kept modules; what they set themselves is theirs.
+    """Records the attributes that the model's own code sets on leaf modules.
 
-    `suspect`: whether it has also changed something that they may read in another way.
+    Attributes that the modules set themselves do not count. `suspect`: whether the code has also
+    changed something that the modules may read in another way.
     """
 
-    def __init__(self, kept: Mapping[nn.Module, str], world: World | None) -> None:
-        self._kept = kept
+    def __init__(self, leaves: Mapping[nn.Module, str], world: World | None) -> None:
+        self._leaves = leaves
         self.world = world
         self.suspect = False
         self.known: Attributes = {}
         self.settings: dict[tuple[int, Any], Setting] = {}
         self._called: set[int] = set()
-        for module in kept:
+        for module in leaves:
             self.known.update(self._attributes(module))
 
     def calls(self, module: nn.Module) -> None:
-        """The module is about to be called."""
+        """Note that the module is about to be called."""
         self.looks()
         now = self._attributes(module)
         for change in changes(self.known, now):
-            setting = Setting(change.slim(), self._kept[module])
+            setting = Setting(change.slim(), self._leaves[module])
             known = self.settings.setdefault(change.place, setting)
             again = id(change.owner.holder) in self._called
             if (known is setting and again) or not same(known.change.now, change.now):
@@ -72,35 +73,35 @@ class Watch:
         self._called |= now.keys()
 
     def returned(self, module: nn.Module) -> None:
-        """The module has been called."""
+        """Note that the call of the module has returned."""
         if self.world is not None and not self.suspect:
             self.world.refresh()
         self.known.update(self._attributes(module))
 
     def looks(self) -> None:
-        """Look whether something has changed."""
+        """Look for changes."""
         if self.world is not None and not self.suspect:
             self.suspect = self.world.changed()
 
     def _attributes(self, module: nn.Module) -> Attributes:
-        name = self._kept[module]
+        name = self._leaves[module]
         return attributes((f"{name}.{n}" if n else name, m) for n, m in module.named_modules())
 
 
 def refuse_made_values(settings: Sequence[Setting], before: Attributes) -> None:
-    """Refuse values that each call makes anew, such as tensors; the model had `before`."""
+    """Refuse values that each call creates, such as tensors; `before`: the earlier state."""
     owned = {id(noted(value)) for owner in before.values() for value in owner.values.values()}
     for setting in settings:
         value = noted(setting.change.now)
         if setting.change.in_place or not (is_plain(value) or id(value) in owned):
             raise CaptureError(
-                f"{setting} (to a value of type {type(value).__name__}): the graph cannot do the "
+                f"{setting} (to a value of type {type(value).__name__}): a graph cannot do the "
                 f"same. {_INSTEAD}"
             )
 
 
 def refuse_other_values(settings: Sequence[Setting], name: str) -> None:
-    """Refuse where forward, run again, calls module `name` with another value there."""
+    """Refuse if forward calls module `name` with another value when it runs again."""
     for setting in settings:
         now = get(setting.change.owner.holder, setting.change.key)
         if setting.module == name and not same(setting.change.now, now):
@@ -112,7 +113,7 @@ def refuse_other_values(settings: Sequence[Setting], name: str) -> None:
 
 @contextmanager
 def applied(settings: Sequence[Setting]) -> Iterator[None]:
-    """Within it the attributes have the values that forward sets."""
+    """Set the attributes to the values that forward sets."""
     before: list[tuple[Any, Any, Any]] = []
     try:
         for setting in settings:

@@ -1,7 +1,7 @@
-"""What the model's own code leaves behind: attributes, and values in its arguments.
+"""Detect side effects of the model's own code: attributes, and changes of its arguments.
 
-A graph does none of that. Where a call leaves what the next one reads, answers depend on the calls
-before: that is refused. What is only left for others to see is dropped, with a warning.
+A graph has no side effects. If a call leaves something that the next one reads, answers depend on
+earlier calls: that is refused. Side effects that only other code reads are dropped with a warning.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from torch import nn
 
 from dit_cache_fx.capture.attributes import Attributes, Change, attributes, changes, restore
 from dit_cache_fx.capture.intercept import intercepted
-from dit_cache_fx.capture.record import ModuleCall, Recording
+from dit_cache_fx.capture.recording import RecordedCall, Recording
 from dit_cache_fx.capture.settings import Watch, refuse_other_values
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.values.identity import storage_key, version
 from dit_cache_fx.values.pytree import Container, Skeleton, flatten, key_paths, unflatten
 
 _APART = (
-    "a cached call could not do the same. Turn off what asks for it, or let the model return the "
-    "value instead; or make such calls between disable() and enable()"
+    "a cached call could not do the same. Turn off the option that causes it, or let the model "
+    "return the value instead; or make such calls between disable() and enable()"
 )
 
 
 @contextmanager
 def unnoticed(model: nn.Module, then: Attributes | None = None) -> Iterator[None]:
-    """Within it the model may run: its attributes are put back afterwards.
+    """Restore the model's attributes after running it in this context.
 
-    `then`: what they are at first.
+    `then`: their values before.
     """
     now = attributes(model.named_modules())
     try:
@@ -53,13 +53,13 @@ class Arguments:
         self._before = {name: _look(value) for name, value in given.items()}
 
     def noted(self) -> bool:
-        """Whether forward has put items into dicts among them, as notes to its blocks."""
+        """Return whether forward put items into dicts among them, as notes to its blocks."""
         return any(before[2] != _look(self.given[n])[2] for n, before in self._before.items())
 
-    def refuse_changed(self, made: Sequence[ModuleCall], notes: bool) -> None:
-        """Refuse a forward that has changed them; what its modules (`made`) did is theirs.
+    def refuse_changed(self, made: Sequence[RecordedCall], notes: bool) -> None:
+        """Refuse a forward that has changed its arguments; its modules (`made`) may change them.
 
-        `notes`: dicts may have new items that hold no tensor.
+        `notes`: dicts may have new items that contain no tensor.
         """
         theirs = {place for call in made for place in call.changed}
         for name, (tensors, versions, skeleton) in self._before.items():
@@ -79,7 +79,7 @@ class Arguments:
 
 
 def _notes_only(before: Skeleton, after: Skeleton) -> bool:
-    """Whether nothing is changed but for new items of dicts that hold no tensor."""
+    """Return whether the only changes are new items of dicts without tensors."""
     if before == after:
         return True
     if not isinstance(before, Container) or not isinstance(after, Container):
@@ -87,8 +87,8 @@ def _notes_only(before: Skeleton, after: Skeleton) -> bool:
     if before.kind is not after.kind or not issubclass(before.kind, dict):
         return False
     was, now = (dict(zip(c.keys, c.children, strict=True)) for c in (before, after))
-    kept = all(key in now and _notes_only(child, now[key]) for key, child in was.items())
-    return kept and not any(key_paths(now[key]) for key in now.keys() - was.keys())
+    same = all(key in now and _notes_only(child, now[key]) for key, child in was.items())
+    return same and not any(key_paths(now[key]) for key in now.keys() - was.keys())
 
 
 def _look(value: Any) -> tuple[list[torch.Tensor], list[int], Skeleton]:
@@ -99,18 +99,18 @@ def _look(value: Any) -> tuple[list[torch.Tensor], list[int], Skeleton]:
 # --- attributes ----------------------------------------------------------------------------------
 
 
-def refuse_kept_state(
+def refuse_state(
     model: nn.Module,
     run: Callable[[], Any],
-    kept: Mapping[nn.Module, str],
+    leaves: Mapping[nn.Module, str],
     recording: Recording,
     left: Sequence[Change],
     noted: bool = False,
 ) -> list[str]:
-    """Run the model's own code again, where it has left something, and refuse what it reads of it.
+    """Run the model's own code again if it had side effects, and refuse those that it reads.
 
-    `left`: the attributes that the recorded run has left changed; `noted`: so are arguments.
-    Returns what is left by each run and never read, in words.
+    `left`: the attributes that the recorded run has changed; `noted`: it changed arguments. Returns
+    the attributes that each run sets and never reads, in words.
     """
     for change in left:
         if change.in_place:
@@ -121,27 +121,27 @@ def refuse_kept_state(
     read: set[tuple[nn.Module, str]] = set()
     with unnoticed(model):
         with _observed({(c.owner.module, c.attribute) for c in left}, read):
-            went_on = _rerun(run, kept, recording)
+            went_on = _rerun(run, leaves, recording)
         again = changes(before, attributes(model.named_modules()))
-    inside = {m for module in kept for m in module.modules()}
+    inside = {m for module in leaves for m in module.modules()}
     for change in again if went_on else left:
         module = change.owner.module
         if change.in_place or module in inside or (module, change.attribute) in read:
             raise CaptureError(
-                f"the model's forward sets {change} and reads it in the next call, so what a call "
-                f"gives depends on the calls before it: {_APART}"
+                f"the model's forward sets {change} and reads it in the next call, so the result "
+                f"of a call depends on the calls before it: {_APART}"
             )
     if not went_on and left:
         raise CaptureError(
-            f"the model's forward sets {left[0]}, and does something else when it runs again: "
+            f"the model's forward sets {left[0]}, and behaves differently when it runs again: "
             f"{_APART}"
         )
     return sorted({str(change) for change in again})
 
 
-def _rerun(run: Callable[[], Any], kept: Mapping[nn.Module, str], recording: Recording) -> bool:
-    """Run the model's own code; its modules answer as recorded. Whether it calls the same ones."""
-    calls: Iterator[ModuleCall] = iter(recording.calls)
+def _rerun(run: Callable[[], Any], leaves: Mapping[nn.Module, str], recording: Recording) -> bool:
+    """Run the model's own code on recorded results; return whether it makes the same calls."""
+    calls: Iterator[RecordedCall] = iter(recording.calls)
 
     def handle(
         module: nn.Module, name: str, call: Callable[..., Any], args: Any, kwargs: Any
@@ -152,7 +152,7 @@ def _rerun(run: Callable[[], Any], kept: Mapping[nn.Module, str], recording: Rec
         refuse_other_values(recording.settings, name)
         return unflatten(made.skeleton, [t.clone() for t in made.outputs()])
 
-    with intercepted(kept, handle):
+    with intercepted(leaves, handle):
         try:
             run()
         except _AnotherWay:
@@ -168,7 +168,7 @@ class _AnotherWay(Exception):
 def _observed(
     wanted: set[tuple[nn.Module, str]], read: set[tuple[nn.Module, str]]
 ) -> Iterator[None]:
-    """Within it `read` gets those of the attributes that are read before they are set."""
+    """Collect in `read` the attributes that are read before they are set."""
     kinds = {module: type(module) for module, _ in wanted}
     try:
         for module, kind in kinds.items():
@@ -187,7 +187,7 @@ def _become(module: nn.Module, kind: type) -> None:
 def _observing(
     kind: type, module: nn.Module, names: set[str], read: set[tuple[nn.Module, str]]
 ) -> type:
-    """A class that acts as `kind`, and notes the reading of attributes of `module`."""
+    """Return a subclass of `kind` that notes reads of attributes of `module`."""
     unset = set(names)
     original: Any = kind
 
@@ -206,7 +206,7 @@ def _observing(
 
 
 def left_behind(before: Attributes, now: Attributes, watch: Watch) -> list[Change]:
-    """What the model's own code has left changed; what its modules did in their calls is theirs."""
+    """Return the changes by the model's own code, without those by its modules in their calls."""
     since = {change.place for change in changes(watch.known, now)}
     return [
         change

@@ -1,8 +1,8 @@
-"""The value that a strategy's own rule looks at: the first block's modulated input, or another.
+"""Find the signal of a strategy's rule: the first block's modulated input, or another value.
 
-A block is one node of the program. For its modulated input its inside is looked at once: what the
-block computes for its first part that sees both the stream and the conditioning (an attention,
-behind an adaptive norm) is added to the program, beside the block itself.
+A block is one node of the program. To find its modulated input, its inside is traced once: the
+block's computation up to the first part that depends on both stream and conditioning (an attention
+after an adaptive norm) is added to the program, beside the block itself.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import fx, nn
 
 from dit_cache_fx.capture.normal_form import translated
 from dit_cache_fx.capture.outer_signal import mark_residual, mark_sample
-from dit_cache_fx.capture.record import ModuleCall, Recording
-from dit_cache_fx.capture.trace import Trace, call_kept, trace
+from dit_cache_fx.capture.recording import RecordedCall, Recording
+from dit_cache_fx.capture.trace import Trace, call_leaf, trace
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.node_meta import mark
 from dit_cache_fx.ir.program import (
@@ -26,6 +26,7 @@ from dit_cache_fx.ir.program import (
     attributes_of,
     descendants,
     graph_module,
+    module_name,
     own_leaves,
     spec_of,
     tensor_spec,
@@ -39,12 +40,12 @@ _NO_STREAM = "the first block has no input of the shape of its output"
 
 
 def parts_of(block: nn.Module, name: str) -> dict[nn.Module, str]:
-    """The modules inside a block, with their names; of nested ones the outer call counts."""
+    """Return the outermost modules inside a block, with their names."""
     return {m: f"{name}.{key}" for key, m in block.named_modules() if m is not block}
 
 
 def mark_input(program: Program, cache_name: str) -> None:
-    """Take the first block's input as the signal."""
+    """Use the first block's input as the signal."""
     first = program.block_calls()[0]
     stream = stream_input(program, first, cache_name)
     if stream is None:
@@ -53,14 +54,14 @@ def mark_input(program: Program, cache_name: str) -> None:
 
 
 def mark_conditioning(program: Program, cache_name: str) -> None:
-    """Take what the timestep gives to the first block: the smallest such argument."""
+    """Use the first block's conditioning as the signal: its smallest argument of the timestep."""
     mark(_conditioning(program, cache_name), signal=True)
 
 
 def mark_embedding(program: Program, cache_name: str) -> None:
-    """Take the timestep's embedding: the last value of the timestep alone that conditions blocks.
+    """Use the timestep's embedding: the last value that depends on it alone and conditions blocks.
 
-    Where what follows the blocks is conditioned too, it is the last one that both are made from.
+    If the layers after the blocks are conditioned too, it is the last common ancestor of both.
     """
     made_from = ancestors([_conditioning(program, cache_name)])
     calls = program.block_calls()
@@ -71,7 +72,9 @@ def mark_embedding(program: Program, cache_name: str) -> None:
     alone = [n for n in program.graph.nodes if needs[n] == {timestep} and n.op != "placeholder"]
     found = [n for n in alone if n in shared] or [n for n in alone if n in made_from]
     if not found:
-        raise _unknown("embedding", "nothing of the timestep alone conditions the first block")
+        raise _unknown(
+            "embedding", "the first block has no conditioning that depends on the timestep alone"
+        )
     mark(found[-1], signal=True)
 
 
@@ -87,7 +90,7 @@ MARKS: Mapping[str, Callable[[Program, str], None]] = MappingProxyType(
 
 
 def mark_signal(program: Program, strategy: Strategy, recording: Recording) -> None:
-    """Find what the strategy's own rule looks at, where it has one."""
+    """Find the signal of the strategy's rule, if it has one."""
     value = value_of(strategy)
     if value is None:
         return
@@ -100,15 +103,15 @@ def mark_signal(program: Program, strategy: Strategy, recording: Recording) -> N
 
 
 def _mark_inside(program: Program, strategy: Strategy, recording: Recording) -> None:
-    name = str(program.block_calls()[0].target).removeprefix("model.")
+    name = module_name(program.block_calls()[0])
     made = next(c for c in recording.calls if c.name == name)
     mark_modulated(program, made, strategy.stream_name())
     for call in recording.calls:
         call.inside = None
 
 
-def mark_modulated(program: Program, made: ModuleCall, cache_name: str) -> None:
-    """Add the first block's modulated input to the program and take it as the signal.
+def mark_modulated(program: Program, made: RecordedCall, cache_name: str) -> None:
+    """Add the first block's modulated input to the program, and use it as the signal.
 
     `made`: the recorded call of that block, with its inside. A block without conditioning has no
     adaptive norm: then its input is the signal.
@@ -144,15 +147,15 @@ def mark_modulated(program: Program, made: ModuleCall, cache_name: str) -> None:
 def _modulated(
     traced: Trace, given: dict[fx.Node, fx.Node], stream: fx.Node, conditioning: list[fx.Node]
 ) -> fx.Node:
-    """The first value passed to a part of the block that depends on stream and conditioning."""
+    """Return the first argument of a part of the block that depends on stream and conditioning."""
     of_stream = descendants(p for p, n in given.items() if n is stream)
     of_both = of_stream & descendants(p for p, n in given.items() if n in conditioning)
-    for call in traced.gm.graph.find_nodes(op="call_function", target=call_kept):
+    for call in traced.gm.graph.find_nodes(op="call_function", target=call_leaf):
         value: fx.Node | None = next((n for n in call.all_input_nodes if n in of_both), None)
         if value is not None:
             return value
     raise _unknown(
-        "modulated", "no part of the first block takes a value that stream and timestep made"
+        "modulated", "no part of the first block takes a value that depends on stream and timestep"
     )
 
 
@@ -178,7 +181,9 @@ def _conditioning(program: Program, cache_name: str) -> fx.Node:
     others = [n for n in arguments if n is not stream and spec_of(n) is not None]
     timed = [n for n in others if _timed(program, n)]
     if not timed:
-        raise _unknown("conditioning", "the first block takes nothing that the timestep made")
+        raise _unknown(
+            "conditioning", "the first block takes no value that depends on the timestep"
+        )
     return min(timed, key=lambda node: tensor_spec(node).nbytes)
 
 

@@ -1,4 +1,4 @@
-"""The input signature: what two calls must share to run the same captured graph."""
+"""The input signature of a call: calls with the same one run the same captured graph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class FlatCall(NamedTuple):
 
     tensors: list[torch.Tensor]
     skeleton: Skeleton
-    number: Any = None  # the timestep as it was given, where it was a number or an array
+    number: Any = None  # the timestep as passed, if it was a number or an array
 
     @property
     def key(self) -> Hashable:
@@ -31,7 +31,7 @@ class FlatCall(NamedTuple):
         return ["_".join(str(key) for _, key in path) for path in key_paths(self.skeleton)]
 
     def arguments_of(self) -> list[str]:
-        """For each tensor, the name of the argument that it arrived in."""
+        """The name of the argument that contains each tensor."""
         return [str(path[0][1]) for path in key_paths(self.skeleton)]
 
 
@@ -40,37 +40,41 @@ _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_O
 
 _VARIABLE = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 
-#: beside the arguments of a call: how many of them were given by position
+#: an entry of the arguments besides names: the number of positional arguments
 _BY_POSITION = "*"
 
 
 class CallSignature:
     """Binds calls of one forward function to its parameter names.
 
-    `hint`: names for arguments by position that the function itself has no names for.
+    `hint`: names for positional arguments, if the function itself has no names for them.
     """
 
     def __init__(self, forward: Callable[..., Any], hint: Sequence[str] = ()) -> None:
         self._signature = called_as(forward)
         kinds = {name: p.kind for name, p in self._signature.parameters.items()}
         self.parameters = tuple(kinds)
-        #: whether a call may have arguments that are no parameter
+        #: whether a call may have arguments that are no parameters
         self.open = bool(_VARIABLE.intersection(kinds.values()))
         self._hint = tuple(hint)
         self._var_keyword = _first(kinds, inspect.Parameter.VAR_KEYWORD)
         self._var_positional = _first(kinds, inspect.Parameter.VAR_POSITIONAL)
         self._keeps_places = takes_anything(forward)
         self._named = all(kind in _BY_NAME for kind in kinds.values())
+        self._by_place = [n for n, kind in kinds.items() if kind is _BY_NAME[0]]
         self._defaults = {n: p.default for n, p in self._signature.parameters.items()}
         self._required = {n for n, d in self._defaults.items() if d is inspect.Parameter.empty}
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments by name, defaults included, `*args` and `**kwargs` as names, too.
+        """Return the arguments by name, with defaults; `*args` and `**kwargs` have names too.
 
-        A function that takes `*args` gets by position what was given so.
+        A function with `*args` gets positional arguments by position.
         """
-        if not args and self._named and self._required <= kwargs.keys() <= self._defaults.keys():
-            return {name: kwargs.get(name, default) for name, default in self._defaults.items()}
+        if self._named:
+            given = dict(zip(self._by_place, args, strict=False), **kwargs)
+            whole = len(given) == len(args) + len(kwargs)  # no extra and no repeated arguments
+            if whole and self._required <= given.keys() <= self._defaults.keys():
+                return {**self._defaults, **given}
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = dict(bound.arguments)
@@ -83,7 +87,7 @@ class CallSignature:
         return arguments
 
     def _in_places(self, args: tuple[Any, ...], arguments: dict[str, Any]) -> dict[str, Any]:
-        """The arguments by position by their names, in order, then the others."""
+        """Return the positional arguments by name, in order, then the others."""
         if self._var_positional is None:
             return arguments
         rest = arguments.pop(self._var_positional)
@@ -108,11 +112,11 @@ class CallSignature:
 
 
 def flatten_call(arguments: dict[str, Any], timestep_argument: str | None) -> FlatCall:
-    """Flatten named arguments; a timestep given as a number or an array becomes a tensor.
+    """Flatten named arguments; a timestep passed as a number or an array becomes a tensor.
 
-    It would be a constant of the graph and every step another signature. An int becomes int64 and a
-    float float64: a tensor of no dimensions does not take part in type promotion, so it acts as the
-    number does. What comes from numpy has a dtype.
+    Otherwise it would be a constant of the graph, and every step would have its own signature. An
+    int becomes int64 and a float float64: a tensor of no dimensions does not take part in type
+    promotion, so it acts like the number. numpy values keep their dtype.
     """
     value = None if timestep_argument is None else arguments.get(timestep_argument)
     number = value if _is_number(value) else None
@@ -125,7 +129,7 @@ def flatten_call(arguments: dict[str, Any], timestep_argument: str | None) -> Fl
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a number of Python's or numpy's, or an array of numbers."""
+    """Return whether a value is a number of Python or numpy, or an array of numbers."""
     if isinstance(value, (bool, torch.Tensor)):
         return False
     kind = getattr(getattr(value, "dtype", None), "kind", "")
@@ -140,7 +144,7 @@ def _as_tensor(number: Any, device: torch.device | None) -> torch.Tensor:
 
 
 def unflatten_call(skeleton: Skeleton, tensors: list[Any]) -> dict[str, Any]:
-    """The named arguments of a flattened call."""
+    """Return the named arguments of a flattened call."""
     arguments: dict[str, Any] = unflatten(skeleton, tensors)
     return arguments
 

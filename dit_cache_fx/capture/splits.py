@@ -1,8 +1,8 @@
-"""What a block is given after hooks have split its arguments.
+"""The arguments of a block after hooks have split them (context parallelism).
 
-In context parallelism the first block may be called with the whole sequence: a hook at the block
-leaves each process its part, and the block returns a part. So what goes through the block is told
-by what the hook leaves of the argument. Such hooks are those of diffusers' `enable_parallelism`.
+The first block may be called with the whole sequence: a hook at the block leaves each process its
+part, and the block returns a part. So the shapes inside the trunk are those after the hook. Such
+hooks come from diffusers' `enable_parallelism`.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import nn
 
 from dit_cache_fx.values.pytree import Skeleton, flatten, unflatten
 
-#: from a block's tensors and what else it is called with: the tensors that it gets
+#: (a block's tensors, the skeleton of its call) -> the tensors that the block gets
 Split = Callable[[Sequence[torch.Tensor], Skeleton], list[torch.Tensor]]
 
 
 def split_of(module: nn.Module) -> Split | None:
-    """What hooks split of a module's arguments; None where none does."""
+    """Return the function that hooks apply to a module's arguments; None if no hook splits them."""
     hooks = _splitting(module)
     return partial(_split, module, hooks) if hooks else None
 
 
 def _splitting(module: nn.Module) -> list[Any]:
-    """The hooks that split, the outermost first."""
+    """Return the hooks that split, the outermost first."""
     registry: Any = vars(module).get("_diffusers_hook")
     hooks = [] if registry is None else [registry.hooks[n] for n in reversed(registry._hook_order)]
     return [hook for hook in hooks if hasattr(hook, "parallel_config")]

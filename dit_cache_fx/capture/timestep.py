@@ -1,4 +1,4 @@
-"""Which argument tells the step."""
+"""Find forward's timestep argument."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 from dit_cache_fx.capture.signature import FlatCall
 from dit_cache_fx.errors import DiscoveryError, OptionError
 
-#: what forward functions of this field call it, the most telling first
+#: usual names in this field, the most specific first
 NAMES = ("timestep", "timesteps", "t", "time", "time_step", "sigma", "sigmas", "noise_level")
 
-#: those of them that tell it as a word of a longer name too
+#: those that also count as a word of a longer name
 _WORDS = frozenset({"timestep", "timesteps", "sigma", "sigmas"})
 
 
 def named_timestep(parameters: Sequence[str], given: str | None, more: bool = False) -> str | None:
-    """The timestep argument by its name; None when no parameter has a usual one.
+    """Return the timestep argument by its name; None if no parameter has a usual one.
 
-    Raises `OptionError` when `given` is no parameter (unless forward takes `more`: `**kwargs`).
+    Raises `OptionError` if `given` is no parameter (unless forward takes `more`: `**kwargs`).
     """
     if given is not None:
         if given not in parameters and not more:
@@ -31,9 +31,9 @@ def named_timestep(parameters: Sequence[str], given: str | None, more: bool = Fa
 
 
 def tells_time(argument: str, timestep: str | None = None) -> bool:
-    """Whether an argument is called as timesteps are, so that it moves with the steps.
+    """Return whether an argument has the name of a timestep, so that it changes with the steps.
 
-    Where the timestep is called otherwise (`image_time`), its last word tells too.
+    If the timestep has another name (`image_time`), its last word counts too.
     """
     words = argument.split("_")
     alike = timestep is not None and words[-1] == timestep.split("_")[-1]
@@ -41,10 +41,10 @@ def tells_time(argument: str, timestep: str | None = None) -> bool:
 
 
 def guessed_timestep(call: FlatCall) -> str:
-    """The only argument that has a timestep's form: one number, or one for each sample.
+    """Return the only argument with a timestep's form: one number, or one for each sample.
 
-    Of several, the only one with a usual name among the words of its own (`image_timesteps`).
-    Raises `DiscoveryError` with the candidates when neither is one.
+    If there are several, the only one with a usual name among the words of its own
+    (`image_timesteps`). Raises `DiscoveryError` with the candidates if neither rule gives one.
     """
     candidates = [
         argument
@@ -55,7 +55,8 @@ def guessed_timestep(call: FlatCall) -> str:
     telling = candidates if len(candidates) == 1 else named
     if len(telling) != 1:
         raise DiscoveryError(
-            "the timestep argument cannot be told: no argument has a usual name "
-            f"({', '.join(NAMES)}), and those of its form are {candidates}. Name it: timestep='...'"
+            "cannot determine the timestep argument: no argument has a usual name "
+            f"({', '.join(NAMES)}), and those of its form are {candidates}. Name it: "
+            "timestep='...'"
         )
     return telling[0]

@@ -1,7 +1,7 @@
-"""Phase two of a capture: the model's own code as a graph, its kept modules as single nodes.
+"""Phase two of a capture: trace the model's own code, with leaf modules as single nodes.
 
-No kept module runs here: each returns what the recording holds. What the code reads out of a tensor
-becomes a guard (`reads`).
+No leaf module runs here: each returns its recorded result. A value that the code reads from a
+tensor becomes a guard (`data_guards`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dit_cache_fx._torch import Emitter, opaque, trace_functional
 from dit_cache_fx.capture.autograd_functions import forward_only
 from dit_cache_fx.capture.data_guards import DataReads, PythonReads, read_count, read_shape
 from dit_cache_fx.capture.intercept import intercepted
-from dit_cache_fx.capture.record import ModuleCall, Recording
+from dit_cache_fx.capture.recording import RecordedCall, Recording
 from dit_cache_fx.capture.scalar_timestep import NumberFactories
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.node_meta import mark, mark_tensor
@@ -33,47 +33,49 @@ from dit_cache_fx.values.pytree import Skeleton, flatten, key_paths, unflatten
 from dit_cache_fx.values.wrapped import is_distributed
 
 
-def call_kept(index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Stands for the call of a kept module (the recording's call `index`) while tracing."""
+def call_leaf(index: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Mark the call of a leaf module (the recording's call `index`) while tracing."""
     raise AssertionError("placeholder of the capture")
 
 
 @dataclass
 class Trace:
-    """A traced call, before it is put into normal form."""
+    """A traced call, before it is in normal form."""
 
     gm: fx.GraphModule
     output: Skeleton
-    read: list[Any]  # what each guard's read gave, in node order
+    read: list[Any]  # the value of each guard, in node order
 
 
 def trace(
     run: Callable[[Sequence[torch.Tensor]], Any],
     tensors: Sequence[torch.Tensor],
-    kept: Mapping[nn.Module, str],
+    leaves: Mapping[nn.Module, str],
     recording: Recording,
 ) -> Trace:
-    """Trace `run(tensors)`; its kept modules answer from `recording`.
+    """Trace `run(tensors)`; its leaf modules return their results from `recording`.
 
-    Operators that are made of others (`pad_sequence`) come out taken apart, with the in-place
-    operations inside them: then the graph is traced once more, operator by operator.
+    Composite operators (`pad_sequence`) are decomposed, with in-place operations inside: then the
+    graph is traced a second time, operator by operator.
     """
-    traced = _trace(run, tensors, kept, _Player(recording))
+    traced = _trace(run, tensors, leaves, _Player(recording))
     if _mutations(traced.gm):
         player = _Player(recording)
-        again = _trace(_Retrace(traced, player).run_all, tensors, kept, player)
+        again = _trace(_Retrace(traced, player).run_all, tensors, leaves, player)
         traced = replace(again, output=traced.output)
     _refuse_read_after_change(traced.gm.graph, recording)
     left = _mutations(traced.gm)
     if left:
-        raise CaptureError(f"operators that change a tensor in place are left: {left}")
+        raise CaptureError(
+            f"the graph still contains operators that change a tensor in place: {left}"
+        )
     return traced
 
 
 def _trace(
     run: Callable[[Sequence[torch.Tensor]], Any],
     tensors: Sequence[torch.Tensor],
-    kept: Mapping[nn.Module, str],
+    leaves: Mapping[nn.Module, str],
     player: _Player,
 ) -> Trace:
     read: list[Any] = []
@@ -81,29 +83,29 @@ def _trace(
 
     def body(*inputs: torch.Tensor) -> list[torch.Tensor]:
         with (
-            intercepted(kept, player.handle),
+            intercepted(leaves, player.handle),
             forward_only(),
             PythonReads(read),
             NumberFactories(),
             DataReads(read),
         ):
-            leaves, skeleton = flatten(run(inputs))
+            results, skeleton = flatten(run(inputs))
         output.append(skeleton)
-        return leaves
+        return results
 
-    # one object passed as two arguments must be two inputs of the graph
+    # an object passed as two arguments must become two inputs of the graph
     gm = trace_functional(body, [t.detach() for t in tensors])
     for name, value in player.objects.items():
         setattr(gm, name, value)
-    for node, tensor in zip(gm.graph.nodes, tensors, strict=False):  # the inputs come first
+    for node, tensor in zip(gm.graph.nodes, tensors, strict=False):  # inputs come first
         mark(node, spread=is_distributed(tensor))
     return Trace(gm, output[0], read)
 
 
 def _refuse_read_after_change(graph: fx.Graph, recording: Recording) -> None:
-    """Refuse a model that reads what one of its modules changed in place."""
+    """Refuse a model that reads a tensor after one of its modules changed it in place."""
     order = {node: place for place, node in enumerate(graph.nodes)}
-    for node in graph.find_nodes(op="call_function", target=call_kept):
+    for node in graph.find_nodes(op="call_function", target=call_leaf):
         if not recording.calls[node.args[0]].mutated:
             continue
         copies = [n for n in node.all_input_nodes if n.target is torch.ops.aten.clone.default]
@@ -122,7 +124,7 @@ def _mutations(gm: fx.GraphModule) -> list[str]:
 
 
 class _Retrace(fx.Interpreter):
-    """Runs a trace again, for another trace."""
+    """Runs a trace again, inside another trace."""
 
     def __init__(self, traced: Trace, player: _Player) -> None:
         super().__init__(traced.gm)
@@ -132,7 +134,7 @@ class _Retrace(fx.Interpreter):
         return self.run(*inputs)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is call_kept:
+        if target is call_leaf:
             index, _, *arguments = args
             return self._player.answer(index, *map(_mutable, arguments))
         return (
@@ -143,7 +145,7 @@ class _Retrace(fx.Interpreter):
 
 
 def _mutable(value: Any) -> Any:
-    """A graph's arguments, whose containers cannot be changed, as a call's."""
+    """Return a graph's immutable arguments with mutable containers, as in a call."""
     if isinstance(value, immutable_dict):
         return {key: _mutable(child) for key, child in value.items()}
     if type(value) is tuple:
@@ -152,7 +154,7 @@ def _mutable(value: Any) -> Any:
 
 
 class _Player:
-    """Answers the calls of kept modules from a recording, in order."""
+    """Answers the calls of leaf modules from a recording, in order."""
 
     def __init__(self, recording: Recording) -> None:
         self._calls = recording.calls
@@ -166,16 +168,16 @@ class _Player:
         was = self._calls[index].name if index < len(self._calls) else None
         if was != name:
             raise CaptureError(
-                f"the model called {name!r} where its run a moment ago called {was!r}: its "
-                "control flow depends on something that changes from call to call"
+                f"the model called {name!r} where its previous run called {was!r}: its control "
+                "flow depends on something that changes between calls"
             )
         return self.answer(index, args, kwargs)
 
     def answer(self, index: int, args: Any, kwargs: Any) -> Any:
-        """Add the recorded call `index` to the graph; returns what it returned then."""
+        """Add the recorded call `index` to the graph; return its recorded result."""
         made = self._calls[index]
         inputs, skeleton = flatten((args, kwargs))
-        for place in made.mutated:  # the module gets a copy to change
+        for place in made.mutated:  # the module changes a copy
             inputs[place] = inputs[place].clone()
         parts = [] if made.split is None else made.split(inputs, skeleton)
         if len(parts) != len(inputs):
@@ -187,13 +189,13 @@ class _Player:
 
 @dataclass
 class _Replay:
-    """A recorded call as an operator that the tracer does not look into."""
+    """A recorded call as an operator that is opaque to the tracer."""
 
     index: int
-    made: ModuleCall
+    made: RecordedCall
     inputs: Skeleton
     objects: dict[str, Any]
-    given: int  # tensors of the call; behind them those that hooks leave of these
+    given: int  # tensors of the call; the split ones follow
 
     def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return self.made.outputs()
@@ -208,7 +210,7 @@ class _Replay:
             lambda *container: self._container(graph, *container),
         )
         name = self.made.name
-        node = graph.call(call_kept, (self.index, name, args, kwargs), {}, _node_name(name))
+        node = graph.call(call_leaf, (self.index, name, args, kwargs), {}, _node_name(name))
         parts = tuple(proxy.node.name for proxy in inputs[self.given :])
         mark(node.node, within=self.made.within or None, parts=parts or None)
         proxies = []
@@ -221,7 +223,7 @@ class _Replay:
         return proxies
 
     def _container(self, graph: Emitter, kind: Any, keys: Any, children: list[Any]) -> Any:
-        """A container as an argument: what a graph cannot write down is made by a node of it."""
+        """Return a container as an argument: a node builds what a graph has no literal for."""
         if kind in (dict, list, tuple):
             return build(kind, keys, children)
         if is_constructible(kind):

@@ -1,4 +1,4 @@
-"""Threads that run graphs of one model share its modules, with what is set there meanwhile."""
+"""A lock for threads that run graphs of one model while others set attributes of its modules."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 
 class Turns:
-    """Lets runs go side by side; those that set attributes of modules go alone.
+    """Lets runs share the model; runs that set attributes of modules are exclusive.
 
-    A thread may enter it again. `needed`: whether any forward of the model is known to set them.
+    Reentrant. `needed`: whether any forward of the model is known to set attributes.
     """
 
     def __init__(self) -> None:
         self.needed = False
         self._change = threading.Condition()
-        self._beside: list[int] = []  # threads, once for each time that they have entered
+        self._beside: list[int] = []  # threads, once per entry
         self._alone: list[int] = []
-        self._waiting = 0  # threads that want to go alone
+        self._waiting = 0  # threads that wait for exclusive access
 
     def of_model(self) -> AbstractContextManager[None]:
-        """For a run of the model itself: alone where forward may set attributes."""
+        """Enter for a run of the model itself: exclusive if forward may set attributes."""
         return self.alone() if self.needed else nullcontext()
 
     def beside(self) -> AbstractContextManager[None]:
-        """Within it nobody else goes alone."""
+        """Enter for a shared run."""
         return _Beside(self)
 
     def _enter_beside(self) -> int:
-        """Come in; returns what to leave with. Takes the lock only where somebody is in the way.
+        """Enter shared; return the value to leave with. Locks only if a thread is exclusive.
 
-        Whoever goes alone says so before it looks who is here, and this comes in before it looks
-        who goes alone: one of the two sees the other.
+        An exclusive thread announces itself before it looks for others, and a shared one enters
+        before it looks for an exclusive one: one of the two sees the other.
         """
         thread = threading.get_ident()
         self._beside.append(thread)
@@ -52,7 +52,7 @@ class Turns:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Within it no other thread is in here."""
+        """Enter exclusively: no other thread is inside."""
         thread = threading.get_ident()
         with self._change:
             self._waiting += 1
@@ -75,7 +75,7 @@ class Turns:
 
 
 class _Beside(AbstractContextManager[None]):
-    """A run beside others: entered for each graph of each call."""
+    """A shared run: entered for each graph of each call."""
 
     __slots__ = ("_thread", "_turns")
 

@@ -1,7 +1,8 @@
-"""State of Python code that blocks may read beside their arguments: variables of modules, contexts.
+"""Detect changes of Python state that blocks may read besides their arguments.
 
-It cannot all be seen, and what of it a block reads even less. But what has changed between the
-model's call and the call of a block can: then the blocks are suspects, and a check runs them.
+Such state (variables of modules, contexts) cannot all be found, and it is unknown which of it a
+block reads. Changes between the model's call and the call of a block can be found: then the blocks
+are suspect, and a check runs them.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from torch import nn
 from dit_cache_fx.capture.attributes import TORCHS, is_plain
 from dit_cache_fx.values.containers import attributes
 
-#: how far is looked from a variable or an attribute, and at how many holders of values in all
+#: the depth of the search from a variable or an attribute, and the largest number of holders
 _DEPTH, _MOST = 4, 50_000
-#: how many imports away from the model's own code
+#: the number of imports to follow from the model's own code
 _IMPORTS = 2
 
-#: packages whose state is not the model's
+#: packages whose state does not belong to the model
 _FOREIGN = frozenset({*sys.stdlib_module_names, "torch", "numpy", "dit_cache_fx"})
 _CONTAINERS = (dict, list, tuple, set, deque)
-#: a thread's own state (a progress bar's monitor, say) changes whenever it runs
+#: the state of a thread (a progress bar's monitor, for example) changes while it runs
 _LEAVES = (torch.Tensor, types.ModuleType, types.MethodType, Thread, str, bytes, int, float)
 
 
@@ -39,7 +40,7 @@ _LOOKED_INTO = (*_CONTAINERS, nn.Module, ContextVar, local, ref, types.SimpleNam
 
 
 class _Holder(NamedTuple):
-    """Something that holds values, and what it held; `names`: the same, to put it back."""
+    """An object that holds values, and its values; `names`: the same, to restore it."""
 
     value: Any
     held: list[Any]
@@ -52,10 +53,10 @@ class _Holder(NamedTuple):
 
 
 class World:
-    """What the code of a model's classes can reach, as it is now.
+    """The state that the code of a model's classes can reach, at one time.
 
-    `theirs`: blocks and layers with all that is inside. Their attributes are no part of it, what
-    these lead to is.
+    `theirs`: blocks and layers with everything inside. Their attributes are not part of it; objects
+    that these refer to are.
     """
 
     def __init__(self, model: nn.Module, theirs: Collection[nn.Module]) -> None:
@@ -71,16 +72,16 @@ class World:
         self._first = self._holders
 
     def changed(self) -> bool:
-        """Whether any of it is not what it was."""
+        """Return whether any of it has changed."""
         return any(not _same(holder.held, _held(holder.value)) for holder in self._holders)
 
     def refresh(self) -> None:
-        """Take it as it is now."""
+        """Take it again as it is now."""
         self._holders = [h._replace(held=_held(h.value)) for h in self._holders]
 
     @contextmanager
     def as_before(self) -> Iterator[None]:
-        """Within it variables and attributes are what they were when this was made."""
+        """Restore variables and attributes to this state for the duration of the context."""
         changed = [h for h in self._first if not _same(h.held, _held(h.value))]
         kept = [
             (names, was)
@@ -108,7 +109,7 @@ class World:
             self._look(child, depth - 1)
 
     def _holds(self, value: Any) -> bool:
-        """Whether it is looked into."""
+        """Return whether the search looks into a value."""
         if value is None or isinstance(value, _LEAVES):
             return False
         if isinstance(value, type):
@@ -121,7 +122,7 @@ class World:
 
 
 def _namespaces(names: Iterable[str]) -> list[str]:
-    """These Python modules, and those that they import from."""
+    """Return these Python modules, and those that they import from."""
     found = dict.fromkeys(n for n in names if _is_own(n))
     for _ in range(_IMPORTS):
         for name in list(found):
@@ -143,7 +144,7 @@ def _is_own(name: str | None) -> bool:
 
 
 def _names_of(value: Any) -> dict[Any, Any] | None:
-    """Where it has its values by name, where they can be set."""
+    """Return the settable values of an object by name, if it has any."""
     if isinstance(value, (nn.Module, type, types.FunctionType)):
         return None
     return value if isinstance(value, dict) else getattr(value, "__dict__", None)
@@ -156,7 +157,7 @@ def _fill(names: dict[Any, Any], values: dict[Any, Any]) -> None:
 
 
 def _held(value: Any) -> list[Any]:
-    """What it holds, in order."""
+    """Return the values that an object holds, in order."""
     if isinstance(value, nn.Module):
         return [v for k, v in list(vars(value).items()) if k not in TORCHS]
     if isinstance(value, dict):
@@ -174,7 +175,7 @@ def _held(value: Any) -> list[Any]:
     return [v for _, v in attributes(value)]
 
 
-#: names in a module's namespace that Python itself keeps
+#: names in a module's namespace that Python itself maintains
 _BOOKKEEPING = frozenset({"__warningregistry__", "__builtins__"})
 
 

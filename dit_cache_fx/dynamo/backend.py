@@ -1,9 +1,9 @@
-"""The second front end: the cache as a backend of `torch.compile`.
+"""`backend`: the cache as a backend of `torch.compile`.
 
-Dynamo captures the model; here the blocks that it has inlined become calls again (`outline`), the
-result becomes a `Program` (`capture`), goes through the same passes, and is lowered to variants.
-The inner compiler compiles each variant when it is needed first (`parts`); which one runs is
-decided on the host (`graph`).
+Dynamo captures the model and inlines its blocks. Here the blocks become calls again (`outline`),
+the result becomes a `Program` (`capture`), goes through the same passes, and is lowered to
+variants. The inner compiler compiles each variant on its first run (`parts`); the host decides
+which one runs (`graph`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def backend(
     """Return a backend for `torch.compile` that caches the model's blocks.
 
     The object has the methods of a cached model (`cache_report()`, `disable()`, ...). Use one for
-    each model. A model that cannot be cached is compiled by `inner` as it is, with a warning.
+    each model. If a model cannot be cached, `inner` compiles it as it is, with a warning.
 
     Args:
         strategy (`str | Strategy`):
@@ -47,19 +47,23 @@ def backend(
             The options of the inner backend, as in `torch.compile`.
         blocks (`str | nn.ModuleList | Sequence[str | nn.ModuleList]`, *optional*):
             The block lists, as attribute paths or as the lists themselves. When None, they are
-            found from the graph.
+            determined from the graph.
         timestep (`str`, *optional*):
-            The name of forward's timestep argument. When None, it is found.
+            The name of forward's timestep argument. When None, it is determined from the arguments.
         strategy_options (`Any`):
-            The options of the strategy, where `strategy` is a name.
+            The options of the strategy, if `strategy` is a name: see the class of that name.
+
+    Returns:
+        A `Backend`.
 
     Raises:
-        OptionError: An argument cannot work. The text says what would.
+        OptionError: An argument has a value that cannot work. The text names the values that would.
 
     Example:
         >>> cache = dit_cache_fx.backend("taylorcache", compute_ratio=0.3)
-        >>> model = torch.compile(model, backend=cache)
+        >>> compiled = torch.compile(model, backend=cache)
         >>> print(cache.cache_report())
+        taylorcache...
     """
     chosen = make_strategy(strategy, strategy_options)
     if timestep is not None and not isinstance(timestep, str):
@@ -75,14 +79,16 @@ def registered(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """`torch.compile(model, backend="dit_cache_fx", options=dict(strategy=..., ...))`.
+    """Support `torch.compile(model, backend="dit_cache_fx", options=dict(strategy=..., ...))`.
 
     `options` are the arguments of `backend`; those of the inner backend are its `options` in turn.
-    The backend object is out of reach this way, and each graph has one of its own.
+    The backend object cannot be reached this way, and each graph has one of its own.
     """
     arguments = dict(options or {})
     if "strategy" not in arguments:
-        expected = "options={'strategy': 'taylorcache', 'no_cache_steps': range(0, 50, 2)}, say"
+        expected = (
+            "for example options={'strategy': 'taylorcache', 'no_cache_steps': range(0, 50, 2)}"
+        )
         raise OptionError("options", options, expected)
     if mode is not None:
         arguments.setdefault("mode", mode)
@@ -90,8 +96,10 @@ def registered(
 
 
 def _named(blocks: Blocks) -> list[str | nn.ModuleList]:
-    """`blocks` as a list; there is no model yet to look for them in."""
+    """Return `blocks` as a list, without a model to look for them in."""
     named = listed(blocks)
     if not named or not all(isinstance(item, (str, *LISTS)) for item in named):
-        raise OptionError("blocks", blocks, "attribute paths of module lists, or the lists")
+        raise OptionError(
+            "blocks", blocks, "attribute paths of module lists, or the lists themselves"
+        )
     return named

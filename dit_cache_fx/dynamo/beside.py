@@ -1,4 +1,4 @@
-"""Graphs that are not cached, of whose calls the cache takes note."""
+"""Graphs that are not cached, whose calls the cache records."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dit_cache_fx._torch import Piece
 from dit_cache_fx.dynamo.capture import Outlined
 from dit_cache_fx.dynamo.shared import NO_BLOCKS, Compiled, Shared, step_value
 from dit_cache_fx.lowering.lowered_program import Lowered
-from dit_cache_fx.runtime.timestep_value import TimestepValue
+from dit_cache_fx.runtime.tracking.timestep_value import TimestepValue
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
 
 class NotingGraph:
-    """A piece without blocks that is given the timestep: it tells the pieces behind it."""
+    """A piece without blocks that gets the timestep: it passes the value to later pieces."""
 
     def __init__(self, shared: Shared, compiled: Compiled, place: int, piece: Piece) -> None:
         self._shared = shared
@@ -36,9 +36,9 @@ class NotingGraph:
 
 
 class PassingGraph:
-    """A graph with blocks that is not cached, since gradients are wanted: its calls are steps.
+    """A graph with blocks that is not cached because gradients are required: its calls are steps.
 
-    A call counts where the backend has a cached graph for inputs like its own.
+    A call counts if the backend has a cached graph for inputs like its own.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class PassingGraph:
             self._count(lowered, value, tensors)
 
     def _like(self, tensors: Mapping[str, torch.Tensor]) -> Lowered | None:
-        """The newest cached graph for tensors like these."""
+        """Return the newest cached graph for tensors like these."""
         outlined = self._outlined
         own = {n: TensorSpec.of(t) for n, t in tensors.items() if n not in outlined.owned}
         specs = {s for s in own.items() if s[0] != outlined.timestep_argument or s[1].shape}
@@ -79,7 +79,7 @@ class PassingGraph:
     ) -> None:
         call_log = self._shared.call_log
         session = call_log.tracker.session
-        none = torch.empty(0)  # in the places of the model's own, which tell nothing
+        none = torch.empty(0)  # for the model's own, which do not matter
         given = [tensors.get(name, none) for name in lowered.program.inputs]
         with session.lock:
             derived = not self._piece.first

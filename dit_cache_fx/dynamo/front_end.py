@@ -1,4 +1,4 @@
-"""`backend`: the passes as a backend of `torch.compile`, run on the graph that Dynamo captures."""
+"""`Backend`: the object that `torch.compile` calls with each graph."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ class Backend(LifeCycle):
 
     Pass it as `torch.compile(model, backend=...)`. One object serves one model: its life cycle is
     that model's.
+
+    Example:
+        >>> cache = dit_cache_fx.backend("taylorcache", computed_steps=10, num_steps=50)
+        >>> compiled = torch.compile(model, backend=cache)
     """
 
     def __init__(
@@ -52,7 +56,7 @@ class Backend(LifeCycle):
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Compiled:
-        """What `torch.compile` calls with each graph; `mode` and `options` go to the inner one."""
+        """Compile a graph of `torch.compile`; `mode` and `options` go to the inner backend."""
         compile_graph = self._compile
         if mode is not None or options is not None:
             compile_graph = inner_compiler(self._inner, mode, options)
@@ -73,7 +77,7 @@ class Backend(LifeCycle):
         position = outlined.timestep_position
         wanted = torch.is_grad_enabled() and any(map(_requires_grad, example_inputs))
         if outlined.lists and not wanted:
-            # what reads values is compiled for what Dynamo knows of them now
+            # a graph that reads values is compiled with Dynamo's present knowledge of them
             plain = compile_graph(gm, example_inputs) if outlined.asks else None
             graph = CachedGraph(self._shared, compile_graph, outlined, piece, plain)
             self._graphs.add(graph)
@@ -109,7 +113,7 @@ class Backend(LifeCycle):
         return [once[serial] for serial in sorted(once)]
 
     def reset_states(self) -> None:
-        """Forget everything, graphs and counts included."""
+        """Forget everything, including graphs and counts."""
         self.clear_states()
         self._call_log.forget_calls()
         self._call_log.count.forget()

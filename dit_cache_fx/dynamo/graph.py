@@ -1,4 +1,4 @@
-"""One graph that Dynamo has captured, cached."""
+"""One graph of Dynamo, cached."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from dit_cache_fx._torch import Piece
 from dit_cache_fx.dynamo.capture import Input, Outlined
 from dit_cache_fx.dynamo.inner import Compile
-from dit_cache_fx.dynamo.lower import Entry, lower
+from dit_cache_fx.dynamo.lower import DynamoEntry, lower
 from dit_cache_fx.dynamo.parts import flat
 from dit_cache_fx.dynamo.reads import as_number
 from dit_cache_fx.dynamo.rows import RowAnswers
@@ -23,31 +23,32 @@ from dit_cache_fx.ir.alone import Alone
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.runtime.batch import Batch
 from dit_cache_fx.runtime.drive import lasting
-from dit_cache_fx.runtime.session import Session
-from dit_cache_fx.runtime.timestep_value import TimestepValue
+from dit_cache_fx.runtime.tracking.session import Session
+from dit_cache_fx.runtime.tracking.timestep_value import TimestepValue
 from dit_cache_fx.values.identity import storage_key
 from dit_cache_fx.values.pytree import unflatten
 
-#: most shapes of one graph with dynamic shapes whose variants are kept
+#: the largest number of shapes with variants, for one graph with dynamic shapes
 MAX_SHAPES = 32
-#: most values that are read out of tensors whose graphs are kept, for each of these shapes
+#: the largest number of read values with graphs, for each of these shapes
 MAX_VALUES = 8
 
 _NO_TIMESTEP = (
-    "the timestep is no tensor input of the compiled graph. Pass it as a tensor (a number is a "
-    "constant there), name it (timestep='...'), or set cur_timestep"
+    "the timestep is no tensor input of the compiled graph. Pass it as a tensor (a number "
+    "becomes a constant there), name it (timestep='...'), or set cur_timestep"
 )
 _SPLIT_BATCH = (
-    "Dynamo splits the model (TORCH_LOGS=graph_breaks tells where), and a batch of sessions needs "
-    "it in one graph: dit_cache_fx.apply(model, ...) can capture it, or call each session by itself"
+    "Dynamo splits the model (TORCH_LOGS=graph_breaks shows where), and a batch of sessions "
+    "needs it in one graph: dit_cache_fx.apply(model, ...) can capture it, or call each session "
+    "by itself"
 )
 _READ_BATCH = (
-    "the model reads a value out of its tensors (.item()) or changes one in place, which is of all "
-    "rows of a batch of sessions together: call each session by itself"
+    "the model reads a value from its tensors (.item()) or changes one in place, for all rows of "
+    "a batch of sessions together: call each session by itself"
 )
-_SHARED = "the model changes a tensor in place that lies in the memory of another one it is given"
+_SHARED = "the model changes a tensor in place that shares memory with another argument"
 _TOO_MANY_VALUES = (
-    f"the model's own code (outside its blocks) reads more than {MAX_VALUES} values out of tensors "
+    f"the model's own code (outside its blocks) reads more than {MAX_VALUES} values from tensors "
     "(.item()), and each would need a graph of its own"
 )
 
@@ -67,10 +68,10 @@ class CachedGraph:
         self._compile = compile_graph
         self._outlined = outlined
         self._piece = piece
-        self._entries: OrderedDict[Hashable, Entry | None] = OrderedDict()
-        self._dynamos = plain  # its graph as it was, where that is compiled already
+        self._entries: OrderedDict[Hashable, DynamoEntry | None] = OrderedDict()
+        self._dynamos = plain  # the original graph, if it is compiled already
         self._plain: OrderedDict[Hashable, Compiled] = OrderedDict()
-        self._making = threading.RLock()  # of entries and plain graphs, each is made once
+        self._making = threading.RLock()  # entries and plain graphs are made once
         self._rows = RowAnswers(shared.call_log, outlined, self._lower_rows)
         self._reason = ""  # why it is not cached
         self._called = False
@@ -92,19 +93,19 @@ class CachedGraph:
         return self._serve(entry, value, tensors)
 
     def lowered(self) -> list[Lowered]:
-        """The graphs that there are."""
+        """Return the graphs."""
         found = [entry for entry in [*self._entries.values()] if entry is not None]
         return found + self._rows.lowered()
 
     def forget(self) -> None:
-        """Forget them."""
+        """Forget the graphs."""
         self._entries.clear()
         self._rows.forget()
 
     # --- a call ------------------------------------------------------------------------------
 
     def _inputs(self, given: Sequence[Input]) -> list[Input]:
-        """A call's inputs, its numbers as such, and behind them what is read out of its tensors."""
+        """Return a call's inputs with plain numbers, then the values read from its tensors."""
         outlined, inputs = self._outlined, [*given]
         for i in outlined.numbers:
             inputs[i] = _number(inputs[i])
@@ -114,7 +115,7 @@ class CachedGraph:
         return inputs if outlined.reads is None else [*inputs, *outlined.reads(given)]
 
     def _key(self, inputs: Sequence[Input]) -> Hashable:
-        """What the graphs are made for. Without dynamic shapes Dynamo sees that it is the same."""
+        """Return the key of the graphs: constant without dynamic shapes, by Dynamo's guards."""
         if not self._outlined.dynamic:
             return ()
         given = [inputs[i] for i in self._outlined.given if i < len(inputs)]
@@ -132,7 +133,7 @@ class CachedGraph:
         return value
 
     def _serve(
-        self, lowered: Entry, value: TimestepValue, tensors: Sequence[torch.Tensor]
+        self, lowered: DynamoEntry, value: TimestepValue, tensors: Sequence[torch.Tensor]
     ) -> Sequence[Any]:
         call_log, variants = self._shared.call_log, lowered.variants
         session = call_log.tracker.session
@@ -193,14 +194,14 @@ class CachedGraph:
 
     # --- a capture ---------------------------------------------------------------------------
 
-    def _entry(self, key: Hashable, inputs: Sequence[Input]) -> Entry | None:
-        """The graphs for inputs like these; None where they cannot be made."""
+    def _entry(self, key: Hashable, inputs: Sequence[Input]) -> DynamoEntry | None:
+        """Return the graphs for inputs like these; None if there can be none."""
         entry = self._entries.get(key) or self._made(key, inputs)
         if entry is None:
             self._missed(self._reason)
         return entry
 
-    def _made(self, key: Hashable, inputs: Sequence[Input]) -> Entry | None:
+    def _made(self, key: Hashable, inputs: Sequence[Input]) -> DynamoEntry | None:
         with self._making:
             if self._values(inputs) >= MAX_VALUES:
                 self._reason = _TOO_MANY_VALUES
@@ -218,13 +219,13 @@ class CachedGraph:
             return self._entries[key]
 
     def _values(self, inputs: Sequence[Input]) -> int:
-        """For how many values that are read there are graphs, of shapes like these."""
+        """Return the number of read values with graphs, for shapes like these."""
         if self._outlined.reads is None:
             return 0
         like = self._key(inputs[: len(inputs) - self._outlined.read])
         return sum(key[: len(like)] == like for key in self._entries)  # type: ignore
 
-    def _lower_rows(self, inputs: Sequence[Input], alone: Alone | None = None) -> Entry:
+    def _lower_rows(self, inputs: Sequence[Input], alone: Alone | None = None) -> DynamoEntry:
         entry = lower(self._outlined, inputs, self._shared, self._compile, self._piece.whole, alone)
         if entry.changed:
             raise CaptureError(_READ_BATCH)
@@ -235,8 +236,8 @@ class CachedGraph:
         self._called = True
 
 
-def _shares_changed(entry: Entry, tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether a tensor that the graph changes in place lies in the memory of another one."""
+def _shares_changed(entry: DynamoEntry, tensors: Sequence[torch.Tensor]) -> bool:
+    """Return whether a tensor that the graph changes in place shares memory with another one."""
     if not entry.changed:
         return False
     keys = [storage_key(t) for t in tensors]

@@ -1,4 +1,4 @@
-"""The compiler that `backend` hands its graphs to."""
+"""The compiler that compiles the graphs of `backend`."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagra
 
 
 def inner_compiler(inner: Inner, mode: str | None, options: Mapping[str, Any] | None) -> Compile:
-    """`inner` with its mode and options, as `torch.compile` would call it.
+    """Return `inner` with its mode and options, as `torch.compile` would call it.
 
-    Raises `OptionError` for a backend that is not known, or that does not take what it is given.
+    Raises `OptionError` for an unknown backend, or one that does not take these arguments.
     """
     if inner == "inductor":
         return _inductor(mode, options)
     if isinstance(inner, str) and inner not in known_backends():
         raise OptionError("inner", inner, f"one of {known_backends()}, or a callable")
     if not isinstance(inner, str) and not callable(inner):
-        raise OptionError("inner", inner, "a backend's name, or a callable (graph, inputs)")
+        raise OptionError("inner", inner, "the name of a backend, or a callable (graph, inputs)")
     compile_graph = lookup_backend(inner)
     given = {"mode": mode if mode != "default" else None, "options": options}
     named = {name: value for name, value in given.items() if value}
     for name, value in named.items():
         if not _takes(compile_graph, name):
-            raise OptionError(name, value, f"the inner backend {_name(inner)} takes none")
+            raise OptionError(name, value, f"None: the inner backend {_name(inner)} takes none")
     return lambda gm, inputs: compile_graph(gm, inputs, **named)
 
 

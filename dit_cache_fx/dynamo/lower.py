@@ -1,4 +1,4 @@
-"""From Dynamo's graph, called with tensors of certain shapes, to graphs that answer its calls."""
+"""Lower Dynamo's graph, called with tensors of certain shapes, to graphs that answer its calls."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.alone import Alone
 from dit_cache_fx.ir.program import operations, tensor_spec
 from dit_cache_fx.lowering import Part, Variants, lower_variants
-from dit_cache_fx.lowering.lowered_program import Lowered
+from dit_cache_fx.lowering.lowered_program import Lowered, block_bytes
 from dit_cache_fx.passes import run_passes
-from dit_cache_fx.runtime.graphs import block_bytes
 from dit_cache_fx.strategies import check_block_ids, spread_over
 from dit_cache_fx.strategies.calibrated import check_graph
 from dit_cache_fx.values.pytree import Identity
@@ -28,7 +27,7 @@ from dit_cache_fx.values.tensor_spec import TensorSpec
 from dit_cache_fx.values.wrapped import is_distributed
 
 _DISTRIBUTED = (
-    "the call has distributed tensors (DTensor), and a backend makes none; use "
+    "the call has distributed tensors (DTensor), which a backend does not support; use "
     "dit_cache_fx.apply(model, ...), then torch.compile or compile_steps()"
 )
 
@@ -39,11 +38,11 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class Entry(Lowered):
+class DynamoEntry(Lowered):
     """Graphs that answer calls of Dynamo's graph.
 
-    `changed`: which of its tensors the graph changes in place. Where there are any, the graphs give
-    the output and what is in these afterwards.
+    `changed`: the tensors that the graph changes in place. If there are any, the graphs return the
+    output and the new values of these tensors.
     """
 
     changed: tuple[int, ...] = ()
@@ -56,12 +55,12 @@ def lower(
     compile_graph: Compile,
     whole: bool,
     alone: Alone | None = None,
-) -> Entry:
-    """The graphs for inputs like these, which `compile_graph` compiles when they are called first.
+) -> DynamoEntry:
+    """Return the graphs for inputs like these; `compile_graph` compiles them on their first call.
 
     `whole`: Dynamo's graph is the whole model, not a piece of it.
 
-    Raises `CaptureError` or `DiscoveryError` where there can be none.
+    Raises `CaptureError` or `DiscoveryError` if there can be none.
     """
     strategy = spread_over(shared.call_log.strategy, shared.ranks)
     given = [inputs[i] for i in outlined.given if i < len(inputs)]
@@ -80,10 +79,10 @@ def lower(
     origins = dict(zip(program.inputs, outlined.origins, strict=True))
 
     def compiled(part: Part) -> Part:
-        return compiled_part(part, compile_graph, variants.held, outlined.dynamos, origins)
+        return compiled_part(part, compile_graph, variants.cached, outlined.dynamos, origins)
 
     ready = variants.mapped(compiled)
-    entry = Entry(
+    entry = DynamoEntry(
         program,
         ready,
         nodes,
@@ -98,10 +97,10 @@ def lower(
 
 
 def _identity(variants: Variants, outlined: Outlined) -> Hashable:
-    """What tells programs apart: the code of their graphs, the constants in it, what is held.
+    """Return the identity of a program: the code of its graphs, constants, cached tensors.
 
-    A timestep that is a constant is another one in each of its graphs, and so is what the code
-    makes of it; they are told apart by the other numbers that the model was called with.
+    A timestep that is a constant differs in each of its graphs, and so do the values that the code
+    computes from it; the other numbers in the model's call separate programs then.
     """
     parts = [p for p in (variants.prefix, variants.compute, variants.reuse) if p is not None]
     moves = outlined.constant is not None
@@ -112,7 +111,8 @@ def _identity(variants: Variants, outlined: Outlined) -> Hashable:
         for node in part.gm.graph.find_nodes(op="get_attr")
     )
     constants = tuple(_form(value) if moves else Identity(value) for value in values)
-    return code, constants, tuple(variants.held.items()), outlined.numbers_beside if moves else None
+    numbers = outlined.numbers_beside if moves else None
+    return code, constants, tuple(variants.cached.items()), numbers
 
 
 def _form(value: Any) -> Hashable:

@@ -1,4 +1,4 @@
-"""Dynamo inlines every module. Here the blocks become submodules of its graph again."""
+"""Turn the modules that Dynamo inlined into submodules of its graph again."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from dit_cache_fx.capture import BlockList
 from dit_cache_fx.dynamo.sources import ModuleCall, Path, module_calls
 from dit_cache_fx.ir.copying import copy_nodes
 
-#: which of a node's module calls its group is
+#: selects the module call of a node's group
 Chooser = Callable[[Sequence[ModuleCall]], ModuleCall | None]
-#: where single operations that are calls lie
+#: the path of single operations that become calls
 LEAVES = "leaves"
 _OPERATIONS = ("call_function", "call_method", "call_module")
 
@@ -30,13 +30,13 @@ class Group:
     nodes: list[fx.Node] = field(default_factory=list)
 
     def inputs(self) -> list[fx.Node]:
-        """What it reads of others, in order of reading."""
+        """Return the outside nodes that it reads, in order of reading."""
         inside = set(self.nodes)
         read = (n for node in self.nodes for n in node.all_input_nodes)
         return [n for n in dict.fromkeys(read) if n not in inside and n.op != "get_attr"]
 
     def outputs(self) -> list[fx.Node]:
-        """What others read of it."""
+        """Return its nodes that other nodes read."""
         inside = set(self.nodes)
         return [node for node in self.nodes if not inside.issuperset(node.users)]
 
@@ -44,7 +44,7 @@ class Group:
 def outline(
     gm: fx.GraphModule, opaque: Collection[fx.Node] = ()
 ) -> tuple[fx.GraphModule, list[BlockList]]:
-    """Dynamo's graph with each member of a module list as one call, and those lists.
+    """Return Dynamo's graph with each member of a module list as one call, and those lists.
 
     Before (nodes of `blocks[0]`, of `blocks[1]`):
 
@@ -58,10 +58,10 @@ def outline(
         %relu = getitem(%blocks_0, 0)
         %blocks_1 = call_module[blocks.1](%relu, %l_self_blocks_1_weight)
 
-    A block gives a dict of tensors. Its keys are the same for what is made at the same place of the
-    source by every block of a list. The parts of a block are submodules of it in the same way.
+    A block returns a dict of tensors. A key stands for a place in the source, the same for every
+    block of a list. The parts of a block are submodules of it in the same way.
 
-    What reads inputs that are `opaque` (quantised weights) is a call too, of `leaves.(its name)`.
+    A node that reads `opaque` inputs (quantised weights) is a call too, of `leaves.(its name)`.
     """
     outliner = _Outliner(gm, opaque)
     graph = outliner.rewritten(gm.graph.nodes, outer_member, ())
@@ -70,9 +70,9 @@ def outline(
 
 
 def outer_member(calls: Sequence[ModuleCall]) -> ModuleCall | None:
-    """The outermost call of a member of a module list: of `blocks.0` where `blocks` is not called.
+    """Return the outermost call of a list member: of `blocks.0` if `blocks` is not called.
 
-    A module with members that are called through it (`nn.Sequential`) is none.
+    A module that calls its members itself (`nn.Sequential`) does not count.
     """
     called = {call.path for call in calls}
     for call in calls:
@@ -82,7 +82,7 @@ def outer_member(calls: Sequence[ModuleCall]) -> ModuleCall | None:
 
 
 def _part_of(block: ModuleCall) -> Chooser:
-    """Chooses the calls directly inside of a block."""
+    """Return a chooser for the calls directly inside of a block."""
 
     def choose(calls: Sequence[ModuleCall]) -> ModuleCall | None:
         keys = [call.key for call in calls]
@@ -93,12 +93,12 @@ def _part_of(block: ModuleCall) -> Chooser:
 
 
 def _no_call(_: Sequence[ModuleCall]) -> ModuleCall | None:
-    """Chooses none."""
+    """Choose no call."""
     return None
 
 
 def is_number(node: fx.Node) -> bool:
-    """Whether it reads a number that Dynamo passes as a tensor (a float that it lets vary)."""
+    """Return whether the node reads a number that Dynamo passes as a tensor (a varying float)."""
     reads = node.op == "call_method" and node.target == "item"
     return reads and node.all_input_nodes[0].op == "placeholder"
 
@@ -107,12 +107,12 @@ class _Outliner:
     def __init__(self, gm: fx.GraphModule, opaque: Collection[fx.Node]) -> None:
         self.gm = gm
         self.opaque = opaque
-        #: of all outlined modules, and of what the graphs read
+        #: the owner of all outlined modules, and of everything that the graphs read
         self.owner = fx.GraphModule(nn.Module(), fx.Graph())
         self.members: dict[Path, dict[int, nn.Module]] = {}
         self._labels: dict[Path, dict[object, int]] = {}
         starts = {c.path[0] for node in gm.graph.nodes for c in module_calls(node)}
-        self._start = 1 if len(starts) == 1 else 0  # of paths: the local variable says nothing
+        self._start = 1 if len(starts) == 1 else 0  # of paths: skips the local variable
 
     def rewritten(
         self,
@@ -121,7 +121,7 @@ class _Outliner:
         inputs: Sequence[fx.Node],
         group: Group | None = None,
     ) -> fx.Graph:
-        """A graph of `nodes` with each group as one call; with `group`, of what is inside of it."""
+        """Return a graph of `nodes` with each group as one call; with `group`, of its inside."""
         graph = fx.Graph()
         new = {node: graph.placeholder(node.name) for node in inputs}
         for item in _segments(list(nodes), choose):
@@ -161,7 +161,7 @@ class _Outliner:
             new[node].meta.update(node.meta)
 
     def _alone(self, graph: fx.Graph, node: fx.Node, new: dict[fx.Node, fx.Node]) -> None:
-        """One operation as a call."""
+        """Turn one operation into a call."""
         group = Group(ModuleCall(node.name, ()), [node])
         inputs = group.inputs()
         name = f"{LEAVES}.{node.name}"
@@ -173,7 +173,7 @@ class _Outliner:
             new[made].meta.update(made.meta)
 
     def _placed(self, group: Group, module: nn.Module, nested: bool) -> str:
-        """Put an outlined module into its place; returns its name there."""
+        """Add an outlined module at its path; return its name there."""
         path = group.call.path[self._start :]
         again = group.call.key.partition("@")[2]  # the second call of a module, and so on
         *within, last = [f"{path[0]}_{again}" if again else path[0], *path[1:]]
@@ -186,7 +186,7 @@ class _Outliner:
         return name
 
     def _labelled(self, group: Group) -> list[tuple[int, fx.Node]]:
-        """What leaves a group, with labels that all members of its list share."""
+        """Return the outputs of a group, with labels that all members of its list share."""
         labels = self._labels.setdefault(group.call.path[:-1], {})
         seen: Counter[object] = Counter()
         found: dict[fx.Node, int] = {}
@@ -199,7 +199,7 @@ class _Outliner:
 
 
 def _places(nodes: Sequence[fx.Node]) -> list[tuple[str, ...]]:
-    """Where in the source each node is made, from where these nodes' ways part."""
+    """Return the source location of each node, relative to their common part."""
     frames = [tuple((n.meta.get("stack_trace") or "").split("  File ")) for n in nodes]
     shared = takewhile(lambda same: len(set(same)) == 1, zip(*frames, strict=False))
     start = len(list(shared))
@@ -207,7 +207,7 @@ def _places(nodes: Sequence[fx.Node]) -> list[tuple[str, ...]]:
 
 
 def _lists(members: Mapping[Path, Mapping[int, nn.Module]]) -> list[BlockList]:
-    """The lists; a member that Dynamo's graph does not call is an empty module."""
+    """Return the lists; a member that Dynamo's graph does not call is an empty module."""
     return [
         BlockList(".".join(path), tuple(found.get(i, nn.Module()) for i in range(max(found) + 1)))
         for path, found in members.items()
@@ -215,7 +215,7 @@ def _lists(members: Mapping[Path, Mapping[int, nn.Module]]) -> list[BlockList]:
 
 
 def _segments(nodes: Sequence[fx.Node], choose: Chooser) -> list[fx.Node | Group]:
-    """The nodes in order; those of one module call, and what stands between them, as a group."""
+    """Return the nodes in order; those of one module call, and nodes between them, as a group."""
     found: dict[str, Group] = {}
     spans: dict[str, list[int]] = {}
     for place, node in enumerate(nodes):
@@ -230,7 +230,7 @@ def _segments(nodes: Sequence[fx.Node], choose: Chooser) -> list[fx.Node | Group
         key, end = ends.get(place, ("", place))
         inside = [n for n in nodes[place : end + 1] if n.op != "get_attr"]
         if key:
-            found[key].nodes = inside  # with what stands between them
+            found[key].nodes = inside  # with the nodes between them
         segments += [found[key]] if key else inside
         place = end + 1
     return segments

@@ -1,4 +1,4 @@
-"""From Dynamo's graph to one with its blocks as calls, and what its inputs are."""
+"""Analyse Dynamo's graph: its blocks as calls, and the roles of its inputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dit_cache_fx.capture.blocks import is_composite
 from dit_cache_fx.capture.leaves import candidate_lists
 from dit_cache_fx.dynamo.capture import Outlined
 from dit_cache_fx.dynamo.outline import is_number, outline
-from dit_cache_fx.dynamo.reads import cut, is_read
+from dit_cache_fx.dynamo.reads import cut, reads_of
 from dit_cache_fx.dynamo.sources import argument_of, is_owned, path_of
 from dit_cache_fx.errors import DiscoveryError, OptionError
 
@@ -28,9 +28,9 @@ def outlined_graph(
     whole: bool,
     frame: CompiledFrame,
 ) -> Outlined:
-    """Dynamo's graph with its blocks as calls, and the names of its inputs.
+    """Return Dynamo's graph with its blocks as calls, and the names of its inputs.
 
-    Raises `OptionError` where the lists that the user named are not in a `whole` graph.
+    Raises `OptionError` if a `whole` graph lacks the lists that the user named.
     """
     places = gm.graph.find_nodes(op="placeholder")
     numbers = {i for i, node in enumerate(places) if node.users and all(map(is_number, node.users))}
@@ -74,7 +74,7 @@ def outlined_graph(
         constant=None if step is not None or named is None else frame.numbers.get(named),
         numbers_beside=frozenset((n, v) for n, v in frame.numbers.items() if n != named),
         reads=reads,
-        asks=any(is_read(n) and not is_number(n) for n in gm.graph.nodes),
+        asks=any(not is_number(n) for n in reads_of(gm.graph)),
     )
 
 
@@ -86,7 +86,7 @@ def _trunk_lists(
     whole: bool,
     frame: CompiledFrame,
 ) -> tuple[list[BlockList], dict[str, int]]:
-    """Which of a graph's lists may be cached, and the model's lists that other pieces have."""
+    """Return a graph's lists that may be cached, and the model's lists in other pieces."""
     others: dict[str, int] = {}
     if not whole and frame.outer is not None:
         others = _other_lists(frame.outer, lists, gm, example_inputs)
@@ -98,7 +98,7 @@ def _trunk_lists(
 
 
 def _names(origins: Sequence[fx.Node], owned: set[fx.Node]) -> list[str]:
-    """A name for each input: the argument's; for the model's own, as Dynamo calls it."""
+    """Return a name for each input: its argument; for the model's own, Dynamo's name."""
     names: list[str] = []
     for node in origins:
         name = node.name if node in owned else re.sub(r"\W", "_", argument_of(node))
@@ -107,13 +107,13 @@ def _names(origins: Sequence[fx.Node], owned: set[fx.Node]) -> list[str]:
 
 
 def _number_step(scalars: Mapping[str, int], timestep: str | None) -> int | None:
-    """Which of the inputs that are numbers the timestep is."""
+    """Return the index of the timestep among the inputs that are numbers."""
     name = timestep or named_timestep([*scalars], None)
     return None if name is None else scalars.get(name)
 
 
 def _timestep(given: Mapping[str, torch.Tensor], timestep: str | None, whole: bool) -> str | None:
-    """The name of the timestep among a graph's inputs; None where it is not among them."""
+    """Return the name of the timestep among a graph's inputs; None if it is not among them."""
     if timestep is not None:
         return timestep if timestep in given else None
     name = named_timestep(list(given), None)
@@ -128,7 +128,7 @@ def _timestep(given: Mapping[str, torch.Tensor], timestep: str | None, whole: bo
 def _holds_trunk(
     model: nn.Module, lists: Sequence[BlockList], gm: fx.GraphModule, example_inputs: Sequence[Any]
 ) -> bool:
-    """Whether a piece of the model has blocks of its largest list, or this cannot be told."""
+    """Return whether a piece of the model has blocks of its largest list, or this is unknown."""
     if not any(isinstance(value, nn.Parameter) for value in example_inputs):
         return True
     found = [(_size(b), b) for b in candidate_lists(model) if is_composite(b)]
@@ -143,7 +143,7 @@ def _size(blocks: BlockList) -> int:
 def _other_lists(
     model: nn.Module, lists: Sequence[BlockList], gm: fx.GraphModule, example_inputs: Sequence[Any]
 ) -> dict[str, int]:
-    """The model's lists that a piece has no blocks of: name -> how many they are."""
+    """Return the model's lists without blocks in this piece: name -> number of blocks."""
     return {
         b.name: len(b.modules)
         for b in candidate_lists(model)
@@ -158,7 +158,7 @@ def _chosen(
     example_inputs: Sequence[Any],
     whole: bool,
 ) -> list[BlockList]:
-    """The lists that the user named, or gave."""
+    """Return the lists that the user passed, by name or as objects."""
     found = []
     for item in blocks:
         name = item if isinstance(item, str) else _name_of([item], lists, gm, example_inputs)
@@ -178,7 +178,7 @@ def _name_of(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
 ) -> str | None:
-    """The name of the list that has the parameters of these modules."""
+    """Return the name of the list that has the parameters of these modules."""
     own = {id(p) for module in modules for p in module.parameters()}
     places = gm.graph.find_nodes(op="placeholder")
     paths = [

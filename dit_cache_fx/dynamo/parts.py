@@ -1,4 +1,4 @@
-"""Lowered graphs as the inner compiler takes them: flat, and compiled at their first call."""
+"""Prepare lowered graphs for the inner compiler: flat, and compiled on their first call."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from dit_cache_fx.values.tensor_spec import TensorSpec
 
 
 class _AtFirstCall:
-    """Compiles a graph when it is called first. `own`: operands that are the cache's, what is held.
+    """Compiles a graph on its first call. `own`: operands of the cache (cached tensors).
 
-    The compiler may take two operands that are one tensor now for one for good: Dynamo tells when
-    it may not for a call's inputs, so only what is held is stood in for.
+    The compiler may assume for good that two operands which are one tensor now stay so. Dynamo
+    guards this for a call's inputs, so only cached tensors are replaced by stand-ins.
     """
 
     def __init__(self, compile_graph: Compile, part: Part, own: Mapping[str, TensorSpec]) -> None:
@@ -57,18 +57,18 @@ class _AtFirstCall:
 def compiled_part(
     part: Part,
     compile_graph: Compile,
-    held: Mapping[str, TensorSpec],
+    cached: Mapping[str, TensorSpec],
     dynamos: fx.GraphModule,
     inputs: Mapping[str, fx.Node],
 ) -> CompiledPart:
-    """`part`, with its blocks inlined. `inputs`: name -> the input of Dynamo's graph that it is."""
+    """Return `part` with its blocks inlined. `inputs`: name -> input of Dynamo's graph."""
     inlined = Part(like_dynamos(flat(part.gm), dynamos, inputs), part.names)
-    compiled = _AtFirstCall(compile_graph, inlined, held)
+    compiled = _AtFirstCall(compile_graph, inlined, cached)
     return CompiledPart(inlined.gm, inlined.names, compiled)
 
 
 def flat(gm: fx.GraphModule) -> fx.GraphModule:
-    """The same graph without calls of other graphs.
+    """Return the same graph without calls of other graphs.
 
     Before:
 
@@ -87,7 +87,7 @@ def flat(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _inlined(gm: fx.GraphModule, new: dict[fx.Node, Any], graph: fx.Graph, owner: nn.Module) -> Any:
-    """Add a graph's nodes to `graph`; returns its output in terms of the new nodes."""
+    """Add a graph's nodes to `graph`; return its output in terms of the new nodes."""
 
     def instead(node: fx.Node) -> Any:
         source: Any = node.args[0] if node.target is operator.getitem else None
@@ -106,7 +106,7 @@ def _inlined(gm: fx.GraphModule, new: dict[fx.Node, Any], graph: fx.Graph, owner
 
 @contextmanager
 def _entered(graph: fx.Graph, within: Within) -> Iterator[None]:
-    """The nodes that are added within it run in these contexts.
+    """Run the nodes that are added inside in these contexts.
 
     After:
 
@@ -143,7 +143,7 @@ def _value(gm: fx.GraphModule, target: str) -> Any:
 
 
 def _kept(owner: nn.Module, value: Any) -> str:
-    """The name under which `owner` has a value; it gets what it has not."""
+    """Return the name of a value in `owner`; add the value if it is missing."""
     names = [*owner._parameters, *owner._buffers, *owner._modules, *vars(owner)]
     known = next((n for n in names if n.startswith("_kept_") and getattr(owner, n) is value), None)
     name = known or f"_kept_{len(names)}"

@@ -1,7 +1,7 @@
-"""Values that Dynamo's graph reads out of tensors (`.item()`): read apart, before the graph runs.
+"""Values that Dynamo's graph reads from tensors (`.item()`): read them before the graph runs.
 
-Each graph of the cache is for certain values, as for certain shapes. A value that moves with the
-steps, the timestep's, stays a tensor of no dimensions.
+Each graph of the cache is for certain values, as for certain shapes. A value that changes with the
+steps, such as the timestep's, stays a tensor of no dimensions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dit_cache_fx.dynamo.outline import outer_member
 from dit_cache_fx.dynamo.sources import Path, module_calls, path_of
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.copying import copy_nodes
-from dit_cache_fx.ir.program import ancestors
+from dit_cache_fx.ir.program import ancestors, inputs_behind
 from dit_cache_fx.values.random_state import RandomState
 
 _IN_PLACE = (
@@ -36,21 +36,21 @@ _IN_PLACE = (
 
 
 def as_number(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of one element as one of no dimensions, which acts as its number does."""
+    """Return a one-element tensor as one of no dimensions, which acts like its number."""
     dtype = torch.float64 if tensor.is_floating_point() else torch.int64
     return tensor.reshape(()).to(dtype)
 
 
 class Reads:
-    """A graph from the inputs of Dynamo's graph to the values that are read out of tensors."""
+    """A graph from the inputs of Dynamo's graph to the values that are read from tensors."""
 
     def __init__(self, gm: fx.GraphModule, count: int) -> None:
         self.gm = gm
         self.count = count
-        self.random: bool | None = None  # whether it draws random numbers, once that is known
+        self.random: bool | None = None  # whether it draws random numbers, once known
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
-        """The values; none of random numbers. Waits for the device."""
+        """Return the values, except random ones. Waits for the device."""
         if self.random is None:
             drawn = RandomState.now([v for v in inputs if isinstance(v, torch.Tensor)])
             with drawn.again():
@@ -66,7 +66,7 @@ class Reads:
 def cut(
     gm: fx.GraphModule, numbers: Collection[fx.Node], timestep: fx.Node | None
 ) -> tuple[fx.GraphModule, Reads | None]:
-    """Dynamo's graph that is given what it reads, and what reads it.
+    """Split Dynamo's graph into one that takes the read values, and one that reads them.
 
     Before:
 
@@ -74,16 +74,16 @@ def cut(
         %item = item(%sum)
         %h = mul(%x, %item)
 
-    After, the graph and what reads:
+    After, the graph and the one that reads:
 
         %read_0 = placeholder                               %sum = sum(%mask)
         %h = mul(%x, %read_0)                               %item = item(%sum)
 
-    What depends on the `timestep` becomes `as_number(...)`. `numbers`: inputs that are numbers
-    anyway. What a block makes is not there before the graph runs: such reads are left.
+    Values that depend on the `timestep` become `as_number(...)`. `numbers`: inputs that are numbers
+    anyway. Reads from a block's result remain in the graph.
     """
     members = {c.path for n in gm.graph.nodes if (c := outer_member(module_calls(n))) is not None}
-    found = [n for n in gm.graph.nodes if is_read(n) and n.args[0] not in numbers]
+    found = [n for n in reads_of(gm.graph) if n.args[0] not in numbers]
     found = [n for n in found if _is_before_blocks(n, members) and not _is_after_change(n)]
     moving = [n for n in found if timestep is not None and timestep in ancestors([n])]
     apart = [n for n in found if n not in moving]
@@ -92,19 +92,19 @@ def cut(
     return _given(gm, apart, moving), Reads(_reading(gm, apart), len(apart)) if apart else None
 
 
-def is_read(node: fx.Node) -> bool:
-    """Whether it gives the value of a tensor."""
-    return node.op == "call_method" and node.target == "item"
+def reads_of(graph: fx.Graph) -> list[fx.Node]:
+    """Return the nodes that read the value of a tensor."""
+    return list(graph.find_nodes(op="call_method", target="item"))
 
 
 def _is_before_blocks(node: fx.Node, members: Collection[Path]) -> bool:
-    """Whether no weight of a block is needed for it."""
-    sources = [path_of(dynamo_source(n)) for n in ancestors([node]) if n.op == "placeholder"]
+    """Return whether the node needs no weight of a block."""
+    sources = [path_of(dynamo_source(n)) for n in inputs_behind(node)]
     return not any(source[: len(path)] == path for source in sources for path in members)
 
 
 def _is_after_change(node: fx.Node) -> bool:
-    """Whether something before it is changed in place: it may be what is read."""
+    """Return whether a node before it changes a tensor in place: it may be the one that is read."""
     for other in node.graph.nodes:
         if other is node:
             return False
@@ -145,9 +145,9 @@ def _reading(gm: fx.GraphModule, reads: list[fx.Node]) -> fx.GraphModule:
 
 
 class Checked(fx.Interpreter):
-    """Runs Dynamo's graph, where numbers may be tensors.
+    """Runs Dynamo's graph with tensors in the place of numbers.
 
-    Refuses it where that makes another dtype of a result.
+    Refuses it if that changes the dtype of a result.
     """
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -163,4 +163,4 @@ class Checked(fx.Interpreter):
 
 def _refuse_other_dtype(node: fx.Node, result: torch.Tensor, wanted: torch.Tensor) -> None:
     if result.dtype != wanted.dtype:
-        raise CaptureError(f"{node} is {result.dtype} where the timestep is no number")
+        raise CaptureError(f"{node} is {result.dtype} if the timestep is no number")

@@ -1,7 +1,7 @@
 """A call of Dynamo's graph whose rows belong to different sessions.
 
-The graph is for any number of rows where Dynamo has made that dynamic: then it is called with some
-of them. Whether it gives the same with so many is tried once for each number.
+If Dynamo has made the number of rows dynamic, the graph accepts any number of them: then it is
+called with some of them. Each number is checked once for equal results.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from dit_cache_fx.errors import OptionError
 from dit_cache_fx.ir.alone import Alone
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.runtime.batch import Batch
+from dit_cache_fx.runtime.batch.row_check import compare_rows, tolerance
+from dit_cache_fx.runtime.batch.row_groups import Group, Row, answer, decide, output
+from dit_cache_fx.runtime.batch.row_steps import RowLayout, RowSteps
 from dit_cache_fx.runtime.call_log import CallLog, CallStart
 from dit_cache_fx.runtime.drive import GraphCall, Serving, lasting
-from dit_cache_fx.runtime.row_check import compare_rows, tolerance
-from dit_cache_fx.runtime.row_groups import Group, Row, answer, decide, output
-from dit_cache_fx.runtime.session import Session
 from dit_cache_fx.runtime.step import Step
-from dit_cache_fx.runtime.timestep_value import TimestepValue
-from dit_cache_fx.runtime.together import Layout, Together
+from dit_cache_fx.runtime.tracking.session import Session
+from dit_cache_fx.runtime.tracking.timestep_value import TimestepValue
 from dit_cache_fx.values.rows import CallRows
 
-#: most graphs of rows of one of Dynamo's graphs that are kept
+#: the largest number of graphs of rows, for one of Dynamo's graphs
 MAX_GRAPHS = 128
-#: makes the graphs for inputs like these, each row of which has a clock of its own
+#: makes the graphs for inputs like these, with a clock for each row
 Lower = Callable[[Sequence[Input], Alone | None], Lowered]
 
 
@@ -40,35 +40,35 @@ class RowGraphs:
 
     def __init__(self, lower: Lower) -> None:
         self._lower = lower
-        self._made: OrderedDict[Hashable, tuple[Lowered, Layout | None]] = OrderedDict()
+        self._made: OrderedDict[Hashable, tuple[Lowered, RowLayout | None]] = OrderedDict()
         self._making = threading.RLock()
 
     def forget(self) -> None:
-        """Forget them."""
+        """Forget the graphs."""
         self._made.clear()
 
     def all(self) -> list[Lowered]:
-        """Every graph."""
+        """Return every graph."""
         return [lowered for lowered, _ in [*self._made.values()]]
 
     def of(self, key: Hashable, inputs: Sequence[Input]) -> Lowered:
-        """The graph for one row by itself."""
+        """Return the graph for one row by itself."""
         return self._found(key, lambda: (self._lower(inputs, None), None))[0]
 
     def of_many(
         self, key: Hashable, inputs: Sequence[Input], one: Lowered, count: int
-    ) -> tuple[Lowered, Layout | None]:
-        """The graph for several, and where the rows are in it."""
+    ) -> tuple[Lowered, RowLayout | None]:
+        """Return the graph for several rows, and their layout."""
 
-        def make() -> tuple[Lowered, Layout | None]:
+        def make() -> tuple[Lowered, RowLayout | None]:
             many = self._lower(inputs, Alone(count, one.program.values()))
-            return many, Layout.of(one, many, count)
+            return many, RowLayout.of(one, many, count)
 
         return self._found(key, make)
 
     def _found(
-        self, key: Hashable, make: Callable[[], tuple[Lowered, Layout | None]]
-    ) -> tuple[Lowered, Layout | None]:
+        self, key: Hashable, make: Callable[[], tuple[Lowered, RowLayout | None]]
+    ) -> tuple[Lowered, RowLayout | None]:
         found = self._made.get(key)
         if found is None:
             with self._making:
@@ -89,7 +89,7 @@ class RowCall:
         self._sizes = self._dynamic_sizes() if self.rows.count > 1 else set[int]()
 
     def taken(self, places: Sequence[int]) -> list[Input]:
-        """The inputs for these rows."""
+        """Return the inputs for these rows."""
         inputs = list(self.inputs)
         values = self.rows.taken(places).values()
         for i, value in zip(self.outlined.tensors, values, strict=True):
@@ -99,8 +99,8 @@ class RowCall:
         return inputs
 
     def _dynamic_sizes(self) -> set[int]:
-        """Which inputs are the number of rows; there may be none."""
-        nodes = [n for n in self.outlined.dynamos.graph.nodes if n.op == "placeholder"]
+        """Return the indexes of the inputs that are the number of rows; there may be none."""
+        nodes = self.outlined.dynamos.graph.find_nodes(op="placeholder")
         values = [node.meta.get("example_value", node.meta.get("val")) for node in nodes]
         places = dict(zip(self.outlined.names, self.outlined.tensors, strict=True))
         sizes = {str(values[places[name]].shape[0]) for name in self.rows.names}
@@ -108,8 +108,8 @@ class RowCall:
             raise OptionError(
                 "sessions",
                 f"{self.rows.count} of them",
-                "rows of a graph that takes any number of them, and Dynamo has made one for "
-                f"{self.rows.count} alone: torch.compile(model, backend=..., dynamic=True)",
+                "rows of a graph for any number of them, but Dynamo has made one for "
+                f"{self.rows.count} only: use torch.compile(model, backend=..., dynamic=True)",
             )
         return {i for i, v in enumerate(values) if isinstance(v, torch.SymInt) and str(v) in sizes}
 
@@ -129,7 +129,7 @@ class RowAnswers:
         self._checked.clear()
 
     def lowered(self) -> list[Lowered]:
-        """The graphs that there are."""
+        """Return the graphs."""
         return self._graphs.all()
 
     def __call__(
@@ -139,9 +139,9 @@ class RowAnswers:
         key: Callable[[Sequence[Input]], Hashable],
         value: Callable[[Session, Sequence[Input]], TimestepValue],
     ) -> Sequence[Any]:
-        """Answer a call. Nothing of it is noted when it raises.
+        """Answer a call. Records nothing if it raises.
 
-        `key`: what graphs are made for. `value`: the timestep of a row's inputs.
+        `key`: of the graphs. `value`: the timestep in a row's inputs.
         """
         call = RowCall(self._outlined, batch, inputs)
         alone = [call.taken([place]) for place in range(call.rows.count)]
@@ -164,7 +164,7 @@ class RowAnswers:
             _run(answer(rows, found))
             result: Sequence[Any] = output(rows)
             for row, start, own in zip(rows, starts, tensors, strict=True):
-                start.step.commit(own, [], row.kept)
+                start.step.commit(own, [], row.recorded)
                 self._call_log.done(
                     start, lambda: [one.program.arguments[i] for i in one.conditioning]
                 )
@@ -188,7 +188,7 @@ class RowAnswers:
         named = dict(zip(lowered.program.inputs, tensors, strict=True))
         variants = lowered.variants
 
-        def decided(step: Step | Together, given: dict[str, torch.Tensor]) -> Serving:
+        def decided(step: Step | RowSteps, given: dict[str, torch.Tensor]) -> Serving:
             part = variants.compute if step.computes else variants.reuse
             given.update(step.compiled_given(part.names))
             return (yield GraphCall(part.run, part.operands(given)))
@@ -196,7 +196,7 @@ class RowAnswers:
         return Group(members, variants, layout, named, decided)
 
     def _check(self, call: RowCall, members: Sequence[Row], given: list[Input]) -> None:
-        """Raise where Dynamo's graph gives something else for these rows than for all."""
+        """Raise if Dynamo's graph gives other results for these rows than for all."""
         together, some = (_answer(call.outlined, inputs) for inputs in (call.inputs, given))
         parameters = [t for t in call.inputs if isinstance(t, torch.Tensor)]
         near = tolerance([*together, *parameters])
@@ -206,7 +206,7 @@ class RowAnswers:
 
 
 def _answer(outlined: Outlined, inputs: Sequence[Input]) -> list[torch.Tensor]:
-    """What Dynamo's graph gives; it may change what it is given."""
+    """Run Dynamo's graph on copies of its inputs, which it may change."""
     own = {i for i, n in zip(outlined.tensors, outlined.names, strict=True) if n in outlined.owned}
     copies = [
         v.clone() if isinstance(v, torch.Tensor) and i not in own else v
@@ -220,7 +220,7 @@ def _answer(outlined: Outlined, inputs: Sequence[Input]) -> list[torch.Tensor]:
 
 
 def _run(serving: Serving) -> None:
-    """Run what is asked for, without a compiler that looks on."""
+    """Run the graphs of a call without a compiler."""
     call = next(serving, None)
     while call is not None:
         results = lasting(call.graph(*call.operands))

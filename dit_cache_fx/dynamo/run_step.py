@@ -1,4 +1,4 @@
-"""Runs the graph of a step's kind on the tensors of a call."""
+"""Run the graph of a step's kind on the tensors of a call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dit_cache_fx.runtime.step import Step
 def run_step(
     lowered: Lowered, step: Step, tensors: Sequence[torch.Tensor]
 ) -> Sequence[torch.Tensor]:
-    """Run the graph of the step's kind; what it reads of the inputs is picked by name."""
+    """Run the graph of the step's kind; it takes its inputs by name."""
     variants, made = lowered.variants, dict[str, torch.Tensor]()
     value: torch.Tensor | None = None
     if variants.prefix is not None:

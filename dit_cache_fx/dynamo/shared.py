@@ -1,4 +1,4 @@
-"""What all graphs of one backend have in common."""
+"""State that all graphs of one backend share."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from dit_cache_fx.dynamo.capture import Input, Outlined
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.ranks import Ranks
 from dit_cache_fx.runtime.call_log import CallLog
-from dit_cache_fx.runtime.session import Session
-from dit_cache_fx.runtime.timestep_value import TimestepValue
+from dit_cache_fx.runtime.tracking.session import Session
+from dit_cache_fx.runtime.tracking.timestep_value import TimestepValue
 
 NO_BLOCKS = (
     "no block list found in the compiled graph (an nn.ModuleList whose members are called one "
     "after another)"
 )
 _SPLIT = (
-    "Dynamo splits the model (TORCH_LOGS=graph_breaks tells where) and no piece can be cached, but "
-    "dit_cache_fx.apply(model, ...) can capture it"
+    "Dynamo splits the model (TORCH_LOGS=graph_breaks shows where) and no piece can be cached, "
+    "but dit_cache_fx.apply(model, ...) can capture it"
 )
 
 Compiled = Callable[..., Sequence[Any]]
@@ -29,12 +29,11 @@ Compiled = Callable[..., Sequence[Any]]
 
 @dataclass
 class Shared:
-    """What the graphs of a backend know of each other.
+    """The shared state of a backend's graphs.
 
-    `timesteps`: by the function that Dynamo has split, the timestep that its first piece was given.
-    `split`: there was a piece that is not the whole of its function. `caches`: a graph is cached.
-    `programs`: those of the graphs that there are. `ranks`: the processes that the model is spread
-    over.
+    `timesteps`: by the function that Dynamo has split, the timestep of its first piece. `split`:
+    there was a piece that is not the whole of its function. `caches`: a graph is cached.
+    `programs`: those of the existing graphs. `ranks`: the processes that run the model.
     """
 
     call_log: CallLog
@@ -49,31 +48,31 @@ class Shared:
     ranks: Ranks | None = None
 
     def serial(self, program: Hashable) -> int:
-        """The number of a program: what is held with one graph of it is right for another one.
+        """Return the number of a program: graphs of one program share their cached tensors.
 
         Threads that wait for one compilation of Dynamo get a graph each.
         """
         return self.serials.setdefault(program, len(self.serials) + 1)
 
     def tell(self, piece: Piece, value: TimestepValue) -> None:
-        """Note the timestep of a piece for those behind it."""
+        """Record the timestep of a piece for the later ones."""
         if not piece.whole:
             self.timesteps[piece.function] = value
 
     def constant(self, value: float | None) -> float | None:
-        """A timestep that is a constant of a graph; None for any other than the first one.
+        """Return the timestep that is a constant of a graph; None for any other than the first one.
 
-        Dynamo lets a number vary from its second value on. Where it must not, each step has a
-        graph of its own, and there is nothing to reuse.
+        Dynamo lets a number vary from its second value on. If it cannot, each step has a graph of
+        its own, and nothing can be reused.
         """
         if self.first_constant is None:
             self.first_constant = value
         return value if value == self.first_constant else None
 
     def uncached(self, reason: str, again: bool) -> None:
-        """A graph is not cached: warn, once. Of a split model only where no piece is cached.
+        """Warn, once, that a graph is not cached. For a split model only if no piece is cached.
 
-        That is known when a graph is called `again`: by then all pieces were compiled.
+        That is known when a graph is called `again`: by then all pieces are compiled.
         """
         if self.warned or (self.split and (self.caches or not again)):
             return
@@ -88,7 +87,7 @@ def step_value(
     inputs: Sequence[Input],
     session: Session | None = None,
 ) -> TimestepValue | None:
-    """The timestep of a call: set by the user, among its inputs, or told by an earlier piece."""
+    """Return a call's timestep: set by the user, among its inputs, or from an earlier piece."""
     place = outlined.timestep_position
     value: TimestepValue | None = None
     explicit = (session or shared.call_log.tracker.session).explicit

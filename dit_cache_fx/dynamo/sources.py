@@ -1,6 +1,6 @@
-"""What the inputs of Dynamo's graph and the modules that its nodes come from are called.
+"""Names of the inputs of Dynamo's graph, and of the modules that its nodes come from.
 
-Dynamo names both by how the compiled function reaches them: `L['self']._modules['img_in']`,
+Dynamo names both by their access path in the compiled function: `L['self']._modules['img_in']`,
 `L['kwargs']['timestep']`.
 """
 
@@ -20,23 +20,23 @@ _STEP = re.compile(
     r"|\['(?P<key>[^']+)'\]|\[(?P<index>\d+)\]"
 )
 _CLOSURE = re.compile(r"\.__closure__\[\d+\]\.cell_contents")
-#: from a method (that a hook has kept) to the module that it is of
+#: from a method (kept by a hook) to its module
 _METHOD = re.compile(r"\.\w+\.__self__(?=[.\[]|$)")
-#: steps of a path that name nothing: where a module keeps things, and wrappers around one
+#: parts of a path that are no names: a module's containers, and wrappers around a module
 _SILENT = {"_modules", "_parameters", "_buffers", "_orig_mod"}
 
 Path = tuple[str, ...]
 
 
 class ModuleCall(NamedTuple):
-    """A module call that a node is from: Dynamo's key for the call, and the module's path."""
+    """A module call that contains a node: Dynamo's key of the call, and the module's path."""
 
     key: str
     path: Path
 
 
 def path_of(source: str) -> Path:
-    """The names that lead to something, the local variable that it starts from first.
+    """Return the names in an access path, starting with the local variable.
 
     `L['self']._modules['blocks']._modules['0']` gives `("self", "blocks", "0")`.
     """
@@ -48,13 +48,13 @@ def path_of(source: str) -> Path:
 
 
 def module_calls(node: fx.Node) -> list[ModuleCall]:
-    """The module calls that a node of Dynamo's graph is inside of, the outermost first."""
+    """Return the module calls that contain a node of Dynamo's graph, the outermost first."""
     stack = node.meta.get("nn_module_stack") or {}
     return [ModuleCall(key, path_of(entry[0])) for key, entry in stack.items()]
 
 
 def is_owned(node: fx.Node, value: object) -> bool:
-    """Whether an input is a parameter or buffer of a module, and none of the call's own."""
+    """Return whether an input is a parameter or buffer of a module, and not the call's own."""
     if isinstance(value, torch.nn.Parameter):
         return True
     source = dynamo_source(node)
@@ -62,7 +62,7 @@ def is_owned(node: fx.Node, value: object) -> bool:
 
 
 def argument_of(node: fx.Node) -> str:
-    """The argument that an input came in: by its name, or what is made of its way to there."""
+    """Return the argument of an input: its name, or one made from its access path."""
     start, *rest = path_of(dynamo_source(node))
     if start.endswith("kwargs") and rest and not rest[0].isdigit():
         start, *rest = rest

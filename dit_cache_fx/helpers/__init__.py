@@ -1,6 +1,6 @@
-"""Helper classes as published by AngelSlim, over this library: for code that was written for them.
+"""The helper classes of AngelSlim on top of this library, for code that was written for them.
 
-`docs/moving_from_angelslim.md` says what is the same and what is not.
+`docs/moving_from_angelslim.md` lists the differences.
 """
 
 from dit_cache_fx.helpers.base import CacheHelper

@@ -1,4 +1,4 @@
-"""The helper that the others build on: its life, and how it makes a model skip."""
+"""`CacheHelper`: the base class of the helpers, which adds caching to an existing model object."""
 
 from __future__ import annotations
 
@@ -20,21 +20,35 @@ Ids = Mapping[str, Iterable[int]]
 
 
 class CacheHelper:
-    """Caches the given blocks of a model that others hold and call; DeepCache for every block.
+    """Caches the given blocks of a model, with DeepCache; base class of the other helpers.
 
-    While it is enabled, the model's `forward` is that of a cached model. Set `cur_timestep` to the
-    step's index before each step, and call `clear_states()` before each generation.
+    While it is enabled, the model's `forward` is that of a cached model, so code that holds the
+    model needs no change. Set `cur_timestep` to the step's index before each step, and call
+    `clear_states()` before each generation.
+
+    `enable()` checks all arguments. Attributes of these names that change later take effect at the
+    next `enable()` or `clear_states()`.
 
     Args:
-        double_blocks: block modules of the model (a module list of it, or a list).
-        single_blocks: more of them.
-        no_cache_steps: the steps that are computed in full, counted from the generation's first.
-        model: the model that is called. When None it is the one module whose module lists hold the
-            blocks.
-        timestep: the name of forward's timestep argument; found when None.
+        double_blocks (`Iterable[nn.Module]`, *optional*):
+            The blocks to cache: a module list of the model, or a list of its members.
+        single_blocks (`Iterable[nn.Module]`, *optional*):
+            More blocks to cache, of a second list.
+        no_cache_steps (`Iterable[int]`, *optional*):
+            The indices of the steps to compute in full, counted from 0 in each generation. Required
+            by `enable()`.
+        model (`nn.Module`, *optional*):
+            The model that is called. When None, the only module of the process whose module lists
+            hold the blocks.
+        timestep (`str`, *optional*):
+            The name of forward's timestep argument. When None, it is determined from the arguments.
 
-    Everything is checked by `enable()`. Attributes that are changed later take effect at the next
-    `enable()` or `clear_states()`.
+    Example:
+        >>> helper = CacheHelper(model.blocks, no_cache_steps=range(0, 50, 2))
+        >>> helper.enable()
+        >>> helper.cur_timestep = 0
+        >>> noise = model(sample, timestep, prompt)
+        >>> helper.disable()
     """
 
     def __init__(
@@ -52,18 +66,18 @@ class CacheHelper:
         self.model = model
         self.timestep = timestep
         self._step = 0
-        self._options: Strategy | None = None  # that the cached model was made with
+        self._options: Strategy | None = None  # of the cached model
         self._cached: CachedModel | None = None
         self._installed: InstalledForward | None = None
 
     # --- what a kind of helper says ------------------------------------------------------------
 
     def _strategy(self, ids: Ids | None) -> Strategy:
-        """The strategy, `ids` being its `no_cache_block_id`."""
+        """Return the strategy, with `ids` as its `no_cache_block_id`."""
         return DeepCache(no_cache_steps=self.no_cache_steps, no_cache_block_id=ids)
 
     def _never_cached(self) -> Ids | None:
-        """List ("double_blocks", "single_blocks") -> ids in it that always run."""
+        """Return list ("double_blocks", "single_blocks") -> ids in it that always run."""
         return None
 
     # --- life cycle ----------------------------------------------------------------------------
@@ -71,8 +85,10 @@ class CacheHelper:
     def enable(self) -> None:
         """Cache from the model's next call on; nothing is held yet.
 
-        Raises `OptionError` for an argument that cannot work, or where another helper is enabled
-        on the model; `DiscoveryError` where the timestep argument cannot be told.
+        Raises:
+            OptionError: An argument has a value that cannot work, or another helper is enabled on
+                the model.
+            DiscoveryError: The timestep argument cannot be determined.
         """
         self.disable()
         given = given_blocks(double_blocks=self.double_blocks, single_blocks=self.single_blocks)
@@ -86,14 +102,14 @@ class CacheHelper:
         self.cur_timestep = 0
 
     def disable(self) -> None:
-        """The model is exactly as before; nothing is held any more."""
+        """Restore the model exactly, and free the cached tensors."""
         if self._installed is not None:
             self._installed.remove()
         self._installed = self._cached = None
         self._step = 0
 
     def clear_states(self) -> None:
-        """Forget what is held and start at step 0; keep the graphs."""
+        """Forget the cached tensors and start at step 0; keep the graphs."""
         if self._cached is not None and self._strategy(self._never_cached()) != self._options:
             self.enable()
         if self._cached is not None:
@@ -101,14 +117,18 @@ class CacheHelper:
         self.cur_timestep = 0
 
     def reset_states(self) -> None:
-        """Forget everything, graphs included, and start at step 0."""
+        """Forget everything, including graphs, and start at step 0."""
         if self._cached is not None:
             self._cached.reset_states()
         self.cur_timestep = 0
 
     @property
     def cur_timestep(self) -> int:
-        """The index of the step under way; several calls with the same one are branches of it."""
+        """The index of the current step, from 0; several calls with the same one are its branches.
+
+        Raises:
+            OptionError: The new value is no integer from 0.
+        """
         return self._step
 
     @cur_timestep.setter
@@ -125,17 +145,17 @@ class CacheHelper:
 
     @property
     def cached(self) -> CachedModel | None:
-        """What answers the model's calls, for its `cache_report()`; None while not enabled."""
+        """The cached model behind `forward`, for its `cache_report()`; None while not enabled."""
         return self._cached
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is not enabled: it would share the model's forward with this one."""
+        """Leave out the enabled state: a copy must not share the model's forward with this one."""
         nothing = {"_installed": None, "_cached": None, "_options": None, "_step": 0}
         return {**vars(self), **nothing}
 
 
 def _kept(value: Any) -> Any:
-    """An iterator's items, which can be read again; anything else as it is."""
+    """Return an iterator's items, to be read several times; any other value as it is."""
     return list(value) if isinstance(value, Iterator) else value
 
 
@@ -144,14 +164,14 @@ def _checked(model: Any) -> nn.Module:
         raise OptionError("model", model, "an nn.Module")
     if isinstance(model, CachedModel):
         raise OptionError(
-            "model", type(model).__name__, "the model itself: this one caches already"
+            "model", type(model).__name__, "the model itself: this one is cached already"
         )
     compiled: nn.Module = getattr(model, "_orig_mod", model)
     return compiled
 
 
 def _free(model: nn.Module) -> None:
-    """Make sure that no other helper is enabled; one that is gone has nothing to say any more."""
+    """Check that no other helper is enabled; remove the patch of one that no longer exists."""
     installed = installed_on(model)
     if installed is None:
         return

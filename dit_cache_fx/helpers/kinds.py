@@ -1,4 +1,4 @@
-"""The published helpers, one class for each strategy."""
+"""The helpers of AngelSlim, one class for each strategy."""
 
 from __future__ import annotations
 
@@ -13,8 +13,19 @@ from dit_cache_fx.strategies import Strategy, TaylorCache, TeaCache
 class DeepCacheHelper(CacheHelper):
     """DeepCache, with blocks that always run.
 
-    `no_cache_block_id`: "double_blocks" or "single_blocks" -> ids in the given list. The other
-    arguments are those of `CacheHelper`.
+    Args:
+        no_cache_block_id (`Mapping[str, Iterable[int]]`, *optional*):
+            The blocks that run on every step: "double_blocks" or "single_blocks" -> indices in the
+            list that was passed under this name.
+        more (`Any`):
+            `model` and `timestep`, as in `CacheHelper`.
+
+    Example:
+        >>> never = {"double_blocks": [2]}
+        >>> steps = dit_cache_fx.interval_schedule(50, 11, 45, 4)
+        >>> helper = DeepCacheHelper(model.blocks, no_cache_steps=steps, no_cache_block_id=never)
+        >>> helper.enable()
+        >>> helper.disable()
     """
 
     def __init__(
@@ -33,11 +44,21 @@ class DeepCacheHelper(CacheHelper):
 
 
 class TeaCacheHelper(CacheHelper):
-    """TeaCache: what the blocks add to their stream is held, and added to this step's stream.
+    """TeaCache: a reused step adds the residual of the blocks to this step's stream.
 
-    `cache_name`: the block argument that carries the stream. `stored_input=True` adds it to the
-    stream of the step that it was held on, as AngelSlim's helper does: then the last result is
-    returned, as with DeepCache. The other arguments are those of `CacheHelper`.
+    Args:
+        cache_name (`str`, defaults to `"img"`):
+            The block argument that carries the stream.
+        stored_input (`bool`, defaults to `False`):
+            Add the residual to the input of the step that it comes from, as AngelSlim's helper
+            does. That returns the last result, like DeepCache.
+        more (`Any`):
+            `model` and `timestep`, as in `CacheHelper`.
+
+    Example:
+        >>> helper = TeaCacheHelper(model.blocks, no_cache_steps=range(0, 50, 2), cache_name="h")
+        >>> helper.enable()
+        >>> helper.disable()
     """
 
     def __init__(
@@ -64,11 +85,25 @@ class TeaCacheHelper(CacheHelper):
 
 
 class TaylorCacheHelper(CacheHelper):
-    """TaylorCache: results are extrapolated from their last computed values.
+    """TaylorCache: extrapolate results from their last computed values.
 
-    `max_order`, `low_freqs_order`, `high_freqs_order`: as of `TaylorCache`. `skip_first=True`
-    leaves the generation's first computed step out of the differences, as AngelSlim's helper does.
-    The other arguments are those of `CacheHelper`.
+    Args:
+        max_order (`int`, defaults to `2`):
+            The highest order of a derivative, as in `TaylorCache`.
+        low_freqs_order (`int`, defaults to `2`):
+            The order for the low frequencies over the tokens, as in `TaylorCache`.
+        high_freqs_order (`int`, defaults to `2`):
+            The order for the high frequencies, as in `TaylorCache`.
+        skip_first (`bool`, defaults to `False`):
+            Leave the generation's first computed step out of the differences, as AngelSlim's helper
+            does.
+        more (`Any`):
+            `model` and `timestep`, as in `CacheHelper`.
+
+    Example:
+        >>> helper = TaylorCacheHelper(model.blocks, no_cache_steps=range(0, 50, 2), max_order=1)
+        >>> helper.enable()
+        >>> helper.disable()
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""From block modules to the model that holds them, and to their places in it."""
+"""Find the model that holds given blocks, and the positions of the blocks in it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Given = Mapping[str, Sequence[nn.Module]]
 
 
 def given_blocks(**lists: Any) -> Given:
-    """The arguments that hold blocks, each as a sequence of modules.
+    """Return the arguments that hold blocks, each as a sequence of modules.
 
-    Raises `OptionError` where one is no list of modules, or all are empty.
+    Raises `OptionError` if one is no list of modules, or all are empty.
     """
     given = {name: _modules(name, value) for name, value in lists.items()}
     if not any(given.values()):
@@ -29,7 +29,7 @@ def given_blocks(**lists: Any) -> Given:
 
 
 def _modules(name: str, value: Any) -> list[nn.Module]:
-    expected = "a list of the model's block modules, for instance model.double_blocks"
+    expected = "a list of the model's block modules, for example model.double_blocks"
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise OptionError(name, _what(value), expected)
     blocks = list(value)
@@ -44,23 +44,23 @@ def _what(value: Any) -> Any:
 
 
 def model_with(given: Given) -> nn.Module:
-    """The one module of this process whose module lists hold all of these blocks.
+    """Return the only module of this process whose module lists hold all of these blocks.
 
-    A module does not know its parents, so all modules that are alive are looked at.
+    A module does not know its parents, so the search covers all modules that are alive.
     """
     wanted = {block for blocks in given.values() for block in blocks}
-    # type(): isinstance would ask the objects
+    # type(): isinstance would call the objects' own code
     alive = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
     found: list[nn.Module] = [m for m in alive if wanted <= _members(m)]
     if len(found) == 1:
         return found[0]
     names = [type(m).__name__ for m in found]
     reason = f"{len(found)} modules hold these lists: {names}" if found else "no module holds them"
-    raise OptionError("model", None, f"{reason}; give the model that is called: model=...")
+    raise OptionError("model", None, f"{reason}; pass the model that is called: model=...")
 
 
 def _members(model: nn.Module) -> set[nn.Module]:
-    """What is in the lists that are this module's own; none where it is a list or a view itself."""
+    """Return the members of this module's own lists; empty for a list or a view itself."""
     if issubclass(type(model), (CachedModel, *LISTS)):
         return set()
     children = vars(model).get("_modules", {}).values()
@@ -70,7 +70,7 @@ def _members(model: nn.Module) -> set[nn.Module]:
 def places(
     model: nn.Module, given: Given, never: Mapping[str, Collection[int]]
 ) -> tuple[list[str], dict[str, set[int]]]:
-    """The model's lists that hold the given blocks, and the ids in them that are never cached.
+    """Return the model's lists that hold the given blocks, and the ids in them to leave uncached.
 
     `never`: ids in the given lists. Blocks of the model's lists that were not given are not cached
     either.
@@ -95,7 +95,7 @@ def places(
 
 
 def _where(model: nn.Module) -> dict[nn.Module, tuple[str, int]]:
-    """For each member of a module list, the list's path and its place there."""
+    """Return, for each member of a module list, the list's path and its index there."""
     where: dict[nn.Module, tuple[str, int]] = {}
     for path, module in model.named_modules():
         if isinstance(module, LISTS):
@@ -105,7 +105,7 @@ def _where(model: nn.Module) -> dict[nn.Module, tuple[str, int]]:
 
 
 def checked_ids(given: Given, ids: Any) -> dict[str, set[int]]:
-    """`no_cache_block_id` in terms of the given lists.
+    """Return `no_cache_block_id` in terms of the given lists.
 
     Raises `OptionError` for a list that was not given, or an id beyond its end.
     """
@@ -114,7 +114,7 @@ def checked_ids(given: Given, ids: Any) -> dict[str, set[int]]:
             raise OptionError(
                 "no_cache_block_id",
                 {name: sorted(some)},
-                f"no list of the name {name!r}; given are {list(given)}",
+                f"no list is called {name!r}; given are {list(given)}",
             )
         beyond = sorted(i for i in some if i >= len(given[name]))
         if beyond:

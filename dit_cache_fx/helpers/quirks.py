@@ -1,4 +1,4 @@
-"""What the published helpers do otherwise, for results that must stay as they were."""
+"""Deviations of the published helpers, for results that must not change."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from dit_cache_fx.strategies import Clock, TaylorCache, TeaCache
 
 
 class StoredInputTeaCache(TeaCache):
-    """The residual is added to the input that it was taken from."""
+    """TeaCache that adds the residual to the input from which it was computed."""
 
     def store(
-        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+        self, cached: Sequence[Tensor], value: Tensor, run_input: Tensor | None, clock: Clock
     ) -> Sequence[Tensor]:
-        return [value if start is None else start + (value - start)]
+        return [value if run_input is None else run_input + (value - run_input)]
 
-    def reuse(self, held: Sequence[Tensor], start: Tensor | None, clock: Clock) -> Tensor:
-        return held[0]
+    def reuse(self, cached: Sequence[Tensor], run_input: Tensor | None, clock: Clock) -> Tensor:
+        return cached[0]
 
 
 class LateTaylorCache(TaylorCache):
-    """A generation's first computed step does not count: differences start from the second."""
+    """TaylorCache that ignores a generation's first computed step in its differences."""
 
     def store(
-        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+        self, cached: Sequence[Tensor], value: Tensor, run_input: Tensor | None, clock: Clock
     ) -> Sequence[Tensor]:
         later = clock._replace(computed=(clock.computed - 1).clamp(min=0))
-        return super().store(held, value, start, later)
+        return super().store(cached, value, run_input, later)

@@ -1,1 +1,1 @@
-"""What other programs need to use this package; each module is imported by its own name only."""
+"""Integrations with other programs; import each module by its own name."""

@@ -1,7 +1,7 @@
 """A cache backend for vllm-omni: `CacheBackend` with a session for each request.
 
-In a worker, `register()` adds the backend to vllm-omni by the name "dit_cache_fx". As a plugin of
-vllm-omni it runs by itself.
+In a worker, `register()` adds the backend to vllm-omni under the name "dit_cache_fx". As a plugin
+of vllm-omni it runs automatically.
 """
 
 from __future__ import annotations
@@ -17,22 +17,33 @@ from dit_cache_fx.api import apply_to_pipeline
 from dit_cache_fx.cached_model import CachedModel
 from dit_cache_fx.errors import OptionError
 from dit_cache_fx.pipeline import restore_pipeline, transformers_of
-from dit_cache_fx.runtime.session import Session
+from dit_cache_fx.runtime.tracking.session import Session
 
 NAME = "dit_cache_fx"
-#: options of `apply` that vllm-omni's own configuration has by the same name
+#: options of `apply` with the same name in vllm-omni's own configuration
 _SHARED = ("rel_l1_thresh", "coefficients")
 
 
 class DitCacheBackend(CacheBackend):  # type: ignore[misc]
     """Caches the transformers of a vllm-omni pipeline.
 
-    `config`: `strategy` and the options of `dit_cache_fx.apply`, as a mapping or as vllm-omni's
-    `DiffusionCacheConfig` that was made from one.
+    A pipeline that runs whole requests is refreshed for each of them. One that runs step by step
+    needs no refresh: each request has a session, which is stored in the request's state and freed
+    with it. Rows of several requests run as one batch.
 
-    A pipeline that runs whole requests is refreshed for each of them. One that is run step by step
-    needs no refresh: the requests of a step are told by their states, and each has a session, which
-    lies in the state and is freed with it. Rows of several requests are one batch.
+    Args:
+        config (`Mapping[str, Any] | DiffusionCacheConfig`):
+            `strategy` and the options of `dit_cache_fx.apply`, as a mapping or as the configuration
+            that vllm-omni made from one.
+
+    Raises:
+        OptionError: `config` has no `strategy`.
+
+    Example:
+        >>> backend = DitCacheBackend({"strategy": "taylorcache", "computed_steps": 4})
+        >>> backend.enable(pipeline)
+        >>> backend.refresh(pipeline, num_inference_steps=12)
+        >>> backend.disable(pipeline)
     """
 
     def __init__(self, config: Any) -> None:
@@ -40,22 +51,41 @@ class DitCacheBackend(CacheBackend):  # type: ignore[misc]
         self._strategy, self._options = _options(config)
 
     def enable(self, pipeline: Any) -> None:
-        """Cache the pipeline's transformers, for whole requests and for steps."""
+        """Cache the pipeline's transformers, for whole requests and for steps.
+
+        Args:
+            pipeline (`Any`):
+                A pipeline of vllm-omni.
+
+        Raises:
+            OptionError: An option has a value that cannot work, or the pipeline has no transformer.
+        """
         apply_to_pipeline(pipeline, self._strategy, self._options)
         if hasattr(pipeline, "denoise_step"):
             pipeline.denoise_step = self._stepwise(pipeline, pipeline.denoise_step)
         self.enabled = True
 
     def disable(self, pipeline: Any) -> None:
-        """Put the original transformers back."""
+        """Restore the original transformers.
+
+        Args:
+            pipeline (`Any`):
+                A pipeline that `enable` was called with.
+        """
         restore_pipeline(pipeline)
         vars(pipeline).pop("denoise_step", None)
         self.enabled = False
 
     def refresh(self, pipeline: Any, num_inference_steps: int, verbose: bool = True) -> None:
-        """A request begins: forget what the one before has left.
+        """Start a request: forget the state of the one before.
 
-        `num_inference_steps`: how many steps it has; 0 where that is not known.
+        Args:
+            pipeline (`Any`):
+                A pipeline that `enable` was called with.
+            num_inference_steps (`int`):
+                The number of steps of the request; 0 if unknown.
+            verbose (`bool`, defaults to `True`):
+                Without effect; part of vllm-omni's interface.
         """
         for cached in cached_in(pipeline).values():
             cached.clear_states()
@@ -65,9 +95,13 @@ class DitCacheBackend(CacheBackend):  # type: ignore[misc]
 
     @contextmanager
     def step(self, pipeline: Any, states: Sequence[Any]) -> Iterator[None]:
-        """Within it calls of the transformers have a row for each of these requests, in order.
+        """Give calls of the transformers a row for each of these requests, in order.
 
-        `states`: what vllm-omni knows of each request (`StepRequestState`).
+        Args:
+            pipeline (`Any`):
+                A pipeline that `enable` was called with.
+            states (`Sequence[Any]`):
+                The state of each request (vllm-omni's `StepRequestState`).
         """
         with ExitStack() as entered:
             for name, cached in cached_in(pipeline).items():
@@ -87,7 +121,7 @@ class DitCacheBackend(CacheBackend):  # type: ignore[misc]
 
 
 def _session_of(state: Any, name: str, cached: CachedModel) -> Session:
-    """The session of a request for one transformer; it lies in the request's state."""
+    """Return the session of a request for one transformer; the request's state stores it."""
     sessions: dict[str, Session] = state.extra.setdefault(NAME, {})
     if name not in sessions:
         weak = ref(state)
@@ -97,7 +131,16 @@ def _session_of(state: Any, name: str, cached: CachedModel) -> Session:
 
 
 def cached_in(pipeline: Any) -> dict[str, CachedModel]:
-    """The cached transformers of a pipeline, by name."""
+    """Return the cached transformers of a pipeline, by name.
+
+    Args:
+        pipeline (`Any`):
+            A pipeline of vllm-omni.
+
+    Example:
+        >>> DitCacheBackend({"strategy": "taylorcache", "computed_steps": 4}).enable(pipeline)
+        >>> reports = {name: model.cache_report() for name, model in cached_in(pipeline).items()}
+    """
     found = transformers_of(pipeline)
     return {name: model for name, model in found.items() if isinstance(model, CachedModel)}
 
@@ -105,14 +148,17 @@ def cached_in(pipeline: Any) -> dict[str, CachedModel]:
 def register() -> None:
     """Add the backend to those that vllm-omni's configuration can name.
 
-    `cache_backend="dit_cache_fx"` with the options as its `cache_config`. For execution by steps,
-    which vllm-omni refuses with any named backend, no name, and the options as
-    `cache_config={"dit_cache_fx": {...}}`.
+    For whole requests, use `cache_backend="dit_cache_fx"` with the options as `cache_config`. For
+    execution by steps, which vllm-omni refuses with any named backend, name none and pass the
+    options as `cache_config={"dit_cache_fx": {...}}`.
+
+    Example:
+        >>> register()
     """
     from vllm_omni.diffusion.worker import diffusion_model_runner as runner  # type: ignore
 
     known = runner.get_cache_backend
-    if getattr(known, "of", None) is not None:  # it is there already
+    if getattr(known, "of", None) is not None:  # it is registered already
         return
 
     def get_cache_backend(name: str | None, config: Any) -> Any:
@@ -137,6 +183,6 @@ def _options(config: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _mapping(config: Any) -> Mapping[str, Any]:
-    """The options that are not vllm-omni's own."""
+    """Return the options that are not vllm-omni's own."""
     found = config if isinstance(config, Mapping) else getattr(config, "_extra_params", None)
     return found if isinstance(found, Mapping) else {}

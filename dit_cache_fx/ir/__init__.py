@@ -1,1 +1,1 @@
-"""The program that every pass reads and writes, and what goes with it."""
+"""`Program`, the graph that every pass reads and writes, and helpers for its nodes."""

@@ -1,4 +1,4 @@
-"""A program for several rows, each of them at a step of its own."""
+"""The shapes of a batched program's clock and cached tensors when each row has its own step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dit_cache_fx.values.tensor_spec import TensorSpec
 
 @dataclass(frozen=True)
 class Alone:
-    """What leaves the runs of a program for one row alone, beside one for `count` rows.
+    """Tensor specs of the values that leave the runs for one row, beside a program of `count` rows.
 
     Each row has a clock of its own, so the clock's tensors have a first dimension of rows, and the
     strategy's functions are mapped over the rows.
@@ -27,25 +27,25 @@ class Alone:
     values: Mapping[tuple[int, int], TensorSpec]
 
     def spec(self, run: int, index: int, name: str) -> TensorSpec:
-        """The value of one row alone that `name` is of all rows."""
+        """Return the spec for a single row of the value that all rows have under this name."""
         if (run, index) not in self.values:
             raise CaptureError(
-                f"several sessions in one call hold {name}, and one session alone does not: they "
-                "cannot be answered together. Call each session by itself"
+                f"several sessions in one call hold {name}, and a single session does not: they "
+                "cannot run as one batch. Call each session by itself"
             )
         return self.values[run, index]
 
     def clock(self, spec: TensorSpec, device: torch.device) -> TensorSpec:
-        """A tensor of the clock, for each row."""
+        """Return the spec of a clock tensor with an entry for each row."""
         return TensorSpec(torch.Size([self.count, *spec.shape]), spec.dtype, device)
 
 
 def place_of(name: str, one: TensorSpec, many: TensorSpec, count: int) -> RowPlace:
-    """Where `many` has `count` rows. Raises `CaptureError` where none can be told."""
+    """Find the dimension of `count` rows in `many`. Raises `CaptureError` if there is none."""
     place = RowPlace.between(one, many, count)
     if place is None:
         raise CaptureError(
             f"{name} is {one} for one session and {many} for {count}: it has no dimension of "
-            "sessions, so they cannot be answered together. Call each session by itself"
+            "sessions, so they cannot run as one batch. Call each session by itself"
         )
     return place

@@ -1,4 +1,4 @@
-"""The node that stands for a cached run, once the passes have made it."""
+"""The graph node of a cached run, and access to its arguments by name."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def cache_or_compute(
     run_inputs: Sequence[torch.Tensor],
     operands: Sequence[torch.Tensor],
 ) -> tuple[torch.Tensor, ...]:
-    """The values of cached run `run`, computed or reused; a lowering says how it is decided.
+    """Return the values of cached run `run`; a lowering replaces this node by the decision.
 
-    `compute(*held, *clock, *run_inputs, *operands)` gives the values, then what to hold.
-    `reuse(*held, *clock, *run_inputs)` gives the values.
+    `compute(*cached, *clock, *run_inputs, *operands)` gives the values, then the tensors to cache.
+    `reuse(*cached, *clock, *run_inputs)` gives the values.
     """
-    raise AssertionError("a program has to be lowered before it runs")
+    raise AssertionError("a program must be lowered before it runs")
 
 
 @dataclass(frozen=True)
@@ -50,5 +50,5 @@ def cached_runs(graph: fx.Graph) -> list[CachedRun]:
 
 
 def is_cached_run(node: fx.Node) -> bool:
-    """Whether it is a `cache_or_compute` node."""
+    """Return whether the node is a `cache_or_compute` node."""
     return node.target is cache_or_compute

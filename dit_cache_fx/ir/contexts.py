@@ -1,4 +1,4 @@
-"""The contexts of a graph's nodes, in the code that is generated from it."""
+"""Generate the `with` blocks for the contexts of a graph's nodes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dit_cache_fx.ir.node_meta import meta_of
 
 
 def generate_contexts(graph: fx.Graph) -> None:
-    """Let the graph's code enter the contexts of its nodes.
+    """Wrap each node in its contexts when the graph's code is generated.
 
     After:
 

@@ -1,4 +1,4 @@
-"""Nodes of one graph, copied to another."""
+"""The parts of a graph, and copies of its nodes in another one."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def copy_nodes(
 ) -> None:
     """Copy `nodes`, in their order, to the end of `graph`.
 
-    `new`: node -> what stands for it in `graph`; the copies are added to it, and a node that it has
-    is not copied again. Where `instead(node)` is not None, that stands for the node: another node,
-    or a list or dict of nodes (then `instead` answers for the nodes that take its items as well).
+    `new`: node -> its counterpart in `graph`. The copies are added to it; nodes that it contains
+    are not copied again. If `instead(node)` is not None, it replaces the node: another node, or a
+    list or dict of nodes (then `instead` also answers for the nodes that take its items).
     """
     for node in nodes:
         if node not in new:
@@ -29,12 +29,18 @@ def copy_nodes(
 
 
 def body(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes between the placeholders and the output."""
+    """Return the nodes between the placeholders and the output."""
     return [node for node in graph.nodes if node.op not in ("placeholder", "output")]
 
 
+def results_of(graph: fx.Graph) -> list[Any]:
+    """Return the outputs of a graph whose result is a list of nodes (or constants)."""
+    results: Any = graph.output_node().args[0]
+    return list(results)
+
+
 def add_input(graph: fx.Graph, node: fx.Node, name: str | None = None) -> fx.Node:
-    """Add a placeholder to `graph` that is given what `node` gives, by its name or another one."""
+    """Add a placeholder to `graph` for the value of `node`, under its name or another one."""
     placeholder = graph.placeholder(name or node.name)
     placeholder.meta.update(node.meta)
     mark(placeholder, block=None, signal=False, keys=None, within=None, parts=None, part=False)

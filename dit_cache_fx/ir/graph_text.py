@@ -1,4 +1,4 @@
-"""Graphs as text to read."""
+"""Print graphs as readable text."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dit_cache_fx._torch import trace_text
 from dit_cache_fx.ir.node_meta import meta_of
 from dit_cache_fx.ir.program import spec_of
 
-#: an argument that is longer is cut
+#: longer arguments are cut
 _LONGEST = 100
 
 
 def lines(gm: fx.GraphModule, name: str, indent: str = "", shapes: bool = False) -> Iterator[str]:
-    """The graph as text, one line a node; graphs that it has (a run's sides) come first.
+    """Yield the graph as text, one line per node; its subgraphs (a run's sides) come first.
 
-    `shapes`: say the dtype and shape of each value, as known at capture.
+    `shapes`: add the dtype and shape of each value, as known at capture.
     """
     nodes = list(gm.graph.nodes)
     for node in nodes:
@@ -34,12 +34,12 @@ def lines(gm: fx.GraphModule, name: str, indent: str = "", shapes: bool = False)
 
 
 def trace_graph(name: str, gm: fx.GraphModule) -> None:
-    """Show a graph in torch's structured trace, where there is one, as `dit_cache_fx_<name>`."""
+    """Add a graph to torch's structured trace, if there is one, as `dit_cache_fx_<name>`."""
     trace_text(f"dit_cache_fx_{name}", lambda: "\n".join(lines(gm, name, shapes=True)))
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Ascending integers as text: `0-11, 15, 19`."""
+    """Format ascending integers: `0-11, 15, 19`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and runs[-1][-1] == number - 1:
@@ -67,7 +67,7 @@ def _target(node: fx.Node) -> Any:
 
 
 def short(value: object) -> str:
-    """A value as text, cut where it is long."""
+    """Return a value as text, cut to a maximal length."""
     text = str(value)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
@@ -78,6 +78,6 @@ def _shape(node: fx.Node) -> str:
 
 
 def _value(gm: fx.GraphModule, node: fx.Node) -> Any:
-    """What a `get_attr` node gives, where the graph itself has it."""
+    """Return the value of a `get_attr` node if the graph itself has it."""
     own = node.op == "get_attr" and "." not in str(node.target)
     return getattr(gm, str(node.target), None) if own else None

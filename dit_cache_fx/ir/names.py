@@ -1,44 +1,44 @@
-"""Names of the operands that a lowered graph has beside the call's own tensors.
+"""Reserved names: the operands that a lowered graph has besides the call's own tensors.
 
-Graphs are given their operands by name. No node of a program may be called as one of these is,
-whatever the model's arguments and operators are called: `unreserved` sees to that.
+Graphs receive their operands by name. No node of a program may have such a name, whatever the names
+of the model's arguments and operators: `unreserved` renames it.
 """
 
 from __future__ import annotations
 
-#: what both sides of a run read of the step (`strategies.Clock`)
+#: the tensors of the step that both sides of a run read (`strategies.Clock`)
 CLOCK_NAMES = ("distance", "computed", "gap", "reach", "way")
 
-#: the clock, the flags of a decision, and what a state holds beside the tensors
+#: the clock, the flags of a decision, and the other entries of a state besides tensors
 _WORDS = frozenset({*CLOCK_NAMES, "forced", "fresh", "clock", "checksum", "lost"})
-_HELD, _MEASURED, _STATE = "held_", "measured_", "state_"
+_CACHED, _MEASURED, _STATE = "cached_", "measured_", "state_"
 
 
-def held_name(value: str, slot: int) -> str:
-    """What is held in a slot for a value of a cached run."""
-    return f"{_HELD}{value}_{slot}"
+def cached_name(value: str, slot: int) -> str:
+    """Return the operand name of a cached tensor: a slot of a value of a cached run."""
+    return f"{_CACHED}{value}_{slot}"
 
 
 def measured_name(value: str) -> str:
-    """What is measured of a value of a cached run on a computed step."""
+    """Return the operand name of the measurement of a value on a computed step."""
     return f"{_MEASURED}{value}"
 
 
 def is_measured(name: str) -> bool:
-    """Whether an operand is what was measured of a value."""
+    """Return whether an operand is a measurement."""
     return name.startswith(_MEASURED)
 
 
 def state_name(index: int) -> str:
-    """A tensor that the strategy's rule remembers."""
+    """Return the operand name of a tensor in the rule's state."""
     return f"{_STATE}{index}"
 
 
 def is_reserved(name: str) -> bool:
-    """Whether a node of that name could be taken for an operand of a lowered graph."""
-    return name in _WORDS or name.startswith((_HELD, _MEASURED, _STATE))
+    """Return whether the name could be mistaken for an operand of a lowered graph."""
+    return name in _WORDS or name.startswith((_CACHED, _MEASURED, _STATE))
 
 
 def unreserved(name: str) -> str:
-    """A name for a node of a program: another one where this one is reserved."""
+    """Return a name for a node of a program: another one if this one is reserved."""
     return f"model_{name}" if is_reserved(name) else name

@@ -1,4 +1,4 @@
-"""Notes of this package on the nodes of a graph, beside torch's own `val`."""
+"""This package's metadata on the nodes of a graph, besides torch's own `val`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import fx
 from dit_cache_fx.errors import VerifyError
 from dit_cache_fx.ir.within import Within
 
-#: the one key of ours in a node's `meta`
+#: our only key in a node's `meta`
 _KEY = "dit_cache_fx"
 
 
 @dataclass(frozen=True, order=True)
 class BlockId:
-    """A call of a block: the attribute path of its list, its place in it, which call of it."""
+    """A call of a block: the attribute path of its list, its index, and the number of the call."""
 
     list_name: str
     index: int
@@ -30,19 +30,19 @@ class BlockId:
 
 @dataclass(frozen=True)
 class NodeMeta:
-    """All that is noted on one node.
+    """The metadata of one node.
 
-    Copies of a node share it, since it never changes: `mark` puts another one in its place.
-    `verify` looks after what must hold of it.
+    It is immutable, so copies of a node share it; `mark` replaces it. `verify` checks its
+    invariants.
 
     `block`: on the call of a trunk block, and on no other node. `output`, `path`: both or none; on
-    a tensor of a module's result, its index among the result's tensors and the keys that lead to
-    it there. `keys`: on a container that is made as a module's argument, one for each part.
-    `within`: on the call of a module, the contexts that it runs in. `origin`: on a node that was
-    moved into a run, the name of that node. `signal`: on the one value that the strategy's own rule
-    looks at. `device`: where `val` is on the meta device, the real one. `spread`: each process has
-    a part of the tensor. `parts`: on the call of a block, the names of the nodes that hooks leave
-    of its arguments. `part`: on such a node, as long as a run may start from it.
+    a tensor of a module's result, its index among the result's tensors, and the keys that lead to
+    it. `keys`: on a container that is built for a module's argument, one for each part. `within`:
+    on the call of a module, the contexts that it runs in. `origin`: on a node that was moved into a
+    run, the name of that node. `signal`: on the only value that the strategy's rule reads.
+    `device`: if `val` is on the meta device, the real one. `spread`: each process has a part of the
+    tensor. `parts`: on the call of a block, the names of the nodes for its arguments after hooks.
+    `part`: on such a node, as long as a run may start from it.
     """
 
     block: BlockId | None = None
@@ -59,36 +59,36 @@ class NodeMeta:
 
     def __post_init__(self) -> None:
         if (self.output is None) != (self.path is None):
-            raise VerifyError("a tensor of a module's result has both an index and a path")
+            raise VerifyError("a tensor of a module's result needs both an index and a path")
 
 
 _NOTHING = NodeMeta()
 
 
 def meta_of(node: fx.Node) -> NodeMeta:
-    """What is noted on a node."""
+    """Return the metadata of a node."""
     noted: NodeMeta = node.meta.get(_KEY, _NOTHING)
     return noted
 
 
 def mark(node: fx.Node, **changes: Any) -> None:
-    """Note something on a node; what else is noted there stays."""
+    """Change some metadata of a node; keep the rest."""
     node.meta[_KEY] = replace(meta_of(node), **changes)
 
 
 def mark_tensor(node: fx.Node, like: torch.Tensor | None, device: torch.device) -> None:
-    """Note which tensor a node gives: one of the shape and dtype of `like`, on this device."""
+    """Note the tensor of a node: the shape and dtype of `like`, on this device."""
     node.meta["val"] = like
     mark(node, device=device)
 
 
 def is_block(node: fx.Node) -> bool:
-    """Whether it is the call of a trunk block."""
+    """Return whether the node is the call of a trunk block."""
     return meta_of(node).block is not None
 
 
 def block_of(call: fx.Node) -> BlockId:
-    """Which block a call is of."""
+    """Return the block that a node calls."""
     block = meta_of(call).block
     if block is None:
         raise VerifyError(f"{call.name} is no call of a block")

@@ -1,4 +1,4 @@
-"""What a run's value starts from: the same stream where the run begins."""
+"""Find the run input of a run's value: the same stream before the run."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ from dit_cache_fx.ir.program import (
 )
 
 
-def start_of(
+def run_input_of(
     program: Program, region: Region, value: fx.Node, cache_name: str, every: bool = False
 ) -> fx.Node | None:
-    """The first block's input that `value` continues; None where there is none.
+    """Return the first block's input that `value` continues; None if there is none.
 
     Only the tracked stream has one: an input of `value`'s shape that depends on the noisy sample,
-    called `cache_name` where the block has an argument of that name. A value that the block list
-    wires to another argument (text rows) is none of it, and starts from that one with `every`.
+    called `cache_name` if the block has an argument of that name. A value that the block list wires
+    to another argument (text rows) does not belong to it; with `every` that argument is its run
+    input.
     """
     first = next(c for c in program.block_calls() if block_of(c) == region.blocks[0])
     list_name = block_of(first).list_name
@@ -48,14 +49,14 @@ def start_of(
 
 
 def unchanged(node: fx.Node) -> fx.Node:
-    """The same values where no block changes them in place: it is given a copy for that."""
+    """Return the node's values before blocks change them in place: the block gets a copy."""
     while node.target is torch.ops.aten.clone.default:
         node = node.all_input_nodes[0]
     return node
 
 
 def stream_input(program: Program, call: fx.Node, cache_name: str) -> fx.Node | None:
-    """The input of a block call that carries the sample's stream through it."""
+    """Return the input of a block call that carries the sample's stream."""
     slot = _tracked_slot(program, call, cache_name)
     return None if slot is None else dict(own_leaves(call))[slot]
 
@@ -67,7 +68,7 @@ def _tracked_slot(program: Program, call: fx.Node, cache_name: str) -> Slot | No
 
 
 def _candidates(program: Program, call: fx.Node, shapes: set[torch.Size]) -> dict[Slot, fx.Node]:
-    """A block call's inputs of one of these shapes that depend on the noisy sample."""
+    """Return a block call's inputs of one of these shapes that depend on the noisy sample."""
     needs = program.needs()
     return {
         slot: node
@@ -76,44 +77,44 @@ def _candidates(program: Program, call: fx.Node, shapes: set[torch.Size]) -> dic
     }
 
 
-def padded_start(
+def padded_run_input(
     program: Program, region: Region, value: fx.Node, cache_name: str
 ) -> fx.Node | None:
-    """What a joined `value` starts from: the stream, with zeros for the rows that join it.
+    """Return the run input of a joined `value`: the stream, padded with zeros for other rows.
 
-    Where the run concatenates its stream with another (image and text rows), `value - start` is a
+    If the run concatenates its stream with another (image and text rows), `value - run_input` is a
     residual in the stream's rows and the value itself in the others. The padded stream is added to
-    the graph. None where the run joins nothing.
+    the graph. None if the run joins nothing.
     """
     first = next(c for c in program.block_calls() if block_of(c) == region.blocks[0])
-    start = stream_input(program, first, cache_name)
-    joined, spec = spec_of(value), None if start is None else spec_of(start)
-    if start is None or spec is None or joined is None or joined.ndim != spec.ndim:
+    run_input = stream_input(program, first, cache_name)
+    joined, spec = spec_of(value), None if run_input is None else spec_of(run_input)
+    if run_input is None or spec is None or joined is None or joined.ndim != spec.ndim:
         return None
-    start = unchanged(start)
+    run_input = unchanged(run_input)
     inside = descendants([first])
     cat = torch.ops.aten.cat.default
     for node in program.graph.find_nodes(op="call_function", target=cat):
         if node in inside:
             offset = _offset(node, spec.shape)
             if _shape(node) == joined.shape and offset is not None:
-                return _pad(program, first, start, joined.shape, *offset)
+                return _pad(program, first, run_input, joined.shape, *offset)
     return None
 
 
 def sample_like_output(program: Program) -> fx.Node:
-    """The sample in the shape of the model's output, for what is set against each other.
+    """Return the sample in the shape of the model's output, so that the two can be compared.
 
-    Where one dimension differs, the sample is cut (a picture that conditions comes behind it in the
-    channels) or padded with zeros (the output has a variance too). Such a node is added to the
-    graph. Raises `CaptureError` where it is not to be brought into that shape.
+    If one dimension differs, the sample is cut (a conditioning picture follows it in the channels)
+    or padded with zeros (the output has a variance too). Such a node is added to the graph. Raises
+    `CaptureError` if the shapes differ in another way.
     """
     named = zip(program.inputs, program.arguments, strict=True)
     samples = [name for name, argument in named if argument == program.sample]
     outputs = program.outputs_of_blocks()
     if len(samples) != 1 or len(outputs) != 1:
         raise CaptureError(
-            f"the sample and the output have to be one tensor each; found {samples} and "
+            f"the sample and the output must be one tensor each; found {samples} and "
             f"{[n.name for n in outputs]}"
         )
     sample = program.node(samples[0])
@@ -121,7 +122,7 @@ def sample_like_output(program: Program) -> fx.Node:
     unlike = [i for i, (a, b) in enumerate(zip(shape, wanted, strict=False)) if a != b]
     if len(shape) != len(wanted) or len(unlike) > 1 or 0 in unlike:
         raise CaptureError(
-            f"the output, of shape {list(wanted)}, is not to be compared with the sample "
+            f"the output, of shape {list(wanted)}, cannot be compared with the sample "
             f"{sample.name}, of shape {list(shape)}"
         )
     if not unlike:
@@ -131,7 +132,7 @@ def sample_like_output(program: Program) -> fx.Node:
 
 
 def _offset(cat: fx.Node, shape: torch.Size) -> tuple[int, int] | None:
-    """The dimension of a concatenation, and where its part of this shape begins."""
+    """Return the dimension of a concatenation, and the offset of its part of this shape."""
     parts: Any = cat.args[0]
     dim: Any = cat.args[1] if len(cat.args) > 1 else 0
     begin = 0
@@ -143,17 +144,17 @@ def _offset(cat: fx.Node, shape: torch.Size) -> tuple[int, int] | None:
 
 
 def _pad(
-    program: Program, before: fx.Node, start: fx.Node, shape: torch.Size, dim: int, begin: int
+    program: Program, before: fx.Node, run_input: fx.Node, shape: torch.Size, dim: int, begin: int
 ) -> fx.Node:
-    spec = spec_of(start)
+    spec = spec_of(run_input)
     assert spec is not None
     after = shape[dim] - spec.shape[dim] - begin
-    padding = [0, 0] * (len(shape) - 1 - dim) + [begin, after]  # the last dimension comes first
+    padding = [0, 0] * (len(shape) - 1 - dim) + [begin, after]  # last dimension first
     with program.graph.inserting_before(before):
         padded = program.graph.call_function(
-            torch.ops.aten.constant_pad_nd.default, (start, padding, 0)
+            torch.ops.aten.constant_pad_nd.default, (run_input, padding, 0)
         )
-    mark_tensor(padded, spec.new_empty(shape), device_of(start))
+    mark_tensor(padded, spec.new_empty(shape), device_of(run_input))
     return padded
 
 
@@ -163,7 +164,7 @@ def _shape(node: fx.Node) -> Any:
 
 
 def _named_slots(program: Program, call: fx.Node, name: str) -> list[Slot]:
-    """The slots that are the block's parameter `name`, or a part of that name in a container."""
+    """Return the slots of the block's parameter `name`, or of a container's part of that name."""
     module = program.gm.get_submodule(str(call.target))
     parameters = list(inspect.signature(module.forward).parameters)
     place = parameters.index(name) if name in parameters else None
@@ -171,7 +172,7 @@ def _named_slots(program: Program, call: fx.Node, name: str) -> list[Slot]:
 
 
 def _wired_slot(program: Program, value: fx.Node, first: fx.Node) -> Slot | None:
-    """The slot that this output of a block goes to where two blocks of the list follow."""
+    """Return the slot that takes this output of a block in the next block of the list."""
     path = meta_of(value).path
     list_name = block_of(block_call_of(value)).list_name
     if path is None or list_name != block_of(first).list_name:

@@ -1,4 +1,4 @@
-"""Contexts that a node runs within: what the model's forward has entered around a module's call."""
+"""The contexts that the model's forward enters around a module's call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class AttentionKernels(NamedTuple):
-    """Names of the `SDPBackend`s that are enabled within a context and outside, by priority."""
+    """Names of the enabled `SDPBackend`s inside and outside of a context, by priority."""
 
     inside: tuple[str, ...]
     outside: tuple[str, ...]
@@ -17,10 +17,10 @@ class AttentionKernels(NamedTuple):
 
 @dataclass(frozen=True)
 class Within:
-    """The state that a module's call finds; a graph itself runs without any autocast.
+    """The autocast and attention state of a module's call; a graph itself runs without autocast.
 
-    `autocast`: device type and dtype where it is on. `attention`: None where the kernels are those
-    of the graph's caller.
+    `autocast`: device types with autocast enabled, and their dtypes. `attention`: None to keep the
+    kernels of the graph's caller.
     """
 
     autocast: tuple[tuple[str, torch.dtype], ...] = ()
@@ -31,7 +31,7 @@ class Within:
         return bool(self.autocast) or self.attention is not None
 
     def __str__(self) -> str:
-        """The contexts, as Python source that needs the name `torch` only."""
+        """Return the contexts as Python source that needs only the name `torch`."""
         contexts = [
             f"torch.autocast({device!r}, {dtype}, cache_enabled={self.cache})"
             for device, dtype in self.autocast

@@ -1,4 +1,4 @@
-"""From a program that went through the passes to graphs that run.
+"""Lower a program after its passes to graphs that run.
 
 `variants` gives one graph for a computed step and one for a reused step, each fully pruned, picked
 on the host. `one_graph` joins both in a single graph with the decision in it (`torch.cond`), for

@@ -1,4 +1,4 @@
-"""The guards of a capture as assertions inside a graph, where no host can capture again."""
+"""Guards of a capture as assertions inside a graph, for programs that cannot capture again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ATEN = torch.ops.aten
 
 
 def assertions(guards: Guards, accepted: Collection[tuple[torch.Size, ...]]) -> fx.GraphModule:
-    """A graph of the call's tensors that raises where a guard reads another value.
+    """Build a graph of the call's tensors that raises if a guard reads another value.
 
     The sizes of masked selections may be any of those that the graph was checked with (`accepted`).
 
@@ -40,7 +40,7 @@ def assertions(guards: Guards, accepted: Collection[tuple[torch.Size, ...]]) -> 
     shapes: list[fx.Node] = []
 
     def assertion(node: fx.Node) -> fx.Node | None:
-        """Stands for a read; no other node takes what it gives."""
+        """Replace a read by its assertion; no other node uses its result."""
         if node.target not in READS:
             return None
         value = next(expected)
@@ -70,7 +70,7 @@ def _assert_counts(
     new: Mapping[fx.Node, fx.Node],
     accepted: Collection[tuple[torch.Size, ...]],
 ) -> None:
-    """Other sizes that depend on data than those of masks are checked where they are used."""
+    """Assert the sizes of masked selections; other data-dependent sizes are checked in use."""
     places = [i for i, node in enumerate(shapes) if node.target is read_count]
     if not places:
         return
@@ -81,7 +81,7 @@ def _assert_counts(
 
 
 def holds_value(operator: Any, args: Any, kwargs: Any, expected: Any) -> torch.Tensor:
-    """Whether an operator without a tensor as its result gives `expected`, as a tensor."""
+    """Return, as a tensor, whether an operator without a tensor result gives `expected`."""
     truth = _TRUTHS.get(operator)
     if truth is None:
         raise CaptureError(f"the value that {operator} reads cannot be checked inside a graph")
@@ -90,12 +90,12 @@ def holds_value(operator: Any, args: Any, kwargs: Any, expected: Any) -> torch.T
 
 
 def holds_list(tensor: torch.Tensor, expected: Any) -> torch.Tensor:
-    """Whether a tensor has these values."""
+    """Return whether a tensor has these values."""
     return (tensor == torch.tensor(expected, dtype=tensor.dtype, device=tensor.device)).all()
 
 
 def holds_counts(masks: Sequence[torch.Tensor], accepted: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Whether the masks together select as many rows each as in one of the accepted calls."""
+    """Return whether the masks together select as many rows as in one of the accepted calls."""
     device = masks[0].device
     counts = torch.stack([mask.count_nonzero().to(device) for mask in masks])
     return (counts == torch.tensor(accepted, device=device)).all(dim=1).any()

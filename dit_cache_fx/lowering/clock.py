@@ -1,7 +1,7 @@
-"""Steps and generations told from the timestep inside a graph.
+"""Determine steps and generations from the timestep inside a graph.
 
-The same rules as `runtime.generation` has for the host, as arithmetic on a few numbers that are
-carried from call to call.
+The same rules as in `runtime.tracking.generation` on the host, as arithmetic on a few numbers that
+each call passes to the next.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import torch
 
 
 class ClockState(NamedTuple):
-    """Where a generation stands; tensors of no dimensions, float64.
+    """The position in a generation; tensors of no dimensions, float64.
 
-    `started`: whether there was a call. `value`: the newest timestep. `direction`: +1 or -1 once it
-    has moved, else 0. `step`: the step, counted from the generation's first. `computed`: computed
-    steps so far. `last`: the newest computed step. `reach`: the distance to it from the one before.
+    `started`: whether there was a call. `value`: the newest timestep. `direction`: +1 or -1 after
+    the first move, before it 0. `step`: the step, counted from the generation's first. `computed`:
+    computed steps so far. `last`: the newest computed step. `reach`: its distance from the computed
+    step before.
     """
 
     started: torch.Tensor
@@ -29,20 +30,20 @@ class ClockState(NamedTuple):
 
     @staticmethod
     def unpack(packed: torch.Tensor) -> ClockState:
-        """From one tensor, of shape [7]."""
+        """Read the state from one tensor of shape [7]."""
         return ClockState(*packed.unbind())
 
     def pack(self) -> torch.Tensor:
-        """As one tensor, of shape [7]."""
+        """Return the state as one tensor of shape [7]."""
         return torch.stack(list(self))
 
     def advanced(self, value: torch.Tensor, known: torch.Tensor) -> ClockState:
-        """At a call with this timestep. `known`: it has the conditioning of the call before.
+        """Advance to this timestep. `known`: the conditioning is that of the call before.
 
-        One that moves on is the next step, and one that moves back against the direction so far is
-        a new generation's first step. The same value is the next step too (timesteps that round to
-        one value, samplers that evaluate one twice), and the same step for another conditioning,
-        for which nothing is computed so far.
+        A timestep that moves on is the next step. One that moves back against the direction so far
+        is a new generation's first step. The same value is also the next step (timesteps that round
+        to one value, samplers that evaluate one twice), unless the conditioning differs: then it is
+        the same step, with nothing computed so far.
         """
         moved = torch.sign(value - self.value)
         running = self.started > 0
@@ -56,11 +57,11 @@ class ClockState(NamedTuple):
 
     @property
     def distance(self) -> torch.Tensor:
-        """Steps since the last computed one; 0 before the first."""
+        """The steps since the last computed one; 0 before the first."""
         return torch.where(self.computed > 0, self.step - self.last, 0.0)
 
     def after(self, computes: torch.Tensor, distance: torch.Tensor) -> ClockState:
-        """After the call's step, so far from the last computed one.
+        """Advance past the call's step, at `distance` from the last computed one.
 
         A second evaluation of a step counts once.
         """

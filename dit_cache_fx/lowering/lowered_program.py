@@ -1,12 +1,14 @@
-"""A graph that is ready to answer calls."""
+"""A lowered graph with its program, strategy and statistics."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import fx
 
+from dit_cache_fx.capture.recording import Recording
 from dit_cache_fx.capture.timestep import tells_time
 from dit_cache_fx.ir.program import Program, operations, tensor_spec
 from dit_cache_fx.lowering import Part, Variants
@@ -16,44 +18,44 @@ from dit_cache_fx.values.tensor_spec import TensorSpec
 
 @dataclass(eq=False)
 class Lowered:
-    """A program that went through the passes, and its graphs for each kind of step."""
+    """A program after its passes, and its graphs for each kind of step."""
 
     program: Program
     variants: Variants
     nodes: int  # operations of the graph as captured
     block_bytes: dict[str, int]  # block -> bytes of its results
     serial: int
-    strategy: Strategy  # with the processes that the model is spread over
-    #: whether each process is given a sample of its own; None before the first call
+    strategy: Strategy  # with the processes that run the model
+    #: whether each process has its own sample; None before the first call
     sample_apart: bool | None = field(default=None, init=False)
 
     def guards(self) -> list[str]:
-        """What the graph depends on of the data, in words; none where Dynamo guards it."""
+        """The data that the graph depends on, in words; empty if Dynamo guards it."""
         return []
 
     def captured_graph(self) -> fx.GraphModule | None:
-        """The graph before the passes, where it is kept."""
+        """The graph before the passes, if it is kept."""
         return None
 
     @property
     def nodes_computed(self) -> int:
-        """Nodes that a computed step executes."""
+        """The number of nodes that a computed step executes."""
         return _nodes(self.variants.prefix, self.variants.compute)
 
     @property
     def nodes_reused(self) -> int:
-        """Nodes that a reused step executes."""
+        """The number of nodes that a reused step executes."""
         return _nodes(self.variants.prefix, self.variants.reuse)
 
     @property
     def takes(self) -> str:
-        """What it was captured for: the call's tensors by name and shape."""
+        """The tensors that it was captured for, by name and shape."""
         nodes = self.program.graph.find_nodes(op="placeholder")
         given = [n for n in nodes if n.name not in self.program.owned]
         return ", ".join(f"{n.name}{list(n.meta['val'].shape)}" for n in given)
 
     def __str__(self) -> str:
-        """In one line."""
+        """Return a description of one line."""
         program = self.program
         lists = ", ".join(f"{name} ({n})" for name, n in program.block_lists.items())
         runs = "".join(f", run {r.index} leaves {' '.join(r.values)}" for r in program.regions)
@@ -65,19 +67,19 @@ class Lowered:
 
     @cached_property
     def places(self) -> dict[str, int]:
-        """Where each input is among the call's tensors."""
+        """Return the index of each input among the call's tensors."""
         return {name: place for place, name in enumerate(self.program.inputs)}
 
     @cached_property
     def given(self) -> list[int]:
-        """Which of the call's tensors are not the model's own."""
+        """Return the indexes of the call's tensors that are not the model's own."""
         return [i for i, name in enumerate(self.program.inputs) if name not in self.program.owned]
 
     @cached_property
     def signature(self) -> frozenset[tuple[str, TensorSpec]]:
-        """Name, shape, dtype and device of the call's own tensors.
+        """Return the name, shape, dtype and device of the call's own tensors.
 
-        Without a timestep of no dimensions: a number may be a constant of another graph.
+        A timestep of no dimensions is left out: a number may be a constant of another graph.
         """
         names = [self.program.inputs[i] for i in self.given]
         specs = {name: tensor_spec(self.program.node(name)) for name in names}
@@ -86,7 +88,7 @@ class Lowered:
 
     @cached_property
     def sample(self) -> int | None:
-        """Which of the call's tensors is the noisy sample: the largest of its argument."""
+        """Return the index of the noisy sample's tensor: the largest of its argument."""
         program = self.program
         found = [
             (tensor_spec(program.node(program.inputs[i])).nbytes, i)
@@ -97,16 +99,25 @@ class Lowered:
 
     @cached_property
     def conditioning(self) -> list[int]:
-        """Which of the call's tensors are neither a timestep's, a sample's nor the model's.
+        """Return the indexes of the call's conditioning tensors: no timestep, sample or weight.
 
-        A model may take more than one timestep (both ends of a step) and more than one sample
-        (a video and its sound), and gives as many back.
+        A model may take more than one timestep (both ends of a step) and more than one sample (a
+        video and its sound), and gives as many back.
         """
         program = self.program
         step = program.timestep_argument
         times = {argument for argument in program.arguments if tells_time(argument, step)}
         moving = {program.sample, step, *program.beside, *times}
         return [i for i in self.given if program.arguments[i] not in moving]
+
+
+def block_bytes(recording: Recording, blocks: Iterable[str]) -> dict[str, int]:
+    """Return the bytes of all results of each of these blocks."""
+    found = dict.fromkeys(blocks, 0)
+    for call in recording.calls:
+        if call.name in found:
+            found[call.name] += sum(spec.nbytes for spec in call.specs)
+    return found
 
 
 def _nodes(*parts: Part | None) -> int:

@@ -1,4 +1,4 @@
-"""Lowering to one graph that decides by itself, for `torch.compile` and `torch.export`."""
+"""Lower to one graph that contains the decision, for `torch.compile` and `torch.export`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from dit_cache_fx.ir.copying import results_of
 from dit_cache_fx.ir.graph_text import trace_graph
 from dit_cache_fx.ir.names import state_name
 from dit_cache_fx.ir.program import Program, graph_module, inline, tensor_spec
@@ -18,29 +19,30 @@ from dit_cache_fx.lowering.part import Part
 from dit_cache_fx.lowering.preamble import Preamble, pinned, split_preamble
 from dit_cache_fx.lowering.variants import Variants
 from dit_cache_fx.strategies import CLOCK, Clock, RuleState, Strategy
-from dit_cache_fx.strategies.rule import begun, decided, device_of
+from dit_cache_fx.strategies.decision import begun, decided, device_of
 from dit_cache_fx.strategies.signals import in_one, signal_of
 from dit_cache_fx.strategies.traced import traced
 from dit_cache_fx.values.identity import storage_key
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
-_FLAG = TensorSpec(torch.Size([]), torch.bool, torch.device("cpu"))
+#: a boolean on the host
+FLAG = TensorSpec(torch.Size([]), torch.bool, torch.device("cpu"))
 
 
 @dataclass(frozen=True)
 class OneGraph:
     """A program as one graph.
 
-    `part` gives `outputs` values of the model, then the tensors to hold. Beside what the variants
-    read it reads `forced`: whether the step computes. Where it asks the strategy's own rule
-    (`asks`), it also reads `fresh` (the state means nothing yet; both are booleans on the CPU) and
-    the rule's `state` (name -> spec), and its results end with the decision, whether the state is
-    `lost` (the next step has to be told `fresh`), and the new state. What has no dimensions is
-    given as one of a single element, by `operands`.
+    `part` gives `outputs` values of the model, then the tensors to cache. Besides the inputs of the
+    variants it reads `forced`: whether the step computes. If it runs the strategy's rule (`asks`),
+    it also reads `fresh` (the state is not valid yet; both are booleans on the CPU) and the rule's
+    `state` (name -> spec), and its results end with the decision, whether the state is `lost` (the
+    next step must pass `fresh`), and the new state. `operands` gives values without dimensions as
+    one-element tensors.
 
-    With a `preamble` the host runs that first (and the rule before it): then the graph asks no
-    rule, and reads what the prefix carries and what the preamble gives. A rule that looks at no
-    value of the model is the host's as well, where there is one.
+    A `preamble` runs on the host first (and the rule before it): then the graph runs no rule, and
+    reads the tensors that the prefix carries and the preamble's results. A rule that reads no value
+    of the model also runs on the host, if there is one.
     """
 
     part: Part
@@ -50,14 +52,14 @@ class OneGraph:
     preamble: Preamble | None
 
     def operands(self, given: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """What the graph reads, as it takes it.
+        """Return the graph's operands, in the form that it takes.
 
-        Dynamo may take a tensor of no dimensions for a number that does not change.
+        Dynamo may treat a tensor of no dimensions as a number that does not change.
         """
         return [t if t.ndim else t.reshape(1) for t in self.part.operands(given)]
 
     def operands_apart(self, given: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """The same, on the host, each in memory of its own: `cond` takes no two views of one."""
+        """Like `operands`, on the host, in separate memory: `cond` takes no two views of one."""
         taken: set[int] = set()
         return [_apart(t, taken) for t in self.operands(given)]
 
@@ -65,19 +67,19 @@ class OneGraph:
 def lower_one_graph(
     program: Program, variants: Variants, strategy: Strategy, carry: bool = False
 ) -> OneGraph:
-    """One graph over the variants of a program.
+    """Join the variants of a program in one graph.
 
     After (no rule):
 
-        %cond = cond(%forced, compute, reuse, (%held_h_0, %x, %t))
+        %cond = cond(%forced, compute, reuse, (%cached_h_0, %x, %t))
         %out = getitem(%cond, 0)
         %h = getitem(%cond, 1)
         return (%out, %h)
 
-    `compute` and `reuse` are the variants; as `cond` wants it, no result is an operand's memory.
-    In the place of tensors to hold `reuse` gives the held ones when they are to be carried on
-    (`carry`), else tensors without values. Carried state is for where there is no host: there is no
-    preamble then, and the sizes of masked selections are fixed.
+    `compute` and `reuse` are the variants; `cond` requires that no result is an operand's memory.
+    `reuse` returns the cached tensors if they are carried on (`carry`), otherwise tensors without
+    values. Carried state is for programs without a host: then there is no preamble, and the sizes
+    of masked selections are fixed.
     """
     return _Writer(program, variants, strategy, carry).write()
 
@@ -111,10 +113,10 @@ class _Writer:
         return OneGraph(part, self.variants.outputs, self.asks, self.state, self.preamble)
 
     def _placeholders(self) -> dict[str, fx.Node]:
-        """All that the graph is given, by name; what has no dimensions is made so."""
+        """Add a placeholder for every operand, by name, and restore shapes without dimensions."""
         inputs = {name: tensor_spec(self.program.node(name)) for name in self.program.inputs}
-        rule = {"fresh": _FLAG, **self.state} if self.asks else {}
-        specs = {"forced": _FLAG, **rule, **CLOCK, **self.variants.held, **inputs}
+        rule = {"fresh": FLAG, **self.state} if self.asks else {}
+        specs = {"forced": FLAG, **rule, **CLOCK, **self.variants.cached, **inputs}
         if self.preamble is not None:
             carried = {n: tensor_spec(self.program.node(n)) for n in self.variants.carried}
             specs |= carried | self.preamble.given
@@ -128,7 +130,7 @@ class _Writer:
     # --- the strategy's own rule ---------------------------------------------------------------
 
     def _looked_at(self, given: dict[str, fx.Node]) -> list[fx.Node]:
-        """All that a rule may look at: the clock, what was measured, and the model's value."""
+        """Return all operands of a rule: the clock, the measurements, and the model's value."""
         variants = self.variants
         seen = [given[name] for name in (*CLOCK, *variants.measured)]
         if variants.prefix is None:
@@ -140,25 +142,25 @@ class _Writer:
         return [*seen, value]
 
     def _seen_specs(self) -> dict[str, TensorSpec]:
-        """All of it by name, in that order."""
+        """Return the specs of a rule's operands by name, in the same order."""
         specs = {f"clock.{name}": spec for name, spec in CLOCK.items()}
-        specs |= {name: self.variants.held[name] for name in self.variants.measured}
+        specs |= {name: self.variants.cached[name] for name in self.variants.measured}
         signal = self.program.signal
         return specs if signal is None else {**specs, "signal": tensor_spec(signal)}
 
     def _signal(self, seen: Sequence[torch.Tensor]) -> Any:
-        """What is looked at, as the strategy names it."""
+        """Return the rule's operands in the strategy's form."""
         fields, measures = len(CLOCK), len(self.variants.measured)
         measured = in_one(seen[fields : fields + measures])
         value = seen[-1] if len(seen) > fields + measures else None
         return signal_of(self.strategy, value, Clock(*seen[:fields]), measured)
 
     def _decide(self, operands: Sequence[fx.Node]) -> list[fx.Node]:
-        """The decision and whether the state is lost, on the CPU, and the new state.
+        """Add the decision and whether the state is lost, on the CPU, and the new state.
 
         Here the host waits for the device.
         """
-        looked_at, flags = self._seen_specs(), {"forced": _FLAG, "fresh": _FLAG}
+        looked_at, flags = self._seen_specs(), {"forced": FLAG, "fresh": FLAG}
 
         def decide(*given: torch.Tensor) -> list[torch.Tensor]:
             signal = self._signal(given[: len(looked_at)])
@@ -174,17 +176,17 @@ class _Writer:
         return inline(self.graph, self.attributes, gm, operands)
 
     def _state_specs(self) -> dict[str, TensorSpec]:
-        """What the strategy's rule remembers."""
+        """Return the specs of the rule's state."""
 
         def begin(*seen: torch.Tensor) -> RuleState:
             return begun(self.strategy, self._signal(seen))
 
         first = traced(self.strategy, "init_state", begin, self._seen_specs())
-        results: Any = first.graph.output_node().args[0]
+        results = results_of(first.graph)
         return {state_name(i): tensor_spec(node) for i, node in enumerate(results)}
 
     def _apart(self, node: fx.Node, others: set[fx.Node]) -> fx.Node:
-        """A module's result may be its input itself, and `cond` takes each memory once."""
+        """Copy a module's result that may be its input: `cond` takes each memory once."""
         call = node
         while call.target is operator.getitem:
             call = call.all_input_nodes[0]
@@ -192,7 +194,7 @@ class _Writer:
         return _own(self.graph, node) if shared else node
 
     def _flat(self, node: fx.Node) -> fx.Node:
-        """Inductor may lay out what it computes otherwise than `cond`'s branches take it to be."""
+        """Flatten a tensor: Inductor may choose another layout than `cond`'s branches expect."""
         return self.graph.call_function(torch.ops.aten.reshape.default, (node, [-1]))
 
     # --- the decision --------------------------------------------------------------------------
@@ -201,18 +203,18 @@ class _Writer:
         variants = self.variants
         compute = pinned(variants.compute) if self.carry else variants.compute
         compute = compute if self.preamble is None else self.preamble.compute
-        read = {*compute.names, *variants.reuse.names, *(variants.held if self.carry else ())}
+        read = {*compute.names, *variants.reuse.names, *(variants.cached if self.carry else ())}
         names = [name for name in given if name in read]
         for name, part in (("compute", compute), ("reuse", variants.reuse)):
             self.attributes[name] = self._branch(part, names, hold=name == "compute")
         sides = [self.graph.get_attr(name) for name in ("compute", "reuse")]
         operands = tuple(given[name] for name in names)
         cond = self.graph.call_function(torch.cond, (predicate, *sides, operands))
-        results = range(variants.outputs + len(variants.held))
+        results = range(variants.outputs + len(variants.cached))
         return [self.graph.call_function(operator.getitem, (cond, i)) for i in results]
 
     def _branch(self, part: Part, names: Sequence[str], hold: bool) -> fx.GraphModule:
-        """A variant of these operands, with results in memory of their own."""
+        """Return a variant with these operands, and results in memory of their own."""
         graph, attributes = fx.Graph(), dict[str, Any]()
         given = {name: graph.placeholder(name) for name in names}
         for name in self.variants.carried if self.asks else ():
@@ -224,15 +226,15 @@ class _Writer:
         results = inline(graph, attributes, part.gm, part.operands(given))
         results = [_own(graph, node) for node in results]
         if not hold and self.carry:
-            results += [_own(graph, given[name]) for name in self.variants.held]
+            results += [_own(graph, given[name]) for name in self.variants.cached]
         elif not hold:
-            results += [_valueless(graph, spec) for spec in self.variants.held.values()]
+            results += [_valueless(graph, spec) for spec in self.variants.cached.values()]
         graph.output(tuple(results))
         return graph_module(self.program.model, attributes, graph, part.gm._get_name())
 
 
 def _apart(tensor: torch.Tensor, taken: set[int]) -> torch.Tensor:
-    """The tensor, or a copy where its memory is `taken`, to which it is added."""
+    """Return the tensor, or a copy if its memory is in `taken`; add the memory to `taken`."""
     if not tensor.numel() or is_traceable_wrapper_subclass(tensor):  # no memory of its own
         return tensor
     if storage_key(tensor) in taken:

@@ -1,4 +1,4 @@
-"""A graph that is given its operands by name."""
+"""A graph that takes its operands by name."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Part:
-    """A lowered graph. `names`: of its operands, in order; it is given no other than it reads."""
+    """A lowered graph. `names`: its operands, in order; all of them are read."""
 
     gm: fx.GraphModule
     names: tuple[str, ...]
 
     @staticmethod
     def of(model: nn.Module, attributes: Mapping[str, Any], graph: fx.Graph, name: str) -> Part:
-        """A part of a graph whose placeholders are called as its operands are."""
+        """Make a part of a graph whose placeholders have the names of its operands."""
         graph.eliminate_dead_code(is_kept)
         for node in [n for n in graph.find_nodes(op="placeholder") if not n.users]:
             graph.erase_node(node)
@@ -34,18 +34,18 @@ class Part:
 
     @property
     def run(self) -> Callable[..., Sequence[torch.Tensor]]:
-        """The graph as a function of its operands."""
+        """Return the graph as a function of its operands."""
         forward: Callable[..., Sequence[torch.Tensor]] = self.gm.forward
         return forward
 
     def operands(self, given: Mapping[str, _T]) -> list[_T]:
-        """What the graph reads of all that there is."""
+        """Select the graph's operands from `given`."""
         return [given[name] for name in self.names]
 
 
 @dataclass(frozen=True)
 class CompiledPart(Part):
-    """A lowered graph, and what runs in its place."""
+    """A lowered graph, and the compiled function that runs in its place."""
 
     compiled: Callable[..., Sequence[torch.Tensor]]
 

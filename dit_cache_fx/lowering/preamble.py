@@ -1,4 +1,4 @@
-"""What a compiler cannot hold in one graph: parts whose sizes depend on data."""
+"""Split off the parts that a compiler cannot hold in one graph: data-dependent sizes."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from dit_cache_fx.values.tensor_spec import TensorSpec
 class Preamble:
     """The part of a computed step that the host runs before the graph.
 
-    `part` gives what the new `compute` reads beside the step's other operands. `given`: name ->
-    spec of each (the sizes are those of the capture).
+    `part` gives the inputs that the new `compute` reads besides the step's other operands. `given`:
+    name -> spec of each (the sizes are those of the capture).
     """
 
     part: Part
@@ -39,14 +39,14 @@ class Preamble:
 
 @dataclass(frozen=True)
 class CompiledSteps:
-    """Variants for a compiler. `preamble`: what the host runs before a computed step."""
+    """Variants for a compiler. `preamble`: the part that the host runs before a computed step."""
 
     variants: Variants
     preamble: Preamble | None
 
 
 def lower_compiled_steps(variants: Variants) -> CompiledSteps:
-    """The variants without what a compiler cannot hold in one graph."""
+    """Return the variants without the parts that a compiler cannot hold in one graph."""
     preamble = split_preamble(variants.compute)
     if preamble is not None:
         variants = replace(variants, compute=preamble.compute)
@@ -54,7 +54,7 @@ def lower_compiled_steps(variants: Variants) -> CompiledSteps:
 
 
 def split_preamble(compute: Part) -> Preamble | None:
-    """Split what selects by masks off the graph of a computed step; None where nothing does.
+    """Split masked selections off the graph of a computed step; None if there are none.
 
     Before:
 
@@ -84,7 +84,7 @@ def split_preamble(compute: Part) -> Preamble | None:
 
 
 def pinned(compute: Part) -> Part:
-    """The graph of a computed step with the sizes of masked selections as at capture.
+    """Fix the sizes of masked selections in the graph of a computed step to those at capture.
 
     Before (the size of `padded` depends on `mask`):
 
@@ -111,7 +111,7 @@ def pinned(compute: Part) -> Part:
 
 
 def fixed_shape(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """The tensor, known to be of this shape; it raises where it is not."""
+    """Return the tensor with a static shape; raise if its shape is another."""
     for size, expected in zip(tensor.shape, shape, strict=True):
         torch._check(size == expected)
     strides = torch.empty(shape, device="meta").stride()
@@ -125,7 +125,7 @@ def _depends_on_data(node: fx.Node) -> bool:
 
 
 def _selects_by_index(node: fx.Node) -> bool:
-    """Whether an indexing has no mask among its indices: its size is known then."""
+    """Return whether an indexing has no mask among its indices: then its size is known."""
     if node.target is not torch.ops.aten.index.Tensor:
         return False
     specs = [spec_of(n) for n in node.all_input_nodes[1:]]

@@ -1,4 +1,4 @@
-"""A program with its clock and its state: state in, state out."""
+"""A program as a pure function: state in, state out."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ from torch import nn
 from dit_cache_fx.errors import OptionError
 from dit_cache_fx.ir.program import Program
 from dit_cache_fx.lowering.clock import ClockState
-from dit_cache_fx.lowering.one_graph import lower_one_graph
-from dit_cache_fx.lowering.path import Path
+from dit_cache_fx.lowering.graph_course import GraphCourse
+from dit_cache_fx.lowering.one_graph import FLAG, lower_one_graph
 from dit_cache_fx.lowering.variants import Variants
 from dit_cache_fx.strategies import Course, Strategy
 from dit_cache_fx.strategies.schedule import ListedSteps
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
 State = dict[str, torch.Tensor]
-#: whose multiples have fractions that are spread evenly
+#: their multiples have evenly spread fractions
 _IRRATIONAL = (math.sqrt(5), math.sqrt(2))
-_FLAG = TensorSpec(torch.Size([]), torch.bool, torch.device("cpu"))
-#: steps up to which a schedule is written out; more than that are all computed
+#: schedules are written out up to this step; all later steps are computed
 MOST_STEPS = 1000
 
 
 class FixedSteps(NamedTuple):
-    """A schedule written out: the steps that are computed, and the one from which on all are."""
+    """A schedule as a list: the steps that are computed, and the one from which on all are."""
 
     computed: Sequence[int]
     until: float
@@ -37,9 +36,9 @@ class FixedSteps(NamedTuple):
 def fixed_steps(
     strategy: Strategy, num_steps: int | None, timesteps: tuple[float, ...] | None = None
 ) -> FixedSteps:
-    """The schedule of a program that nobody tells a number of steps or timesteps later.
+    """Write out the schedule of a program that gets no number of steps or timesteps later.
 
-    Raises `OptionError` where the schedule needs the number and it is None.
+    Raises `OptionError` if the schedule needs the number of steps and it is None.
     """
     plan = strategy.plan
     if plan is None or isinstance(plan, ListedSteps):
@@ -48,7 +47,7 @@ def fixed_steps(
         raise OptionError(
             "num_steps",
             None,
-            f"{plan} places its steps by their number, which has to be known here: give num_steps "
+            f"{plan} places its steps by their number, which must be known here: pass num_steps "
             "(or timesteps), or set it on the cached model (cached.num_steps = 50)",
         )
     most, course = max(MOST_STEPS, num_steps or 0), strategy.course(num_steps, timesteps)
@@ -56,15 +55,14 @@ def fixed_steps(
 
 
 class Stateful(nn.Module):
-    """Answers a call from its tensors and the state that the call before has left.
+    """Answers a call from its tensors and the state of the call before.
 
     `forward(state, inputs)` returns the model's tensors and the new state. `state`: "clock"
-    (float64 [7], on the CPU), what is held, what the strategy's rule remembers, and whether that is
-    "lost". It is the state of one branch of a generation: CFG as two calls a step takes two. So
-    that a state never answers for another branch, it has a "checksum" of the conditioning
-    (float64 [2 n], on the CPU, for the n inputs in `conditioning`): a call with another one
-    computes.
-    `assertions` of the call's tensors stand for the guards of the capture.
+    (float64 [7], on the CPU), the cached tensors, the state of the strategy's rule, whether that
+    is "lost". It belongs to one branch of a generation: CFG in two calls per step takes two states.
+    A state never answers for another branch: it has a "checksum" of the conditioning (float64 [2
+    n], on the CPU, for the n inputs in `conditioning`), and a call with another one computes.
+    `assertions` on the call's tensors replace the guards of the capture.
     """
 
     def __init__(
@@ -83,7 +81,7 @@ class Stateful(nn.Module):
         one = lower_one_graph(program, variants, strategy, carry=True)
         self._one = one
         self.program = one.part.gm
-        self.held = variants.held
+        self.cached = variants.cached
         self.inputs = program.inputs
         self.timestep_input = str(program.timestep_input)
         self.guards = assertions
@@ -91,12 +89,13 @@ class Stateful(nn.Module):
         self.register_buffer("steps", computed, persistent=False)
         self.until = steps.until
         course = course or strategy.course()
-        needs_path = course.by_timestep or {"gap", "way"} & set(one.part.names)
-        self.path = Path(course, max(MOST_STEPS, course.num_steps or 0)) if needs_path else None
+        needs_course = course.by_timestep or {"gap", "way"} & set(one.part.names)
+        most = max(MOST_STEPS, course.num_steps or 0)
+        self.course = GraphCourse(course, most) if needs_course else None
 
     def initial(self) -> State:
-        """The state before the first call."""
-        specs = {**self.held, **self._remembered}
+        """Return the state before the first call."""
+        specs = {**self.cached, **self._remembered}
         zeros = {name: spec.zeros() for name, spec in specs.items()}
         clock = torch.zeros(len(ClockState._fields), dtype=torch.float64, device="cpu")
         checksums = torch.zeros(2 * len(self.conditioning), dtype=torch.float64, device="cpu")
@@ -104,8 +103,8 @@ class Stateful(nn.Module):
 
     @property
     def _remembered(self) -> dict[str, TensorSpec]:
-        """What the strategy's rule keeps, where it has one."""
-        return {"lost": _FLAG, **self._one.state} if self._one.asks else {}
+        """Return the specs of the rule's state, if the strategy has a rule."""
+        return {"lost": FLAG, **self._one.state} if self._one.asks else {}
 
     def forward(
         self, state: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]
@@ -125,28 +124,28 @@ class Stateful(nn.Module):
         operands = self._one.operands({**inputs, **state, **flags, **times})
         results = list(self.program(*operands))
         outputs, rest = results[: self._one.outputs], results[self._one.outputs :]
-        held, decided = rest[: len(self.held)], rest[len(self.held) :]
+        cached, decided = rest[: len(self.cached)], rest[len(self.cached) :]
         computes = decided[0] if decided else forced
         new = {"clock": clock.after(computes, times["distance"]).pack(), "checksum": seen}
-        new.update(zip(self.held, held, strict=True))
+        new.update(zip(self.cached, cached, strict=True))
         new.update(zip(self._remembered, decided[1:], strict=True))
         return outputs, new
 
     def _times(self, clock: ClockState) -> State:
-        """The tensors of the clock that the graph reads."""
+        """Return the clock's tensors that the graph reads."""
         reach = torch.where(clock.computed > 1, clock.reach, 0.0)
         times = {"computed": clock.computed, "distance": clock.distance, "reach": reach}
-        if self.path is None:
+        if self.course is None:
             return times
         return times | {
-            "distance": self.path.distance(clock),
-            "gap": self.path.gap(clock),
-            "way": self.path.way(clock),
+            "distance": self.course.distance(clock),
+            "gap": self.course.gap(clock),
+            "way": self.course.way(clock),
         }
 
 
 def _checksum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Two weighted sums over each tensor, on the CPU: other values or places give others."""
+    """Return two weighted sums of each tensor, on the CPU, that depend on values and positions."""
     sums = [torch.zeros(0, dtype=torch.float64, device="cpu")]
     for tensor in tensors:
         values = tensor.to(torch.float64).flatten()
@@ -157,7 +156,7 @@ def _checksum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _weights(places: torch.Tensor, factor: float) -> torch.Tensor:
-    """Numbers from 1 to 2, no two of them the same."""
+    """Return distinct numbers from 1 to 2."""
     scaled = places * factor
     return 1 + scaled - scaled.floor()
 
@@ -173,7 +172,7 @@ class Carried(nn.Module):
             self.register_buffer(f"state_{name}", tensor, persistent=False)
 
     def forget(self) -> None:
-        """Set the state to that before the first call."""
+        """Reset the state to that before the first call."""
         for name, tensor in self.stateful.initial().items():
             getattr(self, f"state_{name}").copy_(tensor)
 

@@ -1,4 +1,4 @@
-"""Lowering to one graph for each kind of step; which one runs is decided on the host."""
+"""Lower to one graph for each kind of step; the host decides which one runs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 from torch import fx
 
 from dit_cache_fx.ir.cached_run import CachedRun, cached_runs, is_cached_run
-from dit_cache_fx.ir.copying import body, copy_nodes
+from dit_cache_fx.ir.copying import body, copy_nodes, results_of
 from dit_cache_fx.ir.graph_text import trace_graph
 from dit_cache_fx.ir.names import is_measured
 from dit_cache_fx.ir.node_meta import is_block, mark, meta_of
 from dit_cache_fx.ir.program import (
     Program,
+    adopt,
     ancestors,
     attributes_of,
     is_view,
@@ -32,27 +33,27 @@ from dit_cache_fx.values.tensor_spec import TensorSpec
 class Variants:
     """A program as graphs without a decision in them.
 
-    `compute` gives `outputs` values of the model, then the tensors to hold; `reuse` the values of
-    the model alone. Their operands are among the call's inputs, the clock (`distance`, `computed`,
-    `gap`, `reach`, `way`), what is `held` (name -> spec, run after run) and what is `carried`.
-    `prefix`, where the strategy has a rule of its own that looks at a value of the model, gives
-    that value, then the carried tensors; None otherwise.
+    `compute` gives `outputs` values of the model, then the tensors to cache; `reuse` gives the
+    values only. Their operands are among the call's inputs, the clock (`distance`, `computed`,
+    `gap`, `reach`, `way`), the `cached` tensors (name -> spec, run after run) and the `carried`
+    ones. `prefix`, if the strategy has a rule that reads a value of the model, gives that value,
+    then the carried tensors; otherwise None.
     """
 
     compute: Part
     reuse: Part
     prefix: Part | None
-    held: dict[str, TensorSpec]
+    cached: dict[str, TensorSpec]
     carried: tuple[str, ...]
     outputs: int
 
     @property
     def measured(self) -> list[str]:
-        """Which of `held` is what was measured of a value."""
-        return [name for name in self.held if is_measured(name)]
+        """Return the names in `cached` that are measurements."""
+        return [name for name in self.cached if is_measured(name)]
 
     def mapped(self, function: Callable[[Part], Part]) -> Variants:
-        """The same with `function` of each graph."""
+        """Apply `function` to each graph."""
         prefix = self.prefix and function(self.prefix)
         return replace(
             self, compute=function(self.compute), reuse=function(self.reuse), prefix=prefix
@@ -60,7 +61,7 @@ class Variants:
 
 
 def lower_variants(program: Program) -> Variants:
-    """The graphs of a program's steps.
+    """Build the graphs of a program's steps.
 
     Before:
 
@@ -73,37 +74,33 @@ def lower_variants(program: Program) -> Variants:
 
         %c = call_module[model.time_embedder](%t)           %c = call_module[model...](%t)
         %h = call_module[model.blocks.0](%x, %c)            return (call_module[model.proj_out](
-        return (call_module[model.proj_out](%h, %c), %h)        %held_h_0, %c),)
+        return (call_module[model.proj_out](%h, %c), %h)        %cached_h_0, %c),)
     """
     prefix, carried = _prefix(program)
     compute, reuse = (_Side(program, kind, carried).lower() for kind in ("compute", "reuse"))
     for name, part in (("compute", compute), ("reuse", reuse), ("prefix", prefix)):
         if part is not None:
             trace_graph(name, part.gm)
-    return Variants(compute, reuse, prefix, _held(program), carried, len(_results(program)))
+    outputs = len(results_of(program.graph))
+    return Variants(compute, reuse, prefix, _cached(program), carried, outputs)
 
 
-def _held(program: Program) -> dict[str, TensorSpec]:
-    """What is held of each value of each run, by the names that the runs' sides give it."""
-    held: dict[str, TensorSpec] = {}
+def _cached(program: Program) -> dict[str, TensorSpec]:
+    """Return the specs of the cached tensors of all runs, by the operand names of their sides."""
+    cached: dict[str, TensorSpec] = {}
     for run in cached_runs(program.graph):
         side: fx.GraphModule = getattr(program.gm, run.reuse)
         places = side.graph.find_nodes(op="placeholder")
         names = [n.name for n in places]
         for place in places[: names.index(next(iter(CLOCK)))]:
-            held[place.name] = tensor_spec(place)
-    return held
-
-
-def _results(program: Program) -> list[fx.Node]:
-    results: Any = program.graph.output_node().args[0]
-    return list(results)
+            cached[place.name] = tensor_spec(place)
+    return cached
 
 
 def _prefix(program: Program) -> tuple[Part | None, tuple[str, ...]]:
-    """The graph of what the strategy's rule looks at, and the names of what else it computes.
+    """Build the graph of the rule's signal, and return the names of what else it computes.
 
-    Views are not carried: the graphs that are given their base make them again.
+    Views are not carried: the graphs rebuild them from their base.
     """
     signal = program.signal
     if signal is None:
@@ -125,13 +122,13 @@ def _prefix(program: Program) -> tuple[Part | None, tuple[str, ...]]:
 
 
 def _needed(signal: fx.Node) -> set[fx.Node]:
-    """What the signal is made of, with every item of the containers among it."""
+    """Return the nodes that the signal needs, with every item of their containers."""
     needed = ancestors([signal])
     return needed | {user for node in needed if spec_of(node) is None for user in items_of(node)}
 
 
 class _Side:
-    """Writes the graph of one kind of step: each run gives way to one of its two sides."""
+    """Writes the graph of one kind of step: each run is replaced by one of its two sides."""
 
     def __init__(self, program: Program, kind: str, carried: Sequence[str]) -> None:
         self.program = program
@@ -142,11 +139,11 @@ class _Side:
         self.sunk: dict[str, fx.Node] = {}  # a node that was copied into several runs runs once
         self.recorded: list[fx.Node] = []
         self.clock = [self.graph.placeholder(name) for name in CLOCK]
-        self.held = iter([self.graph.placeholder(name) for name in _held(program)])
+        self.cached = iter([self.graph.placeholder(name) for name in _cached(program)])
         inputs = program.graph.find_nodes(op="placeholder")
         for node in (*map(program.node, carried), *inputs):
             self.new[node] = self.graph.placeholder(node.name)
-        #: the prefix has run these: a block among them is not to run again for its own sake
+        #: nodes of the prefix: blocks among them do not run again for their own sake
         self.done = set() if program.signal is None else _needed(program.signal)
 
     def lower(self) -> Part:
@@ -155,11 +152,11 @@ class _Side:
             mark(node, signal=False)
         for node in filter(is_block, self.done):
             mark(self.new[node], block=None)
-        self.graph.output((*(self.new[n] for n in _results(self.program)), *self.recorded))
+        self.graph.output((*(self.new[n] for n in results_of(self.program.graph)), *self.recorded))
         return Part.of(self.program.model, self.attributes, self.graph, self.kind.capitalize())
 
     def _instead(self, node: fx.Node) -> Any:
-        """What stands for a run, for one of its values, and for what is there already."""
+        """Return the replacement of a run, of one of its values, or of an existing node."""
         if is_cached_run(node):
             return self._inlined(CachedRun.of(node))
         values = self.new[node.all_input_nodes[0]] if node.target is operator.getitem else None
@@ -172,18 +169,18 @@ class _Side:
         return None if origin is None else self.sunk.get(origin)
 
     def _inlined(self, run: CachedRun) -> list[fx.Node]:
-        """Copy one side of a run to the graph; returns the run's values."""
+        """Copy one side of a run to the graph; return the run's values."""
         side: fx.GraphModule = getattr(self.program.gm, getattr(run, self.kind))
         places = side.graph.find_nodes(op="placeholder")
         inputs = [*run.run_inputs, *(run.operands if self.kind == "compute" else ())]
-        held = [next(self.held) for _ in range(len(places) - len(self.clock) - len(inputs))]
-        given = [*held, *self.clock, *(self.new[n] for n in inputs)]
+        cached = [next(self.cached) for _ in range(len(places) - len(self.clock) - len(inputs))]
+        given = [*cached, *self.clock, *(self.new[n] for n in inputs)]
         new: dict[fx.Node, Any] = dict(zip(places, given, strict=True))
         copy_nodes(self.graph, body(side.graph), new, self._copied_before)
         origins = {meta_of(node).origin: node for node in body(side.graph)}
         self.sunk.update((name, new[node]) for name, node in origins.items() if name is not None)
-        self.attributes.update(attributes_of(side, side.graph))
-        results: Any = side.graph.output_node().args[0]
+        adopt(self.attributes, side, new)
+        results = results_of(side.graph)
         values = next(len(r.values) for r in self.program.regions if r.index == run.index)
         self.recorded += [new[n] for n in results[values:]]
         return [new[n] for n in results[:values]]

@@ -1,4 +1,4 @@
-"""Pass 5: drop what nothing reads any more."""
+"""Pass 5: remove nodes that have no readers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dit_cache_fx.strategies import Strategy
 
 
 def dead_code(program: Program, strategy: Strategy) -> None:
-    """Drop nodes without readers; blocks that are never cached stay.
+    """Remove nodes without readers; keep blocks that are never cached.
 
     Before:
 

@@ -1,4 +1,4 @@
-"""Pass 2, liveness: which values leave a cached run, and what each one starts from."""
+"""Pass 2: liveness. Find the values that leave each cached run, and the run input of each."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dit_cache_fx.ir.program import (
     block_call_of,
     block_values,
 )
-from dit_cache_fx.ir.streams import padded_start, sample_like_output, start_of
+from dit_cache_fx.ir.streams import padded_run_input, run_input_of, sample_like_output
 from dit_cache_fx.strategies import Strategy
 
 
 def find_values(program: Program, strategy: Strategy) -> None:
-    """For each run the values that something reads which runs on a reused step too.
+    """Find, for each run, the values with a reader that also runs on a reused step.
 
     Before: `program.regions[0]` is `[blocks.0, blocks.1, blocks.2]` in
 
@@ -32,38 +32,39 @@ def find_values(program: Program, strategy: Strategy) -> None:
         %out = call_module[model.proj_out](%img3)
 
     After: the same graph, and `program.regions[0].values` is `("img3",)`: the only one of six
-    tensors that is held. Where the strategy reads what a run starts from, `inputs` names it (here
-    "img"), else None. A strategy of the whole model holds the output, which starts from the sample.
+    tensors that is cached. If the strategy reads the run's inputs, `run_inputs` names it (here
+    "img"), otherwise None. A strategy of the whole model caches the output, with the sample as its
+    run input.
     """
     if strategy.whole_model:
         program.regions = (_whole(program),)
     else:
         program.regions = _runs(program, strategy)
-    for node in program.graph.nodes:  # those that are read stay
+    for node in program.graph.nodes:  # values with readers stay
         mark(node, part=False)
 
 
 def _runs(program: Program, strategy: Strategy) -> tuple[Region, ...]:
-    starts = _Cut(program, strategy).find()
-    order = [n for n in program.graph.nodes if n in starts]
+    run_inputs = _Cut(program, strategy).find()
+    order = [n for n in program.graph.nodes if n in run_inputs]
     regions = []
     for region in program.regions:
         values = [v for v in order if block_of(block_call_of(v)) in region.blocks]
-        names = tuple(None if (s := starts[v]) is None else s.name for v in values)
-        regions.append(replace(region, values=tuple(v.name for v in values), inputs=names))
+        names = tuple(None if (s := run_inputs[v]) is None else s.name for v in values)
+        regions.append(replace(region, values=tuple(v.name for v in values), run_inputs=names))
     return tuple(r for r in regions if r.values)
 
 
 def _whole(program: Program) -> Region:
-    """One run of all blocks and what follows them."""
+    """Return one run of all blocks and everything after them."""
     blocks = tuple(block_of(call) for call in program.block_calls())
-    start = sample_like_output(program)
+    run_input = sample_like_output(program)
     values = [node.name for node in program.outputs_of_blocks()]
-    return Region(0, blocks, tuple(values), (start.name,) * len(values))
+    return Region(0, blocks, tuple(values), (run_input.name,) * len(values))
 
 
 class _Cut:
-    """Where everything that runs on a reused step is cut off from the cached runs."""
+    """The cut between the cached runs and everything that runs on a reused step."""
 
     def __init__(self, program: Program, strategy: Strategy) -> None:
         self.program = program
@@ -75,37 +76,37 @@ class _Cut:
         self.always = _always(program, cached)
 
     def find(self) -> dict[fx.Node, fx.Node | None]:
-        """Each value that is held, with what it starts from.
+        """Return each cached value with its run input.
 
-        What a value starts from runs on a reused step as well, and may need values of its own:
-        so the search goes on until nothing new is reached.
+        A run input is computed on a reused step as well and may need values of its own, so the
+        search repeats until it reaches nothing new.
         """
-        starts: dict[fx.Node, fx.Node | None] = {}
+        run_inputs: dict[fx.Node, fx.Node | None] = {}
         while True:
-            roots = [*self.always, *(s for s in starts.values() if s is not None)]
+            roots = [*self.always, *(s for s in run_inputs.values() if s is not None)]
             reached = ancestors(roots, stop=self.values)
-            new = [v for v in self.values if v in reached and v not in starts]
+            new = [v for v in self.values if v in reached and v not in run_inputs]
             if not new:
-                return starts
+                return run_inputs
             for value in new:
-                starts.update(self._starts(value, reached))
+                run_inputs.update(self._run_inputs(value, reached))
 
-    def _starts(self, value: fx.Node, reached: set[fx.Node]) -> dict[fx.Node, fx.Node | None]:
-        if not self.strategy.reads_start:
+    def _run_inputs(self, value: fx.Node, reached: set[fx.Node]) -> dict[fx.Node, fx.Node | None]:
+        if not self.strategy.reads_run_input:
             return {value: None}
-        start = self._start(value)
-        if start is None:
+        run_input = self._run_input(value)
+        if run_input is None:
             parts = [user for user in value.users if user in reached]
-            found = {part: self._start(part) for part in parts if _is_slice(part)}
+            found = {part: self._run_input(part) for part in parts if _is_slice(part)}
             if len(found) == len(parts) and all(found.values()):
                 self.values = self.values - {value} | set(parts)
                 return dict(found)
-            start = padded_start(self.program, self._run(value), value, self._name)
-        return {value: start}
+            run_input = padded_run_input(self.program, self._run(value), value, self._name)
+        return {value: run_input}
 
-    def _start(self, value: fx.Node) -> fx.Node | None:
+    def _run_input(self, value: fx.Node) -> fx.Node | None:
         every = self.strategy.every_stream
-        return start_of(self.program, self._run(value), value, self._name, every)
+        return run_input_of(self.program, self._run(value), value, self._name, every)
 
     def _run(self, value: fx.Node) -> Region:
         block = block_of(block_call_of(value))
@@ -113,7 +114,7 @@ class _Cut:
 
 
 def _always(program: Program, cached: set[BlockId]) -> list[fx.Node]:
-    """What runs on every step in any case: the output, and blocks that are never cached."""
+    """Return the nodes that run on every step: the output, and blocks that are never cached."""
     roots = [program.graph.output_node()]
     roots += [c for c in program.block_calls() if block_of(c) not in cached]
     if program.signal is not None:
@@ -122,5 +123,5 @@ def _always(program: Program, cached: set[BlockId]) -> list[fx.Node]:
 
 
 def _is_slice(node: fx.Node) -> bool:
-    """A part of a joined stream (image rows of image and text) is a value of its own."""
+    """Return whether the node is a part of a joined stream (image rows of image and text)."""
     return node.target is torch.ops.aten.slice.Tensor

@@ -1,4 +1,4 @@
-"""Pass 0: a part taken out of a joined sequence is the part that went in."""
+"""Pass 0: read a slice of a concatenation directly from the tensor that went in."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def forward_slices(program: Program, strategy: Strategy) -> None:
 
         %out = call_module[model.final_layer](%img)
 
-    So the text, which only went in to be cut off again, is not held. A part whose place depends on
-    data (on a mask's length) is left.
+    So the text, which was joined only to be cut off again, is not cached. A part whose position
+    depends on data (on a mask's length) is left unchanged.
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(program.graph, {}))
@@ -53,7 +53,7 @@ def forward_slices(program: Program, strategy: Strategy) -> None:
 
 
 def _part(node: fx.Node) -> fx.Node | None:
-    """The part of a concatenation that a slice takes, where it takes exactly one."""
+    """Return the input of a concatenation that a slice takes, if it takes exactly one."""
     arguments: tuple[Any, ...] = node.args
     source, dim, start, end, step = arguments + _DEFAULTS[len(arguments) :]
     if not isinstance(source, fx.Node) or source.target is not _CAT or step != 1:
@@ -73,6 +73,6 @@ def _part(node: fx.Node) -> fx.Node | None:
 
 
 def _fixed(parts: Sequence[fx.Node]) -> bool:
-    """Whether no size among `parts` can depend on data."""
+    """Return whether all sizes in `parts` are independent of data."""
     operators = [n.target for n in ancestors(parts) if isinstance(n.target, torch._ops.OpOverload)]
     return not any(torch.Tag.dynamic_output_shape in operator.tags for operator in operators)

@@ -1,4 +1,4 @@
-"""Pass 3: each cached run becomes one node that either computes or reuses."""
+"""Pass 3: replace each cached run by one node that either computes or reuses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from dit_cache_fx.ir.cached_run import cache_or_compute
+from dit_cache_fx.ir.copying import copy_nodes
 from dit_cache_fx.ir.node_meta import block_of, mark
 from dit_cache_fx.ir.program import (
     Program,
@@ -36,12 +37,12 @@ def guard_runs(program: Program, strategy: Strategy) -> None:
         %b1 = getitem(%run_0, 0)
         %out = call_module[model.proj_out](%b1)
 
-        run_0_compute(held, distance, computed, gap, reach, way, x, temb):
+        run_0_compute(cached, distance, computed, gap, reach, way, x, temb):
             %b0 = call_module[model.blocks.0](%x, %temb)
             %b1 = call_module[model.blocks.1](%b0, %temb)
             return (%b1, %b1)                                # the value, and what to hold
-        run_0_reuse(held, distance, computed, gap, reach, way):
-            return (%held,)
+        run_0_reuse(cached, distance, computed, gap, reach, way):
+            return (%cached,)
     """
     attributes = attributes_of(program.gm, program.graph)
     graph = _Rewrite(program, strategy, attributes).run()
@@ -49,7 +50,7 @@ def guard_runs(program: Program, strategy: Strategy) -> None:
 
 
 class _Rewrite:
-    """Copies a program to a new graph, its runs replaced; what nothing reads is not copied."""
+    """Copies a program to a new graph with its runs replaced; leaves out nodes without readers."""
 
     def __init__(self, program: Program, strategy: Strategy, attributes: dict[str, Any]) -> None:
         self.program = program
@@ -68,7 +69,7 @@ class _Rewrite:
         return self.graph
 
     def _needed(self) -> set[fx.Node]:
-        """What runs beside the runs: behind outputs, never cached blocks and run operands."""
+        """Return the nodes that run outside of the runs: for outputs, uncached blocks, operands."""
         program = self.program
         cached = {b for r in program.regions for b in r.blocks}
         roots = [*program.graph.output_node().all_input_nodes]
@@ -87,17 +88,17 @@ class _Rewrite:
             else:
                 for needed in node.all_input_nodes:
                     self._copy(needed)
-                self.new[node] = self.graph.node_copy(node, self.new.__getitem__)
+                copy_nodes(self.graph, [node], self.new)
         return self.new[node]
 
     def _parts(self, region: Region) -> tuple[list[fx.Node], list[fx.Node], set[fx.Node]]:
-        """What the run starts from, its other operands, and its members."""
+        """Return the run inputs, the other operands, and the members of a run."""
         program = self.program
         values = [program.node(name) for name in region.values]
         calls = [c for c in program.block_calls() if block_of(c) in region.blocks]
         between = descendants(calls) & ancestors([*calls, *values])
         members = between | set(calls)
-        run_inputs = [program.node(name) for name in dict.fromkeys(region.inputs) if name]
+        run_inputs = [program.node(name) for name in dict.fromkeys(region.run_inputs) if name]
         read = {n for member in members for n in member.all_input_nodes}
         operands = [
             n for n in program.graph.nodes if n in read and n not in members and n not in run_inputs
@@ -105,7 +106,7 @@ class _Rewrite:
         return run_inputs, operands, members
 
     def _guard(self, region: Region) -> None:
-        """Add the run's node and its two subgraphs."""
+        """Add the node of a run and its two subgraphs."""
         run_inputs, operands, members = self._parts(region)
         prefix = f"run_{region.index}"
         sides = Subgraphs(self.program, region, self.strategy, run_inputs, operands)

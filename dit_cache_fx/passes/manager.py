@@ -1,11 +1,11 @@
-"""The passes, in the one order in which they run.
+"""Run the passes, in the only order that there is.
 
-To find the pass that breaks a program, leave passes out by name: each program must give the model's
-own output on a computed step, whichever pass is missing.
+To find the pass that breaks a program, leave passes out by name: on a computed step each program
+must give the model's own output, whichever pass is missing.
 
     run_passes(program, strategy, skip={"sink"})
 
-`TORCH_LOGS="+dit_cache_fx"` logs what each pass has changed.
+`TORCH_LOGS="+dit_cache_fx"` logs the changes of each pass.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ def run_passes(
     observe: Observer | None = None,
     skip: Collection[str] = (),
 ) -> None:
-    """Run every pass, and the verifier after each. `observe` sees the program after each.
+    """Run every pass, and the verifier and `observe` after each.
 
-    `skip`: names of passes to leave out, to find out which one is at fault.
+    `skip`: the names of passes to leave out, to find the faulty one.
 
     Raises `VerifyError` with the name of the pass that failed or left a broken program.
     """
     names = [apply_pass.__name__ for apply_pass in PASSES]
     if not set(skip) <= set(names):
-        raise OptionError("skip", sorted(skip), f"names of passes: {names}")
+        raise OptionError("skip", sorted(skip), f"the names of passes: {names}")
     trace_graph("captured", program.gm)
     for apply_pass in PASSES:
         if apply_pass.__name__ not in skip:
@@ -88,7 +88,7 @@ def _run(apply_pass: Pass, program: Program, strategy: Strategy) -> None:
 
 
 def _operations(program: Program) -> Counter[str]:
-    """How often each operation is in the graph and in the two sides of its runs."""
+    """Count each operation in the graph and in the two sides of its runs."""
     runs = cached_runs(program.graph)
     sides = [getattr(program.gm, name) for run in runs for name in (run.compute, run.reuse)]
     nodes = [n for gm in (program.gm, *sides) for n in gm.graph.nodes]
@@ -102,7 +102,7 @@ def _operation(node: fx.Node) -> str:
 
 
 def _change(before: Counter[str], after: Counter[str]) -> str:
-    """`40 -> 31 operations (add.Tensor -9)`."""
+    """Describe a change: `40 -> 31 operations (add.Tensor -9)`."""
     names = sorted({*before, *after})
     parts = [f"{n} {after[n] - before[n]:+d}" for n in names if after[n] != before[n]]
     changed = ", ".join(parts) or "none changed"

@@ -1,4 +1,4 @@
-"""Pass 1: which blocks are cached together."""
+"""Pass 1: group the blocks that are cached together."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def select_runs(program: Program, strategy: Strategy) -> None:
         else:
             runs[-1].append(block)
     if calls and all(strategy.always_runs(i, len(calls)) for i in range(len(calls))):
-        wanted = f"each of the model's {len(calls)} blocks always runs: leave some to cache"
+        wanted = f"each of the model's {len(calls)} blocks always runs: leave at least one to cache"
         raise OptionError("strategy", strategy, wanted)
     filled = [run for run in runs if run]
     program.regions = tuple(Region(i, tuple(run)) for i, run in enumerate(filled))

@@ -1,4 +1,4 @@
-"""Pass 4: what only the compute side of a run needs moves into it."""
+"""Pass 4: move nodes that only the compute side of a run reads into that side."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def sink(program: Program, strategy: Strategy) -> None:
 
         %run_0 = cache_or_compute(0, run_0_compute, run_0_reuse, [], [%x, %text])
 
-    with both calls at the head of `run_0_compute`. What two runs need is copied into both.
+    with both calls at the head of `run_0_compute`. Nodes that two runs need are copied into both.
     """
     attributes = attributes_of(program.gm, program.graph)
     moved = _sinkable(program.graph)
@@ -44,7 +44,7 @@ def sink(program: Program, strategy: Strategy) -> None:
 
 
 def _sinkable(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that are read by nothing but the compute sides, directly or through each other."""
+    """Return the nodes that only compute sides read, directly or through each other."""
     moved: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if is_kept(node) or is_cached_run(node) or not node.users or _is_result(node):
@@ -55,7 +55,7 @@ def _sinkable(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _is_result(node: fx.Node) -> bool:
-    """Whether it is taken from what a block returns: it stays where the block is."""
+    """Return whether the node takes a part of a block's result: it stays with the block."""
     return node.target is operator.getitem and is_block(_container(node))
 
 
@@ -76,7 +76,7 @@ def _only_operand(node: fx.Node, user: fx.Node) -> bool:
 def _absorb(
     program: Program, run: CachedRun, moved: set[fx.Node], attributes: dict[str, Any]
 ) -> None:
-    """Put what was sunk at the head of the run's compute side; its inputs become operands."""
+    """Put the moved nodes at the head of the run's compute side; their inputs become operands."""
     nodes = list(program.graph.nodes)
     sunk = ancestors(run.operands, stop=[n for n in nodes if n not in moved]) & moved
     if not sunk:
@@ -89,8 +89,8 @@ def _absorb(
     graph = fx.Graph()
     mapped: dict[fx.Node, fx.Node] = {}
     copy_nodes(graph, head, mapped)
-    starts = head[len(head) - len(run.run_inputs) :]
-    new = {node: mapped[place] for node, place in zip(run.run_inputs, starts, strict=True)}
+    inputs = head[len(head) - len(run.run_inputs) :]
+    new = {node: mapped[place] for node, place in zip(run.run_inputs, inputs, strict=True)}
     new.update((node, add_input(graph, node)) for node in outside)
     copy_nodes(graph, [n for n in nodes if n in sunk], new)
     for node in sunk:

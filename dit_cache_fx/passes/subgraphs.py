@@ -1,4 +1,4 @@
-"""The two sides of a cached run, with the strategy's functions traced into them."""
+"""Build the two sides of a cached run, with the strategy's functions traced into them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from dit_cache_fx.ir.alone import place_of
-from dit_cache_fx.ir.copying import add_input, copy_nodes
-from dit_cache_fx.ir.names import held_name, measured_name
+from dit_cache_fx.ir.copying import add_input, copy_nodes, results_of
+from dit_cache_fx.ir.names import cached_name, measured_name
 from dit_cache_fx.ir.node_meta import mark_tensor
 from dit_cache_fx.ir.program import (
     Program,
@@ -30,11 +30,10 @@ from dit_cache_fx.values.tensor_spec import TensorSpec
 
 
 class Subgraphs:
-    """Builds the sides of one run.
+    """Builds the two sides of one run.
 
-    Both take, for each value, the tensors that are held for it (what was measured of it is the
-    last, where something is), then those of a `Clock`, then what the run starts from; the compute
-    side also its operands.
+    For each value, both sides take the cached tensors (the measurement last, if there is one), then
+    those of a `Clock`, then the run's inputs. The compute side also takes its operands.
     """
 
     def __init__(
@@ -55,24 +54,24 @@ class Subgraphs:
         self.measures = [self._traced("measure", i) for i in self._indexes()]
 
     def compute(self, members: set[fx.Node]) -> fx.GraphModule:
-        """Runs the blocks; returns the values, then all that is to be held."""
-        graph, held, clock, new = self._head([*self.run_inputs, *self.operands])
+        """Build the side that runs the blocks; it returns the values, then the tensors to cache."""
+        graph, cached, clock, new = self._head([*self.run_inputs, *self.operands])
         copy_nodes(graph, [n for n in self.program.graph.nodes if n in members], new)
         values = [new[self.program.node(name)] for name in self.region.values]
         recorded: list[Any] = []
         for i, value in enumerate(values):
-            given = [*held[i][: self.slots], *clock, value, *self._start(graph, i, new)]
+            given = [*cached[i][: self.slots], *clock, value, *self._run_input(graph, i, new)]
             recorded += self._inlined(graph, self._traced("store", i), given)
             recorded += self._inlined(graph, self.measures[i], given)
         graph.output((*values, *recorded))
         return self._module(graph, "Compute")
 
     def reuse(self) -> fx.GraphModule:
-        """Returns the values from what is held."""
-        graph, held, clock, new = self._head(self.run_inputs)
+        """Build the side that returns the values from the cached tensors."""
+        graph, cached, clock, new = self._head(self.run_inputs)
         values: list[Any] = []
         for i in self._indexes():
-            given = [*held[i][: self.slots], *clock, *self._start(graph, i, new)]
+            given = [*cached[i][: self.slots], *clock, *self._run_input(graph, i, new)]
             values += self._inlined(graph, self._traced("reuse", i), given)
         graph.output(tuple(values))
         return self._module(graph, "Reuse")
@@ -81,14 +80,14 @@ class Subgraphs:
         self, inputs: Sequence[fx.Node]
     ) -> tuple[fx.Graph, list[list[fx.Node]], list[fx.Node], dict[fx.Node, fx.Node]]:
         graph = fx.Graph()
-        held = [self._places(graph, i) for i in self._indexes()]
+        cached = [self._places(graph, i) for i in self._indexes()]
         clock = [graph.placeholder(name) for name in CLOCK]
         new = {node: add_input(graph, node) for node in inputs}
-        return graph, held, clock, new
+        return graph, cached, clock, new
 
-    def _start(self, graph: fx.Graph, index: int, new: dict[fx.Node, fx.Node]) -> list[fx.Node]:
-        """What a value starts from, in its dtype; empty where there is none."""
-        name = self.region.inputs[index]
+    def _run_input(self, graph: fx.Graph, index: int, new: dict[fx.Node, fx.Node]) -> list[fx.Node]:
+        """Return the run input of a value, in its dtype; empty if there is none."""
+        name = self.region.run_inputs[index]
         if name is None:
             return []
         run_input, dtype = self.program.node(name), self._spec(index).dtype
@@ -101,26 +100,27 @@ class Subgraphs:
         return range(len(self.region.values))
 
     def _places(self, graph: fx.Graph, index: int) -> list[fx.Node]:
-        """The placeholders of what is held of a value, and of what was measured of it."""
+        """Return the placeholders of a value's cached tensors, and of its measurement."""
         name = self.region.values[index]
         value = self.program.node(name)
-        places = [graph.placeholder(held_name(name, slot)) for slot in range(self.slots)]
+        places = [graph.placeholder(cached_name(name, slot)) for slot in range(self.slots)]
         for place in places:
             mark_tensor(place, spec_of(value), device_of(value))
-        for result in _results(self.measures[index]):
+        for result in results_of(self.measures[index].graph):
             places.append(graph.placeholder(measured_name(name)))
             val = result.meta["val"]
             mark_tensor(places[-1], val.to("meta"), val.device)
         return places
 
     def _traced(self, name: str, index: int) -> fx.GraphModule:
-        """The graph of a strategy's function, for what is held, the clock, value and start."""
-        strategy, spec, start = self._strategy(index), self._spec(index), self.region.inputs[index]
-        given = ["value"] * (name != "reuse") + ["start"] * (start is not None)
+        """Trace a strategy's function for cached tensors, clock, value and run input."""
+        strategy, spec = self._strategy(index), self._spec(index)
+        has_run_input = self.region.run_inputs[index] is not None
+        given = ["value"] * (name != "reuse") + ["run_input"] * has_run_input
         slots, end = self.slots, self.slots + len(CLOCK)
 
         alone = self.program.alone
-        own = held_name(self.region.values[index], 0)
+        own = cached_name(self.region.values[index], 0)
         one = spec if alone is None else alone.spec(self.region.index, index, own)
 
         def flat(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -128,7 +128,7 @@ class Subgraphs:
             clock = Clock(*tensors[slots:end])
             return self._called(strategy, name, tensors[:slots], named, clock, one)
 
-        specs = {f"held[{i}]": spec for i in range(slots)}
+        specs = {f"cached[{i}]": spec for i in range(slots)}
         specs |= {f"clock.{name}": spec for name, spec in CLOCK.items()}
         specs |= dict.fromkeys(given, spec)
         if alone is None:
@@ -139,7 +139,7 @@ class Subgraphs:
         return traced(strategy, name, _by_row(flat, places, name != "measure"), specs)
 
     def _strategy(self, index: int) -> Strategy:
-        """What is computed of a distributed tensor is of all of it already."""
+        """Return the strategy for a value. Results on a distributed tensor are global already."""
         spread = is_spread(self.program.node(self.region.values[index]))
         return without_ranks(self.strategy) if spread else self.strategy
 
@@ -147,20 +147,20 @@ class Subgraphs:
         self,
         strategy: Strategy,
         name: str,
-        held: Sequence[torch.Tensor],
+        cached: Sequence[torch.Tensor],
         named: Mapping[str, torch.Tensor],
         clock: Clock,
         spec: TensorSpec,
     ) -> Sequence[torch.Tensor]:
-        """The results of a strategy's function, if they are what it has to give."""
-        start = named.get("start")
+        """Call a strategy's function, and check its results."""
+        run_input = named.get("run_input")
         if name == "reuse":
-            reused = [strategy.reuse(held, start, clock)]
-            agree(strategy, name, reused, [spec], "it stands for the value")
+            reused = [strategy.reuse(cached, run_input, clock)]
+            agree(strategy, name, reused, [spec], "it replaces the value")
             return reused
         if name == "measure":
-            return self._numbers(strategy.measure(held, named["value"], start, clock))
-        stored = strategy.store(held, named["value"], start, clock)
+            return self._numbers(strategy.measure(cached, named["value"], run_input, clock))
+        stored = strategy.store(cached, named["value"], run_input, clock)
         why = "as many as slots(), of the value's shape, dtype and device"
         agree(strategy, name, stored, [spec] * self.slots, why)
         return list(stored)
@@ -171,7 +171,9 @@ class Subgraphs:
         if not isinstance(measured, torch.Tensor) or measured.ndim != 1:
             what = TensorSpec.of(measured) if isinstance(measured, torch.Tensor) else repr(measured)
             raise refused(
-                self.strategy, "measure", f"gave {what}; right is a tensor of one dimension or None"
+                self.strategy,
+                "measure",
+                f"gave {what}; expected a tensor of one dimension, or None",
             )
         return [measured]
 
@@ -179,7 +181,7 @@ class Subgraphs:
         return tensor_spec(self.program.node(self.region.values[index]))
 
     def _inlined(self, graph: fx.Graph, gm: fx.GraphModule, given: list[fx.Node]) -> list[Any]:
-        """Copy a strategy's function behind `graph`."""
+        """Append a copy of a strategy's function to `graph`."""
         return inline(graph, self.attributes, gm, given)
 
     def _module(self, graph: fx.Graph, side: str) -> fx.GraphModule:
@@ -192,9 +194,9 @@ class Subgraphs:
 def _by_row(
     function: Callable[..., Sequence[torch.Tensor]], places: Sequence[RowPlace | None], back: bool
 ) -> Callable[..., Sequence[torch.Tensor]]:
-    """A function of one row for several. `places`: of the rows in its tensors; None: in front.
+    """Make a function of one row one of many rows. `places`: where tensors have rows; None: dim 0.
 
-    `back`: its results are as its first tensor; else their rows stay in front.
+    `back`: lay the results out as the first tensor; otherwise their rows stay in dimension 0.
     """
 
     def mapped(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -204,8 +206,3 @@ def _by_row(
         return results if place is None else [place.put_back(t) for t in results]
 
     return mapped
-
-
-def _results(gm: fx.GraphModule) -> list[fx.Node]:
-    results: Any = gm.graph.output_node().args[0]
-    return list(results)

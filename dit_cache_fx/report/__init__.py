@@ -1,1 +1,1 @@
-"""What a user can ask of a cache: reports, explanations, pictures."""
+"""Reports, explanations and plots of a cache."""

@@ -1,4 +1,4 @@
-"""What `cache_report()` returns."""
+"""The result of `cache_report()`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from dit_cache_fx.lowering.lowered_program import Lowered
-from dit_cache_fx.runtime.branches import Branch
-from dit_cache_fx.runtime.call_log import CallLog, StepRecord
+from dit_cache_fx.runtime.call_log import CallLog
+from dit_cache_fx.runtime.step_record import StepRecord
+from dit_cache_fx.runtime.tracking.branches import Branch
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.strategies.schedule import ListedSteps
 
@@ -18,7 +19,7 @@ class CaptureReport:
 
     Attributes:
         inputs (`str`):
-            The inputs of the calls that it answers.
+            The inputs of the calls that it answers: names and shapes.
         runs (`tuple[tuple[str, ...], ...]`):
             The names of the blocks that are cached together, for each run.
         values (`tuple[str, ...]`):
@@ -70,9 +71,16 @@ class CacheReport:
         timeline (`tuple[StepRecord, ...]`):
             The calls of the last generation, in order.
         schedule (`str`):
-            The option that places the computed steps; empty where they are listed.
+            The option that selects the computed steps; empty if it is a list of them.
         num_steps (`int | None`):
             The number of steps in a generation, as far as it is known.
+
+    Example:
+        >>> report = cached.cache_report()
+        >>> report.steps_computed, report.steps_reused
+        (4, 8)
+        >>> print(report)
+        taylorcache...
     """
 
     strategy: str
@@ -118,7 +126,7 @@ class CacheReport:
 
 
 def size(nbytes: int) -> str:
-    """Bytes as text: `96 KiB`."""
+    """Format a number of bytes: `96 KiB`."""
     amount = float(nbytes)
     for unit in ("B", "KiB", "MiB"):
         if amount < 1024:
@@ -128,7 +136,7 @@ def size(nbytes: int) -> str:
 
 
 def report(call_log: CallLog, entries: Sequence[Lowered], enabled: bool) -> CacheReport:
-    """The state right now. `entries`: the graphs that answer its calls."""
+    """Return the current state. `entries`: the graphs that answer its calls."""
     blocks = entries[-1].program.block_lists if entries else {}
     branches = list(_branches(call_log, entries))
     records = call_log.records()
@@ -139,9 +147,9 @@ def report(call_log: CallLog, entries: Sequence[Lowered], enabled: bool) -> Cach
         blocks=dict(blocks),
         cached_blocks=_cached(entries[-1]) if entries else {},
         captures=tuple(_capture(entry) for entry in entries),
-        bytes_held=sum(_held(branch) for _, branch in branches),
+        bytes_held=sum(_bytes_cached(branch) for _, branch in branches),
         bytes_per_block=sum(
-            _per_block(entry) * call_log.strategy.slots() for entry, b in branches if b.held
+            _per_block(entry) * call_log.strategy.slots() for entry, b in branches if b.cached
         ),
         bytes_rule=sum(_remembered(branch) for _, branch in branches),
         steps_computed=computed,
@@ -156,7 +164,7 @@ def report(call_log: CallLog, entries: Sequence[Lowered], enabled: bool) -> Cach
 
 
 def schedule_of(strategy: Strategy) -> str:
-    """The option that says which steps compute, where it is no list of them."""
+    """Return the option that places the computed steps; empty if it is a list of them."""
     if strategy.compute_ratio is not None:
         return f"compute_ratio {strategy.compute_ratio:.3g}"
     if strategy.computed_steps is not None:
@@ -175,22 +183,22 @@ def _branches(call_log: CallLog, entries: Sequence[Lowered]) -> Iterator[tuple[L
                 yield known[branch.serial], branch
 
 
-def _held(branch: Branch) -> int:
-    return sum(held.nbytes for held in branch.held)
+def _bytes_cached(branch: Branch) -> int:
+    return sum(tensor.nbytes for tensor in branch.cached)
 
 
 def _remembered(branch: Branch) -> int:
-    return sum(t.numel() * t.element_size() for t in branch.memory or ())
+    return sum(t.numel() * t.element_size() for t in branch.rule_state or ())
 
 
 def _per_block(entry: Lowered) -> int:
-    """Bytes of all results of the cached blocks, as a helper that wraps each block holds them."""
+    """Return the bytes of all results of the cached blocks: the cost of caching each block."""
     cached = {f"{b.list_name}.{b.index}" for r in entry.program.regions for b in r.blocks}
     return sum(entry.block_bytes[name] for name in cached)
 
 
 def _steps(records: Sequence[StepRecord]) -> tuple[int, int]:
-    """Steps of the last generation that a branch computed, and that none did."""
+    """Count the last generation's steps that a branch computed, and those that none did."""
     computed = {r.step for r in records if r.action == "computed"}
     return len(computed), len({r.step for r in records} - computed)
 

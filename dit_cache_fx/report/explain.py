@@ -1,15 +1,15 @@
-"""What `explain()` returns: what was found in the model, what is cached of it, and why."""
+"""The result of `explain()`: the structure found in the model, the held values, and the rule."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
 
 from dit_cache_fx.ir.cached_run import cached_runs
+from dit_cache_fx.ir.copying import results_of
 from dit_cache_fx.ir.graph_text import lines, ranges
 from dit_cache_fx.ir.node_meta import block_of, is_block, meta_of
 from dit_cache_fx.lowering.lowered_program import Lowered
@@ -19,7 +19,10 @@ from dit_cache_fx.strategies import Course, Strategy
 from dit_cache_fx.strategies.signals import MEASURED, value_of
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
-NOTHING_YET = "nothing is captured yet: call the model once (under torch.no_grad()), then ask again"
+NOTHING_YET = (
+    "nothing is captured yet: call the model once (under torch.no_grad()), then call explain() "
+    "again"
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class RunExplanation:
         blocks (`tuple[str, ...]`):
             The names of the blocks.
         held (`tuple[tuple[str, TensorSpec], ...]`):
-            The held tensors: a name, and shape, dtype and device.
+            The cached tensors: name, and shape, dtype and device.
     """
 
     blocks: tuple[str, ...]
@@ -113,7 +116,7 @@ class GraphExplanation:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What is cached, and what decides. Print it.
+    """The cached values, and the steps that compute. Print it.
 
     Attributes:
         strategy (`str`):
@@ -124,6 +127,11 @@ class Explanation:
             The steps on which the blocks compute, in words.
         graphs (`tuple[GraphExplanation, ...]`):
             The captured graphs.
+
+    Example:
+        >>> explanation = cached.explain()
+        >>> [run.blocks for run in explanation.graphs[0].runs]
+        [('blocks.0', 'blocks.1', 'blocks.2')]
     """
 
     strategy: str
@@ -141,7 +149,7 @@ class Explanation:
 def explain(
     call_log: CallLog, entries: Sequence[Lowered], enabled: bool, full: bool = False
 ) -> Explanation:
-    """What a cached model's graphs do. `full`: with the text of every graph."""
+    """Explain a cached model's graphs. `full`: add the text of every graph."""
     strategy = call_log.strategy
     return Explanation(
         strategy.name or type(strategy).__name__,
@@ -159,7 +167,7 @@ def _explained(entry: Lowered, strategy: Strategy, full: bool) -> GraphExplanati
         block_lists=dict(program.block_lists),
         timestep=f"argument {program.timestep_argument!r}"
         if program.timestep_argument
-        else "told by an earlier graph, or by the user",
+        else "set by the user, or known from an earlier graph",
         runs=tuple(_runs(entry, strategy)),
         always_run=tuple(str(block_of(call)) for call in program.block_calls()),
         data_guards=tuple(dict.fromkeys(entry.guards())),
@@ -172,12 +180,14 @@ def _explained(entry: Lowered, strategy: Strategy, full: bool) -> GraphExplanati
 
 
 def _runs(entry: Lowered, strategy: Strategy) -> Iterator[RunExplanation]:
-    program, held = entry.program, iter(entry.variants.held.values())
+    program, cached = entry.program, iter(entry.variants.cached.values())
     for region, run in zip(program.regions, cached_runs(program.graph), strict=True):
-        results: Any = getattr(program.gm, run.compute).graph.output_node().args[0]
+        results = results_of(getattr(program.gm, run.compute).graph)
         names = [
-            _held_as(value, start, _source(result))
-            for value, start, result in zip(region.values, region.inputs, results, strict=False)
+            _cached_as(value, run_input, _source(result))
+            for value, run_input, result in zip(
+                region.values, region.run_inputs, results, strict=False
+            )
         ]
         slots, measured = strategy.slots(), bool(entry.variants.measured)
         slotted = [
@@ -185,7 +195,7 @@ def _runs(entry: Lowered, strategy: Strategy) -> Iterator[RunExplanation]:
             for n in names
             for name in (*_slots(n, slots), *([f"{MEASURED} of {n}"] if measured else []))
         ]
-        tensors = tuple((name, next(held)) for name in slotted)
+        tensors = tuple((name, next(cached)) for name in slotted)
         yield RunExplanation(tuple(map(str, region.blocks)), tensors)
 
 
@@ -193,13 +203,13 @@ def _slots(name: str, slots: int) -> list[str]:
     return [f"{name}, slot {i}" for i in range(slots)] if slots > 1 else [name]
 
 
-def _held_as(value: str, start: str | None, source: str | None) -> str:
+def _cached_as(value: str, run_input: str | None, source: str | None) -> str:
     name = value if source is None else f"{value} of {source}"
-    return name if start is None else f"{name}, less {start}"
+    return name if run_input is None else f"{name}, less {run_input}"
 
 
 def _source(node: fx.Node) -> str | None:
-    """The block that a value is from."""
+    """Return the block that a value comes from."""
     while not is_block(node) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     block = meta_of(node).block
@@ -207,7 +217,7 @@ def _source(node: fx.Node) -> str | None:
 
 
 def _reused(entry: Lowered) -> Iterator[str]:
-    """What the host runs on a reused step: what the rule looks at, where there is one, then."""
+    """Yield the nodes that run on a reused step: first those for the rule, if there is one."""
     variants = entry.variants
     if variants.prefix is not None:
         yield from lines(variants.prefix.gm, "before_the_decision")
@@ -223,18 +233,18 @@ def _graphs(entry: Lowered) -> Iterator[str]:
 
 
 def _decides(strategy: Strategy, course: Course | None) -> str:
-    """In words, when the blocks are computed."""
+    """Describe when the blocks are computed."""
     when = [f"on a generation's first step{_scheduled(strategy, course or strategy.course())}"]
     if strategy.has_rule:
         limit = strategy.threshold
         reaches = "" if limit is None else f" (measured against {limit:g})"
-        seen = _SIGNALS.get(value_of(strategy), "what it measures on computed steps")
-        when.append(f"when its own rule on {seen} says so{reaches}")
-    when.append("where nothing is held")
+        seen = _SIGNALS.get(value_of(strategy), "its measurements on computed steps")
+        when.append(f"when its rule on {seen} decides so{reaches}")
+    when.append("and when nothing is held")
     return f"computes {', '.join(when)}; all other steps are {strategy.action}"
 
 
-#: the value of the model that a rule looks at, in words
+#: descriptions of the values that a rule reads
 _SIGNALS: dict[str | None, str] = {
     "modulated": "the first block's modulated input",
     "input": "the first block's input",

@@ -1,4 +1,4 @@
-"""The last generation as a picture, from its `CacheReport`. Matplotlib is imported when drawing."""
+"""Draw the last generation from its `CacheReport`. Matplotlib is imported when drawing."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from typing import TYPE_CHECKING, Any
 
 from dit_cache_fx.errors import DitCacheError, MissingPackageError
 from dit_cache_fx.report.cache_report import CacheReport
-from dit_cache_fx.runtime.call_log import StepRecord
+from dit_cache_fx.runtime.step_record import StepRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: what a block did on a step, and its colour
+#: the actions of a block on a step, and their colours
 ACTIONS = ("computed", "reused", "predicted", "never cached")
 COLORS = ("#1f4e79", "#dfe5ec", "#f2a541", "#7f9fbf")
 INK = "#222222"
 
 _LINE = "#c0392b"
-#: step maps in a picture
+#: the largest number of step maps in a figure
 _MOST_MAPS = 8
-#: block rows with a number beside them
+#: the largest number of block rows with a number
 _MOST_LABELS = 12
-#: a branch: its graph, its cache context, its place among the context's branches
+#: a branch: its graph, its cache context, its index among the context's branches
 BranchKey = tuple[int, str | None, int]
 
 
 def draw(report: CacheReport, path: str | PathLike[str] | None = None) -> Figure:
-    """A step map for each branch (one for all that did the same), and what the rule measured."""
+    """Draw a step map for each group of equal branches, and the rule's measurements."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -37,7 +37,7 @@ def draw(report: CacheReport, path: str | PathLike[str] | None = None) -> Figure
             "plot() needs matplotlib: pip install 'dit_cache_fx[plot]'"
         ) from error
     if not report.timeline:
-        raise DitCacheError("nothing to draw yet: no step was noted. Call the cached model first")
+        raise DitCacheError("nothing to draw yet: call the cached model first")
     rows = list(_rows(report))
     heights = [height for _, _, height in rows]
     figure = Figure(figsize=(9, sum(heights) + 0.5), layout="constrained")
@@ -63,7 +63,7 @@ def branches(timeline: Sequence[StepRecord]) -> dict[BranchKey, list[StepRecord]
 
 
 def step_map(report: CacheReport, records: Sequence[StepRecord], steps: int) -> list[list[int]]:
-    """Index into `ACTIONS` for every block (all lists, in order) and step; -1: not called."""
+    """Return an index into `ACTIONS` for every block (in order) and step; -1: not called."""
     done = {record.step: ACTIONS.index(record.action) for record in records}
     called = [done.get(step, -1) for step in range(steps)]
     never = [-1 if action < 0 else ACTIONS.index("never cached") for action in called]
@@ -77,7 +77,7 @@ def step_map(report: CacheReport, records: Sequence[StepRecord], steps: int) -> 
 def draw_map(
     axes: Axes, report: CacheReport, records: Sequence[StepRecord], title: str, steps: int = 0
 ) -> None:
-    """The step map of one branch: rows are blocks, columns steps (at least `steps` of them)."""
+    """Draw the step map of one branch: rows are blocks, columns at least `steps` steps."""
     from matplotlib.colors import ListedColormap
 
     steps = max(steps, 1 + max(record.step for record in report.timeline))
@@ -99,7 +99,7 @@ def draw_map(
 
 
 def draw_measured(axes: Axes, records: Sequence[StepRecord], threshold: float | None) -> None:
-    """What the rule measured on each step; where it reached the threshold the step computed."""
+    """Draw the rule's measurement of each step; the step computed if it reached the threshold."""
     known = [(r.step + 0.5, r.measured) for r in records if r.measured is not None]
     axes.bar(
         [step for step, _ in known],
@@ -117,7 +117,7 @@ def draw_measured(axes: Axes, records: Sequence[StepRecord], threshold: float | 
 
 
 def legend(report: CacheReport) -> list[Any]:
-    """A patch for each action that the generation had."""
+    """Return a patch for each action in the generation."""
     from matplotlib.patches import Patch
 
     present = {record.action for record in report.timeline}
@@ -128,7 +128,7 @@ def legend(report: CacheReport) -> list[Any]:
 
 
 def _rows(report: CacheReport) -> Iterator[tuple[str | None, list[StepRecord], float]]:
-    """Each axes from the top: the title of a step map (None: what was measured), calls, inches."""
+    """Yield each axes from the top: title of a step map (None: measurements), calls, inches."""
     height = 0.9 + 0.14 * min(30, sum(report.blocks.values()))
     groups = _alike(branches(report.timeline))
     graphs = {record.graph for record in report.timeline}
@@ -145,7 +145,7 @@ def _rows(report: CacheReport) -> Iterator[tuple[str | None, list[StepRecord], f
 def _alike(
     found: dict[BranchKey, list[StepRecord]],
 ) -> list[tuple[list[BranchKey], list[StepRecord]]]:
-    """Branches that did and measured the same, together."""
+    """Group the branches with equal actions and measurements."""
     groups: dict[object, tuple[list[BranchKey], list[StepRecord]]] = {}
     for key, records in found.items():
         same = tuple((record.step, record.action, record.measured) for record in records)

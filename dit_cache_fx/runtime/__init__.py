@@ -1,1 +1,1 @@
-"""Steps, generations, branches and what is held for them."""
+"""Run-time bookkeeping: steps, generations, branches and their cached tensors."""

@@ -1,44 +1,45 @@
-"""The bookkeeping of a cached model's calls: steps, branches, and what was done on each."""
+"""Bookkeeping of a cached model's calls: steps, branches, and the action on each."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
 from dit_cache_fx.errors import warn
 from dit_cache_fx.lowering.lowered_program import Lowered
-from dit_cache_fx.runtime.branches import Branch
-from dit_cache_fx.runtime.hooked import NO_HOOKS, Hooked
-from dit_cache_fx.runtime.matching import CallEvidence
-from dit_cache_fx.runtime.placement import Placement, place
-from dit_cache_fx.runtime.session import MAX_BRANCHES, Session
 from dit_cache_fx.runtime.step import MISSING, Step
-from dit_cache_fx.runtime.step_count import StepCount
-from dit_cache_fx.runtime.timestep_value import TimestepValue, as_number, timestep_value
-from dit_cache_fx.runtime.tracker import Tracker
-from dit_cache_fx.runtime.trajectory import SampleProbe
+from dit_cache_fx.runtime.step_record import StepRecord
+from dit_cache_fx.runtime.tracking.branches import Branch
+from dit_cache_fx.runtime.tracking.hooks import NO_HOOKS, Hooked
+from dit_cache_fx.runtime.tracking.matching import CallEvidence
+from dit_cache_fx.runtime.tracking.placement import Placement, place
+from dit_cache_fx.runtime.tracking.session import MAX_BRANCHES, Session
+from dit_cache_fx.runtime.tracking.step_count import StepCount
+from dit_cache_fx.runtime.tracking.timestep_value import TimestepValue, as_number, timestep_value
+from dit_cache_fx.runtime.tracking.tracker import Tracker
+from dit_cache_fx.runtime.tracking.trajectory import SampleProbe
 from dit_cache_fx.strategies import Course, Strategy
 from dit_cache_fx.values.host_copies import HostCopies, is_on_host
 from dit_cache_fx.values.identity import TensorIdentity
 
 _CROWDED = (
-    f"more than {MAX_BRANCHES} branches are called in a step, and no more are held in one session: "
-    "the others compute on every step. Put them into one batch, or give each a session of its own "
+    f"a step calls more than {MAX_BRANCHES} branches, and a session holds no more than that: the "
+    "others compute on every step. Put them into one batch, or give each its own session "
     "(cached.new_session())"
 )
 
-#: so many calls on end without state are no beginning any more
+#: calls in a row without state before a warning
 _STARVED = 8
-#: so many calls on end that are captured are none either
+#: calls in a row with a capture before a warning
 _CAPTURED = 10
 
-#: why a call runs uncached while autograd is on
+#: reasons why a call is not cached while autograd is on
 WANTS_GRADIENTS = (
-    "gradients are enabled and wanted (call the model under torch.no_grad() or "
+    "gradients are enabled and required (call the model under torch.no_grad() or "
     "torch.inference_mode())"
 )
 
@@ -47,48 +48,8 @@ Measured = torch.Tensor | float | None
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class StepRecord:
-    """One call in the last generation.
-
-    Attributes:
-        step (`int`):
-            The step, counted from 0.
-        timestep (`float`):
-            The timestep of the call.
-        branch (`int`):
-            The number of the branch among those of the same graph and context.
-        action (`str`):
-            "computed", "reused" or "predicted".
-        why (`str`, defaults to `""`):
-            The reason why it computed.
-        graph (`int`, defaults to `0`):
-            The number of the captured graph.
-        context (`str`, *optional*):
-            The cache context; nested ones are joined by "/".
-        measured (`float`, *optional*):
-            The number that the strategy's own rule compared when it decided.
-    """
-
-    step: int
-    timestep: float
-    branch: int
-    action: str
-    why: str = ""
-    graph: int = 0
-    context: str | None = None
-    measured: float | None = None
-
-    def __str__(self) -> str:
-        where = f"branch {self.branch}" if self.context is None else f"{self.context!r}"
-        text = f"step {self.step} (timestep {self.timestep:g}, {where}): {self.action}"
-        notes = [self.why] if self.why else []
-        notes += [] if self.measured is None else [f"measured {self.measured:.4g}"]
-        return f"{text} ({', '.join(notes)})" if notes else text
-
-
 class CallStart(NamedTuple):
-    """A call that is under way: its session, its place there and its step."""
+    """A call that is under way: its session, its place there, and its step."""
 
     session: Session
     placement: Placement
@@ -96,7 +57,7 @@ class CallStart(NamedTuple):
 
 
 class CallLog:
-    """What one cached model knows of its calls, whatever graphs answer them."""
+    """The record of one cached model's calls, whatever graphs answer them."""
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
@@ -108,24 +69,24 @@ class CallLog:
 
     @property
     def course(self) -> Course | None:
-        """What is known of the newest generation's steps; None before the first call."""
+        """The known steps of the newest generation; None before the first call."""
         newest = self.tracker.session.newest
         return None if newest is None else newest.course
 
     @property
     def num_steps(self) -> int | None:
-        """How many steps the newest generation is expected to have; None where not known."""
+        """The expected number of steps of the newest generation; None if unknown."""
         course = self.course
         return None if course is None else course.num_steps
 
     def forget_calls(self) -> None:
-        """Forget what the calls were."""
+        """Forget the calls."""
         for session in self.tracker.sessions():
             session.records.clear()
         self.calls = {"computed": 0, "reused": 0}
 
     def warn_once(self, reason: str) -> None:
-        """Warn that a call is not cached, with each reason once."""
+        """Warn that a call is not cached, once for each reason."""
         if reason not in self._warned:
             self._warned.add(reason)
             warn(f"not cached: {reason}")
@@ -133,9 +94,9 @@ class CallLog:
     # --- a call ------------------------------------------------------------------------------
 
     def read(self, timestep: torch.Tensor) -> TimestepValue:
-        """The values of a timestep tensor.
+        """Return the values of a timestep tensor.
 
-        Waits for the device where it is on one, unless it is a part of a tensor that was read.
+        Waits for the device if the tensor is on one, unless it is a part of a tensor that was read.
         """
         known = None if is_on_host(timestep) else self._copies.value(timestep)
         return timestep_value(timestep) if known is None else known
@@ -150,22 +111,22 @@ class CallLog:
         derived: bool = False,
         hooked: Hooked = NO_HOOKS,
     ) -> CallEvidence:
-        """What tells where a call belongs. `key`: of its signature; `tensors`: the call's own.
+        """Collect the evidence for the branch of a call. `key`: its signature; `tensors`: its own.
 
-        A tensor that is passed as the sample and as something else moves as the sample does.
+        A tensor that is passed as the sample and as another argument counts as sample only.
         """
         sample = None if lowered.sample is None else tensors[lowered.sample]
         places = [i for i in lowered.conditioning if tensors[i] is not sample]
         return CallEvidence(
-            key=(key, *[lowered.program.inputs[i] for i in places]),
-            serial=lowered.serial,
-            context=self.tracker.context,
-            value=value,
-            explicit=session.explicit is not None,
-            conditioning=TensorIdentity([tensors[i] for i in places], _signed(lowered)),
-            sample=None if sample is None else _probe(lowered, sample),
-            derived=derived,
-            hooked=hooked,
+            (key, *[lowered.program.inputs[i] for i in places]),
+            lowered.serial,
+            self.tracker.context,
+            value,
+            session.explicit is not None,
+            TensorIdentity([tensors[i] for i in places], _signed(lowered)),
+            None if sample is None else _probe(lowered, sample),
+            derived,
+            hooked,
         )
 
     def begin(
@@ -175,18 +136,18 @@ class CallLog:
         lowered: Lowered,
         shapes: object = (),
     ) -> CallStart:
-        """Find the place and the step of a call; nothing is noted before `done`.
+        """Find the branch and the step of a call; nothing is recorded before `done`.
 
-        `lowered`: its graph. `shapes`: of the masked selections that what it holds comes from; what
-        is held of others is not used.
+        `lowered`: its graph. `shapes`: of its masked selections; cached tensors from other shapes
+        are not used.
         """
         placed = place(session, call, self.count)
         if placed.branch.shapes != shapes:
             emptied = replace(placed.branch.emptied(), shapes=shapes)
             placed = replace(placed, branch=emptied, replaced=placed.replaced or placed.branch)
-        held = lowered.variants.held
+        cached = lowered.variants.cached
         step = Step(
-            lowered.strategy, placed.branch, placed.index, held, placed.course, placed.missed
+            lowered.strategy, placed.branch, placed.index, cached, placed.course, placed.missed
         )
         return CallStart(session, placed, step)
 
@@ -196,10 +157,10 @@ class CallLog:
         arguments: Callable[[], Sequence[str]],
         captured: object = None,
     ) -> None:
-        """The call has succeeded.
+        """Record that the call has succeeded.
 
-        `arguments`: the names of those that are its conditioning. `captured`: why a graph was
-        captured for it, if one was.
+        `arguments`: the names of the conditioning arguments. `captured`: the reason for a capture,
+        if there was one.
         """
         session, placed, step = start
         fits = placed.settle(session, answered=True)
@@ -215,16 +176,16 @@ class CallLog:
             log.debug("%s", _read(*session.records[-1]))
 
     def passed(self, session: Session, call: CallEvidence) -> None:
-        """The model itself has answered a call: it counts as a step that the cache did not see."""
+        """Record a call that the model itself has answered: it counts as a step."""
         placed = place(session, call, self.count)
         placed.settle(session, answered=False)
 
     def records(self) -> list[StepRecord]:
-        """The last generation's calls. Reads what the rule measured from its device."""
+        """Return the last generation's calls. Reads the rule's measurements from the device."""
         return [_read(*noted) for noted in self.tracker.reported.records]
 
     def _noted(self, start: CallStart) -> tuple[Any, ...]:
-        """The first fields of a `StepRecord`: most calls are never reported."""
+        """Return the first fields of a `StepRecord`: most calls are never reported."""
         placed, step = start.placement, start.step
         call = placed.call
         return (
@@ -238,8 +199,8 @@ class CallLog:
         )
 
     def _metric(self, step: Step, branch: Branch) -> Measured:
-        """As a number where that waits for no device; else a copy, since state may be cleared."""
-        state, measured = branch.memory, step.measured() if step.computes else None
+        """Return the metric as a number if the device need not be waited for, otherwise a copy."""
+        state, measured = branch.rule_state, step.measured() if step.computes else None
         known = state is not None or measured is not None
         tensor = self.strategy.metric(state or (), measured) if known else None
         if tensor is None:
@@ -249,7 +210,7 @@ class CallLog:
     def _warn_starved(
         self, start: CallStart, fits: bool, arguments: Callable[[], Sequence[str]]
     ) -> None:
-        """Warn where calls compute, and go on doing so, for want of state."""
+        """Warn if calls keep computing because no state fits them."""
         session, placed, step = start
         if step.why != MISSING:
             session.starved = 0
@@ -262,26 +223,26 @@ class CallLog:
             self.warn_once(_starved(placed.call, arguments()))
 
     def _warn_captured(self, start: CallStart, captured: object) -> None:
-        """Warn where call after call of a generation is captured: none can reuse anything."""
+        """Warn if each call of a generation is captured: then none can reuse anything."""
         session = start.session
         again = captured is not None and start.placement.index > 0
         session.captured = session.captured + 1 if again else 0
         if session.captured == _CAPTURED:
             self.warn_once(
-                f"each of the last {_CAPTURED} calls was captured anew, since shapes or arguments "
-                f"that are no tensors change ({captured}). Pass what changes from step to step as "
-                "a tensor"
+                f"each of the last {_CAPTURED} calls needed a new capture, since shapes or "
+                f"arguments that are no tensors change ({captured}). Pass values that change from "
+                "step to step as tensors"
             )
 
 
 def _signed(lowered: Lowered) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """Makes checksums of parts those of the whole, the same in all processes."""
+    """Return a function that combines the checksums of all processes' parts."""
     ranks = lowered.strategy.ranks
     return None if ranks is None else ranks.signed
 
 
 def _probe(lowered: Lowered, sample: torch.Tensor) -> SampleProbe:
-    """Of all processes' samples where each has its own: a part of one, or another one."""
+    """Return a probe of the sample: of all processes' samples if each has its own."""
     probe, ranks = SampleProbe(sample), lowered.strategy.ranks
     if ranks is None:
         return probe
@@ -294,11 +255,10 @@ def _probe(lowered: Lowered, sample: torch.Tensor) -> SampleProbe:
 def _starved(call: CallEvidence, arguments: Sequence[str]) -> str:
     named = ", ".join(dict.fromkeys(arguments)) or "none"
     return (
-        f"the last {_STARVED} calls found nothing that is known to be theirs: what conditions the "
-        f"blocks ({named}) has other values in each call, or samples of several requests come in "
-        "turn with one conditioning. Call each request in a session (with cached.new_session():) "
-        "and each of its branches in a cache_context(name), or pass what does not change as the "
-        "same tensors"
+        f"no state fits the last {_STARVED} calls: the conditioning of the blocks ({named}) has "
+        "other values in each call, or several requests with the same conditioning alternate. "
+        "Call each request in a session (with cached.new_session():) and each of its branches in "
+        "a cache_context(name), or pass unchanged values as the same tensors"
     )
 
 

@@ -1,13 +1,13 @@
-"""The frame between the host's bookkeeping and the graphs that run.
+"""Run the graphs of a call between the host's bookkeeping.
 
-An engine's call is a generator: it asks for a graph to be run, gets the results, and in the end
-returns the call's output. `drive` runs those graphs, and nothing else.
+An engine's call is a generator: it yields a graph to run, receives the results, and finally returns
+the call's output. `drive` runs those graphs, and nothing else.
 
-Where `torch.compile` looks on, it must see the graphs alone. They are functions of tensors, the
-same on every step, and are compiled once. The bookkeeping between them is Python that is another
-one on every step: the step's number, the branches, what is held, locks. Dynamo would break the
-graph there, or take such values for constants and compile again for each step. So the host's part
-is hidden from it, and so is the loop of `drive`, as a sampler's loop is.
+Under `torch.compile`, Dynamo must see the graphs alone. They are functions of tensors, the same on
+every step, and are compiled once. The bookkeeping between them is Python code with values that
+change on every step: the step's number, the branches, the cached tensors, locks. Dynamo would break
+the graph there, or take such values for constants and compile again for each step. So the host's
+part is hidden from it, and so is the loop of `drive`, as a sampler's loop is.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Results = Sequence[torch.Tensor]
 
 @dataclass(frozen=True)
 class Compiler:
-    """What looks on where graphs run: `torch.compile`, by its callback, or nothing (None)."""
+    """The compiler of the graphs that run: `torch.compile`, by its callback, or None."""
 
     callback: Hashable = None
 
@@ -43,33 +43,33 @@ class Compiler:
 
     @property
     def fullgraph(self) -> bool:
-        """Whether it is `torch.compile(fullgraph=True)`."""
+        """Return whether it is `torch.compile(fullgraph=True)`."""
         return wants_one_graph(self.callback)
 
 
-#: no compiler looks on
+#: graphs run without a compiler
 NOTHING = Compiler()
 
 
 def lasting(results: Results) -> list[torch.Tensor]:
-    """The values in memory that the next replay of a CUDA graph does not overwrite."""
+    """Return copies of tensors that the next replay of a CUDA graph would overwrite."""
     return [t.clone() if t.is_cuda else t for t in results]
 
 
 class GraphCall(NamedTuple):
-    """A graph to run, what with, and within which context."""
+    """A graph to run, its operands, and the context to run it in."""
 
     graph: Callable[..., Results]
     operands: Sequence[torch.Tensor]
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
-#: asks for graphs to be run, gets their results, and returns the call's output
+#: yields graphs to run, receives their results, and returns the call's output
 Serving = Generator[GraphCall, Results, Any]
 
 
 class Turn(NamedTuple):
-    """Where an engine's call stands: the graph that it asks for; None with the call's output.
+    """The state of an engine's call: the next graph, or None with the call's output.
 
     `within`: the graph's context, which is entered.
     """
@@ -81,7 +81,7 @@ class Turn(NamedTuple):
 
 @not_a_compiled_frame
 def drive(serving: Serving) -> Any:
-    """The output of an engine's call, its graphs run by whatever compiler looks on."""
+    """Return the output of an engine's call; the active compiler, if any, runs its graphs."""
     callback = dynamo_callback()
     resumed = unseen(_resumed) if callback else _resumed
     turn = resumed(serving.send, None, None)
@@ -89,7 +89,7 @@ def drive(serving: Serving) -> Any:
         try:
             with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
                 results = turn.graph_call.graph(*turn.graph_call.operands)
-        except BaseException as error:  # the engine may ask for another graph, or let it go on
+        except BaseException as error:  # the engine may run another graph, or raise it
             look_again(callback)
             turn = resumed(serving.throw, error, turn.within)
         else:
@@ -102,7 +102,7 @@ def drive(serving: Serving) -> Any:
 def _resumed(
     resume: Callable[[Any], GraphCall], value: Any, within: AbstractContextManager[Any] | None
 ) -> Turn:
-    """The host's part of a call: out of one graph's context, up to and into the next one's."""
+    """Run the host's part of a call: leave a graph's context, and enter the next one's."""
     if within is not None:
         within.__exit__(None, None, None)
     try:

@@ -1,4 +1,4 @@
-"""Everything behind a cached model: finds the graph, the step and the branch of each call."""
+"""The engine behind a cached model: finds the graph, the step and the branch of each call."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from dit_cache_fx.capture.samples import other_block
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ranks import every
 from dit_cache_fx.runtime import execution
-from dit_cache_fx.runtime.batch_engine import BatchEngine
-from dit_cache_fx.runtime.branches import Branch
+from dit_cache_fx.runtime.batch.batch_engine import BatchEngine
+from dit_cache_fx.runtime.batch.row_steps import RowSteps
 from dit_cache_fx.runtime.call_log import CallLog, CallStart
 from dit_cache_fx.runtime.drive import Compiler, Results, Serving, drive
+from dit_cache_fx.runtime.entry import Entry, GraphKey, RowsOf, input_key
 from dit_cache_fx.runtime.execution import StepCompiler
-from dit_cache_fx.runtime.graphs import Entry, Found, GraphKey, Graphs, RowsOf, input_key
-from dit_cache_fx.runtime.matching import CallEvidence
-from dit_cache_fx.runtime.session import Session
+from dit_cache_fx.runtime.graphs import Found, Graphs
 from dit_cache_fx.runtime.step import Step
-from dit_cache_fx.runtime.timestep_value import as_number
-from dit_cache_fx.runtime.together import Together
+from dit_cache_fx.runtime.tracking.branches import Branch
+from dit_cache_fx.runtime.tracking.matching import CallEvidence
+from dit_cache_fx.runtime.tracking.session import Session
+from dit_cache_fx.runtime.tracking.timestep_value import as_number
 from dit_cache_fx.values.pytree import flatten, unflatten
 from dit_cache_fx.values.wrapped import own_part
 
@@ -36,9 +37,9 @@ log = logging.getLogger(__name__)
 
 
 class First(NamedTuple):
-    """The answer of a new graph to the call that it was captured from."""
+    """The answer of a new graph to the call of its capture."""
 
-    step: Step | Together
+    step: Step | RowSteps
     results: Results
 
 
@@ -50,18 +51,18 @@ class Engine:
         self.call_log = CallLog(subject.strategy)
         self.batches = BatchEngine(self)
         self.graphs = Graphs(subject, timestep_argument, self.call_log.count)
-        #: compiles the graphs where nothing else does; None: they run as they are
+        #: compiles the graphs under no other compiler; None: they run as they are
         self.step_compiler: StepCompiler | None = None
 
     # --- life cycle --------------------------------------------------------------------------
 
     def clear_states(self) -> None:
-        """Forget what is held and where the generation stands; keep the graphs."""
+        """Forget the cached tensors and the place in the generation; keep the graphs."""
         self.call_log.tracker.clear()
         self.graphs.forget_carried()
 
     def reset_states(self) -> None:
-        """Forget everything, graphs and counts included."""
+        """Forget everything, including graphs and counts."""
         self.clear_states()
         self.call_log.count.forget()
         self.graphs.clear()
@@ -71,9 +72,9 @@ class Engine:
     # --- a call ------------------------------------------------------------------------------
 
     def serve(self, args: tuple[Any, ...], kwargs: dict[str, Any], compiler: Compiler) -> Serving:
-        """Answer a call. `compiler`: what the graphs that are asked for go through.
+        """Answer a call. `compiler`: runs the graphs that it yields.
 
-        Nothing of the call is noted when it raises.
+        Records nothing of the call if it raises.
         """
         batch = self.call_log.tracker.batch
         if batch is not None:
@@ -90,7 +91,7 @@ class Engine:
             if not stale:
                 by_schedule = step.computes
                 output = yield from self._run(entry, step, call, first, compiler)
-                # where the strategy's rule decides, it is known now that the step has computed
+                # a rule decides within the step: only now it is known whether the step has computed
                 stale = not by_schedule and first is None and self._stale(entry, step)
             if not stale:
                 self.done(start, found)
@@ -99,22 +100,22 @@ class Engine:
         return (yield from self.serve(args, kwargs, compiler))
 
     def find(self, call: FlatCall, key: GraphKey, rows: RowsOf | None = None) -> Found[First]:
-        """The graph for a call, captured where there is none. `rows`: what it has rows of."""
+        """Return the graph for a call; capture it if there is none. `rows`: those of the graph."""
         return self.graphs.find(call, key, partial(self._first, call), rows)
 
     def begin(self, session: Session, call: FlatCall, found: Found[First]) -> CallStart:
-        """Find the place of a call in its session; nothing is noted."""
+        """Find the place of a call in its session; nothing is recorded."""
         evidence = self._evidence(call, found.entry.key, found.entry, session)
         return self.call_log.begin(session, evidence, found.entry, found.shapes)
 
     def outdated(self, entry: Entry) -> None:
-        """The model has changed since a graph was captured: forget all."""
-        if self.graphs.outdated(entry):  # else another thread has seen it
+        """Forget everything: the model has changed since a graph was captured."""
+        if self.graphs.outdated(entry):  # otherwise another thread did so
             log.info("capturing again")
             self.call_log.tracker.forget()
 
     def passed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note a call that the model itself answers: it is a step of its generation."""
+        """Record a call that the model itself answers: it is a step of its generation."""
         batch = self.call_log.tracker.batch
         if batch is not None:
             self.batches.passed(batch, args, kwargs)
@@ -122,7 +123,7 @@ class Engine:
             self.passed_in(self.call_log.tracker.session, self._flat(args, kwargs))
 
     def passed_in(self, session: Session, call: FlatCall) -> None:
-        """The same for a call of this session."""
+        """Record such a call of this session."""
         entry = self.graphs.known(call.key)
         if entry is not None:
             with session.lock:
@@ -131,17 +132,17 @@ class Engine:
     def _evidence(
         self, call: FlatCall, key: Hashable, entry: Entry, session: Session
     ) -> CallEvidence:
-        """What tells where a call belongs. Waits for the device where the timestep is on one."""
+        """Collect the evidence for the branch of a call. Waits for a timestep on the device."""
         explicit, tensors = session.explicit, call.tensors
         position = entry.program.timestep_position
         assert position is not None
         read = self.call_log.read(tensors[position]) if explicit is None else float(explicit)
         hooked = entry.hooks.now()
-        found = (key, session.passes.of(read, hooked))
+        found = (key, session.forward_passes.of(read, hooked))
         return self.call_log.evidence(session, entry, found, read, tensors, hooked=hooked)
 
     def done(self, start: CallStart, found: Found[First]) -> None:
-        """Note a call that has succeeded."""
+        """Record a call that has succeeded."""
         entry = found.entry
         if len(entry.served) < 2:
             entry.served.add(as_number(start.placement.call.value))
@@ -150,18 +151,18 @@ class Engine:
         self.call_log.done(start, lambda: [arguments[i] for i in entry.conditioning], captured)
 
     def _stale(self, entry: Entry, step: Step) -> bool:
-        """Whether a computed step's graph is of a model that has changed since."""
+        """Return whether the model has changed since a computed step's graph was captured."""
         return step.computes and self.graphs.stale(entry)
 
     def captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Entry, FlatCall]:
-        """The graph for a call like this, captured and checked where there is none."""
+        """Return the graph for a call like this; capture and check it if there is none."""
         call = self._flat(args, kwargs)
         return self.find(call, input_key(call)).entry, call
 
     def carried(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Answer a call from inside another graph that is being made, where there is no host.
+        """Answer a call inside another graph under construction, where there is no host.
 
-        The state is carried in buffers; the step is told from the timestep in the graph.
+        Buffers carry the state; the graph determines the step from the timestep.
         """
         if self.call_log.tracker.scope.splits:
             raise CaptureError(
@@ -172,9 +173,9 @@ class Engine:
         entry = self.graphs.known(call.key)
         if entry is not None and (autocast() or entry.captured.recording.settings):
             raise CaptureError(
-                "inside torch.export, or inside another compiled function, neither autocast nor "
-                "attributes that the model's forward sets on its blocks (a strength of LoRA, say) "
-                "can be part of a cached model. Use dit_cache_fx.export"
+                "inside torch.export, or inside another compiled function, a cached model "
+                "supports neither autocast nor attributes that the model's forward sets on its "
+                "blocks (a LoRA strength, for example). Use dit_cache_fx.export"
             )
         if entry is None:
             raise CaptureError(
@@ -186,7 +187,7 @@ class Engine:
         return unflatten(entry.program.output, outputs)
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call by name."""
+        """Return the arguments of a call by name."""
         arguments = self.subject.signature.bind(args, kwargs)
         self.graphs.learn_timestep(arguments)
         return arguments
@@ -214,10 +215,10 @@ class Engine:
         return unflatten(entry.program.output, owned)
 
     def _first(self, call: FlatCall, entry: Entry) -> First:
-        """Run a new graph for the call that it was captured from, and check what it gives.
+        """Run a new graph for the call of its capture, and check the result.
 
-        Its blocks answer as they did in the recorded run. Where they may depend on more than their
-        arguments they run again.
+        Its blocks return the results of the recorded run. They run again if they may depend on more
+        than their arguments.
         """
         captured, step = entry.captured, self._new_step(entry)
         recording, check = captured.recording, self.subject.check
@@ -229,16 +230,16 @@ class Engine:
                     results = _plain(entry, step, call)
             if check and not every(captured.ranks, _gives(recording.output, results)):
                 raise CaptureError(
-                    "the captured graph does not give the model's output for the call that it was "
-                    "captured from: a layer around the blocks is random or keeps a state. Pass "
-                    "check=False if that is wanted"
+                    "the captured graph does not give the model's output for the call that it "
+                    "was captured from: a layer around the blocks is random or keeps a state. "
+                    "Pass check=False if that is intended"
                 )
         finally:
             recording.forget()
         return First(step, results)
 
-    def _compared(self, entry: Entry, step: Step | Together, call: FlatCall) -> Results:
-        """The graph's answer, whose blocks give what they gave in the model."""
+    def _compared(self, entry: Entry, step: Step | RowSteps, call: FlatCall) -> Results:
+        """Return the graph's results when its blocks return those of the model."""
         model, captured = self.subject.model, entry.captured
         with rerunning(model, captured) as rerun:
             results = _plain(entry, step, call)
@@ -249,26 +250,26 @@ class Engine:
             _plain(entry, self._new_step(entry), call)
         if another.repeats(rerun):
             raise other_block(block)
-        log.info("block %s gives something else each time", block)
+        log.info("block %s gives another result each time", block)
         return flatten(captured.recording.output)[0] + list(results[entry.variants.outputs :])
 
-    def _new_step(self, entry: Entry) -> Step | Together:
-        """The first step of a branch that holds nothing, or of several of them."""
+    def _new_step(self, entry: Entry) -> Step | RowSteps:
+        """Return the first step of a branch that holds nothing, or of several of them."""
         layout, strategy = entry.layout, entry.strategy
         if layout is None:
-            return Step(strategy, Branch(), 0, entry.variants.held)
+            return Step(strategy, Branch(), 0, entry.variants.cached)
         steps = [Step(strategy, Branch(), 0, layout.alone) for _ in range(layout.count)]
-        return Together(steps, layout)
+        return RowSteps(steps, layout)
 
 
-def _plain(entry: Entry, step: Step | Together, call: FlatCall) -> Results:
+def _plain(entry: Entry, step: Step | RowSteps, call: FlatCall) -> Results:
     with torch.no_grad():
         results: Results = drive(execution.plain(entry, step, call))
     return results
 
 
 def _gives(output: Any, results: Results) -> bool:
-    """Whether the results of a graph are those of the model."""
+    """Return whether the results of a graph are those of the model."""
     return all(map(_same, flatten(output)[0], results))
 
 
@@ -277,7 +278,7 @@ def _same(want: torch.Tensor, got: torch.Tensor) -> bool:
 
 
 def requires_grad(model: nn.Module, args: Any, kwargs: Any) -> bool:
-    """Whether autograd is on and something here takes part in it."""
+    """Return whether autograd is on and some tensor here requires gradients."""
     if not torch.is_grad_enabled():
         return False
     if any(p.requires_grad for p in model.parameters()):

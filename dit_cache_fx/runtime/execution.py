@@ -1,4 +1,4 @@
-"""The graphs that a call runs, one after another, whatever compiles them."""
+"""The sequence of graphs in a call, for each kind of compilation."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from dit_cache_fx.lowering import (
     Variants,
     lower_compiled_steps,
 )
+from dit_cache_fx.runtime.batch.row_steps import RowSteps
 from dit_cache_fx.runtime.drive import (
     NOTHING,
     Compiler,
@@ -36,18 +37,17 @@ from dit_cache_fx.runtime.drive import (
     drive,
     lasting,
 )
+from dit_cache_fx.runtime.entry import Entry
 from dit_cache_fx.runtime.first_runs import FirstRuns
-from dit_cache_fx.runtime.graphs import Entry
 from dit_cache_fx.runtime.step import Step
-from dit_cache_fx.runtime.together import Together
 
 log = logging.getLogger(__name__)
 
 
 class StepCompiler:
-    """Compiles with the `options` of `torch.compile`, each graph when it is called first.
+    """Compiles each graph on its first call, with the `options` of `torch.compile`.
 
-    Raises what `torch.compile` raises for options that it does not take.
+    Raises the errors of `torch.compile` for options that it does not take.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -57,7 +57,7 @@ class StepCompiler:
         self._lock = threading.Lock()
 
     def compiled(self, variants: Variants) -> CompiledSteps:
-        """The same variants, compiled."""
+        """Return the same variants, compiled."""
         with self._lock:
             made = self._made.get(variants)
             if made is None:
@@ -72,7 +72,7 @@ class StepCompiler:
 
 
 class _Whole:
-    """A compiled graph; where its blocks break it, and may, the blocks are compiled one by one."""
+    """A compiled graph. If its blocks break it, and may, they are compiled one by one."""
 
     def __init__(self, forward: Callable[..., Results], options: Mapping[str, Any]) -> None:
         self._forward = forward
@@ -92,7 +92,10 @@ class _Whole:
         except cannot_compile() as error:
             if self._broken or self._options.get("fullgraph"):
                 raise
-            log.info("no single graph for a kind of step, so its blocks one by one: %s", error)
+            log.info(
+                "cannot compile a step as one graph, so its blocks are compiled one by one: %s",
+                error,
+            )
             not_a_compiled_frame(self._forward)
             self._broken = True
             return self._compiled(*operands)
@@ -103,11 +106,12 @@ def _nothing() -> None:
 
 
 def plain(
-    entry: Entry, step: Step | Together, call: FlatCall, compiler: Compiler = NOTHING
+    entry: Entry, step: Step | RowSteps, call: FlatCall, compiler: Compiler = NOTHING
 ) -> Serving:
-    """Run the graph of the step's kind; the decision is the host's."""
+    """Run the graph of the step's kind; the host decides."""
     variants, given = entry.variants, entry.inputs(call)
-    yield from _ruled(entry, variants, step, given)
+    if entry.strategy.has_rule:
+        yield from _ruled(entry, variants, step, given)
     part = variants.compute if step.computes else variants.reuse
     given.update(step.given(part.names))
     graph_call = GraphCall(part.run, part.operands(given), entry.captured.around)
@@ -117,7 +121,7 @@ def plain(
 def compiled_steps(
     entry: Entry, step: Step, call: FlatCall, compiled: CompiledSteps, compiler: Compiler = NOTHING
 ) -> Serving:
-    """The same, where each graph is compiled by itself."""
+    """Like `plain`, with each graph compiled by itself."""
     variants, given = compiled.variants, entry.inputs(call)
     yield from _ruled(entry, variants, step, given)
     return (yield from decided(entry, step, given, compiled, compiler))
@@ -125,12 +129,12 @@ def compiled_steps(
 
 def decided(
     entry: Entry,
-    step: Step | Together,
+    step: Step | RowSteps,
     given: dict[str, torch.Tensor],
     compiled: CompiledSteps,
     compiler: Compiler = NOTHING,
 ) -> Serving:
-    """Run the graph of a step's kind. `given`: the call's tensors, and what is carried."""
+    """Run the graph of a step's kind. `given`: the call's tensors, and the carried ones."""
     variants = compiled.variants
     if step.computes and compiled.preamble is not None:
         given.update(_prepared(entry, compiled.preamble, step, given))
@@ -139,13 +143,13 @@ def decided(
     graph_call = GraphCall(part.run, part.operands(given), entry.captured.around)
     results = yield from _alone(entry, step, graph_call, compiler)
     outputs, recorded = results[: variants.outputs], results[variants.outputs :]
-    return [*outputs, *(t.contiguous() for t in recorded)]  # the strides that it is compiled for
+    return [*outputs, *(t.contiguous() for t in recorded)]  # the compiled strides
 
 
 def _alone(
-    entry: Entry, step: Step | Together, graph_call: GraphCall, compiler: Compiler
+    entry: Entry, step: Step | RowSteps, graph_call: GraphCall, compiler: Compiler
 ) -> Serving:
-    """Run a graph; where a compiler looks on, the first one of each kind of step goes alone."""
+    """Run a graph; under a compiler, the first one of each kind of step runs exclusively."""
     if not compiler.looks_on:
         return (yield graph_call)
     with entry.first_runs.alone((compiler, step.computes)):
@@ -153,39 +157,39 @@ def _alone(
 
 
 def watched(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> Serving:
-    """Run one graph; where there can be none, one for each kind of step.
+    """Run one graph; if there can be none, one for each kind of step.
 
-    There is none where the blocks break it, or where `cond` does not take what they are made of
-    (weights that are tensor subclasses, or views of one another).
+    There is none if the blocks break it, or if `cond` does not support their weights (tensor
+    subclasses, or views of one another).
     """
     whole = compiler.fullgraph
     if not (entry.apart if whole else entry.breaks or entry.apart):
         try:
             return (yield from _one_graph(entry, step, call, compiler))
         except cannot_compile() as error:
-            log.info("no single graph, so one for each kind of step: %s", error)
+            log.info("cannot make a single graph, so there is one for each kind of step: %s", error)
     steps = _whole_steps if whole or entry.apart else _steps
     return (yield from steps(entry, step, call, compiler))
 
 
 def _whole_steps(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> Serving:
-    """One graph for each kind of step, none of them broken."""
+    """Run one graph for each kind of step, without graph breaks."""
     results = yield from compiled_steps(entry, step, call, entry.compiled_steps, compiler)
     entry.apart = True
     return results
 
 
 def _steps(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> Serving:
-    """The same where they may break."""
+    """Run one graph for each kind of step; graph breaks are allowed."""
     if not entry.breaks:
         entry.broken()
     return (yield from plain(entry, step, call, compiler))
 
 
 def _one_graph(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> Serving:
-    """Run the graph that has the decision in it."""
+    """Run the graph that contains the decision."""
     one, given = entry.one_graph, entry.inputs(call)
-    if not one.asks:  # what the graph cannot hold is the host's, the rule first
+    if not one.asks:  # the host runs what the graph cannot, the rule first
         drive(_ruled(entry, entry.variants, step, given))
     if one.preamble is not None:
         given.update(_prepared(entry, one.preamble, step, given))
@@ -194,16 +198,16 @@ def _one_graph(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> 
     graph_call = GraphCall(one.part.run, one.operands_apart(given), entry.captured.around_parts)
     with entry.first_runs.alone(compiler) as first:
         results = yield from _compiled(graph_call, first)
-    values = one.outputs + len(entry.variants.held)
+    values = one.outputs + len(entry.variants.cached)
     if one.asks:
         step.decided(*results[values:])
     return results[:values]
 
 
 def _compiled(graph_call: GraphCall, first: bool) -> Serving:
-    """Run a graph with `torch.compile` looking on.
+    """Run a graph under `torch.compile`.
 
-    Dynamo is patched where that compiles: at the first run, and where a later one needs it.
+    Dynamo is patched while it compiles: at the first run, and when a later one needs it.
     """
     if not first:
         try:
@@ -215,9 +219,9 @@ def _compiled(graph_call: GraphCall, first: bool) -> Serving:
 
 
 def _ruled(
-    entry: Entry, variants: Variants, step: Step | Together, given: dict[str, torch.Tensor]
+    entry: Entry, variants: Variants, step: Step | RowSteps, given: dict[str, torch.Tensor]
 ) -> Serving:
-    """Ask the strategy's own rule, where it has one; what its graph carries on is given then."""
+    """Run the strategy's rule, if it has one; pass on the tensors that its graph carries."""
     value: torch.Tensor | None = None
     if variants.prefix is not None:
         prefix, around = variants.prefix, entry.captured.around_parts
@@ -227,7 +231,7 @@ def _ruled(
 
 
 def _prepared(
-    entry: Entry, preamble: Preamble, step: Step | Together, given: Mapping[str, torch.Tensor]
+    entry: Entry, preamble: Preamble, step: Step | RowSteps, given: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Run the preamble on the host."""
     part = preamble.part

@@ -1,4 +1,4 @@
-"""First runs go alone: what is compiled then is compiled once, and found by the others."""
+"""Make first runs exclusive: the graph is compiled once, and other threads find the result."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class FirstRuns:
-    """Lets the first run of each kind go alone; all others go side by side.
+    """Makes the first run of each kind exclusive; all others run concurrently.
 
     `torch.compile` itself compiles a function once for each thread that waits for it.
     """
@@ -19,9 +19,9 @@ class FirstRuns:
 
     @contextmanager
     def alone(self, kind: Hashable = None) -> Iterator[bool]:
-        """Gives whether this is the first run of `kind`: until it ends, the others wait here.
+        """Yield whether this is the first run of `kind`; until it ends, the others wait.
 
-        One that raises was none.
+        A run that raises does not count.
         """
         if kind in self._done:
             yield False

@@ -1,4 +1,4 @@
-"""Why a call is captured, and why a graph is left, in words."""
+"""Reasons for captures and for leaving a graph, in words."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from dit_cache_fx.values.tensor_spec import TensorSpec
 
 @dataclass(frozen=True)
 class WhyCaptured:
-    """Why a call is captured, as text where it is asked for.
+    """The reason for a capture, as text on demand.
 
-    `same`: how many graphs there are for inputs like the call's. `newest`: of all graphs, and the
-    skeleton of the call that it was captured from.
+    `same`: the number of graphs for inputs like the call's. `newest`: of all graphs, and the
+    skeleton of its call.
     """
 
     call: FlatCall
@@ -26,7 +26,7 @@ class WhyCaptured:
 
     def __str__(self) -> str:
         if self.same:
-            return f"none of the {self.same} graphs for such inputs is for this call"
+            return f"none of the {self.same} graphs for such inputs fits this call"
         if self.newest is None:
             return "the first call"
         program, skeleton = self.newest
@@ -34,7 +34,7 @@ class WhyCaptured:
         return "another signature: " + (
             "; ".join(self._unlike(program))
             or other_value
-            or "torch's state is another one (autocast, attention kernels, default dtype)"
+            or "torch's state has changed (autocast, attention kernels, default dtype)"
         )
 
     def _unlike(self, program: Program) -> list[str]:
@@ -48,7 +48,7 @@ class WhyCaptured:
 
 
 def changes(changed: Iterable[tuple[str, str]], before: Fingerprint, now: Fingerprint) -> str:
-    """What has changed of a model, in words."""
+    """Describe the changes of a model."""
     return "; ".join(
         f"{what} of {path.lstrip('.') or 'the model'}: {before.get((path, what))!r} -> "
         f"{now.get((path, what))!r}"

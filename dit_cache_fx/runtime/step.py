@@ -1,4 +1,4 @@
-"""One call of a cached model: whether it computes, what its graph is given, what is held after."""
+"""One call of a cached model: its decision, its graph's operands, and its cached tensors."""
 
 from __future__ import annotations
 
@@ -8,26 +8,28 @@ from typing import Any
 import torch
 
 from dit_cache_fx.ir.names import is_measured
-from dit_cache_fx.runtime.branches import Branch, Held
 from dit_cache_fx.runtime.drive import Results
+from dit_cache_fx.runtime.tracking.branches import Branch, CachedTensor
 from dit_cache_fx.strategies import CLOCK, Clock, Course, RuleState, Strategy
-from dit_cache_fx.strategies.rule import begun, decided, device_of, lost_in_any
+from dit_cache_fx.strategies.decision import begun, decided, device_of, lost_in_any
 from dit_cache_fx.strategies.signals import in_one, signal_of
 from dit_cache_fx.values.identity import storage_key
 from dit_cache_fx.values.tensor_spec import TensorSpec
 from dit_cache_fx.values.wrapped import own_part
 
-#: why a step computes
+#: the reasons why a step computes
 FIRST, SCHEDULED, MISSING, RULE = "the first step", "scheduled", "nothing is held", "its rule"
+
+_CLOCK = frozenset(CLOCK)
 
 
 class Step:
-    """A step of one branch. `specs`: what is held of it, by name. `course`: of its generation.
+    """A step of one branch. `specs`: of its cached tensors, by name. `course`: of its generation.
 
-    `missed`: steps since the branch was called last. What is held is older than meant where one of
-    them was to be computed, or a rule did not see it.
+    `missed`: steps since the branch's last call. Cached tensors are too old if one of them should
+    have computed, or if a rule did not see it.
 
-    Nothing is written to the branch before `commit`: a call that raises leaves no trace.
+    Before `commit` nothing is written to the branch: a call that raises has no effect.
     """
 
     def __init__(
@@ -44,8 +46,8 @@ class Step:
         self._strategy = strategy
         self._branch = branch
         self._specs = specs
-        self._state: RuleState | None = branch.memory
-        missing = len(branch.held) != len(specs) or not all(h.untouched() for h in branch.held)
+        self._state: RuleState | None = branch.rule_state
+        missing = len(branch.cached) != len(specs) or not all(h.untouched() for h in branch.cached)
         seen = not any(strategy.has_rule or self._course.computes(i) for i in missed)
         missing = missing or not seen
         scheduled = self._course.computes(index)
@@ -61,7 +63,7 @@ class Step:
 
     @property
     def why(self) -> str:
-        """Why it computes; empty where it does not."""
+        """The reason why it computes; empty if it does not."""
         if not self.computes:
             return ""
         return self._why if self._forced else RULE
@@ -69,29 +71,31 @@ class Step:
     # --- what a graph is given -------------------------------------------------------------------
 
     def given(self, names: Collection[str]) -> dict[str, torch.Tensor]:
-        """For a variant that reads `names`: the clock, and what is held (else placeholders)."""
-        held = self._held() or [spec.placeholder() for spec in self._specs.values()]
-        return {**self._device_clock(names), **dict(zip(self._specs, held, strict=True))}
+        """Return the operands `names` of a variant: the clock, cached tensors (or placeholders)."""
+        cached = self._cached() or [spec.placeholder() for spec in self._specs.values()]
+        return self._device_clock(names) | dict(zip(self._specs, cached, strict=True))
 
     def compiled_given(self, names: Collection[str]) -> dict[str, torch.Tensor]:
-        """The same for a variant that was compiled: in the strides that it was compiled for.
+        """Return the operands of a compiled variant, in the strides that it was compiled for.
 
-        The clock is where the held tensors are: CUDA graphs take nothing from the CPU.
+        The clock is on the device of the cached tensors: CUDA graphs take nothing from the CPU.
         """
-        return {**self.held(names), **self._device_clock(names)}
+        return {**self.cached(names), **self._device_clock(names)}
 
     def _device_clock(self, names: Collection[str]) -> dict[str, torch.Tensor]:
-        """The clock where the held tensors are: a condition on the CPU would be waited for."""
+        """Return the clock on the cached tensors' device: a condition on the CPU costs a wait."""
         clock = self.clock(names)
+        if not clock:
+            return clock
         device = next((spec.device for spec in self._specs.values()), None)
-        if not clock or device is None or device.type == "cpu":
+        if device is None or device.type == "cpu":
             return clock
         # without a wait: the host's memory is read before this returns
         return {name: value.to(device, non_blocking=True) for name, value in clock.items()}
 
-    def held(self, names: Collection[str]) -> dict[str, torch.Tensor]:
-        """What is held, of `names`; zeros where nothing is."""
-        given, own = dict[str, torch.Tensor](), self._held()
+    def cached(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        """Return the cached tensors among `names`; zeros if there are none."""
+        given, own = dict[str, torch.Tensor](), self._cached()
         for place, (name, spec) in enumerate(self._specs.items()):
             if name in names:
                 given[name] = own[place] if own else spec.zeros()
@@ -100,14 +104,14 @@ class Step:
     def one_graph_given(
         self, names: Collection[str], state: Mapping[str, TensorSpec], asks: bool
     ) -> dict[str, torch.Tensor]:
-        """For the graph that decides by itself: flags, the rule's state, the clock, what is held.
+        """Return the operands of the graph with the decision: flags, rule state, clock, tensors.
 
-        Every step gives tensors of the same strides: for others it would be compiled again.
+        Their strides are the same on every step: others would cause a recompilation.
         """
-        held = [t.contiguous() for t in self._held()]
-        held = held or [spec.zeros() for spec in self._specs.values()]
+        cached = [t.contiguous() for t in self._cached()]
+        cached = cached or [spec.zeros() for spec in self._specs.values()]
         given = {"forced": _flag(self.computes), **self.clock(names)}
-        given.update(zip(self._specs, held, strict=True))
+        given.update(zip(self._specs, cached, strict=True))
         if asks:
             own = self._state
             remembered = [spec.zeros() for spec in state.values()] if own is None else own
@@ -116,7 +120,9 @@ class Step:
         return given
 
     def clock(self, names: Collection[str]) -> dict[str, torch.Tensor]:
-        """The tensors of the clock, of `names`, on the CPU."""
+        """Return the tensors of the clock among `names`, on the CPU."""
+        if _CLOCK.isdisjoint(names):
+            return {}
         made: dict[str, Callable[[], float | list[float]]] = {
             "distance": lambda: self._course.distance(self._last, self.index),
             "computed": lambda: self._computed,
@@ -130,24 +136,24 @@ class Step:
             if n in names
         }
 
-    def _held(self) -> list[torch.Tensor]:
-        """What the branch holds, if anything that can be used."""
-        return [] if self._missing else [h.tensor for h in self._branch.held]
+    def _cached(self) -> list[torch.Tensor]:
+        """Return the branch's cached tensors, if they can be used."""
+        return [] if self._missing else [h.tensor for h in self._branch.cached]
 
     @property
     def _computed(self) -> int:
-        """Computed steps that what is held comes from."""
+        """Return the number of computed steps behind the cached tensors."""
         return 0 if self._missing else self._branch.computed
 
     @property
     def _last(self) -> int:
-        """The newest of them; this step where there is none."""
+        """Return the newest of these steps; this step if there is none."""
         return self._branch.last_computed if self._computed else self.index
 
     def prepared(self, first: Mapping[str, TensorSpec], make: Callable[[], Results]) -> Results:
-        """What the host makes for a computed step's graph; on others nothing reads it.
+        """Return the preamble's results for a computed step; on others nothing reads them.
 
-        `first`: the specs of the capture. Another step's may be of other sizes (masks).
+        `first`: the specs of the capture. The sizes (of masks) may differ on another step.
         """
         if not self.computes:
             return [spec.empty() for spec in self._branch.prepared or first.values()]
@@ -158,10 +164,10 @@ class Step:
     # --- the strategy's own rule -----------------------------------------------------------------
 
     def decide(self, value: torch.Tensor | None) -> None:
-        """Ask the strategy's own rule, where it has one. `value`: of the model, if it looks at one.
+        """Run the strategy's rule, if it has one. `value`: of the model, if the rule reads one.
 
-        Waits for the device once; without a value, to read what was measured on the newest computed
-        step, once for each such step.
+        Waits for the device once; without a value, once for each computed step, to read its
+        measurement.
         """
         if not self._strategy.has_rule:
             return
@@ -179,7 +185,7 @@ class Step:
             self._state = None
 
     def decided(self, computes: torch.Tensor, lost: torch.Tensor, *state: torch.Tensor) -> None:
-        """The graph has asked the rule: its decision, on the CPU, and its new state."""
+        """Take the decision of a graph that ran the rule: on the CPU, with the rule's new state."""
         self.computes, self._state = bool(computes), None if bool(lost) else state
 
     def _signal(self, value: torch.Tensor | None) -> Any:
@@ -189,17 +195,17 @@ class Step:
         return signal_of(self._strategy, value, clock, measured)
 
     def _measured_here(self) -> torch.Tensor | None:
-        """On the CPU: read once for each computed step, the same in all processes."""
+        """Return the measurement on the CPU: read once per step, equal in all processes."""
         if self._branch.measured is None:
             measured, ranks = self.measured(), self._strategy.ranks
-            if measured is not None and ranks is not None and self._branch.held:
+            if measured is not None and ranks is not None and self._branch.cached:
                 measured = ranks.first(measured)
             self._branch.measured = None if measured is None else measured.to("cpu")
         return self._branch.measured
 
     def measured(self) -> torch.Tensor | None:
-        """What the newest computed step has measured, one row for each value; None for nothing."""
-        own = [h.tensor for h in self._branch.held] or [s.zeros() for s in self._specs.values()]
+        """Return the newest computed step's measurement, one row per value; None without one."""
+        own = [h.tensor for h in self._branch.cached] or [s.zeros() for s in self._specs.values()]
         named = zip(self._specs, own, strict=False)
         return in_one([own_part(tensor) for name, tensor in named if is_measured(name)])
 
@@ -211,29 +217,29 @@ class Step:
         outputs: Sequence[torch.Tensor],
         recorded: Sequence[torch.Tensor],
     ) -> list[torch.Tensor]:
-        """The call has succeeded: hold what a computed step recorded.
+        """Hold the tensors of a computed step, since the call has succeeded.
 
-        Returns what the caller may have. It may change inputs and outputs in place: no memory of
-        theirs is held.
+        Returns the outputs for the caller, who may change inputs and outputs in place: none of
+        their memory is held.
         """
         if self.computes or self._state is not None:
             self._keep(recorded, {storage_key(t) for t in inputs})
-        self._branch.memory = self._state
-        own = {h.key for h in self._branch.held}
+        self._branch.rule_state = self._state
+        own = {h.key for h in self._branch.cached}
         return [t.clone() if storage_key(t) in own else t for t in outputs]
 
     def _keep(self, recorded: Sequence[torch.Tensor], foreign: set[int]) -> None:
         if self._state is not None:
-            self._state = tuple(_own(Held.of(t), foreign).tensor for t in self._state)
+            self._state = tuple(_own(CachedTensor.of(t), foreign).tensor for t in self._state)
         if self.computes:
-            self._hold([_own(Held.of(t), foreign) for t in recorded])
+            self._cache([_own(CachedTensor.of(t), foreign) for t in recorded])
 
-    def _hold(self, held: list[Held]) -> None:
+    def _cache(self, cached: list[CachedTensor]) -> None:
         branch = self._branch
         again = self._computed > 0 and branch.last_computed == self.index
         if not again:
             branch.reach = self._course.distance(self._last, self.index)
-        branch.held, branch.measured = held, None
+        branch.cached, branch.measured = cached, None
         branch.computed = self._computed + (0 if again else 1)
         branch.last_computed = self.index
 
@@ -242,5 +248,5 @@ def _flag(value: bool) -> torch.Tensor:
     return torch.tensor(value, device="cpu")
 
 
-def _own(held: Held, foreign: set[int]) -> Held:
-    return held.copy() if held.key in foreign else held
+def _own(tensor: CachedTensor, foreign: set[int]) -> CachedTensor:
+    return tensor.copy() if tensor.key in foreign else tensor

@@ -1,4 +1,4 @@
-"""`no_cache_block_id`: which blocks it names, and whether they are there."""
+"""`no_cache_block_id`: resolve and check the blocks that it names."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dit_cache_fx.errors import OptionError
 from dit_cache_fx.ir.node_meta import BlockId
 from dit_cache_fx.strategies.base import Strategy
 
-#: what published helpers call the first and the second block list
+#: names for the first and the second block list, as in published helpers
 ALIASES = ("double_blocks", "single_blocks")
 
 
 def never_cached(block: BlockId, strategy: Strategy, lists: Sequence[str]) -> bool:
-    """Whether `no_cache_block_id` names this block, by its list's name or alias."""
+    """Return whether `no_cache_block_id` names this block, by its list's name or alias."""
     names = {block.list_name}
     if block.list_name in lists[: len(ALIASES)]:
         names.add(ALIASES[lists.index(block.list_name)])
@@ -24,10 +24,10 @@ def never_cached(block: BlockId, strategy: Strategy, lists: Sequence[str]) -> bo
 def check_block_ids(
     strategy: Strategy, lists: dict[str, int], aliases: dict[str, int] | None = None
 ) -> None:
-    """Raise `OptionError` where `no_cache_block_id` names a list or block that is not there.
+    """Raise `OptionError` if `no_cache_block_id` names a list or block that does not exist.
 
     `lists`: name -> number of blocks, in call order. `aliases`: the same for "double_blocks" and
-    "single_blocks" where the order is not known yet.
+    "single_blocks" while the order is unknown.
     """
     names = list(lists)
     sizes = {**(aliases or dict(zip(ALIASES, lists.values(), strict=False))), **lists}
@@ -36,8 +36,8 @@ def check_block_ids(
             raise OptionError(
                 "no_cache_block_id",
                 {name: sorted(ids)},
-                f"no block list of that name; the lists are {names} "
-                f"(or {list(ALIASES)[: len(names)]} in call order)",
+                f"no block list of this name; the lists are {names} (or "
+                f"{list(ALIASES)[: len(names)]} in call order)",
             )
         beyond = sorted(i for i in ids if i >= sizes[name])
         if beyond:

@@ -1,4 +1,4 @@
-"""The computed steps that a calibration has chosen, and how they are carried to other timesteps."""
+"""The computed steps of a calibrated plan, and their transfer to other timesteps."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch import nn
 
 from dit_cache_fx.errors import OptionError
 from dit_cache_fx.strategies.base import Strategy
+from dit_cache_fx.strategies.even import EvenSteps, nearest
 from dit_cache_fx.strategies.model_signature import ModelSignature
-from dit_cache_fx.strategies.schedule import EvenSteps, ListedSteps, Schedule
+from dit_cache_fx.strategies.schedule import ListedSteps, Schedule
 from dit_cache_fx.strategies.timesteps import ROUNDED, UNITS
 
-#: a timestep this many times smaller than the calibrated ones is in another unit
+#: a timestep that is smaller than the calibrated ones by this factor is in another unit
 _OTHER_UNIT = 50.0
 
 
 @dataclass(frozen=True)
 class CalibratedSteps(Schedule):
-    """These computed steps of a generation of these timesteps.
+    """The computed steps of a calibrated generation.
 
-    In a generation of other timesteps, or of another number, each computed step goes to the step
-    that is nearest in timestep (the noise level), of those that are not taken yet; the last one to
-    the last. Where only the number of steps is known, they go by the share of the way. Where a
-    generation turns out to have other timesteps than it began with, the same share of its steps is
-    computed, evenly spaced.
+    In a generation with other timesteps, or another number of them, each computed step goes to the
+    nearest free step in timestep (the noise level), and the last one to the last. If only the
+    number of steps is known, they go by their share of the way. If a generation turns out to have
+    other timesteps than it began with, the same share of its steps computes, evenly spaced.
 
-    `steps`: their indexes. `timesteps`: of the calibrated generation's calls, as the model was
-    given them. `model`: the model that they are for.
+    `steps`: their indices. `timesteps`: of the calibrated generation's calls, in the model's unit.
+    `model`: the model of the calibration.
     """
 
     steps: frozenset[int]
@@ -48,7 +48,7 @@ class CalibratedSteps(Schedule):
         if num_steps is None or num_steps == len(self.timesteps):
             return step in self.steps or step >= len(self.timesteps)
         shares = [s / len(self.timesteps) for s in self._later]
-        return step in _nearest(shares, [i / num_steps for i in range(num_steps)], {0})
+        return step in nearest(shares, [i / num_steps for i in range(num_steps)], {0})
 
     def placed(self, timesteps: Sequence[float]) -> Schedule:
         return ListedSteps(self.steps if self._is_for(timesteps) else self._carried(timesteps))
@@ -62,14 +62,15 @@ class CalibratedSteps(Schedule):
         return (
             f"the plan was calibrated for {len(self.timesteps)} steps of other timesteps, and is "
             f"carried over to these {len(timesteps)} by noise level: "
-            f"{len(self._carried(timesteps))} are computed. Calibrate with these to have the best"
+            f"{len(self._carried(timesteps))} are computed. Calibrate with these timesteps for "
+            "the best result"
         )
 
     def __str__(self) -> str:
         return f"calibrated, {len(self.steps)} of {len(self.timesteps)} steps"
 
     def _is_for(self, timesteps: Sequence[float]) -> bool:
-        """Whether these are the calibrated ones, in any unit, but for rounding."""
+        """Return whether these are the calibrated timesteps, in any unit, apart from rounding."""
         if len(timesteps) != len(self.timesteps):
             return False
         allowed = ROUNDED * max(map(abs, timesteps))
@@ -82,41 +83,33 @@ class CalibratedSteps(Schedule):
         if len(timesteps) < 2 or timesteps[0] == timesteps[-1]:
             return frozenset(range(len(timesteps)))
         own = next((o for o in _in_units(self.timesteps) if _covers(o, timesteps)), None)
-        if own is None:  # in no unit that is known: from the first to the last
+        if own is None:  # in an unknown unit: from first to last
             scale = (timesteps[-1] - timesteps[0]) / (self.timesteps[-1] - self.timesteps[0] or 1)
             own = [timesteps[0] + scale * (t - self.timesteps[0]) for t in self.timesteps]
         way, half = 1 if timesteps[-1] > timesteps[0] else -1, (timesteps[1] - timesteps[0]) / 2
         last = len(self.timesteps) - 1
         left = [own[s] for s in sorted(self.steps) if way * (own[s] - timesteps[0] + half) >= 0]
         ends = {0}
-        if last in self.steps:  # it goes to the last one, wherever that is
+        if last in self.steps:  # goes to the last one, wherever it is
             ends, left = {0, len(timesteps) - 1}, left[:-1]
-        if left and way * (left[0] - timesteps[0] - half) <= 0:  # the first is taken for it
+        if left and way * (left[0] - timesteps[0] - half) <= 0:  # the first stands for it
             left = left[1:]
-        return _nearest(left, timesteps, ends)
+        return nearest(left, timesteps, ends)
 
     @property
     def _later(self) -> list[int]:
-        """The computed steps behind the first."""
+        """Return the computed steps after the first."""
         return sorted(self.steps - {0})
 
 
-def _nearest(targets: Sequence[float], places: Sequence[float], taken: set[int]) -> frozenset[int]:
-    """The places that are taken, and the nearest free one for each target."""
-    free = [i for i in range(len(places)) if i not in taken]
-    for target in targets[: len(free)]:
-        free.remove(min(free, key=lambda i: abs(places[i] - target)))
-    return frozenset(range(len(places))) - frozenset(free)
-
-
 def _in_units(timesteps: Sequence[float]) -> list[list[float]]:
-    """The timesteps in each unit in which models and schedulers have them."""
+    """Return the timesteps in each unit that models and schedulers use."""
     units = [*UNITS, *((1 / scale, -shift / scale) for scale, shift in UNITS[1:])]
     return [[scale * t + shift for t in timesteps] for scale, shift in units]
 
 
 def _covers(own: Sequence[float], timesteps: Sequence[float]) -> bool:
-    """Whether timesteps go the way of others, in their range and unit."""
+    """Return whether timesteps follow the same course as others, in their range and unit."""
     way, other = own[-1] - own[0], timesteps[-1] - timesteps[0]
     slack = 2 * max(_longest(own), _longest(timesteps))
     inside = min(own) - slack <= min(timesteps) and max(timesteps) <= max(own) + slack
@@ -129,7 +122,7 @@ def _longest(timesteps: Sequence[float]) -> float:
 
 
 def check_model(strategy: Strategy, model: nn.Module) -> None:
-    """Raise `OptionError` where a plan was calibrated for another model."""
+    """Raise `OptionError` if a plan was calibrated for another model."""
     if isinstance(strategy.schedule, CalibratedSteps):
         _refuse(strategy.schedule.model.unlike(model))
 
@@ -137,7 +130,7 @@ def check_model(strategy: Strategy, model: nn.Module) -> None:
 def check_graph(
     strategy: Strategy, blocks: Mapping[str, int], shapes: Iterable[Sequence[int]]
 ) -> None:
-    """The same for a graph: its block lists (name -> length), and its parameters if known."""
+    """Check a plan against a graph: its block lists (name -> length), and parameters if known."""
     if isinstance(strategy.schedule, CalibratedSteps):
         _refuse(strategy.schedule.model.unlike_graph(blocks, shapes))
 

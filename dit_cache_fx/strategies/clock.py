@@ -1,4 +1,4 @@
-"""What a strategy's functions are told of the step."""
+"""`Clock`: the position of a step, as tensors for a strategy's functions."""
 
 from __future__ import annotations
 
@@ -11,36 +11,47 @@ from torch import Tensor
 
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
-#: how many items `Clock.gap` has
+#: the number of items in `Clock.gap`
 MOMENTS = 8
 
 
 class Clock(NamedTuple):
-    """The place of a step in its generation, as float64 tensors.
+    """The position of a step in its generation, as float64 tensors.
 
     Attributes:
         distance (`Tensor`):
-            No dimensions. From the last computed step to this one, in steps, or along the
-            strategy's own axis.
+            No dimensions. The distance from the last computed step to this one: in steps, or in the
+            unit of the strategy's own axis.
         computed (`Tensor`):
             No dimensions. The number of computed steps before this one.
         gap (`Tensor`):
             Shape `[MOMENTS]` (8), used on a computed step. Item i is the sum of `dt * distance**i`
             over the steps reused since the last computed step, each with its own distance, divided
             by the sum of `dt` over the steps to be reused until the next computed one. All items
-            are 0 where no steps were or none will be reused. `dt` is the distance that the timestep
-            moves from the step to the next one (1 where the timesteps are not known). For a
-            strategy that is `fading` the items are multiplied by `1 - coming / left`, where the
-            timestep moves by `coming` up to the next computed step and by `left` up to the end of
-            the generation, as far as both are known.
+            are 0 if no steps were or none will be reused. `dt` is the distance that the timestep
+            moves from the step to the next one (1 if the timesteps are unknown). For a strategy
+            with `fading` the items are multiplied by `1 - coming / left`: the timestep moves by
+            `coming` up to the next computed step and by `left` up to the end of the generation, if
+            both are known.
         reach (`Tensor`):
-            No dimensions. The distance between the last computed step and the one before it; 0
-            where there are not two.
+            No dimensions. The distance between the last computed step and the one before it; 0 if
+            there are fewer than two.
         way (`Tensor`):
             Shape `[2]`. The way of the timestep from the last computed step to this one, and to the
-            step behind this one: predictions go at least as far if this step is not computed. Both
-            are shares of the way of the whole generation (1/50 a step where nothing is known), and
-            0 where there is no last computed step.
+            step after this one: predictions go at least that far if this step is not computed. Both
+            are shares of the way of the whole generation (1/50 per step if nothing is known), and 0
+            if there is no last computed step.
+
+    Example:
+        A strategy that repeats the last value, and damps it with the distance:
+
+        >>> class Damped(dit_cache_fx.Strategy):
+        ...     name = "damped"
+        ...     def store(self, cached, value, run_input, clock):
+        ...         return [value]
+        ...     def reuse(self, cached, run_input, clock):
+        ...         return (cached[0] * torch.exp(-0.01 * clock.distance)).to(cached[0].dtype)
+        >>> cached = dit_cache_fx.apply(model, Damped(compute_ratio=0.5))
     """
 
     distance: Tensor
@@ -51,7 +62,7 @@ class Clock(NamedTuple):
 
 
 _SCALAR = TensorSpec(torch.Size([]), torch.float64, torch.device("cpu"))
-#: the tensors of a `Clock` by name, as the host makes them
+#: the tensors of a `Clock` by name, as the host creates them
 CLOCK: Mapping[str, TensorSpec] = MappingProxyType(
     {
         "distance": _SCALAR,

@@ -1,4 +1,4 @@
-"""DeepCache: a cached run's result is held on a computed step and returned on the others."""
+"""DeepCache: hold a cached run's result on a computed step, and return it on reused steps."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from dit_cache_fx.strategies.clock import Clock
 class DeepCache(Strategy):
     """DeepCache: a reused step returns the result of the newest computed step.
 
-    Ma, Fang, Wang: DeepCache: Accelerating Diffusion Models for Free, arXiv:2312.00858. The unit is
-    the transformer block, as in AngelSlim's DeepCacheHelper. The options are those of `Strategy`.
+    Ma, Fang, Wang: DeepCache: Accelerating Diffusion Models for Free, arXiv:2312.00858. Its unit is
+    the transformer block, as in AngelSlim's DeepCacheHelper. One tensor is held for each value that
+    leaves a cached run. The options are those of `Strategy`.
 
     Example:
-        >>> dit_cache_fx.apply(model, "deepcache", no_cache_steps=range(0, 50, 2))
+        >>> cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps=range(0, 50, 2))
     """
 
     name: ClassVar[str] = "deepcache"
 
     def store(
-        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+        self, cached: Sequence[Tensor], value: Tensor, run_input: Tensor | None, clock: Clock
     ) -> Sequence[Tensor]:
         return [value]
 
-    def reuse(self, held: Sequence[Tensor], start: Tensor | None, clock: Clock) -> Tensor:
-        return held[0]
+    def reuse(self, cached: Sequence[Tensor], run_input: Tensor | None, clock: Clock) -> Tensor:
+        return cached[0]

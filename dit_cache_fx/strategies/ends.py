@@ -1,17 +1,17 @@
-"""Steps at a generation's ends, and several schedules in one."""
+"""Schedules of a generation's first and last steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from dit_cache_fx.strategies.combined import AnyOf
 from dit_cache_fx.strategies.schedule import Schedule
 
 
 @dataclass(frozen=True)
 class EndSteps(Schedule):
-    """The first steps, and the last ones where the number of steps is known."""
+    """The first steps, and the last ones if the number of steps is known."""
 
     first: int
     last: int = 0
@@ -29,40 +29,8 @@ class EndSteps(Schedule):
         )
 
 
-@dataclass(frozen=True)
-class AnyOf(Schedule):
-    """Every step that one of several schedules computes."""
-
-    schedules: tuple[Schedule, ...]
-
-    @property
-    def needs_num_steps(self) -> bool:  # type: ignore[override]
-        return any(schedule.needs_num_steps for schedule in self.schedules)
-
-    @property
-    def needs_timesteps(self) -> bool:  # type: ignore[override]
-        return any(schedule.needs_timesteps for schedule in self.schedules)
-
-    def computes(self, step: int, num_steps: int | None) -> bool:
-        return any(schedule.computes(step, num_steps) for schedule in self.schedules)
-
-    def placed(self, timesteps: Sequence[float]) -> Schedule:
-        return AnyOf(tuple(schedule.placed(timesteps) for schedule in self.schedules))
-
-    def next_computed(self, step: int, num_steps: int | None) -> int | None:
-        following = (schedule.next_computed(step, num_steps) for schedule in self.schedules)
-        return min((s for s in following if s is not None), default=None)
-
-    def check(self, num_steps: int) -> None:
-        for schedule in self.schedules:
-            schedule.check(num_steps)
-
-    def __str__(self) -> str:
-        return " and ".join(map(str, self.schedules))
-
-
 def with_ends(schedule: Schedule | None, first: int, last: int = 0) -> Schedule | None:
-    """A schedule, if any, and the first and the last steps."""
+    """Add the first and the last steps to a schedule, if there is one."""
     if not first and not last:
         return schedule
     ends = EndSteps(first, last)

@@ -1,4 +1,4 @@
-"""Exponential extrapolation: what dynamic mode decomposition does, with a single mode."""
+"""Exponential extrapolation: dynamic mode decomposition with a single mode."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ class Exponential(Strategy):
 
     Dynamic mode decomposition (Schmid: Dynamic mode decomposition of numerical and experimental
     data, J. Fluid Mech. 656, 2010), the DMD calibrator of cache-dit, fits several such modes to a
-    window of up to 6 equally spaced values. This takes the first two derivatives of TaylorCache
-    and one mode: `x + D[1] (exp(rate d) - 1) / rate`. The `rate` is the best fit to
-    `D[2] = rate D[1]` over all elements, and at most 0, so that a prediction never runs away.
-    The options are those of `Strategy`.
+    window of up to 6 equally spaced values. This strategy uses the first two derivatives of
+    TaylorCache and one mode: at distance d it predicts `x + D[1] (exp(rate d) - 1) / rate`. The
+    `rate` is the best fit to `D[2] = rate D[1]` over all elements, and at most 0, so that a
+    prediction never diverges. Three tensors are held for each value. The options are those of
+    `Strategy`.
 
     Example:
-        >>> dit_cache_fx.apply(model, "exponential", compute_ratio=0.3)
+        >>> cached = dit_cache_fx.apply(model, "exponential", compute_ratio=0.3)
     """
 
     name: ClassVar[str] = "exponential"
@@ -36,18 +37,18 @@ class Exponential(Strategy):
         return 3
 
     def store(
-        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+        self, cached: Sequence[Tensor], value: Tensor, run_input: Tensor | None, clock: Clock
     ) -> Sequence[Tensor]:
-        return derivatives(value, held, clock)
+        return derivatives(value, cached, clock)
 
-    def reuse(self, held: Sequence[Tensor], start: Tensor | None, clock: Clock) -> Tensor:
-        value, slope, curvature = held
+    def reuse(self, cached: Sequence[Tensor], run_input: Tensor | None, clock: Clock) -> Tensor:
+        value, slope, curvature = cached
         way = growth(rate_of(slope, curvature), clock.distance)
         return value + slope * way.to(value.dtype)
 
 
 def rate_of(slope: Tensor, curvature: Tensor) -> Tensor:
-    """For each item of the batch, the rate at which the slope fades."""
+    """Return, for each item of the batch, the rate at which the slope fades."""
     first, second = slope.float(), curvature.float()
     dims = [*range(1, first.ndim)] or [0]
     squares = (first * first).sum(dims, keepdim=True)
@@ -56,6 +57,6 @@ def rate_of(slope: Tensor, curvature: Tensor) -> Tensor:
 
 
 def growth(rate: Tensor, distance: Tensor) -> Tensor:
-    """`(exp(rate d) - 1) / rate`; the distance itself where the rate is 0."""
+    """Return `(exp(rate d) - 1) / rate`; the distance itself if the rate is 0."""
     fades = rate < 0
     return torch.where(fades, torch.expm1(rate * distance) / torch.where(fades, rate, -1), distance)

@@ -1,4 +1,4 @@
-"""FirstBlockCache: a step computes when what its first blocks add has changed."""
+"""FirstBlockCache: compute when the residual of the first blocks has changed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dit_cache_fx.strategies.base import RuleState
+from dit_cache_fx.strategies.checks import check_count, check_positive
 from dit_cache_fx.strategies.ends import with_ends
-from dit_cache_fx.strategies.residual import ResidualCache, check_count, check_positive
+from dit_cache_fx.strategies.residual import ResidualCache
+from dit_cache_fx.strategies.rule import RuleState
 from dit_cache_fx.strategies.schedule import Schedule
 
 
@@ -20,15 +21,16 @@ class FirstBlockCache(ResidualCache):
     """FirstBlockCache: a step computes when the residual of the first blocks has changed.
 
     The first-block cache of ParaAttention and diffusers, and DBCache of cache-dit. The first blocks
-    run on every step. A step computes when the residual r of these blocks (their output less their
-    input) has changed by at least `threshold` since the newest computed step:
-    `mean|r - r_computed| / mean|r_computed|`. Any other step adds what the other blocks added on
-    the newest computed step. A change that is not finite computes.
+    run on every step. A step computes when the residual r of these blocks (their output minus their
+    input) has changed by at least `threshold` since the newest computed step: `mean|r - r_computed|
+    / mean|r_computed|`. Any other step adds the residual of the other blocks from the newest
+    computed step. If the change is not finite, the step computes.
 
     Args:
         threshold (`float`, defaults to `0.05`):
-            The relative change at which a step computes: `threshold` of diffusers'
-            `FirstBlockCacheConfig`, `residual_diff_threshold` of cache-dit's `DBCacheConfig`.
+            The relative change at which a step computes, above 0, without unit: `threshold` of
+            diffusers' `FirstBlockCacheConfig`, `residual_diff_threshold` of cache-dit's
+            `DBCacheConfig`.
         first_blocks (`int`, defaults to `1`):
             The number of blocks at the model's head that always run (`Fn_compute_blocks`), at least
             1.
@@ -38,16 +40,19 @@ class FirstBlockCache(ResidualCache):
             The number of steps at the start of a generation that always compute
             (`max_warmup_steps`).
         max_reused_in_a_row (`int`, *optional*):
-            The most steps reused one after another (`max_continuous_cached_steps`). A computed step
-            starts the count again.
+            The largest number of steps reused one after another (`max_continuous_cached_steps`). A
+            computed step starts the count again.
         max_reused (`int`, *optional*):
-            The most steps reused in a generation (`max_cached_steps`).
+            The largest number of steps reused in a generation (`max_cached_steps`).
         max_accumulated (`float`, *optional*):
-            When the sum of all changes in a generation reaches it, every further step computes
-            (`max_accumulated_residual_diff_threshold`).
+            When the sum of all changes in a generation reaches this number, every further step
+            computes (`max_accumulated_residual_diff_threshold`).
+
+    Raises:
+        OptionError: An option has a value that cannot work.
 
     Example:
-        >>> dit_cache_fx.apply(model, "firstblockcache", threshold=0.08, first_blocks=8)
+        >>> cached = dit_cache_fx.apply(model, "firstblockcache", threshold=0.08, first_blocks=2)
     """
 
     threshold: float = 0.05
@@ -87,7 +92,7 @@ class FirstBlockCache(ResidualCache):
         return "residual"
 
     def init_state(self, signal: Tensor) -> RuleState:
-        """The residual of the newest computed step; the change; its sum; reused: in a row, all."""
+        """Return the computed residual; change; sum of changes; reused steps: in a row, all."""
         zero = torch.zeros((), dtype=torch.float64, device=signal.device)
         return signal, *(zero.clone() for _ in range(4))
 
@@ -112,7 +117,7 @@ class FirstBlockCache(ResidualCache):
         return state[1] if state else None
 
     def _limited(self, total: Tensor, in_a_row: Tensor, reused: Tensor) -> Tensor:
-        """Whether a limit is reached, before this step's change is added."""
+        """Return whether a limit is reached, before this step's change is added."""
         limits = (self.max_accumulated, self.max_reused_in_a_row, self.max_reused)
         limited = torch.zeros_like(total, dtype=torch.bool)
         for value, limit in zip((total, in_a_row, reused), limits, strict=True):

@@ -1,4 +1,4 @@
-"""HiCache: TaylorCache with Hermite polynomials in the place of powers."""
+"""HiCache: TaylorCache with Hermite polynomials instead of powers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from dit_cache_fx.errors import OptionError
+from dit_cache_fx.strategies.checks import check_positive
 from dit_cache_fx.strategies.taylorcache import TaylorCache
 
 
 @dataclass(frozen=True, kw_only=True)
 class HiCache(TaylorCache):
-    """TaylorCache with scaled Hermite polynomials instead of powers.
+    """HiCache: TaylorCache with scaled Hermite polynomials instead of powers.
 
     Feng et al.: HiCache: Training-free Acceleration of Diffusion Models via Hermite
     Polynomial-based Feature Caching, arXiv:2508.16984, definition 2.
@@ -26,11 +26,14 @@ class HiCache(TaylorCache):
 
     Args:
         sigma (`float`, defaults to `0.5`):
-            The scale, above 0. A smaller one moves a prediction less: order 1 goes `2 sigma^2` of
-            TaylorCache's way. The paper takes 0.5.
+            The scale, above 0, without unit. A smaller one changes a prediction less: order 1 goes
+            `2 sigma^2` of TaylorCache's way. The paper uses 0.5.
+
+    Raises:
+        OptionError: An option has a value that cannot work.
 
     Example:
-        >>> dit_cache_fx.apply(model, "hicache", sigma=0.7, compute_ratio=0.3)
+        >>> cached = dit_cache_fx.apply(model, "hicache", sigma=0.7, compute_ratio=0.3)
     """
 
     sigma: float = 0.5
@@ -39,10 +42,7 @@ class HiCache(TaylorCache):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        value = self.sigma
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not 0 < value < math.inf:
-            raise OptionError("sigma", value, "a number above 0, for instance 0.5")
+        check_positive("sigma", self.sigma, 0.5)
 
     def weight(self, order: int, power: Callable[[int], Tensor]) -> Tensor:
         terms = [
@@ -54,7 +54,7 @@ class HiCache(TaylorCache):
 
 
 def hermite(order: int) -> list[int]:
-    """The coefficients of `H_order`, the lowest power first."""
+    """Return the coefficients of `H_order`, the lowest power first."""
     before, now = [0], [1]
     for n in range(order):
         twice = [0, *(2 * c for c in now)]

@@ -1,4 +1,4 @@
-"""The steps that MagCache computes: a schedule from ratios of magnitudes."""
+"""MagCache's schedule from ratios of magnitudes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dit_cache_fx.strategies.schedule import Schedule
 
 @dataclass(frozen=True)
 class MagnitudeSteps(Schedule):
-    """Computes where the error that the ratios predict, summed over reused steps, is too large.
+    """Computes where the predicted error, summed over reused steps, is too large.
 
-    As long as the number of steps is not known, it is that of the ratios.
+    While the number of steps is unknown, it is that of the ratios.
     """
 
     ratios: tuple[float, ...]
@@ -36,7 +36,7 @@ class MagnitudeSteps(Schedule):
         return f"{len(self.ratios)} magnitude ratios"
 
     def _ratio(self, step: int, num_steps: int) -> float:
-        """The ratio of a step, of the nearest one where there are more or fewer ratios."""
+        """Return the ratio of a step, or the nearest one if there are more or fewer ratios."""
         count = len(self.ratios)
         if step >= num_steps:
             return 1.0

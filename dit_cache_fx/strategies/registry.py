@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
 from typing import Any
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.strategies.base import Strategy, options_of
+from dit_cache_fx.strategies.base import Strategy
 from dit_cache_fx.strategies.deepcache import DeepCache
 from dit_cache_fx.strategies.easycache import EasyCache
 from dit_cache_fx.strategies.exponential import Exponential
@@ -15,6 +14,7 @@ from dit_cache_fx.strategies.foca import FoCa
 from dit_cache_fx.strategies.hicache import HiCache
 from dit_cache_fx.strategies.magcache import MagCache
 from dit_cache_fx.strategies.newton import NewtonCache
+from dit_cache_fx.strategies.options import options_of
 from dit_cache_fx.strategies.taylorcache import TaylorCache
 from dit_cache_fx.strategies.teacache import TeaCache
 
@@ -30,19 +30,21 @@ KINDS: tuple[type[Strategy], ...] = (
     MagCache,
     EasyCache,
 )
-#: cache-dit's name beside our own
+#: with cache-dit's name for one of them
 BY_NAME: dict[str, type[Strategy]] = {s.name: s for s in KINDS} | {"dbcache": FirstBlockCache}
 
 
 def make_strategy(strategy: str | Strategy, options: dict[str, Any]) -> Strategy:
-    """A strategy object from a name and options, or the object itself.
+    """Return a strategy object from a name and options, or the object itself.
 
     Raises `OptionError` for an unknown name or option, or a value that cannot work.
     """
     if isinstance(strategy, Strategy):
         if options:
             raise OptionError(
-                "strategy", strategy, f"an object has its options already; got {sorted(options)}"
+                "strategy",
+                strategy,
+                f"an object has its options already; got {sorted(options)}: set them on the object",
             )
         return strategy
     kind = BY_NAME.get(strategy) if isinstance(strategy, str) else None
@@ -54,24 +56,3 @@ def make_strategy(strategy: str | Strategy, options: dict[str, Any]) -> Strategy
                 name, value, f"{strategy} has no such option; it has {options_of(kind)}"
             )
     return kind(**options)
-
-
-#: the options that say which steps compute
-SCHEDULING = (
-    "no_cache_steps",
-    "compute_ratio",
-    "schedule",
-    "computed_steps",
-    "num_steps",
-    "timesteps",
-)
-
-
-def predictor_options(strategy: Strategy) -> dict[str, Any]:
-    """The options that are not the default ones, but for those that say which steps compute."""
-    given = {f.name: (getattr(strategy, f.name), f.default) for f in fields(strategy)}
-    return {
-        name: value
-        for name, (value, default) in given.items()
-        if name not in SCHEDULING and (default is MISSING or value != default)
-    }

@@ -1,15 +1,13 @@
-"""What several strategies share: the residual of a run is held, and added to this step's stream."""
+"""Base of the strategies that cache the residual of a run and add it to this step's stream."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from dit_cache_fx.errors import OptionError
 from dit_cache_fx.strategies.base import Strategy
 from dit_cache_fx.strategies.clock import Clock
 
@@ -18,29 +16,12 @@ from dit_cache_fx.strategies.clock import Clock
 class ResidualCache(Strategy):
     """Base of the strategies that hold a residual; a subclass decides when to compute."""
 
-    reads_start: ClassVar[bool] = True
+    reads_run_input: ClassVar[bool] = True
 
     def store(
-        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
+        self, cached: Sequence[Tensor], value: Tensor, run_input: Tensor | None, clock: Clock
     ) -> Sequence[Tensor]:
-        return [value if start is None else value - start]
+        return [value if run_input is None else value - run_input]
 
-    def reuse(self, held: Sequence[Tensor], start: Tensor | None, clock: Clock) -> Tensor:
-        return held[0] if start is None else start + held[0]
-
-
-def check_count(name: str, value: Any, least: int, optional: bool = False) -> None:
-    """Raise `OptionError` where it is no integer from `least` on."""
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise OptionError(name, value, f"an integer from {least}" + optional * ", or None")
-
-
-def check_positive(name: str, value: Any, example: float, optional: bool = False) -> None:
-    """Raise `OptionError` where it is no finite number above 0."""
-    if optional and value is None:
-        return
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not value > 0 or not math.isfinite(value):
-        raise OptionError(name, value, f"a number above 0, for instance {example:g}")
+    def reuse(self, cached: Sequence[Tensor], run_input: Tensor | None, clock: Clock) -> Tensor:
+        return cached[0] if run_input is None else run_input + cached[0]

@@ -1,153 +1,91 @@
-"""Asking a strategy's own rule: what it answers is checked, and what it cannot tell computes.
+"""`Rule`: the part of a strategy that decides when to compute, if no schedule does.
 
-A signal of zeros, infinities or NaNs gives a measure that is no number, and a comparison with that
-is false for ever. So such a step computes, and the rule's state begins anew; unless the rule itself
-sees to that (`Strategy.bears_nans`).
+A rule is a pure function of tensors. The host calls it, or the one graph contains it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from dit_cache_fx.ranks import Ranks
-from dit_cache_fx.strategies.base import RuleState, Strategy
-from dit_cache_fx.strategies.signals import value_of
-from dit_cache_fx.strategies.traced import agree, refused, unchanged
-from dit_cache_fx.values.tensor_spec import TensorSpec
-
-_STATE = "a tuple of tensors"
+#: tensors that a rule passes from step to step
+RuleState = tuple[Tensor, ...]
 
 
-class Decision(NamedTuple):
-    """What a rule has decided; the flags have no dimensions, on the signal's device.
+class Rule:
+    """Base of `Strategy`: the methods of a rule. Strategies without a rule inherit them as is."""
 
-    `doubted`: it had no number to go by; then it computes, and `state` means nothing. `lost`: nor
-    does a state that begins with this signal.
-    """
+    #: whether its rule handles a signal or a change that is not finite: it computes, and recovers
+    #: on the next step; otherwise such a step computes, and the rule's state starts again
+    bears_nans: ClassVar[bool] = False
 
-    computes: Tensor
-    doubted: Tensor
-    lost: Tensor
-    state: RuleState
+    @property
+    def has_rule(self) -> bool:
+        """Return whether `should_compute` takes part in the decision, besides the schedule."""
+        return False
 
+    def looks_at(self) -> str | tuple[str, ...]:
+        """Return the name of the `signal` that the rule reads, or several names.
 
-def begun(strategy: Strategy, signal: Any) -> RuleState:
-    """The rule's state after a step with this signal. Raises `VerifyError` where it is none."""
-    with unchanged(strategy, "init_state", _named("signal", signal)):
-        state: Any = strategy.init_state(signal)
-    if not isinstance(state, (tuple, list)) or not all(isinstance(t, Tensor) for t in state):
-        raise refused(strategy, "init_state", f"gave {state!r}; right is {_STATE}"[:200])
-    return tuple(state)
+        At most one may be a value of the model: the first block's "modulated" input or its "input",
+        its "conditioning", the timestep's "embedding", the "residual" (the sum that the always
+        running blocks at the model's head add to their stream), or the "sample", the model's noisy
+        input.
 
+        The others are fields of `Clock` ("distance", "computed", "way"), and "measured", one row
+        for each cached value: the result of `measure` on the newest computed step. A rule that
+        reads no value of the model runs on the CPU, and nothing is read from the device on a reused
+        step.
+        """
+        return "modulated"
 
-def decided(strategy: Strategy, signal: Any, state: RuleState, forced: Tensor) -> Decision:
-    """The rule's decision. Raises `VerifyError` where it is none.
+    def init_state(self, signal: Any) -> RuleState:
+        """Return the state of the rule after the first step of a generation.
 
-    Processes that run one model together compute where any of them does. A rule that looks at no
-    value of the model has the same numbers in each.
-    """
-    own, ranks = _decided(strategy, signal, state, forced), _asked_apart(strategy)
-    if ranks is None:
-        return own
-    computes, doubted, lost = ranks.any(torch.stack(own[:3])).unbind()
-    other = _decided(strategy, signal, state, forced | computes)
-    same = computes == own.computes
-    after = [torch.where(same, a, b) for a, b in zip(own.state, other.state, strict=True)]
-    return Decision(computes, doubted, lost, tuple(after))
+        Args:
+            signal (`Any`):
+                The tensor that `looks_at` names; a tuple of tensors if it names several.
+        """
+        raise NotImplementedError
 
+    def should_compute(
+        self, signal: Any, state: RuleState, forced: Tensor
+    ) -> tuple[Tensor, RuleState]:
+        """Decide whether this step computes.
 
-def lost_in_any(strategy: Strategy, signal: Any) -> bool:
-    """Whether a signal is no number, in any of the processes."""
-    lost, ranks = lost_with(strategy, signal), _asked_apart(strategy)
-    return bool(lost if ranks is None else ranks.any(lost))
+        Returns a boolean tensor of no dimensions, and the new state. The state keeps its number of
+        tensors, their shapes and dtypes; nothing is changed in place. If the signal or the `metric`
+        is not finite, the step computes and the state starts again (unless the class sets
+        `bears_nans`).
 
+        Args:
+            signal (`Any`):
+                The tensor that `looks_at` names; a tuple of tensors if it names several.
+            state (`RuleState`):
+                The state that the step before returned.
+            forced (`Tensor`):
+                Whether the step computes in any case: a boolean tensor of no dimensions.
+        """
+        raise NotImplementedError
 
-def _asked_apart(strategy: Strategy) -> Ranks | None:
-    """The processes whose rules may answer otherwise: each looks at its own part of a value."""
-    return None if value_of(strategy) is None else strategy.ranks
+    @property
+    def threshold(self) -> float | None:
+        """The number that the rule compares `metric` with, for reports; None if there is none."""
+        return None
 
+    def metric(self, state: RuleState, measured: Tensor | None = None) -> Tensor | None:
+        """Return the number that the rule compared in its last decision, for reports.
 
-def _decided(strategy: Strategy, signal: Any, state: RuleState, forced: Tensor) -> Decision:
-    given = {**_named("signal", signal), **_named("state", state)}
-    with unchanged(strategy, "should_compute", given):
-        answer: Any = strategy.should_compute(signal, state, forced)
-    if not isinstance(answer, (tuple, list)) or len(answer) != 2:
-        what = f"gave {answer!r}; right is (computes, state)"[:200]
-        raise refused(strategy, "should_compute", what)
-    computes, after = _flag(strategy, answer[0], device_of(signal)), answer[1]
-    right = list(map(TensorSpec.of, state))
-    agree(strategy, "should_compute", after, right, "a state as it was given")
-    lost = lost_with(strategy, signal)
-    doubted = lost | _no_number(strategy, signal, tuple(after))
-    return Decision(computes | doubted, doubted, lost, tuple(after))
+        It is a tensor of no dimensions, or None.
 
+        Args:
+            state (`RuleState`):
+                The state of the rule; empty if it has none.
+            measured (`Tensor`, *optional*):
+                The result of `measure`, one row for each cached value; None if nothing is measured.
+        """
+        return None
 
-def lost_with(strategy: Strategy, signal: Any) -> Tensor:
-    """Whether a signal is no number: nothing can be set against it."""
-    device = device_of(signal)
-    tensors = [] if strategy.bears_nans else [t for t in _tensors(signal) if _has_nans(t)]
-    if not tensors:
-        return torch.zeros((), dtype=torch.bool, device=device)
-    return reduce(torch.bitwise_or, [(~_finite(t)).to(device) for t in tensors])
-
-
-def device_of(signal: Any) -> torch.device:
-    """Where a rule decides: with what it looks at, if not all of that is on the CPU."""
-    devices = [tensor.device for tensor in _tensors(signal)]
-    return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
-
-
-def _no_number(strategy: Strategy, signal: Any, state: RuleState) -> Tensor:
-    """Whether the measure is none, or something else that the rule will go by."""
-    device = device_of(signal)
-    found = torch.zeros((), dtype=torch.bool, device=device)
-    if strategy.bears_nans:
-        return found
-    compared = strategy.metric(state)
-    if compared is not None and compared.device == device:
-        found = found | ~_finite(compared)
-    looked_at = {id(tensor) for tensor in _tensors(signal)}
-    for tensor in state:
-        if tensor is not compared and id(tensor) not in looked_at and _has_nans(tensor):
-            found = found | tensor.sum().isnan().to(device)
-    return found
-
-
-def _tensors(signal: Any) -> list[Tensor]:
-    """Those of a signal: the clock, values of the model, and what was measured, if anything."""
-    items = signal if isinstance(signal, tuple) else (signal,)
-    return [item for item in items if isinstance(item, Tensor)]
-
-
-def _named(name: str, tensors: Any) -> Mapping[str, Tensor]:
-    if isinstance(tensors, Tensor):
-        return {name: tensors}
-    items = tensors if isinstance(tensors, tuple) else ()
-    return {f"{name}[{i}]": t for i, t in enumerate(items) if isinstance(t, Tensor)}
-
-
-def _finite(tensor: Tensor) -> Tensor:
-    """Whether all of it is finite, as far as a sum tells: one that overflows is not."""
-    if not _has_nans(tensor):
-        return torch.ones((), dtype=torch.bool, device=tensor.device)
-    narrow = tensor.is_floating_point() and tensor.element_size() < 4
-    return tensor.sum(dtype=torch.float32 if narrow else None).isfinite()
-
-
-def _has_nans(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _flag(strategy: Strategy, computes: Any, device: torch.device) -> Tensor:
-    if isinstance(computes, bool):
-        return torch.tensor(computes, device=device)
-    if isinstance(computes, Tensor) and computes.dtype == torch.bool and computes.numel() == 1:
-        return computes.reshape([]).to(device)
-    what = TensorSpec.of(computes) if isinstance(computes, Tensor) else repr(computes)[:80]
-    right = "right is a boolean of no dimensions"
-    raise refused(strategy, "should_compute", f"gave {what} as its decision; {right}")
+    def _rule_hint(self) -> str:
+        return ""

@@ -1,4 +1,4 @@
-"""What a strategy's rule looks at, by name."""
+"""The signals of a strategy's rule, by name."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dit_cache_fx.strategies.clock import Clock
 
 #: values of the model
 VALUES = ("modulated", "input", "conditioning", "embedding", "residual", "sample")
-#: what `Strategy.measure` gave on the newest computed step
+#: the result of `Strategy.measure` on the newest computed step
 MEASURED = "measured"
 
 
 def value_of(strategy: Strategy) -> str | None:
-    """The value of the model that the rule looks at; None where there is none.
+    """Return the value of the model that the rule reads; None if there is none.
 
-    Raises `OptionError` for a name that there is not, or several values.
+    Raises `OptionError` for an unknown name, or several values.
     """
     if not strategy.has_rule:
         return None
@@ -39,14 +39,14 @@ def value_of(strategy: Strategy) -> str | None:
 def signal_of(
     strategy: Strategy, value: Tensor | None, clock: Clock, measured: Tensor | None
 ) -> Any:
-    """The `signal` of the rule: one tensor, or those of several names."""
+    """Return the `signal` of the rule: one tensor, or one for each of several names."""
     given: dict[str, Any] = {**dict.fromkeys(VALUES, value), **clock._asdict(), MEASURED: measured}
     found = tuple(given[name] for name in _names(strategy))
     return found[0] if isinstance(strategy.looks_at(), str) else found
 
 
 def in_one(measured: Sequence[Tensor]) -> Tensor | None:
-    """What was measured of each held value, in one tensor; None where nothing is measured."""
+    """Return the measurements of all held values in one tensor; None if nothing is measured."""
     if not measured:
         return None
     return torch.stack([m.to(measured[0].device, torch.float64) for m in measured])

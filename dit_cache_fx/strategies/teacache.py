@@ -1,4 +1,4 @@
-"""TeaCache: what a cached run adds to its stream is held, and added to this step's stream."""
+"""TeaCache: hold the residual of a cached run, and add it to this step's stream."""
 
 from __future__ import annotations
 
@@ -11,31 +11,33 @@ import torch
 from torch import Tensor
 
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.strategies.base import RuleState, Strategy
-from dit_cache_fx.strategies.clock import Clock
+from dit_cache_fx.strategies.checks import is_number
+from dit_cache_fx.strategies.residual import ResidualCache
+from dit_cache_fx.strategies.rule import RuleState
 from dit_cache_fx.strategies.teacache_coefficients import TEACACHE_COEFFICIENTS, Coefficients
 
 SIGNALS = ("modulated", "input", "conditioning", "embedding")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeaCache(Strategy):
+class TeaCache(ResidualCache):
     """TeaCache: a reused step adds the residual of the newest computed step to its own input.
 
     Liu et al.: Timestep Embedding Tells: It's Time to Cache for Video Diffusion Models,
     arXiv:2411.19108.
 
-    The residual is the difference between the output and the input of a cached run. With
-    `rel_l1_thresh` a rule chooses the steps: it maps the relative change of the `signal` from step
-    to step with the polynomial `coefficients`, and sums up the results. A step computes when the
-    sum reaches the threshold, and the sum starts again from 0.
+    The residual is the difference between the output and the input of a cached run; one tensor is
+    held for each value. With `rel_l1_thresh` a rule chooses the steps: it maps the relative change
+    of the `signal` from step to step, `mean|s - s_previous| / mean|s_previous|`, with the
+    polynomial `coefficients`, and sums up the results. A step computes when the sum reaches the
+    threshold, and the sum starts again from 0.
 
     Args:
         cache_name (`str`, defaults to `"img"`):
-            The block argument that carries the residual. If the blocks have no such argument, the
-            graph tells which one it is.
+            The block argument that carries the residual. If the blocks have no such argument, it is
+            determined from the graph.
         rel_l1_thresh (`float`, *optional*):
-            The sum at which a step computes, above 0. It turns the rule on.
+            The sum at which a step computes, above 0, without unit. Setting it turns the rule on.
         coefficients (`str | Coefficients | Sequence[float]`, *optional*):
             The polynomial: a name from `TEACACHE_COEFFICIENTS` such as "flux", a `Coefficients`
             object, or the numbers, highest power first. When None, the identity. Only used with
@@ -44,11 +46,15 @@ class TeaCache(Strategy):
             The value whose change the rule measures: "modulated" (the output of the first block's
             first adaptive norm), "input" (the first block's input), "conditioning" (the first
             block's input that depends on the timestep) or "embedding" (the timestep's embedding
-            before anything else is added to it). When None, the value that the published
-            coefficients were fitted to, else "modulated".
+            before anything else is added to it). When None, the value to which the published
+            coefficients were fitted, else "modulated".
+
+    Raises:
+        OptionError: An option has a value that cannot work, or neither a schedule nor
+            `rel_l1_thresh` is given.
 
     Example:
-        >>> dit_cache_fx.apply(model, "teacache", rel_l1_thresh=0.4, coefficients="flux")
+        >>> cached = dit_cache_fx.apply(model, "teacache", rel_l1_thresh=0.4, coefficients="flux")
     """
 
     cache_name: str = "img"
@@ -57,7 +63,6 @@ class TeaCache(Strategy):
     signal: str | None = None
 
     name: ClassVar[str] = "teacache"
-    reads_start: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,15 +74,7 @@ class TeaCache(Strategy):
         if self.signal not in SIGNALS:
             raise OptionError("signal", self.signal, f"one of {list(SIGNALS)}")
         if not isinstance(self.cache_name, str):
-            raise OptionError("cache_name", self.cache_name, "the name of a block's argument")
-
-    def store(
-        self, held: Sequence[Tensor], value: Tensor, start: Tensor | None, clock: Clock
-    ) -> Sequence[Tensor]:
-        return [value if start is None else value - start]
-
-    def reuse(self, held: Sequence[Tensor], start: Tensor | None, clock: Clock) -> Tensor:
-        return held[0] if start is None else start + held[0]
+            raise OptionError("cache_name", self.cache_name, "the name of a block argument")
 
     def stream_name(self) -> str:
         return self.cache_name
@@ -95,7 +92,7 @@ class TeaCache(Strategy):
         return self.rel_l1_thresh
 
     def metric(self, state: RuleState, measured: Tensor | None = None) -> Tensor | None:
-        """The sum at the newest step, before a computed step sets it to 0."""
+        """Return the sum at the newest step, before a computed step sets it to 0."""
         return state[2] if state else None
 
     def init_state(self, signal: Tensor) -> RuleState:
@@ -128,8 +125,8 @@ class TeaCache(Strategy):
         value = self.rel_l1_thresh
         if value is None:
             return
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            raise OptionError("rel_l1_thresh", value, "a number above 0, for instance 0.15")
+        if not is_number(value) or not value > 0:
+            raise OptionError("rel_l1_thresh", value, "a number above 0, for example 0.15")
 
     def _check_coefficients(self, value: Any) -> None:
         if value is None:
@@ -142,11 +139,11 @@ class TeaCache(Strategy):
         if not numbers or not all(math.isfinite(c) for c in numbers):
             raise OptionError("coefficients", value, expected)
         if self.rel_l1_thresh is None:
-            raise OptionError("coefficients", value, "only used with rel_l1_thresh: give both")
+            raise OptionError("coefficients", value, "only used with rel_l1_thresh: pass both")
         object.__setattr__(self, "coefficients", numbers)
 
     def _rule_hint(self) -> str:
-        return "; or give rel_l1_thresh (the dynamic rule)"
+        return "; or pass rel_l1_thresh (the dynamic rule)"
 
 
 def _published(value: Any) -> Coefficients | None:

@@ -1,7 +1,7 @@
-"""TeaCache's published coefficients: figures fitted by their authors, each with its source.
+"""TeaCache's published coefficients: numbers fitted by their authors, each with its source.
 
-A set fits one trained model, and one value of it: `signal` says which (see `TeaCache`). So it is
-chosen by name, and nothing looks at a model's class.
+A set fits one trained model, and one value of it: `signal` names the value (see `TeaCache`). So
+users choose a set by name, and nothing depends on a model's class.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _HIDREAM = _TEACACHE + "TeaCache4HiDream-I1/teacache_hidream_i1.py"
 _COSMOS = _TEACACHE + "TeaCache4Cosmos/teacache_sample_video_t2v.py"
 _COMFYUI_NODES = _COMFYUI + "nodes.py"
 
-#: the steps that the sources compute whatever the rule says
+#: steps that the sources compute regardless of the rule
 _ENDS = "the first and the last step"
 _FIRST = "the first step"
 _FIRST_FIVE = "the first 5 steps"
@@ -43,14 +43,17 @@ class Coefficients:
         signal (`str`):
             The value whose relative change they were fitted to, as in `TeaCache(signal=...)`.
         source (`str`):
-            The address of the code that the numbers are from.
+            The URL of the code that contains the numbers.
         thresholds (`Mapping[float, float]`, defaults to `{}`):
             The published values of `rel_l1_thresh`, each with the speedup measured at the source.
         always (`str`, defaults to `"the first and the last step"`):
             The steps that the source computes in any case, in words.
 
     Example:
-        >>> dit_cache_fx.TEACACHE_COEFFICIENTS["flux"].thresholds
+        >>> flux = dit_cache_fx.TEACACHE_COEFFICIENTS["flux"]
+        >>> flux.signal
+        'modulated'
+        >>> cached = dit_cache_fx.apply(model, "teacache", rel_l1_thresh=0.4, coefficients=flux)
     """
 
     values: tuple[float, ...]
@@ -161,5 +164,5 @@ _SETS = {
 }
 # fmt: on
 
-#: name -> published coefficients; give the name to `TeaCache(coefficients=...)`
+#: name -> published coefficients; pass the name to `TeaCache(coefficients=...)`
 TEACACHE_COEFFICIENTS: Mapping[str, Coefficients] = MappingProxyType(_SETS)

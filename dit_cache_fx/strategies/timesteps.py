@@ -1,4 +1,4 @@
-"""`timesteps=`: what the timesteps of a generation's calls are, or what tells them."""
+"""`timesteps=`: check, convert and align the timesteps of a generation's calls."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 
 from dit_cache_fx.errors import OptionError
 
-#: the timesteps of a generation, or what tells them; a sequence, a tensor or an array
+#: the timesteps of a generation, or a function that returns them: sequence, tensor or array
 Timesteps = Iterable[float] | Callable[[], Any]
 
 _EXPECTED = (
     "the timesteps of a generation's calls, in order: a flat sequence (or tensor, or array) of "
-    "finite numbers, or a function that gives one, such as lambda: pipe.scheduler.timesteps"
+    "finite numbers, or a function that returns one, such as lambda: pipe.scheduler.timesteps"
 )
-#: models are given a scheduler's timestep as it is, or as a share of 1000, or counted from the end
+#: models take a scheduler's timestep as it is, as a share of 1000, or counted from the end
 UNITS = ((1.0, 0.0), (1000.0, 0.0), (-1.0, 1.0), (-1000.0, 1000.0))
-#: share of the largest timestep by which one may be off: what bfloat16 rounds
+#: the largest rounding error, as a share of the largest timestep: that of bfloat16
 ROUNDED = 2.0**-8
 
 
 def checked_timesteps(value: Any, name: str = "timesteps") -> tuple[float, ...]:
-    """The numbers. Raises `OptionError` where they are none, or not in one row."""
+    """Return the numbers. Raises `OptionError` for other values, or more than one dimension."""
     listed = value.tolist() if hasattr(value, "tolist") else value
     unordered = (str, bytes, Mapping, Set)
     if isinstance(listed, unordered) or not isinstance(listed, Iterable):
@@ -34,12 +34,12 @@ def checked_timesteps(value: Any, name: str = "timesteps") -> tuple[float, ...]:
 
 
 def given_timesteps(value: Timesteps | None) -> Timesteps | None:
-    """What a user sets: numbers that are checked, or a function that is asked later."""
+    """Check a value from the user: numbers, or a function to call later."""
     return value if value is None or callable(value) else checked_timesteps(value)
 
 
 def told_timesteps(function: Callable[[], Any]) -> tuple[float, ...] | None:
-    """What a function tells; None where it does not know yet (None, or nothing in it)."""
+    """Call a function; None if it does not know the timesteps yet (None, or an empty result)."""
     value = function()
     if value is None or (hasattr(value, "__len__") and len(value) == 0):
         return None
@@ -47,24 +47,24 @@ def told_timesteps(function: Callable[[], Any]) -> tuple[float, ...] | None:
 
 
 def from_call(timesteps: Sequence[float], value: float) -> tuple[float, ...]:
-    """Those from the one that a generation's first call has (img2img leaves out the first ones).
+    """Return the timesteps from that of a generation's first call on (img2img skips some).
 
-    All of them where none is like the call's, in no unit in which models take timesteps.
+    All of them if none fits the call's, in any unit that models take.
     """
     return tuple(timesteps[place_of(timesteps, value) or 0 :])
 
 
 def place_of(timesteps: Sequence[float], value: float) -> int | None:
-    """The index of the one that a call has; None where none is like it, in any unit."""
+    """Return the index of a call's timestep; None if none fits it, in any unit."""
     places = [_placed(timesteps, value, unit) for unit in UNITS]
     return min((place for place in places if place is not None), default=None)
 
 
 def told_of(timesteps: Sequence[float], values: Sequence[float]) -> float | None:
-    """Which of the values that the tokens of one call have is the sampler's; None where none is.
+    """Return which of the values that a call's tokens have is the sampler's; None if none is.
 
-    It is the one that comes first in the timesteps: the others are of tokens that are given, such
-    as the first frame of a video.
+    It is the one that comes first in the timesteps: the others belong to tokens that are given,
+    such as the first frame of a video.
     """
     for units in (UNITS[:2], UNITS[2:]):  # counted from the end, a given token's 0 is the first
         pairs = [(_placed(timesteps, v, unit), v) for v in values for unit in units]
@@ -75,9 +75,9 @@ def told_of(timesteps: Sequence[float], values: Sequence[float]) -> float | None
 
 
 def contradicted(timesteps: Sequence[float], first: float, second: float) -> bool:
-    """Whether a generation's first two calls have timesteps that cannot be the first two of these.
+    """Return whether the timesteps of a generation's first two calls contradict these.
 
-    Nothing contradicts them where the first call's is in no unit in which models take them.
+    Nothing contradicts them if the first call's timestep is in an unknown unit.
     """
     units = [unit for unit in UNITS if _like(timesteps, 0, first, unit)]
     return bool(units) and not any(_like(timesteps, 1, second, unit) for unit in units)
@@ -89,7 +89,7 @@ def _like(timesteps: Sequence[float], index: int, value: float, unit: tuple[floa
 
 
 def _placed(timesteps: Sequence[float], value: float, unit: tuple[float, float]) -> int | None:
-    """The index of a value in this unit.
+    """Return the index of a value in this unit.
 
     Counted from the end, a first call's 1 would be the last of those that end in 0: no call at all.
     """
@@ -106,7 +106,7 @@ def _nearest(timesteps: Sequence[float], value: float) -> int | None:
 
 
 def _number(item: Any) -> float | None:
-    """The item as a number; None where it is no finite one."""
+    """Return the item as a number; None if it is no finite one."""
     item = item.item() if getattr(item, "shape", None) == () else item
     if isinstance(item, (bool, str, bytes)):
         return None

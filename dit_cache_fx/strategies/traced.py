@@ -1,4 +1,4 @@
-"""A strategy's functions as graphs; what cannot be one is refused by name.
+"""Trace a strategy's functions; name the function in every error.
 
 The graph is made once, without data, and runs on every step.
 """
@@ -18,7 +18,7 @@ from dit_cache_fx.values.identity import version
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
 _BRANCH = (
-    "reads a value out of a tensor (a Python branch on clock or on a tensor, float(), .item()). "
+    "reads a value from a tensor (a Python branch on clock or on a tensor, float(), .item()). "
     "Its graph is made once and runs on every step: use torch.where, or arithmetic on tensors"
 )
 
@@ -31,9 +31,9 @@ def traced(
     body: Callable[..., Results],
     given: Mapping[str, TensorSpec],
 ) -> fx.GraphModule:
-    """The graph of a strategy's function. `body` calls it with tensors as in `given`.
+    """Return the graph of a strategy's function. `body` calls it with tensors as in `given`.
 
-    Raises `VerifyError` where it looks at values, changes what it is given, or fails.
+    Raises `VerifyError` if it reads values, changes its arguments, or fails.
     """
 
     def watched(*tensors: torch.Tensor) -> Results:
@@ -50,13 +50,13 @@ def traced(
         raise refused(strategy, function, _BRANCH) from error
     except Exception as error:
         told = ", ".join(f"{name}: {spec}" for name, spec in given.items())
-        what = f"raises {type(error).__name__}: {error}. It was given {told}"
+        what = f"raises {type(error).__name__}: {error}. Its arguments were {told}"
         raise refused(strategy, function, what) from error
     return gm
 
 
 class unchanged:
-    """Within it nothing may change the tensors in place: else `VerifyError` at the end."""
+    """Raises `VerifyError` at the end if code inside changes the tensors in place."""
 
     def __init__(
         self, strategy: Strategy, function: str, tensors: Mapping[str, torch.Tensor]
@@ -71,7 +71,9 @@ class unchanged:
     def __exit__(self, kind: object, *_: object) -> None:
         changed = [n for n, t in self._tensors.items() if version(t) != self._versions[n]]
         if kind is None and changed:
-            what = f"changes {changed[0]} in place; right is a new tensor (x + 1, not x.add_(1))"
+            what = (
+                f"changes {changed[0]} in place; return a new tensor instead (x + 1, not x.add_(1))"
+            )
             raise refused(*self._who, what)
 
 
@@ -82,9 +84,9 @@ def agree(
     right: Sequence[TensorSpec],
     why: str,
 ) -> None:
-    """Raise `VerifyError` where results are not tensors of the `right` specs, and say `why`."""
+    """Raise `VerifyError`, with `why`, if results are not tensors of the `right` specs."""
     if not isinstance(results, (list, tuple)):
-        raise refused(strategy, function, f"gave {_named(results)}; right is {why}")
+        raise refused(strategy, function, f"gave {_named(results)}; expected {why}")
     if len(results) != len(right):
         raise refused(
             strategy, function, f"gave {len(results)} tensors, {len(right)} expected: {why}"
@@ -92,12 +94,12 @@ def agree(
     for place, (result, spec) in enumerate(zip(results, right, strict=True)):
         if not isinstance(result, torch.Tensor) or TensorSpec.of(result) != spec:
             number = f" as tensor {place}" if len(right) > 1 else ""
-            what = f"gave {_named(result)}{number}; right is {spec}: {why}"
+            what = f"gave {_named(result)}{number}; expected {spec}: {why}"
             raise refused(strategy, function, what)
 
 
 def refused(strategy: Strategy, function: str, what: str) -> VerifyError:
-    """The error for a function of a strategy that does `what`."""
+    """Return the error for a function of a strategy that does `what`."""
     return VerifyError(f"strategy {type(strategy).__name__}: {function} {what}")
 
 

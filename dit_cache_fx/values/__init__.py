@@ -1,1 +1,1 @@
-"""What a call is made of: nested values as tensors and a skeleton, and knowing tensors again."""
+"""The arguments of a call as tensors and a skeleton, and recognition of equal tensors."""

@@ -1,4 +1,4 @@
-"""A checksum of a tensor's bits that tells permutations apart and takes little memory."""
+"""A checksum of a tensor's bits that depends on their order and needs little memory."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch.nn.functional import pad
 
 from dit_cache_fx.values.wrapped import inner
 
-#: bytes of a tensor that are looked at in one go: each temporary takes as many
+#: bytes of a tensor that are processed at a time: each temporary takes as many
 _CHUNK = 2**20
 
 _WORD = 8  # bytes
 
-# odd, and without a pattern in their bits
+# # odd, with irregular bits
 _PLACE = -7046029254386353131
 _FIRST = -4658895280553007687
 _SECOND = -7723592293110705685
@@ -24,10 +24,11 @@ Checksums = list[torch.Tensor]
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """Two int64 numbers on the tensor's device that go by each bit and its place.
+    """Return two int64 numbers, on the tensor's device, that depend on each bit and its position.
 
-    Tensors of one shape and dtype with equal bits have equal checksums, whatever their strides;
-    others differ, but for chance (about 1 in 2^64). Nothing waits for the device.
+    Tensors of one shape and dtype with equal bits have equal checksums, whatever their strides.
+    Different bits give different checksums, except by chance (about 1 in 2^64). The host does not
+    wait for the device.
     """
     sums = torch.zeros(2, dtype=torch.int64, device=tensor.device)
     start = 0
@@ -39,12 +40,12 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def equal(a: Checksums, b: Checksums) -> bool:
-    """Whether they are of equal tensors."""
+    """Return whether the checksums are equal."""
     return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
 def _mixed(words: torch.Tensor, start: int) -> torch.Tensor:
-    """Two sums over words, each mixed with its place; integers wrap around."""
+    """Return two sums over words, each mixed with its position; integers wrap around."""
     end = start + words.numel()
     places = torch.arange(start, end, dtype=torch.int64, device=words.device) * _PLACE
     mixed = (words ^ places).mul_(_FIRST)
@@ -55,13 +56,13 @@ def _mixed(words: torch.Tensor, start: int) -> torch.Tensor:
 
 
 def _words(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensor's bits in the order of its elements, as int64, some at a time."""
+    """Yield the tensor's bits in the order of its elements, as int64, in chunks."""
     for plain in _plain(tensor):
         yield from map(_as_words, _pieces(plain))
 
 
 def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors with data of their own that it is made of: itself, if it is no wrapper."""
+    """Yield the tensors with data that the tensor consists of: itself, unless it is a wrapper."""
     for part in inner(tensor):
         if part.is_quantized:
             yield part.int_repr()
@@ -70,7 +71,7 @@ def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Parts of at most `_CHUNK` bytes, in order. They depend on nothing but the shape."""
+    """Yield parts of at most `_CHUNK` bytes, in order. The split depends on the shape only."""
     if tensor.numel() * tensor.element_size() <= _CHUNK:
         yield tensor
         return
@@ -80,10 +81,10 @@ def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _as_words(piece: torch.Tensor) -> torch.Tensor:
-    """The bits of a small tensor as int64, with zeros behind them."""
+    """Return the bits of a small tensor as int64, padded with zeros."""
     size = piece.element_size()
     whole = piece.resolve_conj().resolve_neg().contiguous()
-    flat = whole.as_strided((whole.numel(),), (1,))  # a single element may keep any stride
+    flat = whole.as_strided((whole.numel(),), (1,))  # one element may have any stride
     missing = -flat.numel() * size % _WORD
     if not missing and flat.storage_offset() * size % _WORD == 0:
         return flat.view(torch.int64)

@@ -1,4 +1,4 @@
-"""Containers and plain objects: their children by key, and how they are made again."""
+"""Take containers and plain objects apart into children by key, and build them again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.d
 
 
 class Attribute(NamedTuple):
-    """The key of what a container has as an attribute, beside its items."""
+    """The key of a container's attribute, as opposed to an item."""
 
     name: str
 
@@ -28,8 +28,8 @@ class Attribute(NamedTuple):
 
 
 def children_of(value: Any) -> list[tuple[Any, Any]] | None:
-    """The children of a container with their keys; None for what is not one."""
-    if type(value) is dict:  # as the arguments of every call
+    """Return the children of a container with their keys; None if `value` is no container."""
+    if type(value) is dict:  # fast path: the arguments of every call
         return list(value.items())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [(f.name, getattr(value, f.name, None)) for f in dataclasses.fields(value)]
@@ -42,7 +42,7 @@ def children_of(value: Any) -> list[tuple[Any, Any]] | None:
 
 
 def _beside(container: Any) -> list[tuple[Any, Any]]:
-    """What a container of the user's own type has beside its items."""
+    """Return the attributes that a container of the user's own type has besides its items."""
     if type(container) in _BUILT_IN or hasattr(container, "_fields"):
         return []
     found = attributes(container)
@@ -52,7 +52,7 @@ def _beside(container: Any) -> list[tuple[Any, Any]]:
 
 
 def attributes(value: object) -> list[tuple[str, Any]]:
-    """The attributes of an object, in its dictionary or in slots."""
+    """Return the attributes of an object, from its dictionary and its slots."""
     slots = (name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()))
     found = {name: getattr(value, name) for name in slots if hasattr(value, name)}
     found.pop("__dict__", None)
@@ -60,12 +60,12 @@ def attributes(value: object) -> list[tuple[str, Any]]:
     return [*found.items(), *getattr(value, "__dict__", {}).items()]
 
 
-#: what is never taken apart: it has tensors of its own, or is told by identity
+#: never taken apart: such values hold tensors of their own, or are compared by identity
 _WHOLE = (nn.Module, Enum, type, types.FunctionType, types.ModuleType, types.MethodType)
 
 
 def _is_record(value: Any, within: tuple[object, ...] = ()) -> bool:
-    """Whether an object is nothing but named plain values, down through all that it has."""
+    """Return whether an object consists of named plain values only, at every depth."""
     if isinstance(value, _WHOLE) or any(value is v for v in within):
         return False
     own = attributes(value)
@@ -82,7 +82,7 @@ def _is_plain(value: Any, within: tuple[object, ...]) -> bool:
 
 
 def holds_tensors(value: Any, within: tuple[object, ...] = ()) -> bool:
-    """Whether a tensor is reached through containers and attributes (`within`: on the way)."""
+    """Return whether containers and attributes lead to a tensor (`within`: the path so far)."""
     if isinstance(value, torch.Tensor):
         return True
     if isinstance(value, (*PLAIN, *_WHOLE)) or any(value is v for v in within):
@@ -97,7 +97,7 @@ def holds_tensors(value: Any, within: tuple[object, ...] = ()) -> bool:
 
 
 def build(kind: Any, keys: tuple[Any, ...], children: list[Any]) -> Any:
-    """A container of this type."""
+    """Build a container of this type."""
     if is_constructible(kind):
         return kind(**dict(zip(keys, children, strict=True)))
     items = [i for i in zip(keys, children, strict=True) if not isinstance(i[0], Attribute)]
@@ -112,7 +112,7 @@ def build(kind: Any, keys: tuple[Any, ...], children: list[Any]) -> Any:
 
 
 def _filled(kind: Any, items: list[tuple[Any, Any]]) -> Any:
-    """A container or object with these items; its own `__init__` does not run."""
+    """Build a container or object with these items; its own `__init__` does not run."""
     if issubclass(kind, tuple):
         return kind(child for _, child in items)
     value = _blank(kind)
@@ -129,15 +129,15 @@ def _filled(kind: Any, items: list[tuple[Any, Any]]) -> Any:
 
 
 def _blank(kind: Any) -> Any:
-    """An object of this type whose `__init__` has not run."""
+    """Return an object of this type whose `__init__` has not run."""
     try:
         return object.__new__(kind)
-    except TypeError:  # types of C have a `__new__` of their own
+    except TypeError:  # types from C have their own `__new__`
         return kind.__new__(kind)
 
 
 def is_constructible(kind: Any) -> bool:
-    """Whether a container is made by naming all of its parts: a named tuple, most dataclasses."""
+    """Return whether all parts can be passed to the type by name: named tuple, most dataclasses."""
     if dataclasses.is_dataclass(kind):
         return all(f.init for f in dataclasses.fields(kind))
     return issubclass(kind, tuple) and hasattr(kind, "_fields")
@@ -145,19 +145,19 @@ def is_constructible(kind: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Maker:
-    """Makes containers of one type and keys; an object that a graph can hold."""
+    """Builds containers of one type with fixed keys; an object that a graph can hold."""
 
     kind: type
     keys: tuple[Any, ...]
 
 
 def make_container(maker: Maker, *children: Any) -> Any:
-    """A container as a node of a graph, where the graph's own literals cannot be it."""
+    """Build a container in a graph node, for types that are no graph literals."""
     return build(maker.kind, maker.keys, list(children))
 
 
 def accessor(kind: Any, key: Any) -> Callable[[Any], Any]:
-    """How to reach the child `key` of a container of type `kind`."""
+    """Return a function that reads the child `key` of a container of type `kind`."""
     if isinstance(key, Attribute):
         return lambda value: getattr(value, key.name)
     by_item = issubclass(kind, (*_MAPPINGS, list, tuple)) and not hasattr(kind, "_fields")

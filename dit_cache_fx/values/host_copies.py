@@ -1,4 +1,4 @@
-"""Values on a device that the host knows already."""
+"""Device values that the host has read before, to avoid a second wait."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import NamedTuple
 
 import torch
 
-#: most elements of a tensor that is read as a whole
+#: the largest tensor that is read as a whole, in elements
 MOST = 4096
-#: of how many tensors the values are known at a time
+#: the number of tensors whose values are known at a time
 KNOWN = 4
 
 
 class Copy(NamedTuple):
-    """What was read of a tensor's memory. `version`: of the tensor then.
+    """The values that were read from a tensor's memory. `version`: of the tensor at that time.
 
-    The memory is held, so that no other tensor can take its place.
+    Holding the memory prevents another tensor from taking its place.
     """
 
     memory: torch.UntypedStorage
@@ -27,13 +27,13 @@ class Copy(NamedTuple):
 
 
 class HostCopies:
-    """Knows single values on a device that are parts of a tensor which was read before.
+    """Knows device scalars that are parts of a tensor which the host has read.
 
-    A sampler holds the timesteps of a run in one tensor, and gives a part of it to each step. The
-    first one is waited for, and all are read with it. In doubt nothing is known: of a tensor that
-    was changed in place since (its version tells), of an inference tensor (which has none), and of
-    a value that has its memory alone, which may be a buffer that is written for each step, by the
-    replay of a CUDA graph even, which leaves no trace.
+    A sampler holds the timesteps of a run in one tensor and passes a part of it at each step. The
+    first part waits for the device, and all others are read with it. Three kinds are never taken
+    from the copy: a tensor that was changed in place since (its version shows it), an inference
+    tensor (which has no version), and a scalar with memory of its own, which may be a buffer that
+    the replay of a CUDA graph overwrites without a trace.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class HostCopies:
         self._lock = threading.Lock()
 
     def value(self, tensor: torch.Tensor) -> float | None:
-        """The one value of a tensor; None where it has to be read by itself."""
+        """Return the value of a one-element tensor; None if it has to be read from the device."""
         if not _is_part(tensor):
             return None
         with self._lock:
@@ -66,12 +66,12 @@ class HostCopies:
 
 
 def is_on_host(tensor: torch.Tensor) -> bool:
-    """Whether its values can be read without a wait."""
-    return tensor.device.type == "cpu"
+    """Return whether the values can be read without a wait."""
+    return tensor.is_cpu
 
 
 def _is_part(tensor: torch.Tensor) -> bool:
-    """Whether it is one value, perhaps many times, of a small tensor of several."""
+    """Return whether the tensor is one value (perhaps expanded) of a small tensor of several."""
     if type(tensor) is not torch.Tensor or tensor.is_inference() or tensor.is_complex():
         return False
     if any(s != 1 and step != 0 for s, step in zip(tensor.shape, tensor.stride(), strict=True)):

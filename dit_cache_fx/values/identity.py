@@ -1,4 +1,4 @@
-"""Knowing tensors and objects again from call to call."""
+"""Recognise tensors and objects from call to call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dit_cache_fx.values.wrapped import inner, is_wrapper
 
 
 def version(tensor: torch.Tensor) -> int:
-    """How often a tensor was changed in place; -1 for an inference tensor, which cannot tell."""
+    """Return the number of in-place changes; -1 for an inference tensor, which has no count."""
     if tensor.is_inference():
         return -1
     if not is_wrapper(tensor):
@@ -26,8 +26,8 @@ def version(tensor: torch.Tensor) -> int:
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """What tells a tensor's memory from others: the same for its views."""
-    owner = next(inner(tensor), tensor)
+    """Return a key of the tensor's memory: the same for all its views."""
+    owner = next(inner(tensor), tensor) if is_wrapper(tensor) else tensor
     if owner.layout is not torch.strided:
         return id(owner)
     storage = owner.untyped_storage()
@@ -37,13 +37,13 @@ def storage_key(tensor: torch.Tensor) -> int:
 
 
 class TensorIdentity:
-    """Tensors of a call, to be known again in a later one.
+    """The tensors of a call, to recognise them in a later one.
 
-    One is the same where it is the same object, unchanged, or has the same values. Values are told
-    by a checksum that is made while the tensors are there and stays on their devices: only where
-    the objects differ it is compared, and the host waits. Two identities that are compared have
-    the same number of tensors. An inference tensor does not tell whether it was changed in place,
-    so its values count. `signed`: makes another number of a checksum, for parts of tensors.
+    A tensor is the same if it is the same unchanged object, or has the same values. Values are
+    compared by a checksum that is computed while the tensors exist and stays on their devices. The
+    host reads it, and waits, only where the objects differ. Two identities that are compared have
+    the same number of tensors. An inference tensor does not count its in-place changes, so its
+    values decide. `signed`: maps a checksum to another number, for parts of tensors.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class TensorIdentity:
         return len(self._refs)
 
     def remember(self) -> None:
-        """Make the checksums, so that equal values are known after the tensors are gone."""
+        """Compute the checksums, so that equal values are recognised after the tensors are gone."""
         for place in range(len(self._refs)):
             self._checksum(place)
 
@@ -71,16 +71,16 @@ class TensorIdentity:
         ]
 
     def other_objects(self, other: TensorIdentity) -> frozenset[int]:
-        """The places whose tensors are not the same unchanged objects."""
+        """Return the positions whose tensors are not the same unchanged objects."""
         pairs = zip(self._refs, other._refs, strict=True)
         return frozenset([i for i, (a, b) in enumerate(pairs) if not _is_same(a, b)])
 
     def other_values(self, other: TensorIdentity, places: Collection[int]) -> frozenset[int]:
-        """Those of `places` whose values differ, or cannot be compared. May wait for a device."""
+        """Return those of `places` with other or unknown values. May wait for a device."""
         return frozenset(i for i in places if not self._equal(other, i))
 
     def shares(self, other: TensorIdentity) -> bool:
-        """Whether any tensor of `other`, wherever it stands there, is one of these."""
+        """Return whether any tensor of `other`, at any position, is one of these."""
         return bool(self._alive() & other._alive())
 
     def _alive(self) -> set[tuple[int, int]]:
@@ -113,9 +113,9 @@ def _is_same(a: _Reference, b: _Reference) -> bool:
 
 
 def alike(a: Any, b: Any) -> bool:
-    """Whether two values that are no tensors do the same: equal, or of equal parts.
+    """Return whether two values that are no tensors behave the same: equal, or of equal parts.
 
-    Functions are alike when their code is and what they closed over is.
+    Functions are alike if their code and the values that they close over are.
     """
     if a is b:
         return True
@@ -128,7 +128,7 @@ def alike(a: Any, b: Any) -> bool:
 
 
 def _parts(value: Any) -> list[Any] | None:
-    """What a value is made of; None for what is compared as it is."""
+    """Return the parts of a value; None if it is compared as a whole."""
     if isinstance(value, types.FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or ()]
         return [value.__code__, cells, value.__defaults__, value.__kwdefaults__]

@@ -1,4 +1,4 @@
-"""Nested call values as a flat list of tensors and a hashable skeleton.
+"""Flatten nested call values into a list of tensors and a hashable skeleton.
 
 The skeleton holds everything that is not a tensor: container types, keys and constants. Two calls
 with equal skeletons (and tensors of equal shape, dtype and device) run the same captured graph.
@@ -16,20 +16,20 @@ from dit_cache_fx.values.containers import PLAIN, build, children_of
 
 
 class Leaf(NamedTuple):
-    """The place of a tensor."""
+    """The position of a tensor."""
 
 
 class Constant(NamedTuple):
-    """A value compared by equality. The type tells 1 from 1.0 and True."""
+    """A value compared by equality. The type separates 1, 1.0 and True."""
 
     kind: type
     value: Any
 
 
 class Identity:
-    """A value compared by identity (arrays, functions, objects); kept alive by the skeleton.
+    """A value compared by identity (array, function, object); the skeleton keeps it alive.
 
-    A function that closes over nothing is the same wherever its code is (a lambda made anew).
+    Functions without a closure are equal if their code is (a lambda that is created again).
     """
 
     def __init__(self, value: object) -> None:
@@ -63,7 +63,7 @@ class Container(NamedTuple):
 
 Skeleton = Leaf | Constant | Identity | Container
 _LEAF = Leaf()
-#: a value's text in a message is cut where it is longer
+#: texts of values in messages are cut to this length
 _LONGEST = 60
 
 
@@ -92,10 +92,10 @@ def unflatten(
     constant: Callable[[Any], Any] = lambda value: value,
     make: Callable[[type, tuple[Any, ...], list[Any]], Any] | None = None,
 ) -> Any:
-    """Rebuild a value with `leaves` (tensors, or anything that stands for them) in its places.
+    """Rebuild a value with `leaves` (tensors, or stand-ins for them) in their positions.
 
-    `constant` maps the values that are compared by identity; `make(kind, keys, children)` makes
-    the containers (`build` by default).
+    `constant` maps the values that are compared by identity; `make(kind, keys, children)` builds
+    the containers (default: `build`).
     """
     return _unflatten(skeleton, iter(leaves), constant, make or build)
 
@@ -114,7 +114,7 @@ def _unflatten(
 
 
 def key_paths(skeleton: Skeleton) -> list[tuple[tuple[type, Any], ...]]:
-    """For each leaf, the (container type, key) steps that lead to it."""
+    """Return the path of each leaf: steps of (container type, key)."""
     if isinstance(skeleton, Leaf):
         return [()]
     if not isinstance(skeleton, Container):
@@ -127,7 +127,7 @@ def key_paths(skeleton: Skeleton) -> list[tuple[tuple[type, Any], ...]]:
 
 
 def difference(now: Skeleton, before: Skeleton, path: str = "") -> str | None:
-    """The first value that is no tensor and not what it was, in words; None where all are."""
+    """Describe the first changed value that is no tensor; None if all are the same."""
     if now == before:
         return None
     if isinstance(now, Container) and isinstance(before, Container) and now.keys == before.keys:
@@ -148,7 +148,7 @@ def _in_words(skeleton: Skeleton) -> str:
 
 
 def constants(skeleton: Skeleton) -> Iterator[Any]:
-    """Every value in the skeleton that is not a tensor, in order."""
+    """Yield every value in the skeleton that is not a tensor, in order."""
     if isinstance(skeleton, (Constant, Identity)):
         yield skeleton.value
     elif isinstance(skeleton, Container):

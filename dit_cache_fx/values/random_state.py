@@ -1,4 +1,4 @@
-"""The state of torch's random numbers."""
+"""Save and restore the state of torch's random number generators."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import torch
 
 @dataclass(frozen=True)
 class RandomState:
-    """The state on the CPU and on the devices of some tensors."""
+    """The generator state on the CPU and on the devices of some tensors."""
 
     host: torch.Tensor
     devices: tuple[tuple[torch.device, torch.Tensor], ...]
 
     @staticmethod
     def now(tensors: Sequence[torch.Tensor]) -> RandomState:
-        """The state as it is."""
+        """Return the current state."""
         devices = {t.device for t in tensors if t.is_cuda}
         states = tuple((d, torch.cuda.get_rng_state(d)) for d in sorted(devices, key=str))
         return RandomState(torch.get_rng_state(), states)
 
     def used(self) -> bool:
-        """Whether random numbers have been drawn since."""
+        """Return whether random numbers have been drawn since."""
         if not torch.equal(self.host, torch.get_rng_state()):
             return True
         return any(not torch.equal(s, torch.cuda.get_rng_state(d)) for d, s in self.devices)
@@ -41,7 +41,7 @@ class RandomState:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Within it the same random numbers are drawn; afterwards it goes on as if nothing was."""
+        """Draw the same random numbers again in this context; restore the state afterwards."""
         devices = tuple((d, torch.cuda.get_rng_state(d)) for d, _ in self.devices)
         now = RandomState(torch.get_rng_state(), devices)
         self._set()
@@ -53,7 +53,7 @@ class RandomState:
 
 @contextmanager
 def fixed_random_state(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Within it the same random numbers are drawn each time, there and on the CPU."""
+    """Draw the same random numbers in every run of this context, on the CPU and the devices."""
     now = RandomState.now(tensors)
     now._seed()
     try:

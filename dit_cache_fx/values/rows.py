@@ -1,7 +1,7 @@
-"""Rows: what of a call belongs to one request, taken out of it and put together again.
+"""Rows of a batched call: split its arguments by request, and join them again.
 
-A tensor among the arguments has rows where its first dimension is as long as there are rows. So has
-a list of as many items, where no tensor in it has. All else is shared.
+A tensor argument has rows if its first dimension is the number of rows. A list of as many items has
+rows too, if no tensor in it has. Everything else is shared.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dit_cache_fx.values.tensor_spec import TensorSpec
 
 
 class CallRows:
-    """The arguments of one call, by rows. `shared`: names of those that are never split."""
+    """The arguments of one call, by rows. `shared`: the names of arguments that are never split."""
 
     def __init__(self, arguments: dict[str, Any], count: int, shared: Collection[str]) -> None:
         self.arguments = arguments
@@ -28,11 +28,11 @@ class CallRows:
 
     @property
     def names(self) -> list[str]:
-        """The arguments that have rows."""
+        """Return the arguments that have rows."""
         return list(self._split)
 
     def taken(self, rows: Sequence[int]) -> dict[str, Any]:
-        """The arguments of a call with these rows, in this order."""
+        """Return the arguments of a call with these rows, in this order."""
         return {**self.arguments, **{name: split(rows) for name, split in self._split.items()}}
 
 
@@ -40,11 +40,11 @@ _Splitter = Callable[[Sequence[int]], Any]
 
 
 def _splitter(value: Any, count: int) -> _Splitter | None:
-    """How rows are taken out of a value; None where it has none.
+    """Return a function that takes rows out of a value; None if the value has no rows.
 
-    A tuple is no list of rows: it has parts that mean different things (height and width).
+    A tuple is no list of rows: its parts mean different things (height and width).
     """
-    if hasattr(value, "dtype") and hasattr(value, "shape"):  # a tensor, or numpy's
+    if hasattr(value, "dtype") and hasattr(value, "shape"):  # a tensor or an array
         has = len(value.shape) > 0 and value.shape[0] == count
         return partial(_picked, value) if has else None
     if type(value) is list and len(value) == count and not _has_rows(value, count):
@@ -57,12 +57,12 @@ def _splitter(value: Any, count: int) -> _Splitter | None:
 
 
 def _has_rows(value: Any, count: int) -> bool:
-    """Whether a tensor in it has."""
+    """Return whether a tensor in the value has rows."""
     return any(t.ndim > 0 and t.shape[0] == count for t in flatten(value)[0])
 
 
 def _splitter_of_object(value: Any, count: int) -> _Splitter | None:
-    """The same for a container of another type: by its tensors."""
+    """Return a splitter for a container of another type: its tensors decide."""
     tensors, skeleton = flatten(value)
     splits = [_splitter(tensor, count) for tensor in tensors]
     if not any(splits):
@@ -86,7 +86,7 @@ def _each(
 
 
 def _picked(value: Any, rows: Sequence[int]) -> Any:
-    """Rows of a tensor or an array; without a copy where they are next to each other."""
+    """Return rows of a tensor or an array; a view if they are adjacent."""
     first, count = rows[0], len(rows)
     if list(rows) == list(range(first, first + count)):
         return value if count == value.shape[0] else value[first : first + count]
@@ -97,9 +97,9 @@ def _picked(value: Any, rows: Sequence[int]) -> Any:
 
 
 class RowPlace(NamedTuple):
-    """Where a tensor has its rows. `dim`: the dimension.
+    """The dimension (`dim`) in which a tensor has its rows.
 
-    `stacked`: one row is a tensor without that dimension; else it is of size one there.
+    `stacked`: a single row lacks that dimension; otherwise its size there is one.
     """
 
     dim: int
@@ -107,7 +107,7 @@ class RowPlace(NamedTuple):
 
     @staticmethod
     def between(one: TensorSpec, many: TensorSpec, count: int) -> RowPlace | None:
-        """Where `many` has the rows of which `one` is a single one; None where it has none."""
+        """Find the dimension in which `many` has rows like `one`; None if there is none."""
         if (one.dtype, one.device) != (many.dtype, many.device):
             return None
         if tuple(many.shape) == (count, *one.shape):
@@ -118,23 +118,23 @@ class RowPlace(NamedTuple):
         return RowPlace(unlike[0]) if fits and pairs[unlike[0]] == (1, count) else None
 
     def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """The rows, views of the tensor."""
+        """Return the rows as views of the tensor."""
         if self.stacked:
             return list(tensor.unbind(self.dim))
         return list(tensor.split(1, self.dim))
 
     def joined(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-        """A tensor of these rows, in memory of its own."""
+        """Return a new tensor of these rows."""
         return torch.stack(list(rows)) if self.stacked else torch.cat(list(rows), self.dim)
 
     def in_front(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The rows as a new first dimension."""
+        """Move the rows to a new first dimension."""
         if self.stacked:
             return tensor
         return tensor.movedim(self.dim, 0).unsqueeze(self.dim + 1)
 
     def put_back(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What `in_front` was given."""
+        """Undo `in_front`."""
         if self.stacked:
             return tensor
         return tensor.squeeze(self.dim + 1).movedim(0, self.dim)

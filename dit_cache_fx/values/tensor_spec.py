@@ -1,4 +1,4 @@
-"""Shape, dtype and device: a tensor without its values."""
+"""Shape, dtype and device of a tensor, without its values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class TensorSpec(NamedTuple):
-    """What is known of a tensor that is not at hand."""
+    """Shape, dtype and device of a tensor that is not at hand."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -16,24 +16,24 @@ class TensorSpec(NamedTuple):
 
     @staticmethod
     def of(tensor: torch.Tensor) -> TensorSpec:
-        """The spec of a tensor."""
+        """Return the spec of a tensor."""
         return TensorSpec(tensor.shape, tensor.dtype, tensor.device)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the values."""
+        """The size of the values in bytes."""
         return self.shape.numel() * self.dtype.itemsize
 
     def placeholder(self) -> torch.Tensor:
-        """Zeros of this shape that take no memory."""
+        """Return zeros of this shape that take no memory."""
         return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
 
     def zeros(self) -> torch.Tensor:
-        """Zeros in memory of their own."""
+        """Allocate zeros."""
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
     def empty(self) -> torch.Tensor:
-        """Memory for the values, without any."""
+        """Allocate memory without initialising it."""
         return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
     def __str__(self) -> str:

@@ -1,7 +1,6 @@
-"""Tensors that wrap others: results of collectives, shards of distributed tensors, quantised ones.
+"""Tensors that wrap others: results of collectives, DTensors, quantised tensors.
 
-Such a tensor has no memory of its own. Whoever asks for its memory, its bytes or its bits gets
-those of the tensors inside.
+Such a tensor has no memory of its own. Its memory, bytes and bits are those of the tensors inside.
 """
 
 from __future__ import annotations
@@ -12,9 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+#: types with their own memory that wrap nothing: most tensors of most calls
+_SIMPLE = frozenset({torch.Tensor, torch.nn.Parameter})
+
 
 def settled(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor; that of a collective which may be under way once it has arrived."""
+    """Return the tensor; wait for the result of a collective that is still under way."""
+    if type(tensor) in _SIMPLE:
+        return tensor
     wait: Any = getattr(tensor, "trigger_wait", None)
     if wait is None:
         return tensor
@@ -23,7 +27,7 @@ def settled(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def inner(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors with memory that a tensor is made of: itself, if it is no wrapper."""
+    """Yield the tensors with memory that a tensor consists of: itself, unless it is a wrapper."""
     tensor = settled(tensor)
     if not is_traceable_wrapper_subclass(tensor):
         yield tensor
@@ -35,22 +39,28 @@ def inner(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def is_wrapper(tensor: torch.Tensor) -> bool:
-    """Whether its memory is that of others."""
-    return is_traceable_wrapper_subclass(tensor)
+    """Return whether the tensor's memory belongs to other tensors."""
+    return type(tensor) not in _SIMPLE and is_traceable_wrapper_subclass(tensor)
 
 
 def nbytes(tensor: torch.Tensor) -> int:
-    """Bytes of its values; of a distributed tensor those of this process."""
+    """Return the size of the values in bytes; for a DTensor, those of this process."""
     return sum(part.numel() * part.element_size() for part in inner(tensor))
 
 
 def is_distributed(tensor: torch.Tensor) -> bool:
-    """Whether it is one tensor of several processes (a DTensor)."""
-    return hasattr(tensor, "device_mesh") and hasattr(tensor, "to_local")
+    """Return whether the tensor is one of several processes (a DTensor)."""
+    return (
+        type(tensor) not in _SIMPLE
+        and hasattr(tensor, "device_mesh")
+        and hasattr(tensor, "to_local")
+    )
 
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process has of a tensor; all of it where each process has a summand."""
+    """Return this process's part of a tensor; all of it if each process holds a summand."""
+    if type(tensor) in _SIMPLE:
+        return tensor
     if not is_distributed(tensor):
         return settled(tensor)
     spread: Any = tensor
@@ -61,20 +71,20 @@ def own_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a distributed tensor; any other tensor itself."""
+    """Return a DTensor's full value; any other tensor as it is."""
     spread: Any = tensor
     return settled(spread.full_tensor() if is_distributed(tensor) else tensor)
 
 
 class Layout(NamedTuple):
-    """How a tensor is spread over processes: their mesh, and what each dimension of it does."""
+    """The layout of a DTensor: its mesh, and the placement in each mesh dimension."""
 
     mesh: Any
     placements: tuple[Any, ...]
 
     @staticmethod
     def of(tensor: torch.Tensor) -> Layout | None:
-        """That of a distributed tensor; None for any other."""
+        """Return the layout of a DTensor; None for any other tensor."""
         if not is_distributed(tensor):
             return None
         spread: Any = tensor
@@ -82,7 +92,7 @@ class Layout(NamedTuple):
 
 
 def laid_out(tensor: torch.Tensor, layout: Layout | None) -> torch.Tensor:
-    """A tensor that all processes have, as a distributed one; nothing is sent."""
+    """Return a DTensor from a tensor that all processes have, without communication."""
     if layout is None:
         return tensor
     from torch.distributed.tensor import Replicate, distribute_tensor

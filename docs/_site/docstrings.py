@@ -55,12 +55,13 @@ def comment_above(item: Object) -> str:
 
 
 def inherit(cls: Class) -> None:
-    """Append the arguments of its bases to the argument list of a class."""
+    """Append the arguments of its bases to the argument list of a class, if it takes them."""
     text = cls.docstring.value + "\n"
-    listed = arguments(text)
+    listed, own = arguments(text), cls.members.get("__init__")
     for base in cls.mro():
         inherited = arguments(base.docstring.value) if base.docstring else {}
-        listed |= {name: item for name, item in inherited.items() if name not in listed}
+        known = [n for n in inherited if own is None or n in own.parameters]
+        listed |= {name: inherited[name] for name in known if name not in listed}
     if listed:
         section = f"Args:\n{''.join(listed.values())}\n"
         before, after = around_arguments(text)

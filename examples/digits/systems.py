@@ -73,11 +73,11 @@ class Comparison:
         return Section(title, plain + cached)
 
     def by_noise_level(self, few: int) -> Section:
-        title = f"{few} of {self.steps} steps computed, even in noise level"
+        title = f"{few} of {self.steps} steps computed, even by noise level"
         return self.section(title, few, computed_steps=few)
 
     def by_index(self, few: int) -> Section:
-        title = f"{few} of {self.steps} steps computed, even in index"
+        title = f"{few} of {self.steps} steps computed, even by index"
         return self.section(title, few, no_cache_steps=even_schedule(self.steps, few))
 
     def published(self) -> Section:

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from examples.few_steps.measure import COMPUTED, PUBLISHED, SHIFTS
+from examples.few_steps.tables import label
 
 INK, GREY = "#1f2933", "#9aa5b1"
 LINES = {
@@ -33,9 +34,9 @@ def draw(path: Path, figures: Mapping[str, Any]) -> None:
             _curves(axes, found, shift)
             axes.set_title(f"{model}, shift {shift}", fontsize=10, color=INK)
     for axes in grid[-1]:
-        axes.set_xlabel("computed of 50 steps", fontsize=9)
+        axes.set_xlabel("computed steps of 50", fontsize=9)
     for axes in grid[:, 0]:
-        axes.set_ylabel("dB to the uncached picture", fontsize=9)
+        axes.set_ylabel("PSNR to the uncached image, dB", fontsize=9)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=3, frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
@@ -47,7 +48,12 @@ def draw(path: Path, figures: Mapping[str, Any]) -> None:
 def _curves(axes: Axes, found: Mapping[str, Any], shift: int) -> None:
     for name, color in LINES.items():
         axes.plot(
-            COMPUTED, found["scores"][str(shift)][name], "o-", color=color, label=name, ms=3.5
+            COMPUTED,
+            found["scores"][str(shift)][name],
+            "o-",
+            color=color,
+            label=label(name).strip("*"),
+            ms=3.5,
         )
     told = found["tolerances"][str(shift)]
     x, y = [t["computed"] for t in told], [t["decibels"] for t in told]

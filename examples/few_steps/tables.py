@@ -1,6 +1,6 @@
-"""Markdown tables of the figures, put between their marks in a page.
+"""Markdown tables of the figures, written into the pages.
 
-A mark is `<!-- few_steps: NAME -->`, and the table behind it is written anew each time.
+A page marks the place with `<!-- few_steps: NAME -->`. Each run replaces the table after the mark.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ _MARK = re.compile(r"(<!-- few_steps: (\w+) -->\n)(?:\|.*\n)*")
 ROWS = (*PLAIN, PUBLISHED, *CACHED)
 GOALS = (40, 45, 50)  # decibels
 #: what a row is called where placement is compared too
-LABELS = {"TaylorCache": "TaylorCache, even in noise level", "NewtonCache": "**NewtonCache**"}
+LABELS = {
+    **{name: name.replace("as many", "fewer") for name in PLAIN},
+    PUBLISHED: PUBLISHED.replace("in index", "by index"),
+    "TaylorCache": "TaylorCache, even by noise level",
+    "NewtonCache": "**NewtonCache**",
+}
 
 
 def fill(text: str, figures: Figures) -> str:
@@ -37,7 +42,7 @@ def scores(model: str) -> Callable[[Figures], str]:
 
     def written(figures: Figures) -> str:
         of_shift = [figures[model]["scores"][str(shift)] for shift in SHIFTS]
-        rows = [[_label(name), *_side_by_side([s[name] for s in of_shift])] for name in ROWS]
+        rows = [[label(name), *_side_by_side([s[name] for s in of_shift])] for name in ROWS]
         return table(["", *map(str, COMPUTED)], rows)
 
     return written
@@ -46,7 +51,7 @@ def scores(model: str) -> Callable[[Figures], str]:
 def headline(figures: Figures) -> str:
     """The main rows at a shift of 3: digits / shapes."""
     of_model = [f["scores"]["3"] for f in figures.values()]
-    rows = [[_label(name), *_side_by_side([s[name] for s in of_model])] for name in ROWS]
+    rows = [[label(name), *_side_by_side([s[name] for s in of_model])] for name in ROWS]
     return table(["computed of 50", *map(str, COMPUTED)], rows)
 
 
@@ -62,10 +67,10 @@ def goals(figures: Figures) -> str:
     """How many computed steps a quality takes at a shift of 3: digits / shapes."""
     of_model = [f["scores"]["3"] for f in figures.values()]
     rows = [
-        [_label(name), *(" / ".join(needed(s[name], goal) for s in of_model) for goal in GOALS)]
+        [label(name), *(" / ".join(needed(s[name], goal) for s in of_model) for goal in GOALS)]
         for name in ROWS
     ]
-    return table(["computed of 50 for", *(f"{goal} dB" for goal in GOALS)], rows)
+    return table(["computed steps for", *(f"{goal} dB" for goal in GOALS)], rows)
 
 
 def needed(row: Sequence[float], goal: float) -> str:
@@ -85,11 +90,10 @@ def presets(model: str) -> Callable[[Figures], str]:
         rows = []
         for shift in SHIFTS:
             for one in figures[model]["presets"][str(shift)]:
-                *before, best = (f"{score:.1f}" for score in one["decibels"])
                 cells = [f'`"{one["preset"]}"`', str(one["steps"]), str(one["computed"])]
-                rows.append([*cells, str(shift), *before, f"**{best}**"])
-        header = ["preset", "steps", "computed", "shift", "Euler, as many"]
-        return table([*header, "AB 2, as many", "by index", "by noise level"], rows)
+                rows.append([*cells, str(shift), *_best_in_bold(one["decibels"])])
+        header = ["preset", "steps", "computed", "shift", "Euler, fewer steps"]
+        return table([*header, "AB 2, fewer steps", "by index", "by noise level"], rows)
 
     return written
 
@@ -105,8 +109,13 @@ def tolerances(figures: Figures) -> str:
     return table(["model", "tolerance", *(f"shift {shift}" for shift in SHIFTS)], rows)
 
 
-def _label(name: str) -> str:
+def label(name: str) -> str:
+    """The name of a row in the tables."""
     return LABELS.get(name, name)
+
+
+def _best_in_bold(row: Sequence[float]) -> list[str]:
+    return [f"**{score:.1f}**" if score == max(row) else f"{score:.1f}" for score in row]
 
 
 def _side_by_side(rows: Sequence[Sequence[float]]) -> list[str]:

@@ -14,7 +14,7 @@ import dit_cache_fx
 from dit_cache_fx import CachedModel, Calibration, TaylorCache
 from dit_cache_fx.calibration.candidates import predictors
 from dit_cache_fx.calibration.judge import generations
-from dit_cache_fx.strategies.schedule import evenly_spaced
+from dit_cache_fx.strategies.even import evenly_spaced
 from tests.calibration.sampling import (
     STEPS,
     calibrated,

@@ -80,7 +80,7 @@ def test_a_plan_by_its_number_or_its_quality() -> None:
 @pytest.mark.parametrize(
     ("given", "match"),
     [
-        ({"computed": 5}, r"^computed=5: a number that was calibrated: one of \[3, 4, 6\]"),
+        ({"computed": 5}, r"^computed=5: a calibrated number: one of \[3, 4, 6\]"),
         ({"psnr": 45.6}, r"^psnr=45.6: at most 45.5 dB, which 4 computed steps reach"),
         ({"psnr": "45"}, "^psnr='45': a PSNR in dB"),
         ({"psnr": float("nan")}, "^psnr=nan: a PSNR in dB"),
@@ -161,7 +161,7 @@ def test_told_timesteps_are_carried_over_with_one_warning() -> None:
 
 def test_untold_timesteps_are_learnt_and_then_carried_over() -> None:
     model = cached(plan())
-    with pytest.warns(DitCacheWarning, match="the timesteps are not known at"):
+    with pytest.warns(DitCacheWarning, match="the timesteps are unknown at"):
         first = done(model, steps=16)
     assert computed(first) == [0, 2, 4, 6, 8, 10, 12, 14]  # as large a share, to the end
     with pytest.warns(DitCacheWarning, match="carried over to these 16 by noise level: 4 are"):

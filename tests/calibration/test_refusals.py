@@ -31,7 +31,12 @@ def refused(
 
 
 def test_a_model_that_is_not_cached() -> None:
-    refused("cached='ToyDiT': what dit_cache_fx.apply returned", lambda _: [print], 3, make(ToyDiT))
+    refused(
+        "cached='ToyDiT': the model that dit_cache_fx.apply returned",
+        lambda _: [print],
+        3,
+        make(ToyDiT),
+    )
 
 
 @pytest.mark.parametrize("runs", [[], [None], "text", [sample, 3]])
@@ -41,7 +46,9 @@ def test_runs_that_are_no_functions(runs: Any) -> None:
 
 @pytest.mark.parametrize("computed", [0, -1, True, 2.5, [], ["7"], "7", [3, 0], None])
 def test_computed_that_are_no_numbers_of_steps(computed: Any) -> None:
-    refused("^computed=.*: how many steps are computed in full: integers from 1", computed=computed)
+    refused(
+        "^computed=.*: the numbers of steps to compute in full: integers from 1", computed=computed
+    )
 
 
 def test_more_computed_than_there_are_steps() -> None:
@@ -50,7 +57,7 @@ def test_more_computed_than_there_are_steps() -> None:
 
 def test_runs_that_do_not_call_the_model() -> None:
     refused(
-        r"runs\[0\]='no call of the cached model': a whole generation through the model",
+        r"runs\[0\]='no call of the cached model': a whole generation through the calibrated model",
         lambda _: [lambda: torch.ones(3)],
     )
     uncached = make(ToyDiT)
@@ -114,7 +121,7 @@ def test_results_of_several_shapes() -> None:
 @pytest.mark.parametrize(
     ("plain", "match"),
     [
-        (3, "^plain=3: a function of a number of steps"),
+        (3, "^plain=3: a function that takes a number of steps"),
         (lambda _: torch.ones(1, 6, 8), r"^plain\(3\)=.*: a list of 2 results, one a run"),
         (lambda _: [torch.ones(1, 6, 8)], r"^plain\(3\)=.*: a list of 2 results"),
         (lambda _: [None, None], r"^plain\(3\)=None"),

@@ -17,9 +17,9 @@ from dit_cache_fx.calibration.programme import best_schedules
 from dit_cache_fx.calibration.record import MAX_STEPS, Recorder, Trajectory
 from dit_cache_fx.calibration.search import improved, neighbours
 from dit_cache_fx.calibration.simulate import Recorded, factors
-from dit_cache_fx.runtime.branches import Branch
-from dit_cache_fx.runtime.generation import Generation
 from dit_cache_fx.runtime.step import Step
+from dit_cache_fx.runtime.tracking.branches import Branch
+from dit_cache_fx.runtime.tracking.generation import Generation
 from dit_cache_fx.strategies import Clock, Strategy
 from dit_cache_fx.values.tensor_spec import TensorSpec
 from tests.calibration.sampling import times
@@ -36,7 +36,7 @@ def mask(steps: Sequence[int], number: int = 10) -> Tensor:
 
 def by_runtime(strategy: Strategy, values: Tensor) -> Tensor:
     """The outputs as the runtime makes them, by its own steps and clocks."""
-    branch, specs = Branch(), {f"held_{i}": SPEC for i in range(strategy.slots())}
+    branch, specs = Branch(), {f"cached_{i}": SPEC for i in range(strategy.slots())}
     course = strategy.course(len(TIMES), TIMES)
     outputs = []
     for index, value in enumerate(values):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import dit_cache_fx
 from dit_cache_fx.export import export
-from dit_cache_fx.ir.names import held_name, is_reserved, measured_name, state_name, unreserved
+from dit_cache_fx.ir.names import cached_name, is_reserved, measured_name, state_name, unreserved
 from dit_cache_fx.lowering.clock import ClockState
 from dit_cache_fx.strategies import Clock
 from tests.compile.compiling import RULE, new_compiler
@@ -29,7 +29,7 @@ NAMES = [
     "lost",
     "clock",
     "checksum",
-    "held_model_blocks_2_0",
+    "cached_model_blocks_2_0",
     "state_0",
     "model",
     "run_0",
@@ -89,7 +89,7 @@ def test_any_name_eagerly(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "strategy"),
-    [("distance", "taylorcache"), ("forced", "rule"), ("held_model_blocks_2_0", "rule")],
+    [("distance", "taylorcache"), ("forced", "rule"), ("cached_model_blocks_2_0", "rule")],
 )
 def test_any_name_in_one_graph(name: str, strategy: str) -> None:
     kind, options = STRATEGIES[strategy]
@@ -101,7 +101,7 @@ def test_any_name_in_one_graph(name: str, strategy: str) -> None:
     assert actions(cached) == did
 
 
-@pytest.mark.parametrize("name", ["computed", "held_model_blocks_2_0"])
+@pytest.mark.parametrize("name", ["computed", "cached_model_blocks_2_0"])
 def test_any_name_in_compiled_steps(name: str) -> None:
     want, _ = expected("taylorcache")
     cached = dit_cache_fx.apply(make(NamedDiT), "taylorcache", no_cache_steps=STEPS)
@@ -134,7 +134,7 @@ def test_any_name_in_an_exported_program(name: str, strategy: str) -> None:
         assert torch.equal(run(**inputs), output)
 
 
-@pytest.mark.parametrize("name", ["distance", "held_blocks_2", "model"])
+@pytest.mark.parametrize("name", ["distance", "cached_blocks_2", "model"])
 def test_any_name_in_dynamos_graph(name: str) -> None:
     def outputs(*names: str) -> list[Tensor]:
         cache = dit_cache_fx.backend("taylorcache", no_cache_steps=STEPS, inner=Inner())
@@ -172,7 +172,7 @@ def test_every_operand_of_the_cache_is_reserved() -> None:
         *Clock._fields,
         "forced",
         "fresh",
-        held_name("h", 0),
+        cached_name("h", 0),
         state_name(2),
         measured_name("h"),
         "clock",

@@ -219,6 +219,27 @@ def test_branches_on_both_sides_of_a_guard_have_states_of_their_own() -> None:
             assert torch.equal(cached(**given), want)
 
 
+class _LateDiT(ToyDiT):
+    """Goes through its blocks the other way round from the middle of a generation on."""
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Any:
+        c, h = self.condition(timestep, text), self.embed(x)
+        for block in reversed(self.blocks) if (timestep < 500).all() else self.blocks:
+            h = block(h, c)
+        return self.head(h)
+
+
+def test_another_answer_within_a_generation_begins_with_nothing_held() -> None:
+    """What one side of a guard has left is no state of the other one."""
+    model = make(_LateDiT)
+    cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps={0})
+    for timestep, computes in ((900.0, True), (700.0, False), (400.0, True), (200.0, False)):
+        inputs = toy_inputs(timestep)
+        got = cached(**inputs)
+        assert not computes or torch.equal(got, model(**inputs))
+    assert actions(cached) == "CrCr"
+
+
 def test_a_value_that_changes_with_the_prompt_never_runs_out_of_captures() -> None:
     """Such as the number of valid tokens, read with `.item()`: a server sees many of them."""
     cached, by_hand = pair(ReadingDiT, question=scale_by_int)
@@ -274,7 +295,7 @@ def test_a_value_that_changes_every_step_is_refused_at_last() -> None:
         assert torch.equal(cached(**inputs), model(**inputs))
     with pytest.raises(
         CaptureError,
-        match=r"8 captures of the same inputs have guards of different values: .*"
+        match=r"8 captures of the same inputs have guards with different values: .*"
         r"reads a value that changes from step to step, such as the timestep's",
     ):
         cached(**calls[8])

@@ -227,7 +227,9 @@ def test_a_named_list_that_is_not_called_is_refused() -> None:
     cached = dit_cache_fx.apply(
         make(UnusedListDiT), "deepcache", no_cache_steps={0}, blocks=["spare"]
     )
-    with pytest.raises(DiscoveryError, match=r"blocks=\['spare'\]: never called by the model"):
+    with pytest.raises(
+        DiscoveryError, match=r"blocks=\['spare'\]: the model did not call these lists"
+    ):
         cached(**toy_inputs(1.0))
 
 
@@ -265,7 +267,7 @@ def test_an_ambiguous_timestep_lists_the_candidates() -> None:
     cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps=STEPS)
     with pytest.raises(
         DiscoveryError,
-        match=r"timestep argument cannot be told.*\['tau', 'rho'\]. Name it: timestep='...'",
+        match=r"cannot determine the timestep argument.*\['tau', 'rho'\]. Name it: timestep='...'",
     ):
         cached(**inputs)
 

@@ -33,6 +33,7 @@ from tests.toys import (
     InPlaceLayersDiT,
     InPlaceReadDiT,
     JoinedDiT,
+    MaskedDiT,
     NestedDiT,
     NoHeadDiT,
     OptionsDiT,
@@ -181,6 +182,22 @@ def test_mask_length_that_changes_within_a_generation_is_never_answered_with_the
     assert cached.cache_report().calls_computed == 2
 
 
+def test_in_a_cache_context_too_a_mask_of_another_length_computes() -> None:
+    """There conditioning may vary, but what is held comes from so many rows."""
+    model = make(MaskedDiT)
+    cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps={0})
+    done = ""
+    for step, length in enumerate((4, 4, 3, 2, 3, 3, 3)):
+        mask = torch.arange(4)[None] < length
+        inputs = toy_inputs(900.0 - 100 * step, seed=0) | {"mask": mask}
+        inputs["text"] = inputs["text"] + 0.01 * step
+        with cached.cache_context("cond"):
+            got = cached(**inputs)
+        done += actions(cached)[-1]
+        assert done[-1] == "r" or torch.equal(got, model(**inputs))
+    assert done == "CCCCCrr"
+
+
 @pytest.mark.parametrize("name", ["HunyuanVideo15Transformer3DModel", "OfficialHunyuanVideo15"])
 def test_image_to_video_and_text_to_video_generations_alternate(name: str) -> None:
     model_case = case(name)
@@ -285,6 +302,27 @@ def test_results_keep_the_models_dtype(strategy: str, dtype: torch.dtype) -> Non
     cached = dit_cache_fx.apply(model, strategy, no_cache_steps={0, 1, 2})
     for _, inputs in generation(TOY, set(), dtype=dtype):
         assert cached(**inputs).dtype == dtype
+
+
+class _InTheSamplesDtype(ToyDiT):
+    """Computes in its weights' dtype, and answers in that of the sample."""
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Any:
+        return super().forward(x.to(self.embed.weight.dtype), timestep, text).to(x.dtype)
+
+
+def test_samples_of_two_dtypes_are_two_signatures() -> None:
+    """The same values, in turn: each has a state of its own, and is answered in its dtype."""
+    model = make(_InTheSamplesDtype)
+    cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps=STEPS)
+    by_hand = ByHand(model, ["blocks"])
+    for computes, inputs in generation(TOY, STEPS):
+        for dtype in (torch.float32, torch.float64):
+            given = inputs | {"x": inputs["x"].to(dtype)}
+            got = cached(**given)
+            assert got.dtype == dtype
+            assert torch.equal(got, by_hand(computes, branch=dtype, **given))
+    assert len(cached.cache_report().captures) == 2
 
 
 def test_autocast_on_and_off() -> None:

@@ -88,6 +88,13 @@ def test_a_number_of_any_kind(use: str, number: str) -> None:
     check(USES[use], NUMBERS[number])
 
 
+def test_a_number_keeps_its_digits() -> None:
+    """One third of a thousand is no float32."""
+    for use in ("tensor of a list", "division"):
+        check(USES[use], lambda value: value / 3)
+    check(lambda t: torch.tensor([t], dtype=torch.float64) * 1e9 % 7, lambda value: value / 3)
+
+
 def test_an_array_of_one() -> None:
     check(
         lambda t: torch.as_tensor(t, dtype=torch.float32), lambda v: np.array([v], dtype=np.float64)

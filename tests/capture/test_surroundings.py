@@ -666,7 +666,7 @@ class SkippingDiT(ToyDiT):
 def test_blocks_that_read_a_variable_are_refused(kind: type[nn.Module], block: int) -> None:
     CONTEXT.clear()
     model = make(kind)
-    with pytest.raises(CaptureError, match=rf"block blocks\.{block} gives something else"):
+    with pytest.raises(CaptureError, match=rf"block blocks\.{block} gives another result"):
         results(eager(model))
 
 

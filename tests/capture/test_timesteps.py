@@ -15,7 +15,8 @@ import torch
 import dit_cache_fx
 from dit_cache_fx import CachedModel, DeepCache, DitCacheWarning, EvenTimesteps, OptionError
 from dit_cache_fx.lowering.stateful import fixed_steps
-from dit_cache_fx.strategies.schedule import PRESETS, ListedSteps, Schedule
+from dit_cache_fx.strategies.presets import PRESETS
+from dit_cache_fx.strategies.schedule import ListedSteps, Schedule
 from dit_cache_fx.strategies.timesteps import from_call, told_of
 from tests.test_errors import refused
 from tests.toys import PerTokenDiT, ToyDiT, actions, make, toy_inputs
@@ -201,7 +202,7 @@ def test_a_function_is_asked_once_a_generation_at_its_first_call() -> None:
 
 def test_they_are_learnt_from_the_generation_before() -> None:
     cached = toy(computed_steps=4, num_steps=12)
-    with pytest.warns(DitCacheWarning, match=r"timesteps are not known .* give timesteps="):
+    with pytest.warns(DitCacheWarning, match=r"timesteps are unknown .* pass timesteps="):
         assert run(cached, SHIFTED) == BY_INDEX
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -236,7 +237,7 @@ def test_both_branches_of_a_step_share_them() -> None:
 def test_those_of_a_longer_run_are_not_taken_for_a_shorter_one() -> None:
     """The second call tells that the generation is another one than the one before."""
     cached = toy(computed_steps=4)
-    with pytest.warns(DitCacheWarning, match="not known"):
+    with pytest.warns(DitCacheWarning, match="timesteps are unknown"):
         run(cached, shifted(30))
     expected = toy(computed_steps=4, num_steps=30)
     with pytest.warns(DitCacheWarning):
@@ -311,7 +312,7 @@ def test_which_value_is_the_samplers() -> None:
 @pytest.mark.parametrize("nothing", [None, [], torch.zeros(0)])
 def test_a_function_that_does_not_know_yet(nothing: Any) -> None:
     cached = toy(computed_steps=4, num_steps=12, timesteps=lambda: nothing)
-    with pytest.warns(DitCacheWarning, match="timesteps are not known"):
+    with pytest.warns(DitCacheWarning, match="timesteps are unknown"):
         assert run(cached, SHIFTED) == BY_INDEX
 
 
@@ -416,7 +417,7 @@ def test_a_function_that_gives_no_timesteps(value: Any) -> None:
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, True, "5", [5]])
 def test_numbers_of_computed_steps_that_cannot_be(value: Any) -> None:
-    text = r"computed_steps=.*: how many steps .* are computed in full: an integer from 1"
+    text = r"computed_steps=.*: the number of steps .* to compute in full: an integer from 1"
     refused(text, make(ToyDiT), computed_steps=value)
     with pytest.raises(OptionError, match=text):
         EvenTimesteps(value)
@@ -444,7 +445,7 @@ def test_more_computed_steps_than_were_counted_are_all() -> None:
 
 
 def test_a_number_beside_other_timesteps() -> None:
-    text = "num_steps=11: there are 12 timesteps: one of both is enough"
+    text = "num_steps=11: there are 12 timesteps: pass only one of both"
     refused(text, make(ToyDiT), computed_steps=3, num_steps=11, timesteps=SHIFTED)
 
 

@@ -324,7 +324,7 @@ def test_gradients_are_wanted() -> None:
     inside, cache = make(ToyDiT), deepcache(inner="eager")
     model = compiled(inside, cache)
     with torch.enable_grad():
-        output = warned(lambda: model(**toy_inputs(1.0)), "gradients are enabled and wanted")
+        output = warned(lambda: model(**toy_inputs(1.0)), "gradients are enabled and required")
         assert torch.equal(output, inside(**toy_inputs(1.0)))
         output.sum().backward()
         assert model(**toy_inputs(0.9)).requires_grad
@@ -394,15 +394,15 @@ def _refusing(gm: Any, inputs: Any) -> Any:
     ("options", "match"),
     [
         ({"inner": "inductr"}, r"inner='inductr': one of \[.*'inductor'.*\], or a callable"),
-        ({"inner": 3}, r"inner=3: a backend's name, or a callable \(graph, inputs\)"),
+        ({"inner": 3}, r"inner=3: the name of a backend, or a callable \(graph, inputs\)"),
         ({"mode": "fast"}, r"mode='fast': one of \['default', 'reduce-overhead'"),
         ({"options": {"max_autotun": True}}, r"options=.*max_autotun.*options of inductor"),
         ({"options": {"max_autotune": 3}}, r"options=.*options of inductor"),
         (
             {"inner": _refusing, "options": {"a": 1}},
-            r"options={'a': 1}: the inner backend _refusing takes none",
+            r"options={'a': 1}: None: the inner backend _refusing takes none",
         ),
-        ({"inner": _refusing, "mode": "fast"}, r"mode='fast': the inner backend _refusing"),
+        ({"inner": _refusing, "mode": "fast"}, r"mode='fast': None: the inner backend _refusing"),
         ({"blocks": 3}, r"blocks=3: attribute paths of module lists, or the lists"),
         ({"blocks": []}, r"blocks=\[\]: attribute paths of module lists, or the lists"),
         ({"timestep": 3}, r"timestep=3: the name of forward's timestep argument"),

@@ -155,12 +155,12 @@ def forward(self, timestep, time_embedder_weight_, time_embedder_bias_, x_embedd
         self.assertExpectedInline(
             short(code(lowered("deepcache")[1])),
             """\
-def forward(self, held_getitem_3_0, timestep, time_embedder_weight_, time_embedder_bias_, proj_out_weight_, proj_out_bias_):
+def forward(self, cached_getitem_3_0, timestep, time_embedder_weight_, time_embedder_bias_, proj_out_weight_, proj_out_bias_):
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
     t = torch.ops.aten.t.default(time_embedder_weight_)
     addmm = torch.ops.aten.addmm.default(time_embedder_bias_, unsqueeze, t)
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(addmm, 1)
-    add_1 = torch.ops.aten.add.Tensor(held_getitem_3_0, unsqueeze_1)
+    add_1 = torch.ops.aten.add.Tensor(cached_getitem_3_0, unsqueeze_1)
     t_3 = torch.ops.aten.t.default(proj_out_weight_)
     view_4 = torch.ops.aten.view.default(add_1, [32, 8])
     addmm_3 = torch.ops.aten.addmm.default(proj_out_bias_, view_4, t_3)
@@ -173,7 +173,7 @@ def forward(self, held_getitem_3_0, timestep, time_embedder_weight_, time_embedd
         self.assertExpectedInline(
             short(code(lowered("teacache")[1])),
             """\
-def forward(self, held_getitem_3_0, timestep, time_embedder_weight_, time_embedder_bias_, x_embedder_weight_, x_embedder_bias_, x, parameters_positions_, proj_out_weight_, proj_out_bias_):
+def forward(self, cached_getitem_3_0, timestep, time_embedder_weight_, time_embedder_bias_, x_embedder_weight_, x_embedder_bias_, x, parameters_positions_, proj_out_weight_, proj_out_bias_):
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
     t = torch.ops.aten.t.default(time_embedder_weight_)
     addmm = torch.ops.aten.addmm.default(time_embedder_bias_, unsqueeze, t)
@@ -183,7 +183,7 @@ def forward(self, held_getitem_3_0, timestep, time_embedder_weight_, time_embedd
     addmm_1 = torch.ops.aten.addmm.default(x_embedder_bias_, view, t_1)
     view_1 = torch.ops.aten.view.default(addmm_1, [2, 16, 8])
     add = torch.ops.aten.add.Tensor(view_1, parameters_positions_)
-    add_1 = torch.ops.aten.add.Tensor(add, held_getitem_3_0)
+    add_1 = torch.ops.aten.add.Tensor(add, cached_getitem_3_0)
     add_2 = torch.ops.aten.add.Tensor(add_1, unsqueeze_1)
     t_3 = torch.ops.aten.t.default(proj_out_weight_)
     view_4 = torch.ops.aten.view.default(add_2, [32, 8])

@@ -154,13 +154,14 @@ class ShiftedBlock(Block):
 
 
 class ShiftedDiT(ToyDiT):
-    """The same around the blocks, and a value read out of such a tensor."""
+    """Two of them around the blocks, and a value read out of such a tensor."""
 
     def block(self) -> Any:
         return ShiftedBlock()
 
     def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Any:
         text = text * torch.tensor([1.0 + i for i in range(DIM)])
+        x = x - torch.tensor([0.2 * i for i in range(DIM)])
         scale = torch.sqrt(torch.tensor(4.0, dtype=torch.float64))
         x = torch.nn.functional.scaled_dot_product_attention(x, x, x, scale=scale)  # type: ignore[arg-type]
         return super().forward(x, timestep, text)

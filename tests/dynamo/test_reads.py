@@ -79,7 +79,7 @@ def test_more_values_than_graphs_are_not_cached() -> None:
             inputs = {**toy_inputs(1.0), "mask": torch.arange(12)[None] < words}
             assert torch.equal(model(**inputs), inside(**inputs))
 
-    warned(calls, r"reads more than 8 values out of tensors")
+    warned(calls, r"reads more than 8 values from tensors")
 
 
 class NumberOfTensorDiT(ToyDiT):
@@ -239,7 +239,7 @@ def test_what_blocks_made_is_written_by_no_cached_graph(kind: Callable[..., nn.M
             assert torch.equal(model(**inputs, kept=kept), want)
             assert torch.equal(kept, wanted)
 
-    warned(calls, "changes a tensor")
+    warned(calls, r"writes .*into a tensor that .* was called with")
     assert not cache.cache_report().captures
 
 
@@ -256,7 +256,7 @@ def test_a_changed_tensor_in_the_memory_of_another_one_is_left_to_the_model() ->
             assert torch.equal(got, want(**others, log=others["x"][0, 0])), step
             assert torch.equal(inputs["x"], others["x"])
 
-    warned(calls, "in the memory of another")
+    warned(calls, "shares memory with another")
 
 
 # --- calls that run uncached -------------------------------------------------------------------

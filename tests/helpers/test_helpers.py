@@ -601,19 +601,19 @@ def bad(expected: str, **arguments: Any) -> Any:
         bad("double_blocks=7: a list of the model's", double_blocks=7),
         bad("double_blocks='Linear': a list of the model's", double_blocks=nn.Linear(1, 1)),
         bad("single_blocks[0]='blocks.0': a list of the model's", single_blocks=["blocks.0"]),
-        bad("model=None: no module holds them; give the model", double_blocks=[nn.Linear(1, 1)]),
-        bad("no_cache_steps=None: say which steps are computed", no_cache_steps=None),
-        bad("no_cache_steps=[-1, 0]: a collection of step indexes", no_cache_steps={0, -1}),
+        bad("model=None: no module holds them; pass the model", double_blocks=[nn.Linear(1, 1)]),
+        bad("no_cache_steps=None: the indices of the steps to compute", no_cache_steps=None),
+        bad("no_cache_steps=[-1, 0]: a collection of step indices", no_cache_steps={0, -1}),
         bad("no_cache_block_id={'double_blocks': [3]}: double_blocks has 3 blocks, ids 0 to 2; "
             "got [3]", no_cache_block_id={"double_blocks": {3}}),
-        bad("no list of the name 'single_blocks'; given are ['double_blocks']",
+        bad("no list is called 'single_blocks'; given are ['double_blocks']",
             no_cache_block_id={"single_blocks": {0}}),
         bad("no_cache_block_id={'double_blocks': 3}: a mapping",
             no_cache_block_id={"double_blocks": 3}),
         bad("model='ToyDiT': an nn.Module", model="ToyDiT"),
         bad("double_blocks[0]='Block': no module list of the model (ToyDiT) holds this block; "
             "it has ['blocks']", model=toy()),
-        bad("model='CachedModel': the model itself: this one caches already",
+        bad("model='CachedModel': the model itself: this one is cached already",
             model=deepcache(toy(), {0})),
         bad("timestep='tau'", timestep="tau"),
     ],
@@ -633,7 +633,7 @@ def test_options_of_one_kind() -> None:
     model = toy()
     with pytest.raises(OptionError, match="max_order=-1: an integer from 0"):
         TaylorCacheHelper(model.blocks, None, {0}, -1).enable()
-    with pytest.raises(OptionError, match="cache_name=3: the name of a block's argument"):
+    with pytest.raises(OptionError, match="cache_name=3: the name of a block argument"):
         TeaCacheHelper(model.blocks, None, {0}, 3).enable()  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="nonsense"):
         TeaCacheHelper(model.blocks, None, {0}, nonsense=1)

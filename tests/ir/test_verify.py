@@ -38,7 +38,7 @@ def test_an_in_place_operator_is_refused() -> None:
 @pytest.mark.parametrize(
     ("notes", "told"),
     [
-        ({"block": BlockId("blocks", 7)}, r"noted as a call of blocks\.7, and is no call"),
+        ({"block": BlockId("blocks", 7)}, r"marked as a call of blocks\.7, and is no call"),
         ({"keys": ("a", "b", "c")}, "has 1 parts and 3 keys"),
     ],
     ids=["block", "keys"],
@@ -88,7 +88,7 @@ def test_a_value_that_is_no_node_is_refused() -> None:
     program.regions = (region,)
     with pytest.raises(VerifyError, match="no node is called"):
         verify(program)
-    program.regions = (replace(region, inputs=()),)
+    program.regions = (replace(region, run_inputs=()),)
     with pytest.raises(VerifyError, match="run 0 has 1 values"):
         verify(program)
 
@@ -96,11 +96,11 @@ def test_a_value_that_is_no_node_is_refused() -> None:
 class TooMany(Strategy):
     """Holds more tensors than it says."""
 
-    def store(self, held, value, start, clock: Clock):  # type: ignore[no-untyped-def]
+    def store(self, cached, value, run_input, clock: Clock):  # type: ignore[no-untyped-def]
         return [value, value]
 
-    def reuse(self, held, start, clock: Clock):  # type: ignore[no-untyped-def]
-        return held[0]
+    def reuse(self, cached, run_input, clock: Clock):  # type: ignore[no-untyped-def]
+        return cached[0]
 
 
 def test_a_strategy_that_holds_more_than_it_says_is_refused() -> None:
@@ -207,7 +207,7 @@ def test_a_name_of_the_caches_own_operands_is_refused() -> None:
         program.graph.create_node(
             "call_function", torch.ops.aten.neg.default, (node,), name="forced"
         )
-    with pytest.raises(VerifyError, match=r"\['forced'\] are names of the cache's own operands"):
+    with pytest.raises(VerifyError, match=r"\['forced'\] are reserved names"):
         verify(program)
 
 
@@ -236,13 +236,13 @@ def test_without_any_one_pass_a_computed_step_is_the_models_own(name: str) -> No
     run_passes(program, DEEP, skip={name})
     variants = lower_variants(program)
     given = dict(zip(program.inputs, inputs().values(), strict=True))
-    given |= {n: spec.zeros() for n, spec in variants.held.items()}
+    given |= {n: spec.zeros() for n, spec in variants.cached.items()}
     results = variants.compute.run(*variants.compute.operands(given))
     assert torch.equal(results[0], want[0])
 
 
 def test_a_pass_that_there_is_not_cannot_be_left_out() -> None:
-    with pytest.raises(OptionError, match=r"skip=\['sinking'\]: names of passes"):
+    with pytest.raises(OptionError, match=r"skip=\['sinking'\]: the names of passes"):
         run_passes(captured(DEEP), DEEP, skip={"sinking"})
 
 

@@ -61,11 +61,11 @@ def forward(self, x, timestep, text):
         self.assertExpectedInline(
             code(variants_of(DEEP).reuse.gm),
             """\
-def forward(self, held_getitem_4_0, timestep):
+def forward(self, cached_getitem_4_0, timestep):
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
     model_time_embedder = self.model.time_embedder(unsqueeze)
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
-    add_1 = torch.ops.aten.add.Tensor(held_getitem_4_0, unsqueeze_1)
+    add_1 = torch.ops.aten.add.Tensor(cached_getitem_4_0, unsqueeze_1)
     model_proj_out = self.model.proj_out(add_1)
     return (model_proj_out,)
 """,
@@ -75,14 +75,14 @@ def forward(self, held_getitem_4_0, timestep):
         self.assertExpectedInline(
             code(variants_of(TEA).reuse.gm),
             """\
-def forward(self, held_getitem_4_0, x, timestep):
+def forward(self, cached_getitem_4_0, x, timestep):
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
     model_time_embedder = self.model.time_embedder(unsqueeze)
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
     model_x_embedder = self.model.x_embedder(x)
     model_positions = self.model.positions
     add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
-    add_1 = torch.ops.aten.add.Tensor(add, held_getitem_4_0)
+    add_1 = torch.ops.aten.add.Tensor(add, cached_getitem_4_0)
     add_2 = torch.ops.aten.add.Tensor(add_1, unsqueeze_1)
     model_proj_out = self.model.proj_out(add_2)
     return (model_proj_out,)
@@ -94,7 +94,7 @@ def forward(self, held_getitem_4_0, x, timestep):
         self.assertExpectedInline(
             code(variants.compute.gm),
             """\
-def forward(self, distance, computed, held_getitem_4_0, held_getitem_4_1, x, timestep, text):
+def forward(self, distance, computed, cached_getitem_4_0, cached_getitem_4_1, x, timestep, text):
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
     model_time_embedder = self.model.time_embedder(unsqueeze)
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
@@ -113,14 +113,14 @@ def forward(self, distance, computed, held_getitem_4_0, held_getitem_4_1, x, tim
     gt = torch.ops.aten.gt.Scalar(computed, 0)
     gt_1 = torch.ops.aten.gt.Scalar(distance, 0)
     bitwise_and = torch.ops.aten.bitwise_and.Tensor(gt, gt_1)
-    sub = torch.ops.aten.sub.Tensor(getitem_4, held_getitem_4_0)
+    sub = torch.ops.aten.sub.Tensor(getitem_4, cached_getitem_4_0)
     scalar_tensor = torch.ops.aten.scalar_tensor.default(inf, dtype = torch.float64, layout = torch.strided, device = device(type='cpu'))
     where = torch.ops.aten.where.self(bitwise_and, distance, scalar_tensor)
     div = torch.ops.aten.div.Tensor(sub, where)
     gt_2 = torch.ops.aten.gt.Scalar(computed, 0)
     eq = torch.ops.aten.eq.Scalar(distance, 0)
     bitwise_and_1 = torch.ops.aten.bitwise_and.Tensor(gt_2, eq)
-    where_1 = torch.ops.aten.where.self(bitwise_and_1, held_getitem_4_1, div)
+    where_1 = torch.ops.aten.where.self(bitwise_and_1, cached_getitem_4_1, div)
     add_1 = torch.ops.aten.add.Tensor(getitem_4, unsqueeze_1)
     model_proj_out = self.model.proj_out(add_1)
     return (model_proj_out, getitem_4, where_1)
@@ -129,14 +129,14 @@ def forward(self, distance, computed, held_getitem_4_0, held_getitem_4_1, x, tim
         self.assertExpectedInline(
             code(variants.reuse.gm),
             """\
-def forward(self, distance, held_getitem_4_0, held_getitem_4_1, timestep):
+def forward(self, distance, cached_getitem_4_0, cached_getitem_4_1, timestep):
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
     model_time_embedder = self.model.time_embedder(unsqueeze)
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
     pow_1 = torch.ops.aten.pow.Tensor_Scalar(distance, 1)
     div = torch.ops.aten.div.Tensor(pow_1, 1)
-    mul = torch.ops.aten.mul.Tensor(held_getitem_4_1, div)
-    add = torch.ops.aten.add.Tensor(held_getitem_4_0, mul)
+    mul = torch.ops.aten.mul.Tensor(cached_getitem_4_1, div)
+    add = torch.ops.aten.add.Tensor(cached_getitem_4_0, mul)
     add_1 = torch.ops.aten.add.Tensor(add, unsqueeze_1)
     model_proj_out = self.model.proj_out(add_1)
     return (model_proj_out,)
@@ -147,8 +147,8 @@ def forward(self, distance, held_getitem_4_0, held_getitem_4_1, timestep):
         self.assertExpectedInline(
             code(variants_of(DEEP, EndsWithBlocks()).reuse.gm),
             """\
-def forward(self, held_getitem_4_0):
-    return (held_getitem_4_0,)
+def forward(self, cached_getitem_4_0):
+    return (cached_getitem_4_0,)
 """,
         )
 
@@ -194,12 +194,12 @@ def forward(self, add, timestep, text):
         self.assertExpectedInline(
             code(variants_of(strategy).reuse.gm),
             """\
-def forward(self, held_getitem_0, held_getitem_1_0, held_getitem_4_0, timestep):
+def forward(self, cached_getitem_0, cached_getitem_1_0, cached_getitem_4_0, timestep):
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
     model_time_embedder = self.model.time_embedder(unsqueeze)
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
-    model_blocks_1 = getattr(self.model.blocks, "1")(held_getitem_0, held_getitem_1_0, unsqueeze_1)
-    add_1 = torch.ops.aten.add.Tensor(held_getitem_4_0, unsqueeze_1)
+    model_blocks_1 = getattr(self.model.blocks, "1")(cached_getitem_0, cached_getitem_1_0, unsqueeze_1)
+    add_1 = torch.ops.aten.add.Tensor(cached_getitem_4_0, unsqueeze_1)
     model_proj_out = self.model.proj_out(add_1)
     return (model_proj_out,)
 """,
@@ -217,7 +217,7 @@ def test_variants_are_the_same_where_no_block_is_cached() -> None:
     always = DeepCache(no_cache_steps=[0], no_cache_block_id={"blocks": {0, 1, 2}})
     variants = variants_of(always)
     assert code(variants.compute.gm) == code(variants.reuse.gm)
-    assert variants.held == {}
+    assert variants.cached == {}
 
 
 class OneGraph(TestCase):
@@ -226,11 +226,11 @@ class OneGraph(TestCase):
         self.assertExpectedInline(
             code(gm),
             """\
-def forward(self, forced, held_getitem_4_0, x, timestep, text):
+def forward(self, forced, cached_getitem_4_0, x, timestep, text):
     reshape_default = torch.ops.aten.reshape.default(forced, [])
     compute = self.compute
     reuse = self.reuse
-    cond = torch.cond(reshape_default, compute, reuse, (held_getitem_4_0, x, timestep, text))
+    cond = torch.cond(reshape_default, compute, reuse, (cached_getitem_4_0, x, timestep, text))
     getitem = cond[0]
     getitem_1 = cond[1]
     return (getitem, getitem_1)
@@ -239,7 +239,7 @@ def forward(self, forced, held_getitem_4_0, x, timestep, text):
         self.assertExpectedInline(
             code(_branch(gm, "compute")),
             """\
-def forward(self, held_getitem_4_0, x, timestep, text):
+def forward(self, cached_getitem_4_0, x, timestep, text):
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
     model_time_embedder = self.model.time_embedder(unsqueeze)
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
@@ -265,11 +265,11 @@ def forward(self, held_getitem_4_0, x, timestep, text):
         self.assertExpectedInline(
             code(_branch(gm, "reuse")),
             """\
-def forward(self, held_getitem_4_0, x, timestep, text):
+def forward(self, cached_getitem_4_0, x, timestep, text):
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
     model_time_embedder = self.model.time_embedder(unsqueeze)
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
-    add_1 = torch.ops.aten.add.Tensor(held_getitem_4_0, unsqueeze_1)
+    add_1 = torch.ops.aten.add.Tensor(cached_getitem_4_0, unsqueeze_1)
     model_proj_out = self.model.proj_out(add_1)
     clone_default = torch.ops.aten.clone.default(model_proj_out, memory_format = torch.contiguous_format)
     empty_memory_format = torch.ops.aten.empty.memory_format([2, 16, 8], dtype = torch.float32, device = device(type='cpu'))
@@ -282,7 +282,7 @@ def forward(self, held_getitem_4_0, x, timestep, text):
         self.assertExpectedInline(
             code(gm),
             """\
-def forward(self, forced, fresh, state_0, state_1, held_getitem_4_0, x, timestep, text):
+def forward(self, forced, fresh, state_0, state_1, cached_getitem_4_0, x, timestep, text):
     reshape_default = torch.ops.aten.reshape.default(forced, [])
     reshape_default_1 = torch.ops.aten.reshape.default(fresh, [])
     reshape_default_2 = torch.ops.aten.reshape.default(state_1, [])
@@ -340,7 +340,7 @@ def forward(self, forced, fresh, state_0, state_1, held_getitem_4_0, x, timestep
     getitem_1 = unbind[1]
     compute = self.compute
     reuse = self.reuse
-    cond = torch.cond(getitem, compute, reuse, (held_getitem_4_0, timestep, text, reshape_default_7))
+    cond = torch.cond(getitem, compute, reuse, (cached_getitem_4_0, timestep, text, reshape_default_7))
     getitem_2 = cond[0]
     getitem_3 = cond[1]
     return (getitem_2, getitem_3, getitem, getitem_1, where_1, where_2, where_3)
@@ -349,12 +349,12 @@ def forward(self, forced, fresh, state_0, state_1, held_getitem_4_0, x, timestep
         self.assertExpectedInline(
             code(_branch(gm, "reuse")),
             """\
-def forward(self, held_getitem_4_0, timestep, text, add):
+def forward(self, cached_getitem_4_0, timestep, text, add):
     reshape_default = torch.ops.aten.reshape.default(add, [2, 16, 8])
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
     model_time_embedder = self.model.time_embedder(unsqueeze)
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
-    add_1 = torch.ops.aten.add.Tensor(reshape_default, held_getitem_4_0)
+    add_1 = torch.ops.aten.add.Tensor(reshape_default, cached_getitem_4_0)
     add_2 = torch.ops.aten.add.Tensor(add_1, unsqueeze_1)
     model_proj_out = self.model.proj_out(add_2)
     clone_default = torch.ops.aten.clone.default(model_proj_out, memory_format = torch.contiguous_format)
@@ -369,13 +369,13 @@ def forward(self, held_getitem_4_0, timestep, text, add):
         self.assertExpectedInline(
             code(gm),
             """\
-def forward(self, forced, distance, computed, held_getitem_4_0, held_getitem_4_1, x, timestep, text):
+def forward(self, forced, distance, computed, cached_getitem_4_0, cached_getitem_4_1, x, timestep, text):
     reshape_default = torch.ops.aten.reshape.default(forced, [])
     reshape_default_1 = torch.ops.aten.reshape.default(distance, [])
     reshape_default_2 = torch.ops.aten.reshape.default(computed, [])
     compute = self.compute
     reuse = self.reuse
-    cond = torch.cond(reshape_default, compute, reuse, (reshape_default_1, reshape_default_2, held_getitem_4_0, held_getitem_4_1, x, timestep, text))
+    cond = torch.cond(reshape_default, compute, reuse, (reshape_default_1, reshape_default_2, cached_getitem_4_0, cached_getitem_4_1, x, timestep, text))
     getitem = cond[0]
     getitem_1 = cond[1]
     getitem_2 = cond[2]
@@ -385,19 +385,19 @@ def forward(self, forced, distance, computed, held_getitem_4_0, held_getitem_4_1
         self.assertExpectedInline(
             code(_branch(gm, "reuse")),
             """\
-def forward(self, distance, computed, held_getitem_4_0, held_getitem_4_1, x, timestep, text):
+def forward(self, distance, computed, cached_getitem_4_0, cached_getitem_4_1, x, timestep, text):
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
     model_time_embedder = self.model.time_embedder(unsqueeze)
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
     pow_1 = torch.ops.aten.pow.Tensor_Scalar(distance, 1)
     div = torch.ops.aten.div.Tensor(pow_1, 1)
-    mul = torch.ops.aten.mul.Tensor(held_getitem_4_1, div)
-    add = torch.ops.aten.add.Tensor(held_getitem_4_0, mul)
+    mul = torch.ops.aten.mul.Tensor(cached_getitem_4_1, div)
+    add = torch.ops.aten.add.Tensor(cached_getitem_4_0, mul)
     add_1 = torch.ops.aten.add.Tensor(add, unsqueeze_1)
     model_proj_out = self.model.proj_out(add_1)
     clone_default = torch.ops.aten.clone.default(model_proj_out, memory_format = torch.contiguous_format)
-    clone_default_1 = torch.ops.aten.clone.default(held_getitem_4_0, memory_format = torch.contiguous_format)
-    clone_default_2 = torch.ops.aten.clone.default(held_getitem_4_1, memory_format = torch.contiguous_format)
+    clone_default_1 = torch.ops.aten.clone.default(cached_getitem_4_0, memory_format = torch.contiguous_format)
+    clone_default_2 = torch.ops.aten.clone.default(cached_getitem_4_1, memory_format = torch.contiguous_format)
     return (clone_default, clone_default_1, clone_default_2)
 """,
         )
@@ -504,11 +504,11 @@ def forward(self, x, timestep, text):
         self.assertExpectedInline(
             code(one.part.gm),
             """\
-def forward(self, forced, held_getitem_4_0, timestep, add, model_text_embedder):
+def forward(self, forced, cached_getitem_4_0, timestep, add, model_text_embedder):
     reshape_default = torch.ops.aten.reshape.default(forced, [])
     compute = self.compute
     reuse = self.reuse
-    cond = torch.cond(reshape_default, compute, reuse, (held_getitem_4_0, timestep, add, model_text_embedder))
+    cond = torch.cond(reshape_default, compute, reuse, (cached_getitem_4_0, timestep, add, model_text_embedder))
     getitem = cond[0]
     getitem_1 = cond[1]
     return (getitem, getitem_1)

@@ -120,7 +120,7 @@ def forward(self, x, timestep, text):
         self.assertExpectedInline(
             code(program.gm.run_0_compute),
             """\
-def forward(self, held_getitem_4_0, distance, computed, gap, reach, way, unsqueeze_1, add, model_text_embedder):
+def forward(self, cached_getitem_4_0, distance, computed, gap, reach, way, unsqueeze_1, add, model_text_embedder):
     model_blocks_0 = getattr(self.model.blocks, "0")(add, model_text_embedder, unsqueeze_1)
     getitem = model_blocks_0[0]
     getitem_1 = model_blocks_0[1]
@@ -135,8 +135,8 @@ def forward(self, held_getitem_4_0, distance, computed, gap, reach, way, unsquee
         self.assertExpectedInline(
             code(program.gm.run_0_reuse),
             """\
-def forward(self, held_getitem_4_0, distance, computed, gap, reach, way):
-    return (held_getitem_4_0,)
+def forward(self, cached_getitem_4_0, distance, computed, gap, reach, way):
+    return (cached_getitem_4_0,)
 """,
         )
 
@@ -161,7 +161,7 @@ def forward(self, x, timestep, text):
         self.assertExpectedInline(
             code(program.gm.run_0_compute),
             """\
-def forward(self, held_getitem_4_0, distance, computed, gap, reach, way, x, text, unsqueeze_1):
+def forward(self, cached_getitem_4_0, distance, computed, gap, reach, way, x, text, unsqueeze_1):
     model_x_embedder = self.model.x_embedder(x)
     model_positions = self.model.positions
     add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
@@ -202,8 +202,8 @@ def forward(self, x, timestep, text):
         self.assertExpectedInline(
             code(program.gm.run_0_reuse),
             """\
-def forward(self, held_getitem_4_0, distance, computed, gap, reach, way, add):
-    add_1 = torch.ops.aten.add.Tensor(add, held_getitem_4_0)
+def forward(self, cached_getitem_4_0, distance, computed, gap, reach, way, add):
+    add_1 = torch.ops.aten.add.Tensor(add, cached_getitem_4_0)
     return (add_1,)
 """,
         )
@@ -235,11 +235,11 @@ def forward(self, x, timestep, text):
         self.assertExpectedInline(
             code(program.gm.run_0_reuse),
             """\
-def forward(self, held_getitem_4_0, held_getitem_4_1, distance, computed, gap, reach, way):
+def forward(self, cached_getitem_4_0, cached_getitem_4_1, distance, computed, gap, reach, way):
     pow_1 = torch.ops.aten.pow.Tensor_Scalar(distance, 1)
     div = torch.ops.aten.div.Tensor(pow_1, 1)
-    mul = torch.ops.aten.mul.Tensor(held_getitem_4_1, div)
-    add = torch.ops.aten.add.Tensor(held_getitem_4_0, mul)
+    mul = torch.ops.aten.mul.Tensor(cached_getitem_4_1, div)
+    add = torch.ops.aten.add.Tensor(cached_getitem_4_0, mul)
     return (add,)
 """,
         )
@@ -287,6 +287,23 @@ def test_forward_slices_takes_whole_parts_only() -> None:
     after = passed(DEEP, "forward_slices", _LastPart())
     (piece,) = [n for n in after.graph.nodes if n.target is torch.ops.aten.slice.Tensor]
     assert piece.args[1:] == (1, 0, 15)
+
+
+class _EveryOther(Toy):
+    """Takes every other row of the first part of a joined sequence."""
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        temb = self.time_embedder(timestep[:, None])[:, None]
+        img, txt = self.x_embedder(x), self.text_embedder(text)
+        for block in self.blocks:
+            img, txt = block(img, txt, temb)
+        return self.proj_out(torch.cat([img, txt], dim=1)[:, :16:2])
+
+
+def test_forward_slices_leaves_every_other_row() -> None:
+    after = passed(DEEP, "forward_slices", _EveryOther())
+    (rows,) = [n for n in after.graph.nodes if n.target is torch.ops.aten.slice.Tensor]
+    assert rows.args[1:] == (1, 0, 16, 2)
 
 
 class _Masked(Toy):
@@ -366,7 +383,7 @@ def test_a_value_read_behind_the_run_is_held(strategy: Strategy) -> None:
 def test_a_slice_of_a_joined_stream_starts_from_its_part() -> None:
     program = passed(TeaCache(no_cache_steps=[0]), "find_values", _Joined())
     (region,) = program.regions
-    assert region.inputs == ("model_x_embedder",)
+    assert region.run_inputs == ("model_x_embedder",)
     (value,) = region.values
     assert program.node(value).target is torch.ops.aten.slice.Tensor
 

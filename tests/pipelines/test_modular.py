@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import dit_cache_fx
 from dit_cache_fx import CachedModel
-from dit_cache_fx.runtime.hooked import Hooked, Hooks
+from dit_cache_fx.runtime.tracking.hooks import Hooked, Hooks
 from tests.pipelines.blocks import blocks_of, replaced_forwards
 from tests.pipelines.families import flux, wan
 from tests.pipelines.families.wan22 import build as build_wan22

@@ -55,8 +55,8 @@ def test_explain_is_meant_to_be_read() -> None:
 
 
 EXPLAINED = """
-deepcache: computes on a generation's first step, on steps 0, 2 (2 in all), where nothing is held; \
-all other steps are reused
+deepcache: computes on a generation's first step, on steps 0, 2 (2 in all), and when nothing is \
+held; all other steps are reused
 graph 1, for x[1, 6, 8], timestep[1], text[1, 4, 8]
   block lists: blocks (3 blocks)
   timestep: argument 'timestep'
@@ -68,7 +68,7 @@ graph 1, for x[1, 6, 8], timestep[1], text[1, 4, 8]
   data guards: none
   nodes: 14 captured, 14 on a computed step, 11 on a reused step
   a reused step executes:
-    reused_step(held_model_blocks_0_0, held_model_blocks_2_0, timestep, text):
+    reused_step(cached_model_blocks_0_0, cached_model_blocks_2_0, timestep, text):
         mul = aten.mul.Tensor(timestep, 0.01)
         cos = aten.cos.default(mul)
         sin = aten.sin.default(mul)
@@ -77,8 +77,8 @@ graph 1, for x[1, 6, 8], timestep[1], text[1, 4, 8]
         model_text_in = model.text_in(text)
         mean = aten.mean.dim(model_text_in, [1])
         add = aten.add.Tensor(model_time_linear, mean)
-        model_blocks_1 = model.blocks.1(held_model_blocks_0_0, add)
-        model_head = model.head(held_model_blocks_2_0)
+        model_blocks_1 = model.blocks.1(cached_model_blocks_0_0, add)
+        model_head = model.head(cached_model_blocks_2_0)
         mul_1 = aten.mul.Tensor(model_head, 1.0)
         return (mul_1,)
 """
@@ -116,9 +116,7 @@ def test_explain_of_a_rule_shows_what_runs_before_its_decision() -> None:
     cached = cached_toy("teacache", rel_l1_thresh=0.2)
     sample(cached, 2)
     text = str(cached.explain())
-    assert (
-        "its own rule on the first block's modulated input says so (measured against 0.2)" in text
-    )
+    assert "its rule on the first block's modulated input decides so (measured against 0.2)" in text
     assert "before_the_decision(x, timestep, text):" in text
     assert "holds model_blocks_2 of blocks.2, less model_embed: " in text
 
@@ -278,7 +276,7 @@ def test_plot_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch
 
 
 def test_plot_before_the_first_call() -> None:
-    with pytest.raises(DitCacheError, match="Call the cached model first"):
+    with pytest.raises(DitCacheError, match="call the cached model first"):
         cached_toy().plot()
 
 
@@ -368,9 +366,9 @@ def test_logs_say_why_a_call_is_captured(caplog: pytest.LogCaptureFixture) -> No
         "torch.float32[1, 6, 8] on cpu" in text
     )
     assert re.search(
-        r"a graph is not for this call: it reads \S+ of text: .* \(captured with", text
+        r"a graph is not valid for this call: it reads \S+ of text: .* \(captured with", text
     )
-    assert "capturing: none of the 1 graphs for such inputs is for this call" in text
+    assert "capturing: none of the 1 graphs for such inputs fits this call" in text
     assert "the model has changed since the capture: gain of the model: 1.0 -> 2.0" in text
 
 
@@ -441,7 +439,7 @@ def test_torch_logs_and_torch_trace_show_it_in_compiled_mode(tmp_path: Path) -> 
     assert {f"dit_cache_fx_{name}" for name in names} <= found.keys()
     assert "model.blocks.1(" in found["dit_cache_fx_captured"]
     assert "model.blocks.1(" in found["dit_cache_fx_compute"]
-    assert "model.blocks" not in found["dit_cache_fx_reuse"].replace("held_model_blocks", "")
+    assert "model.blocks" not in found["dit_cache_fx_reuse"].replace("cached_model_blocks", "")
     assert "cache_or_compute(" in found["dit_cache_fx_after_dead_code"]
     assert "cond(" in found["dit_cache_fx_one_graph"]
     read_by_tlparse(trace, tmp_path / "out", set(found))

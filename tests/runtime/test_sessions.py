@@ -12,10 +12,11 @@ from weakref import ref
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import dit_cache_fx
 from dit_cache_fx import OptionError
-from tests.toys import TOY, ByHand, ToyDiT, generation, make, toy_inputs
+from tests.toys import TOY, Block, ByHand, ToyDiT, generation, make, toy_inputs
 
 #: computed steps of a generation of six
 STEPS = {0, 2, 3}
@@ -105,7 +106,7 @@ def test_what_a_session_holds_is_freed_when_it_is_closed_or_dropped() -> None:
             cache(**toy_inputs(1000.0))
         assert session.bytes_held == cache.cache_report().bytes_held > 0
         (branch,) = session.branches
-        held.append(ref(branch.held[0].tensor))
+        held.append(ref(branch.cached[0].tensor))
         del branch
         if close:
             session.close()
@@ -120,6 +121,50 @@ def test_a_closed_session_cannot_be_entered() -> None:
     session.close()
     with pytest.raises(OptionError, match=r"session='closed': a new one: cached.new_session\(\)"):
         session.__enter__()
+
+
+class _MeetingBlock(Block):
+    """Notes whether another thread's call is in it at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["meeting"] = threading.Barrier(2)
+        self.__dict__["patience"] = 0.0
+        self.__dict__["met"] = []
+
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        with suppress(threading.BrokenBarrierError):
+            self.__dict__["meeting"].wait(self.__dict__["patience"])
+            self.__dict__["met"].append(True)
+        return super().forward(h, c)
+
+
+class _MeetingDiT(ToyDiT):
+    def block(self) -> nn.Module:
+        return _MeetingBlock()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_threads_in_one_session_take_turns(shared: bool) -> None:
+    """Calls of two sessions run at a time, those of one session do not."""
+    model = make(_MeetingDiT, depth=1)
+    cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps=range(6), check=False)
+    cached(**toy_inputs(900.0))
+    sessions = [cached.new_session()] * 2 if shared else [cached.new_session() for _ in range(2)]
+
+    def call(session: Any, prompt: int) -> None:
+        with torch.no_grad(), session:
+            cached(**toy_inputs(900.0, prompt=prompt))
+
+    (block,) = model.blocks
+    block.__dict__["meeting"].reset()
+    block.__dict__["patience"] = 0.5 if shared else 60.0
+    threads = [threading.Thread(target=call, args=(s, i)) for i, s in enumerate(sessions)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert bool(block.__dict__["met"]) is not shared
 
 
 def test_sessions_nest_and_end_with_an_exception() -> None:

@@ -22,11 +22,11 @@ from dit_cache_fx.dynamo.parts import _AtFirstCall
 from dit_cache_fx.helpers import DeepCacheHelper
 from dit_cache_fx.lowering import Part
 from dit_cache_fx.runtime import execution
-from dit_cache_fx.runtime.branches import Branch
 from dit_cache_fx.runtime.drive import Compiler, drive
+from dit_cache_fx.runtime.entry import input_key
 from dit_cache_fx.runtime.first_runs import FirstRuns
-from dit_cache_fx.runtime.graphs import input_key
 from dit_cache_fx.runtime.step import Step
+from dit_cache_fx.runtime.tracking.branches import Branch
 from tests.compile.compiling import RULE, Counting
 from tests.toys import MaskedDiT, ToyDiT, make, toy_inputs
 
@@ -245,7 +245,7 @@ def test_a_compiled_kind_of_step_is_compiled_once() -> None:
     cached, counting = eager(make(ToyDiT), *OPTIONS[0]), Counting()
     entry, call, _ = cached._captured((), inputs(0))
     compiler = execution.StepCompiler({"backend": counting})
-    step = Step(cached._engine.subject.strategy, Branch(), 0, entry.variants.held)
+    step = Step(cached._engine.subject.strategy, Branch(), 0, entry.variants.cached)
 
     def run() -> Sequence[Tensor]:
         part = compiler.compiled(entry.variants).variants.compute
@@ -268,7 +268,7 @@ def test_one_graph_is_lowered_and_compiled_once(apart: bool) -> None:
 
     @torch.compiler.disable
     def serving(callback: Any) -> Any:
-        step = Step(strategy, Branch(), 0, entry.variants.held)
+        step = Step(strategy, Branch(), 0, entry.variants.cached)
         watched.append(entry.compiled_steps if apart else entry.one_graph)
         return execution.watched(entry, step, call, Compiler(callback))
 
@@ -358,6 +358,8 @@ def test_a_first_run_goes_alone_until_it_succeeds() -> None:
             firsts.append(first)
             if error:
                 raise ZeroDivisionError
+            if first:
+                threading.Event().wait(0.3)  # the others come meanwhile
 
     with pytest.raises(ZeroDivisionError):
         run(error=True)

@@ -1,6 +1,6 @@
-"""Makes `docs/scenarios.md`: `python -m tests.scenarios.page`.
+"""Run every scenario's test and write `docs/scenarios.md`: `python -m tests.scenarios.page`.
 
-It runs every scenario's test, and writes what they gave. Takes some minutes.
+This takes some minutes.
 """
 
 from __future__ import annotations
@@ -15,15 +15,19 @@ import pytest
 from tests.scenarios.registry import OWN, ROOT, SCENARIOS, SECTIONS, Scenario
 
 PAGE = ROOT / "docs" / "scenarios.md"
-COLUMNS = ("scenario", "source", "what went wrong there", "here", "test")
+COLUMNS = ("scenario", "source", "fault elsewhere", "behavior here", "test")
 FAILS, NOT_RUN = "**fails**", "not run"
 
 INTRODUCTION = """\
-# Scenarios that were tried
+# Tested scenarios
 
-Made by `python -m tests.scenarios.page`, not by hand: ways of using a step cache that were reported
-to other projects ("source": the thread), or that were found by trying ("own"). Each is a test that
-asserts the right value: bit by bit what is done by hand, or what the uncached model gives.
+Step caches often fail when something around them changes: another request, another size, another
+LoRA. Each row is such a case, with a test that asserts the right values: the test compares with a
+reference written by hand, or with the model without a cache.
+
+*Source* is the thread in the project that reported the fault, or "own" if it was found here.
+
+`python -m tests.scenarios.page` runs the tests and writes this page.
 
 {versions}
 
@@ -31,7 +35,7 @@ asserts the right value: bit by bit what is done by hand, or what the uncached m
 
 
 class Outcomes:
-    """A pytest plugin: what the tests of each node id gave."""
+    """A pytest plugin that records the outcome of each test."""
 
     def __init__(self) -> None:
         self._seen: dict[str, set[str]] = {}
@@ -53,7 +57,7 @@ class Outcomes:
 
 
 def ran(scenarios: Sequence[Scenario] = SCENARIOS) -> dict[Scenario, str]:
-    """Run the tests: what each scenario gave."""
+    """Run the tests and return the outcome of each scenario."""
     outcomes = Outcomes()
     nodes = sorted({str(ROOT / scenario.node) for scenario in scenarios})
     pytest.main(["-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", *nodes], [outcomes])
@@ -82,14 +86,14 @@ def line(cells: Iterable[str]) -> str:
 
 
 def versions() -> str:
-    """Which versions the page is of. Nothing is imported for it: pytest wants to do that."""
+    """The versions that the page is about. Nothing is imported for it; pytest must import first."""
     return f"torch {version('torch').split('+')[0]}, diffusers {version('diffusers')}, on a CPU."
 
 
 def _count(outcomes: Mapping[Scenario, str]) -> str:
     good = sum(outcome == "passed" for outcome in outcomes.values())
     reported = sum(scenario.source != OWN for scenario in outcomes)
-    return f"{good} of {len(outcomes)} are as they should be; {reported} are other projects'."
+    return f"{good} of {len(outcomes)} scenarios pass; {reported} were reported to other projects."
 
 
 def _main(target: Path = PAGE) -> int:

@@ -86,7 +86,7 @@ def test_names_that_there_are_not(name: str) -> None:
 
 
 def test_a_name_without_a_threshold() -> None:
-    with pytest.raises(OptionError, match="only used with rel_l1_thresh: give both"):
+    with pytest.raises(OptionError, match="only used with rel_l1_thresh: pass both"):
         TeaCache(no_cache_steps={0}, coefficients="flux")
 
 

@@ -205,7 +205,7 @@ def test_branches_of_guidance() -> None:
 
 def held_by(cached: CachedModel) -> list[Any]:
     (session,) = cached._engine.call_log.tracker.sessions()
-    return session.branches[0].held
+    return session.branches[0].cached
 
 
 @pytest.mark.parametrize("at", [5, 7, 8])
@@ -319,15 +319,15 @@ FADING = Course(ListedSteps(frozenset({0, 2, 5})), 6, (10.0, 9.0, 8.0, 6.0, 4.0,
 )
 def test_the_gap_fades_by_the_share_of_the_way_left(last: int, step: int, kept: float) -> None:
     full = replace(FADING, fading=False)
-    assert FADING.kept(last, step) == pytest.approx(kept)
+    assert FADING.share(last, step) == pytest.approx(kept)
     assert FADING.gap(last, step) == pytest.approx([kept * g for g in full.gap(last, step)])
 
 
 def test_where_a_rule_decides_the_last_interval_tells_what_is_kept() -> None:
     course = Course(None, 10, ruled=True, fading=True)
-    assert course.kept(0, 4) == pytest.approx(1 - 4 / 6)
-    assert course.kept(0, 6) == 0  # an interval as long as the last would pass the end
-    assert Course(None, ruled=True, fading=True).kept(0, 4) == 1  # no end is known
+    assert course.share(0, 4) == pytest.approx(1 - 4 / 6)
+    assert course.share(0, 6) == 0  # an interval as long as the last would pass the end
+    assert Course(None, ruled=True, fading=True).share(0, 4) == 1  # no end is known
 
 
 def test_the_way_is_a_share_of_the_whole() -> None:

@@ -26,11 +26,11 @@ STEPS = frozenset({0, 3})
 class Own(Strategy):
     """Holds the value; tests replace parts of it."""
 
-    def store(self, held: Any, value: Tensor, start: Any, clock: Any) -> Any:
+    def store(self, cached: Any, value: Tensor, run_input: Any, clock: Any) -> Any:
         return [value]
 
-    def reuse(self, held: Any, start: Any, clock: Any) -> Any:
-        return held[0]
+    def reuse(self, cached: Any, run_input: Any, clock: Any) -> Any:
+        return cached[0]
 
 
 def own(name: str, function: Callable[..., Any], **more: Any) -> Strategy:
@@ -50,66 +50,69 @@ SPEC = "torch.float32[1, 6, 8] on cpu"
 
 
 def _store(result: Callable[..., Any]) -> Callable[..., Any]:
-    def store(self: Any, held: Any, value: Any, start: Any, clock: Any) -> Any:
-        return result(held, value, clock)
+    def store(self: Any, cached: Any, value: Any, run_input: Any, clock: Any) -> Any:
+        return result(cached, value, clock)
 
     return store
 
 
 def _reuse(result: Callable[..., Any]) -> Callable[..., Any]:
-    def reuse(self: Any, held: Any, start: Any, clock: Any) -> Any:
-        return result(held, clock)
+    def reuse(self: Any, cached: Any, run_input: Any, clock: Any) -> Any:
+        return result(cached, clock)
 
     return reuse
 
 
 REFUSED = {
     "dtype": (
-        _store(lambda held, value, clock: [value.double()]),
-        ["store gave torch.float64[1, 6, 8] on cpu", f"right is {SPEC}", "slots()"],
+        _store(lambda cached, value, clock: [value.double()]),
+        ["store gave torch.float64[1, 6, 8] on cpu", f"expected {SPEC}", "slots()"],
     ),
     "shape": (
-        _store(lambda held, value, clock: [value.mean(1, keepdim=True)]),
-        ["store gave torch.float32[1, 1, 8] on cpu", f"right is {SPEC}"],
+        _store(lambda cached, value, clock: [value.mean(1, keepdim=True)]),
+        ["store gave torch.float32[1, 1, 8] on cpu", f"expected {SPEC}"],
     ),
     "one too many": (
-        _store(lambda held, value, clock: [value, value]),
+        _store(lambda cached, value, clock: [value, value]),
         ["store gave 2 tensors, 1 expected: as many as slots()"],
     ),
-    "no list": (_store(lambda held, value, clock: value), ["store gave torch.float32[1, 6, 8]"]),
-    "nothing": (_store(lambda held, value, clock: None), ["store gave NoneType None"]),
+    "no list": (_store(lambda cached, value, clock: value), ["store gave torch.float32[1, 6, 8]"]),
+    "nothing": (_store(lambda cached, value, clock: None), ["store gave NoneType None"]),
     "changes value": (
-        _store(lambda held, value, clock: [value.add_(1)]),
+        _store(lambda cached, value, clock: [value.add_(1)]),
         ["store changes value in place", "x.add_(1)"],
     ),
     "changes a view": (
-        _store(lambda held, value, clock: [value, value[:, 0].zero_()][:1]),
+        _store(lambda cached, value, clock: [value, value[:, 0].zero_()][:1]),
         ["store changes value in place"],
     ),
-    "changes held": (
-        _reuse(lambda held, clock: held[0].mul_(0.9)),
-        ["reuse changes held[0] in place"],
+    "changes cached": (
+        _reuse(lambda cached, clock: cached[0].mul_(0.9)),
+        ["reuse changes cached[0] in place"],
     ),
     "changes the clock": (
-        _reuse(lambda held, clock: held[0] + clock.distance.add_(1)),
+        _reuse(lambda cached, clock: cached[0] + clock.distance.add_(1)),
         ["reuse changes clock.distance in place"],
     ),
     "branches": (
-        _reuse(lambda held, clock: held[0] if clock.distance < 2 else held[0] * 0.5),
-        ["reuse reads a value out of a tensor", "clock", "torch.where"],
+        _reuse(lambda cached, clock: cached[0] if clock.distance < 2 else cached[0] * 0.5),
+        ["reuse reads a value from a tensor", "clock", "torch.where"],
     ),
     "reads": (
-        _reuse(lambda held, clock: held[0] * float(clock.computed)),
-        ["reuse reads a value out of a tensor"],
+        _reuse(lambda cached, clock: cached[0] * float(clock.computed)),
+        ["reuse reads a value from a tensor"],
     ),
     "reuse dtype": (
-        _reuse(lambda held, clock: held[0].half()),
-        ["reuse gave torch.float16[1, 6, 8] on cpu", f"right is {SPEC}", "the value"],
+        _reuse(lambda cached, clock: cached[0].half()),
+        ["reuse gave torch.float16[1, 6, 8] on cpu", f"expected {SPEC}", "the value"],
     ),
-    "reuse list": (_reuse(lambda held, clock: [held[0]]), ["reuse gave list", f"right is {SPEC}"]),
+    "reuse list": (
+        _reuse(lambda cached, clock: [cached[0]]),
+        ["reuse gave list", f"expected {SPEC}"],
+    ),
     "fails": (
-        _store(lambda held, value, clock: [value @ value]),
-        ["store raises RuntimeError", f"held[0]: {SPEC}"],
+        _store(lambda cached, value, clock: [value @ value]),
+        ["store raises RuntimeError", f"cached[0]: {SPEC}"],
     ),
 }
 
@@ -124,10 +127,10 @@ def test_a_function_that_cannot_work_is_refused_by_name(case: str, check: bool) 
 
 
 def test_in_place_operations_on_tensors_of_its_own_are_fine() -> None:
-    def reuse(self: Any, held: Any, start: Any, clock: Any) -> Any:
-        total = held[0].clone()
+    def reuse(self: Any, cached: Any, run_input: Any, clock: Any) -> Any:
+        total = cached[0].clone()
         total[:, :1].add_(0.0)
-        total += held[0]
+        total += cached[0]
         return total.mul_(0.5)
 
     model = make(ToyDiT)
@@ -137,13 +140,13 @@ def test_in_place_operations_on_tensors_of_its_own_are_fine() -> None:
 
 
 def test_a_strategy_may_hold_nothing() -> None:
-    def store(self: Any, held: Any, value: Any, start: Any, clock: Any) -> Any:
+    def store(self: Any, cached: Any, value: Any, run_input: Any, clock: Any) -> Any:
         return []
 
-    def reuse(self: Any, held: Any, start: Any, clock: Any) -> Any:
-        return start
+    def reuse(self: Any, cached: Any, run_input: Any, clock: Any) -> Any:
+        return run_input
 
-    told = own("Skips", store, slots=lambda self: 0, reuse=reuse, reads_start=True)
+    told = own("Skips", store, slots=lambda self: 0, reuse=reuse, reads_run_input=True)
     model = make(ToyDiT)
     cached = dit_cache_fx.apply(model, told)
     for computes, inputs in generation(TOY, STEPS):
@@ -151,6 +154,41 @@ def test_a_strategy_may_hold_nothing() -> None:
         h = model.embed(inputs["x"])
         want = model.head(model.trunk(h, c) if computes else h)
         assert torch.equal(cached(**inputs), want)
+
+
+class _LongerRun(ToyDiT):
+    """The last block runs on twice as many tokens."""
+
+    def trunk(self, h: Tensor, c: Tensor) -> Tensor:
+        tokens = h.shape[1]
+        h = self.blocks[1](self.blocks[0](h, c), c)
+        return self.blocks[2](torch.cat([h, 2 * h], dim=1), c)[:, tokens:]
+
+
+def test_constants_of_each_function_and_run_are_its_own() -> None:
+    """They are called the same in the graphs of `store` and `measure`, and in those of two runs."""
+
+    def weights(value: Tensor) -> Tensor:
+        return torch.tensor([2.0**i for i in range(value.shape[1])])[:, None]
+
+    def store(self: Any, held: Any, value: Any, start: Any, clock: Any) -> Any:
+        return [value * weights(value)]
+
+    def measure(self: Any, held: Any, value: Any, start: Any, clock: Any) -> Any:
+        return value.mean().reshape(1) * torch.tensor([0.5])
+
+    def reuse(self: Any, held: Any, start: Any, clock: Any) -> Any:
+        return held[0] / weights(held[0])
+
+    told = type(own("Weighted", store)).__mro__[0]
+    strategy = type("Weighted", (told,), {"measure": measure, "reuse": reuse})(
+        no_cache_steps=STEPS, no_cache_block_id={"blocks": {1}}
+    )
+    model = make(_LongerRun)
+    cached = dit_cache_fx.apply(model, strategy)
+    by_hand = ByHand(model, ["blocks"], never=["blocks.1"])
+    follows(cached, by_hand, generation(TOY, STEPS))
+    assert actions(cached) == "CrrCrr"
 
 
 # --- rules ------------------------------------------------------------------------------------
@@ -205,7 +243,7 @@ REFUSED_RULES = {
     ),
     "other state": (
         _should_compute(lambda s, m, f: (f, (s.double().mean(),))),
-        ["should_compute gave torch.float64[] on cpu", "right is torch.float32[] on cpu"],
+        ["should_compute gave torch.float64[] on cpu", "expected torch.float32[] on cpu"],
     ),
     "more state": (
         _should_compute(lambda s, m, f: (f, (*m, f))),
@@ -254,7 +292,7 @@ def test_a_rule_that_branches_in_python_cannot_be_one_graph() -> None:
     for step in range(2):  # here each step asks it
         cached(**toy_inputs(900.0 - step))
     assert len(actions(cached)) == 2
-    told = "strategy Mine: should_compute reads a value out of a tensor"
+    told = "strategy Mine: should_compute reads a value from a tensor"
     compiled = torch.compile(cached, backend="eager", fullgraph=True)
     with pytest.raises(VerifyError, match=told):
         compiled(**toy_inputs(800.0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ class Looking(Ruled):
     def always_runs(self, position: int, blocks: int) -> bool:
         return position < 2 and "residual" in self.names
 
-    def measure(self, held: Any, value: Tensor, start: Any, clock: Clock) -> Tensor | None:
+    def measure(self, cached: Any, value: Tensor, run_input: Any, clock: Clock) -> Tensor | None:
         return value.sum()[None] if "measured" in self.names else None
 
     def should_compute(
@@ -152,13 +152,32 @@ def test_methods_of_old_names_work_with_one_warning() -> None:
                 return memory[0]
 
     text = "begin is now init_state, decide is now should_compute, measured is now metric"
-    assert [str(w.message) for w in caught] == [
-        f"Old has methods of old names, which will go: {text}"
-    ]
+    assert [str(w.message) for w in caught] == [f"Old has old names, which will be removed: {text}"]
     cached = dit_cache_fx.apply(model(), Old())
     run(cached)
     assert actions(cached) == "Crr" * 8
     assert [r.measured for r in cached.cache_report().timeline[:4]] == [0.0, 1.0, 2.0, 0.0]
+
+
+def test_the_old_name_of_reads_run_input_works_with_one_warning() -> None:
+    with pytest.warns(DitCacheWarning) as caught:
+
+        @dataclass(frozen=True, kw_only=True)
+        class Old(DeepCache):
+            reads_start: ClassVar[bool] = True
+
+            def store(self, cached: Any, value: Tensor, run_input: Any, clock: Clock) -> Any:
+                return [value - run_input]
+
+            def reuse(self, cached: Any, run_input: Any, clock: Clock) -> Tensor:
+                return run_input + cached[0]  # type: ignore[no-any-return]
+
+    text = "Old has old names, which will be removed: reads_start is now reads_run_input"
+    assert [str(w.message) for w in caught] == [text]
+    old = dit_cache_fx.apply(model(), Old(no_cache_steps=[0]))
+    new = dit_cache_fx.apply(model(), TeaCache(no_cache_steps=[0]))
+    for call in calls()[:2]:
+        assert torch.equal(old(**call), new(**call))
 
 
 def test_an_old_method_reaches_the_one_that_it_replaces() -> None:

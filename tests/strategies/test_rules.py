@@ -315,7 +315,7 @@ class TwoWaysDiT(ToyDiT):
 
 def test_an_output_that_is_not_to_be_compared_with_the_sample_is_refused() -> None:
     cached = dit_cache_fx.apply(make(TwoWaysDiT), "easycache")
-    with pytest.raises(dit_cache_fx.CaptureError, match="not to be compared with the sample x, of"):
+    with pytest.raises(dit_cache_fx.CaptureError, match="cannot be compared with the sample x, of"):
         cached(**toy_inputs(1.0))
 
 
@@ -432,7 +432,11 @@ def test_nothing_is_read_on_reused_steps(monkeypatch: pytest.MonkeyPatch) -> Non
         (FirstBlockCache, {"max_reused": -1}, "max_reused=-1: an integer from 0, or None"),
         (FirstBlockCache, {"max_reused_in_a_row": "2"}, "max_reused_in_a_row='2': an integer"),
         (FirstBlockCache, {"max_accumulated": 0}, "max_accumulated=0: a number above 0"),
-        (MagCache, {}, "mag_ratios=None: a finite ratio above 0 for each step, or calibrate=True"),
+        (
+            MagCache,
+            {},
+            "mag_ratios=None: a finite ratio above 0 for each step; or pass calibrate=True",
+        ),
         (MagCache, {"mag_ratios": []}, r"mag_ratios=\[\]: a finite ratio above 0"),
         (MagCache, {"mag_ratios": [1.0, 0.0]}, r"mag_ratios=\[1.0, 0.0\]: a finite ratio"),
         (MagCache, {"mag_ratios": "ab"}, "mag_ratios='ab': a finite ratio"),
@@ -441,10 +445,14 @@ def test_nothing_is_read_on_reused_steps(monkeypatch: pytest.MonkeyPatch) -> Non
         (MagCache, {"mag_ratios": [1.0], "retention_ratio": 2}, "retention_ratio=2: a share"),
         (EasyCache, {"threshold": -0.1}, "threshold=-0.1: a number above 0"),
         (EasyCache, {"warmup_steps": None}, "warmup_steps=None: an integer from 0"),
-        (EasyCache, {"no_cache_block_id": {"blocks": {1}}}, "None: the whole model is reused"),
-        (TaylorCache, {"tolerance": 0}, "tolerance=0: a number above 0, for instance"),
+        (
+            EasyCache,
+            {"no_cache_block_id": {"blocks": {1}}},
+            "None: EasyCache reuses the whole model",
+        ),
+        (TaylorCache, {"tolerance": 0}, "tolerance=0: a number above 0, for example"),
         (TaylorCache, {"tolerance": math.inf}, "tolerance=inf: a number above 0"),
-        (TaylorCache, {}, "or give tolerance="),
+        (TaylorCache, {}, "or pass a tolerance"),
     ],
 )
 def test_options_that_cannot_work(kind: Any, options: dict[str, Any], text: str) -> None:
@@ -503,15 +511,15 @@ def test_a_measure_that_is_no_number_computes_and_the_rule_recovers(
         (
             "easycache",
             {"warmup_steps": 2},
-            "on those of the first 2 and the last 1: 0-1, 5 (3 in all), when its own rule on the "
-            "sample says so (measured against 0.05)",
+            "on those of the first 2 and the last 1: 0-1, 5 (3 in all), when its rule on the "
+            "sample decides so (measured against 0.05)",
         ),
         (
             "firstblockcache",
             {"threshold": 0.2},
-            "when its own rule on the residual of the first blocks says so (measured against 0.2)",
+            "when its rule on the residual of the first blocks decides so (measured against 0.2)",
         ),
-        ("taylorcache", {"tolerance": 0.5}, "its own rule on what it measures on computed steps"),
+        ("taylorcache", {"tolerance": 0.5}, "its rule on its measurements on computed steps"),
     ],
 )
 def test_explain_tells_what_decides(name: str, options: dict[str, Any], text: str) -> None:

@@ -23,7 +23,7 @@ from dit_cache_fx import (
     TaylorCache,
 )
 from dit_cache_fx.lowering.stateful import fixed_steps
-from dit_cache_fx.strategies.schedule import PRESETS
+from dit_cache_fx.strategies.presets import PRESETS
 from tests.test_errors import refused
 from tests.toys import TOY, ToyDiT, actions, generation, make
 
@@ -218,7 +218,9 @@ def test_a_call_that_fails_starts_no_generation() -> None:
 def test_a_function_that_gives_no_number(value: Any) -> None:
     numbers = [value, 3]
     cached = toy(schedule=FirstAndLast(), num_steps=lambda: numbers.pop(0))
-    with pytest.raises(OptionError, match=r"num_steps\(\)=.*: the steps of a generation: an int"):
+    with pytest.raises(
+        OptionError, match=r"num_steps\(\)=.*: the number of steps of a generation: an int"
+    ):
         run(cached, 3)
     assert run(cached, 3) == "CrC"
 
@@ -267,7 +269,7 @@ def test_the_report_says_what_the_schedule_is() -> None:
 def test_two_schedules_at_once(options: dict[str, Any]) -> None:
     first, second = options
     refused(
-        rf"{second}=.*: {first} is given too: give one of \['no_cache_steps', 'compute_ratio', "
+        rf"{second}=.*: {first} is given too: pass one of \['no_cache_steps', 'compute_ratio', "
         r"'schedule', 'computed_steps'\]",
         make(ToyDiT),
         **options,
@@ -300,7 +302,7 @@ def test_schedules_that_there_are_not(schedule: Any) -> None:
 
 @pytest.mark.parametrize("number", [0, -1, 2.5, True, "50", [50]])
 def test_numbers_of_steps_that_cannot_be(number: Any) -> None:
-    text = r"num_steps=.*: the steps of a generation: an integer from 1"
+    text = r"num_steps=.*: the number of steps of a generation: an integer from 1"
     refused(text, make(ToyDiT), compute_ratio=0.5, num_steps=number)
     with pytest.raises(OptionError, match=text):
         toy(compute_ratio=0.5).num_steps = number

@@ -1,4 +1,4 @@
-"""What the support table says of one class: every column is measured on its tiny model."""
+"""The columns of the support table: each is measured on a tiny model of the class."""
 
 from __future__ import annotations
 
@@ -152,8 +152,10 @@ class Seen:
         if max(errors) > CLOSE:
             raise Fault(f"compiled, its steps are off by {errors}")
         if max(errors) > 0:
-            return "yes, but for rounding on reused steps"
-        return YES if signatures == 1 else f"yes, one for each of its {signatures} input signatures"
+            return "yes, except for rounding on reused steps"
+        return (
+            YES if signatures == 1 else f"yes, one graph for each of {signatures} input signatures"
+        )
 
     def steps(self) -> None:
         """Compiled step by step it gives what eager mode gives."""
@@ -262,9 +264,9 @@ def _copied(value: Any) -> Any:
 # --- a row of the table ------------------------------------------------------------------------
 
 EAGER: Mapping[str, Callable[[Seen], None]] = {
-    "computed steps exact": Seen.exact,
-    "reused steps skip": Seen.skips,
-    "is DeepCache": Seen.deepcache,
+    "computed steps bitwise": Seen.exact,
+    "reused steps skip blocks": Seen.skips,
+    "equals per-block cache": Seen.deepcache,
 }
 
 
@@ -276,8 +278,8 @@ def look(case: SupportCase) -> tuple[Seen | None, list[str]]:
         except Exception as error:
             return None, [_reason(error)]
         blocks = ", ".join(f"{len(ids)} `{name}`" for name, ids in seen.blocks.items())
-        told = f" (`timestep={case.timestep!r}` has to be told)" if case.timestep else ""
-        return seen, [blocks + told, *(_cell(partial(check, seen)) for check in EAGER.values())]
+        named = f" (with `timestep={case.timestep!r}`)" if case.timestep else ""
+        return seen, [blocks + named, *(_cell(partial(check, seen)) for check in EAGER.values())]
 
 
 def look_further(seen: Seen) -> list[str]:
@@ -285,7 +287,7 @@ def look_further(seen: Seen) -> list[str]:
     with torch.no_grad():
         graph = _cell(seen.one_graph)
         if graph.startswith("no") and not seen.itself_is_one_graph():
-            graph = f"{graph} The model without a cache is no single graph either."
+            graph = f"{graph.rstrip('.')}. Without a cache, the model is not one graph either."
         return [_cell(seen.others), graph, *look_compiled(seen)]
 
 

@@ -20,9 +20,9 @@ SUPPORT: tuple[SupportCase, ...] = tuple(
 
 #: classes that no sampler calls step by step, each with what it is instead
 OUTSIDE = {
-    "DualTransformer2DModel": "a layer of a U-Net that calls two Transformer2DModel",
-    "MiniMaxMusic3RVQDepthDecoder": "decodes codes one after the other; it has no timestep",
-    "TransformerTemporalModel": "a layer of a U-Net; it does not read its timestep",
+    "DualTransformer2DModel": "a layer of a UNet that calls two `Transformer2DModel`s",
+    "MiniMaxMusic3RVQDepthDecoder": "decodes codes one by one; it has no timestep",
+    "TransformerTemporalModel": "a layer of a UNet; it does not read its timestep",
 }
 
 

@@ -1,7 +1,7 @@
-"""Makes `docs/support.md`: `python -m tests.support.table`.
+"""Run the checks and write `docs/support.md`: `python -m tests.support.table`.
 
-With `--check` it compares instead, and fails where the page says something else. Takes a
-quarter of an hour and more, most of it for compiling.
+`--check` compares with the page instead, and fails if it differs. This takes at least a quarter of
+an hour, mostly for compilation.
 """
 
 from __future__ import annotations
@@ -34,31 +34,32 @@ COLUMNS = (
 )
 
 INTRODUCTION = """\
-# Which diffusers transformers it works with
+# Supported models
 
-Made by `python -m tests.support.table`, not by hand: every transformer class that diffusers
-exports, as a tiny model with random weights, six steps of which 0, 1 and 3 are computed.
+Every transformer class that diffusers exports, as a tiny model with random weights: six steps, of
+which 0, 1 and 3 are computed. `python -m tests.support.table` runs the checks and writes this page.
 
 {versions}
 
-- **cached blocks**: how many, and the lists that they were found in. Nothing was named, unless it
-  says so.
-- **computed steps exact**: bitwise what the model gives.
-- **reused steps skip**: no cached block runs on a reused step, and on a computed one each runs as
-  often as in the model.
-- **is DeepCache**: every step is bitwise that of the same blocks, each with a cache of its own.
-- **TeaCache, TaylorCache**: they run; their computed steps are bitwise the model's.
-- **`torch.compile`**: `torch.compile(cached, fullgraph=True)` (a backend that runs the graph as it
-  is) makes one graph for all steps and gives the same.
-- **`compile_steps`**: `cached.compile_steps()` gives the same.
-- **`backend()`**: `torch.compile(model, backend=dit_cache_fx.backend(...))` caches the model and
-  gives the same, within 1e-5 (`inner="aot_eager"`); else why it does not cache.
+- **cached blocks**: their number and their lists. They were found without `blocks=`, and without
+  `timestep=` unless a cell names it.
+- **computed steps bitwise**: a computed step returns bitwise what the model returns.
+- **reused steps skip blocks**: no cached block runs on a reused step; on a computed step each runs
+  as often as in the model.
+- **equals per-block cache**: with DeepCache, every step is bitwise that of a model whose blocks are
+  cached one by one.
+- **TeaCache, TaylorCache**: both run, and their computed steps are bitwise those of the model.
+- **`torch.compile`**: `torch.compile(cached, fullgraph=True)` makes one graph for all steps and
+  gives the same results. The backend runs the graph as it is.
+- **`compile_steps`**: `cached.compile_steps()` gives the same results.
+- **`backend()`**: `torch.compile(model, backend=dit_cache_fx.backend(...))` with
+  `inner="aot_eager"` caches the model and gives the same results within 1e-5.
 
 """
 
 
 def row(case: SupportCase) -> list[str]:
-    """The cells of one class; "-" behind an error."""
+    """The cells of one class; "-" after an error."""
     seen, cells = look(case)
     if seen is not None:
         cells = [*cells, *look_further(seen)]
@@ -75,7 +76,7 @@ def page(rows: Iterable[list[str]]) -> str:
     whole = [c for c in rows if all(cell == YES for cell in c[2:])]
     count = f"{len(whole)} of {len(rows)} classes pass in every column."
     outside = [f"- `{name}`: {reason}" for name, reason in OUTSIDE.items()]
-    parts = [*lines, "", count, "", *notes, "", "Not in the table:", "", *outside]
+    parts = [*lines, "", count, "", *notes, "", "Classes without a row:", "", *outside]
     return INTRODUCTION.format(versions=versions()) + "\n".join(parts) + "\n"
 
 
@@ -89,13 +90,14 @@ def _noted(cell: str, texts: list[str]) -> str:
 
 
 def versions() -> str:
-    """Which versions the page is of."""
+    """The versions that the page is about."""
     return f"torch {torch.__version__.split('+')[0]}, diffusers {diffusers.__version__}, on a CPU."
 
 
 def rows_on(text: str) -> dict[str, list[str]]:
     """The cells of each class on a page."""
-    tabled = [[c.strip() for c in at[1:-1].split("|")] for at in text.splitlines() if at[:1] == "|"]
+    lines = text[text.index("| class |") :].splitlines()
+    tabled = [[c.strip() for c in at[1:-1].split("|")] for at in lines if at[:1] == "|"]
     return {cells[0]: cells[1:] for cells in tabled[2:]}
 
 

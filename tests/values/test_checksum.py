@@ -7,7 +7,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_cache_fx.values.checksum import checksum
+from dit_cache_fx.values.checksum import checksum, equal
 
 KINDS = [
     torch.bool,
@@ -48,6 +48,14 @@ def test_each_bit_and_its_place_counts(dtype: torch.dtype) -> None:
         seen.add(of(raw.view(dtype).reshape(5, 7)))
         raw[byte] ^= 1
     assert len(seen) == 1 + len(range(0, raw.numel(), 3))
+
+
+def test_all_of_several_tensors_have_to_be_equal() -> None:
+    one, two = (checksum(random(torch.float32, size)) for size in (5, 6))
+    assert equal([one, two], [one.clone(), two.clone()])
+    assert not equal([one, two], [one, one])
+    assert not equal([one, two], [two, one])
+    assert not equal([one, two], [one])
 
 
 @pytest.mark.parametrize("dtype", KINDS, ids=str)

@@ -73,7 +73,7 @@ def test_shared_are_names(shared: Any) -> None:
 
 def test_shared_are_arguments_of_the_call() -> None:
     serving = serving_of()
-    text = r"shared=\['ids'\]: names of the call's arguments: \['x', 'timestep', 'text'\]"
+    text = r"shared=\['ids'\]: the names of the call's arguments: \['x', 'timestep', 'text'\]"
     with (
         serving.cached.batch(serving.sessions, shared=("ids",)),
         pytest.raises(OptionError, match=text),
@@ -85,7 +85,7 @@ def test_the_step_cannot_be_set_for_a_batch() -> None:
     serving = serving_of()
     with (
         serving.cached.batch(serving.sessions),
-        pytest.raises(OptionError, match="cur_timestep=3: to be set in each session"),
+        pytest.raises(OptionError, match="cur_timestep=3: None here: set it in each session"),
     ):
         serving.cached.cur_timestep = 3
 
@@ -174,9 +174,9 @@ class FlatDiT(ToyDiT):
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        (MixingDiT, "Row 0 gives something else in the call than by itself .*mixes rows"),
+        (MixingDiT, "Row 0 has another result in the call than by itself .*mixes rows"),
         (MeanDiT, r"output loss is \[\] for 3 rows and \[\] for fewer"),
-        (FlatDiT, r"held_\w+ is torch.float32\[6, 1, 8\] on cpu for one session and "
+        (FlatDiT, r"cached_\w+ is torch.float32\[6, 1, 8\] on cpu for one session and "
          r"torch.float32\[12, 1, 8\] on cpu for 2: it has no dimension of sessions"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -177,7 +177,7 @@ def test_a_session_holds_its_row_alone() -> None:
     serving = Serving(make(ToyDiT), TaylorCache(no_cache_steps=STEPS), requests=3)
     serving.step(0, 1, 2)
     for session, alone in zip(serving.sessions, serving.own, strict=True):
-        (held, *_) = session.branches[0].held
+        (held, *_) = session.branches[0].cached
         assert session.bytes_held == alone.bytes_held
         assert held.tensor.untyped_storage().nbytes() == held.nbytes
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dit_cache_fx import DeepCache, TaylorCache
-from dit_cache_fx.runtime.together import sizes
+from dit_cache_fx.runtime.batch.row_steps import sizes
 from tests.runtime.batch.serving import Serving
 from tests.toys import ToyDiT, make
 

@@ -1,0 +1,1 @@
+"""Find the session, branch, generation and step of a call."""

@@ -1,0 +1,131 @@
+"""Mutants of lowering and export: programs that decide by themselves."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import Mutant
+
+MUTANTS = (
+    Mutant(
+        "uncached-blocks-are-dead-code",
+        "lowering/part.py",
+        "graph.eliminate_dead_code(is_kept)",
+        "graph.eliminate_dead_code(lambda node: node.op in ('placeholder', 'output'))",
+        "a block that is to run on every step, for what it does, does not",
+        ("tests/runtime/test_counts.py::test_a_never_cached_block_runs_on_every_step",),
+    ),
+    Mutant(
+        "constants-of-two-runs-shared",
+        "lowering/variants.py",
+        "adopt(self.attributes, side, new)",
+        "self.attributes.update(attributes_of(side, side.graph))",
+        "one's own strategy computes with the constant of another run",
+        (
+            "tests/strategies/test_own_strategies.py::"
+            "test_constants_of_each_function_and_run_are_its_own",
+        ),
+    ),
+    Mutant(
+        "cached-tensor-is-an-operand",
+        "lowering/one_graph.py",
+        "results = [_own(graph, node) for node in results]",
+        "results = [*results]",
+        "a compiled step gives the cached tensor itself to the caller",
+        ("tests/lowering/test_golden.py::test_branches_give_memory_of_their_own",),
+    ),
+    Mutant(
+        "state-of-another-conditioning-kept",
+        "lowering/clock.py",
+        "computed = torch.where((same | on) & known, self.computed, 0.0)",
+        "computed = torch.where(same | on, self.computed, 0.0)",
+        "an exported program answers the other branch of guidance with this one's tensors",
+        ("tests/test_export.py::test_without_contexts_another_conditioning_computes",),
+    ),
+    Mutant(
+        "state-kept-at-a-new-generation",
+        "lowering/clock.py",
+        "on = running & (moved != 0) & ((self.direction == 0) | (moved == self.direction))",
+        "on = running & (moved != 0)",
+        "an exported program goes on with the picture before",
+        ("tests/test_export.py::test_a_runner_is_the_eager_cached_model",),
+    ),
+    Mutant(
+        "second-evaluation-is-the-same-step",
+        "lowering/clock.py",
+        "step = torch.where(same & ~known, self.step,",
+        "step = torch.where(same, self.step,",
+        "an exported program's schedule lags behind a sampler of second order",
+        ("tests/test_export.py::test_a_timestep_that_comes_twice_is_the_next_step",),
+    ),
+    Mutant(
+        "checksum-without-places",
+        "lowering/stateful.py",
+        "weighted = [(values * _weights(places, factor)).sum() for factor in _IRRATIONAL]",
+        "weighted = [values.sum() for factor in _IRRATIONAL]",
+        "a prompt of the same words in another order is answered with the first one's tensors",
+        ("tests/test_export.py::test_conditioning_in_another_order_is_another_one",),
+    ),
+    Mutant(
+        "gap-has-one-step-too-many",
+        "lowering/graph_course.py",
+        "past = (steps > clock.last) & (steps < clock.step)",
+        "past = (steps > clock.last) & (steps <= clock.step)",
+        "an exported program corrects by another sum than the cached model",
+        ("tests/strategies/test_corrector.py::test_exported_programs",),
+    ),
+    Mutant(
+        "assertions-always-hold",
+        "lowering/asserts.py",
+        "holds: torch.Tensor = truth(*args, **kwargs) == expected",
+        "holds = truth(*args, **kwargs) == truth(*args, **kwargs)",
+        "an exported program answers for data that its graph is not for",
+        ("tests/test_export.py::test_other_data_than_the_graph_is_for_raises",),
+    ),
+    Mutant(
+        "sunk-nodes-run-twice",
+        "lowering/variants.py",
+        "return None if origin is None else self.sunk.get(origin)",
+        "return None",
+        "what two runs need is computed for each of them, and its random numbers are others",
+        ("tests/lowering/test_variants.py::test_what_two_runs_need_is_computed_once",),
+    ),
+    Mutant(
+        "masked-size-not-asserted",
+        "lowering/preamble.py",
+        "        torch._check(size == expected)\n",
+        "        pass\n",
+        "an exported program cuts off what is longer than at its export",
+        ("tests/lowering/test_preamble.py::test_another_size_raises_and_is_not_cut",),
+    ),
+    Mutant(
+        "sample-is-conditioning",
+        "lowering/lowered_program.py",
+        "moving = {program.sample, step, *program.beside, *times}",
+        "moving = {program.sample, step, *times}",
+        "a model of picture and sound computes every step",
+        ("tests/runtime/test_evidence.py::test_a_second_sample_is_no_conditioning",),
+    ),
+    Mutant(
+        "contexts-of-a-runner-shared",
+        "export.py",
+        "before, self._context = self._context, name",
+        "before = self._context",
+        "the branches of guidance share a state in an exported program",
+        ("tests/test_export.py::test_a_runner_keeps_a_state_for_each_context",),
+    ),
+    Mutant(
+        "other-constants-taken",
+        "export.py",
+        "if call.skeleton != self.skeleton:",
+        "if False:",
+        "an exported program ignores an argument that is another one than at its export",
+        ("tests/test_export.py::test_a_runner_refuses_a_call_of_another_form",),
+    ),
+    Mutant(
+        "conditioning-not-in-the-state",
+        "runtime/entry.py",
+        "if check_conditioning else []",
+        "if False else []",
+        "an exported program answers another prompt with the tensors of the first",
+        ("tests/test_export.py::test_without_contexts_another_conditioning_computes",),
+    ),
+)
