@@ -284,6 +284,39 @@ def test_change_between_two_generations(change: Callable[[Any], Any]) -> None:
     assert len(cached.cache_report().captures) == 1
 
 
+def negate(_module: Any, args: tuple[Tensor, ...]) -> None:
+    args[0].neg_()
+
+
+class Negate(nn.Module):
+    """Changes its input in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.neg_()
+
+
+CHANGES_ITS_INPUT: dict[str, Callable[[Any], Any]] = {
+    "hook": lambda m: m.head.register_forward_pre_hook(negate),
+    "layer": lambda m: setattr(m, "head", Negate()),
+    "forward": lambda m: setattr(m.head, "forward", lambda x: x.neg_()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_ITS_INPUT.values(), ids=CHANGES_ITS_INPUT)
+def test_a_layer_behind_the_blocks_that_changes_its_input_in_place(
+    change: Callable[[Any], Any],
+) -> None:
+    """Put there after the capture: what is cached is still what the blocks gave."""
+    model = make(ToyDiT)
+    cached = cache_of(model)
+    assert_is_cached(cached, model)
+    change(model)
+    want = torch.empty(0)
+    for computes, inputs in generation(TOY, STEPS, prompt=1):
+        want = model(**inputs) if computes else want  # the head reads the blocks' output only
+        assert torch.equal(cached(**inputs), want)
+
+
 @pytest.mark.parametrize(
     "name",
     [

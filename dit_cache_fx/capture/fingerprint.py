@@ -2,7 +2,7 @@
 
 A graph contains decisions of the model's own code on plain Python attributes, so a change of those
 (an option, a replaced layer, a dtype) must lead to a new capture. Modules that the graph calls are
-looked up live and need no such check.
+looked up live; their own attributes and the blocks need no such check.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
 _OTHER = object()
 
 
-def fingerprint(model: nn.Module, whole: Collection[nn.Module]) -> Fingerprint:
+def fingerprint(
+    model: nn.Module, whole: Collection[nn.Module] = (), blocks: Collection[nn.Module] = ()
+) -> Fingerprint:
     """Return the structure and options that the graph depends on, outside of `whole`.
 
-    Weights may change: only their dtype and device count.
+    Weights may change: only their dtype and device count. Modules in `whole` that are not `blocks`
+    count by identity, hooks and a replaced forward: another one may change its input in place, and
+    that input may be the tensor to cache.
     """
-    return dict(_parts(model, "", whole))
+    return dict(_parts(model, "", whole, blocks))
 
 
 def volatile(before: Fingerprint, after: Fingerprint) -> frozenset[tuple[str, str]]:
@@ -35,12 +39,12 @@ def volatile(before: Fingerprint, after: Fingerprint) -> frozenset[tuple[str, st
 
 
 def _parts(
-    module: nn.Module, path: str, whole: Collection[nn.Module]
+    module: nn.Module, path: str, whole: Collection[nn.Module], blocks: Collection[nn.Module]
 ) -> Iterator[tuple[tuple[str, str], Hashable]]:
     yield (path, "class"), id(type(module))
     yield (path, "forward"), "forward" in vars(module)
     if path:  # the model's own hooks run outside of the graph
-        yield (path, "hooks"), bool(module._forward_hooks or module._forward_pre_hooks)
+        yield (path, "hooks"), _hooked(module)
     for name, value in list(vars(module).items()):  # other threads may capture the module now
         if name not in TORCHS and (plain := _plain(value)) is not _OTHER:
             yield (path, name), plain
@@ -53,8 +57,18 @@ def _parts(
         if child is not None and child in whole:
             tensor = next(child.parameters(), None)
             yield (inner, "weights"), None if tensor is None else (tensor.dtype, tensor.device)
+            if child not in blocks:
+                yield (inner, "modules"), tuple(map(_behavior, child.modules()))
         elif child is not None:
-            yield from _parts(child, inner, whole)
+            yield from _parts(child, inner, whole, blocks)
+
+
+def _behavior(module: nn.Module) -> tuple[int, bool, bool]:
+    return id(module), _hooked(module), "forward" in vars(module)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _plain(value: object) -> Hashable:

@@ -185,7 +185,8 @@ class Graphs:
 
     def stale(self, entry: Entry) -> bool:
         """Return whether the model has changed since the capture."""
-        now = fingerprint(self.subject.model, entry.captured.whole)
+        captured = entry.captured
+        now = fingerprint(self.subject.model, captured.whole, captured.blocks)
         changed = volatile(entry.fingerprint, now) - entry.volatile
         if changed:
             text = changes(changed, entry.fingerprint, now)
@@ -205,11 +206,11 @@ class Graphs:
     def _capture(self, call: FlatCall, rows: RowsOf | None) -> Entry:
         model, strategy = self.subject.model, self.subject.strategy
         strategy = spread_over(strategy, found(model, call.tensors))
-        before = fingerprint(model, ())
+        before = fingerprint(model)
         captured = capture(replace(self.subject, strategy=strategy), call, self.timestep_argument)
         self.subject.turns.needed |= bool(captured.recording.settings)
         self._tell_unread(captured.unread)
-        after = fingerprint(model, ())
+        after = fingerprint(model)
         program = captured.program
         self.timestep_argument = program.timestep_argument
         check_block_ids(strategy, program.block_lists)
@@ -226,7 +227,7 @@ class Graphs:
             self._serial,
             strategy,
             captured,
-            fingerprint(model, captured.whole),
+            fingerprint(model, captured.whole, captured.blocks),
             volatile(before, after),
             self.count,
             call.skeleton,
