@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from dit_cache_fx._torch import (
     unseen,
 )
 from dit_cache_fx.capture import CallSignature, FlatCall
+from dit_cache_fx.capture.outer_hook import after_call, before_call, outer_hook, own_forward
 from dit_cache_fx.life_cycle import LifeCycle
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.runtime.call_log import WANTS_GRADIENTS, CallLog
@@ -26,6 +27,8 @@ from dit_cache_fx.runtime.engine import Engine, requires_grad
 from dit_cache_fx.runtime.entry import Entry
 from dit_cache_fx.runtime.execution import StepCompiler
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
 #: attributes of the cached model itself; every other one belongs to the model
 _OWN = frozenset({"_model", "_engine", "_rebuild", "_enabled", "_compiled_call_impl"})
 #: attributes with which accelerate's hooks (offloading) wrap a forward: that of the cached model
@@ -33,6 +36,10 @@ _HOOK = frozenset({"forward", "_old_forward", "_hf_hook"})
 
 #: attributes that can be set on the cached model itself
 _SETTABLE = frozenset({"cur_timestep", "num_steps", "timesteps"})
+
+
+def _as_it_is(function: _F) -> _F:
+    return function
 
 
 class _Alike(type):
@@ -90,10 +97,14 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
         if torch.compiler.is_dynamo_compiling() or traced_here((*args, *kwargs.values())):
             return self._traced(self._model.forward, args, kwargs)
         callback = dynamo_callback()
-        serve = CachedModel._serving
-        begin = serve if callback is None else unseen(serve)
-        serving = begin(self, args, kwargs, callback)
-        return self._model.forward(*args, **kwargs) if serving is None else drive(serving)
+        hidden = _as_it_is if callback is None else unseen
+        hook = hidden(outer_hook)(self._model)
+        if hook is not None:
+            args, kwargs = hidden(before_call)(hook, self._model, args, kwargs)
+        forward = hidden(own_forward)(self._model)
+        serving = hidden(CachedModel._serving)(self, args, kwargs, callback)
+        output = forward(*args, **kwargs) if serving is None else drive(serving)
+        return output if hook is None else hidden(after_call)(hook, self._model, output)
 
     def _traced(self, uncached: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Return the answer inside another graph under construction, where there is no host."""

@@ -24,7 +24,6 @@ from dit_cache_fx.runtime.engine import Engine
 from dit_cache_fx.runtime.entry import Entry, GraphKey, RowsOf
 from dit_cache_fx.runtime.graphs import Found, Graphs
 from dit_cache_fx.runtime.tracking.generation import Generation
-from dit_cache_fx.runtime.tracking.timestep_value import as_number
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.values.pytree import flatten
 
@@ -74,7 +73,7 @@ class RecordingEngine(Engine):
             position, sample = session.newest.position, _sample(self.graphs, call)
             found = [t for t in flatten(output)[0] if t.is_floating_point()]
             made = found[0] if found else None
-            timestep = as_number(position.value)
+            timestep = session.newest.number(position.value)
             self.listener(Call(session.newest, position.index, timestep, sample, made))
         return output
 

@@ -17,6 +17,7 @@ from dit_cache_fx.capture.check import compare
 from dit_cache_fx.capture.intercept import intercepted
 from dit_cache_fx.capture.leaves import BlockList, candidate_lists, named_list
 from dit_cache_fx.capture.normal_form import Guards
+from dit_cache_fx.capture.outer_hook import own_forward
 from dit_cache_fx.capture.recording import Recording
 from dit_cache_fx.capture.scalar_timestep import NumberFactories
 from dit_cache_fx.capture.settings import applied
@@ -77,7 +78,7 @@ class Subject:
     def answer(self, call: FlatCall, arguments: dict[str, Any]) -> Any:
         """Run the model on named arguments."""
         with nullcontext() if call.number is None else NumberFactories(call.number):
-            return self.signature.call(self.model.forward, arguments)
+            return self.signature.call(own_forward(self.model), arguments)
 
 
 log = logging.getLogger(__name__)

@@ -62,7 +62,7 @@ class RowGraphs:
         """Return the graph for several rows, and their layout."""
 
         def make() -> tuple[Lowered, RowLayout | None]:
-            many = self._lower(inputs, Alone(count, one.variants.cached))
+            many = self._lower(inputs, Alone(count, one.program.values()))
             return many, RowLayout.of(one, many, count)
 
         return self._found(key, make)

@@ -14,27 +14,26 @@ from dit_cache_fx.values.tensor_spec import TensorSpec
 
 @dataclass(frozen=True)
 class Alone:
-    """Tensor specs for one row, beside a program of `count` rows.
+    """Tensor specs of the values that leave the runs for one row, beside a program of `count` rows.
 
     Each row has a clock of its own, so the clock's tensors have a first dimension of rows, and the
     strategy's functions are mapped over the rows.
+
+    `values`: by run and place. Names do not tell them: a model that goes through the rows in a loop
+    has another number of nodes for each number of rows.
     """
 
     count: int
-    cached: Mapping[str, TensorSpec]
+    values: Mapping[tuple[int, int], TensorSpec]
 
-    def spec(self, name: str) -> TensorSpec:
-        """Return the spec that a single row has under this name."""
-        if name not in self.cached:
+    def spec(self, run: int, index: int, name: str) -> TensorSpec:
+        """Return the spec for a single row of the value that all rows have under this name."""
+        if (run, index) not in self.values:
             raise CaptureError(
                 f"several sessions in one call hold {name}, and a single session does not: they "
                 "cannot run as one batch. Call each session by itself"
             )
-        return self.cached[name]
-
-    def place(self, name: str, many: TensorSpec) -> RowPlace:
-        """Return the dimension of the rows in the tensor held under this name."""
-        return place_of(name, self.spec(name), many, self.count)
+        return self.values[run, index]
 
     def clock(self, spec: TensorSpec, device: torch.device) -> TensorSpec:
         """Return the spec of a clock tensor with an entry for each row."""

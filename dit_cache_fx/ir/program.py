@@ -97,6 +97,14 @@ class Program:
             raise VerifyError(f"the program has no node {name!r}")
         return found
 
+    def values(self) -> dict[tuple[int, int], TensorSpec]:
+        """Return the specs of the values that leave its runs, by run and place."""
+        return {
+            (region.index, place): tensor_spec(self.node(name))
+            for region in self.regions
+            for place, name in enumerate(region.values)
+        }
+
     @property
     def signal(self) -> fx.Node | None:
         """The value that the strategy's rule reads."""

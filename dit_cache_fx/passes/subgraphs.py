@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from dit_cache_fx.ir.alone import place_of
 from dit_cache_fx.ir.copying import add_input, copy_nodes, results_of
 from dit_cache_fx.ir.names import cached_name, measured_name
 from dit_cache_fx.ir.node_meta import mark_tensor
@@ -120,7 +121,7 @@ class Subgraphs:
 
         alone = self.program.alone
         own = cached_name(self.region.values[index], 0)
-        one = spec if alone is None else alone.spec(own)
+        one = spec if alone is None else alone.spec(self.region.index, index, own)
 
         def flat(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
             named = dict(zip(given, tensors[end:], strict=True))
@@ -133,7 +134,7 @@ class Subgraphs:
         if alone is None:
             return traced(strategy, name, flat, specs)
         specs |= {f"clock.{n}": alone.clock(s, spec.device) for n, s in CLOCK.items()}
-        place = alone.place(own, spec)
+        place = place_of(own, one, spec, alone.count)
         places = [None if spec_name.startswith("clock.") else place for spec_name in specs]
         return traced(strategy, name, _by_row(flat, places, name != "measure"), specs)
 

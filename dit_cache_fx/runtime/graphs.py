@@ -218,7 +218,7 @@ class Graphs:
         check_block_ids(strategy, program.block_lists)
         nodes = operations(program.graph)
         untouched = program.copied() if self.keep_programs else None
-        program.alone = None if rows is None else Alone(rows.count, rows.one.variants.cached)
+        program.alone = None if rows is None else Alone(rows.count, rows.one.program.values())
         run_passes(program, strategy)
         self._serial += 1
         entry = Entry(

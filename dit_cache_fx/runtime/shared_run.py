@@ -7,7 +7,7 @@ from functools import partial
 
 from dit_cache_fx.runtime.call_log import CallLog
 from dit_cache_fx.runtime.tracking.generation import Generation
-from dit_cache_fx.runtime.tracking.timestep_value import as_number
+from dit_cache_fx.runtime.tracking.timestep_value import number_of
 from dit_cache_fx.strategies.timesteps import Timesteps, place_of
 
 
@@ -43,5 +43,5 @@ def _stands_before(generation: Generation, timesteps: Sequence[float], at: int) 
     return (
         at > 0
         and not position.explicit
-        and place_of(timesteps, as_number(position.value)) == at - 1
+        and place_of(timesteps, number_of(position.value, timesteps)) == at - 1
     )

@@ -56,8 +56,22 @@ def from_call(timesteps: Sequence[float], value: float) -> tuple[float, ...]:
 
 def place_of(timesteps: Sequence[float], value: float) -> int | None:
     """Return the index of a call's timestep; None if none fits it, in any unit."""
-    places = [_nearest(timesteps, scale * value + shift) for scale, shift in UNITS]
+    places = [_placed(timesteps, value, unit) for unit in UNITS]
     return min((place for place in places if place is not None), default=None)
+
+
+def told_of(timesteps: Sequence[float], values: Sequence[float]) -> float | None:
+    """Return which of the values that a call's tokens have is the sampler's; None if none is.
+
+    It is the one that comes first in the timesteps: the others belong to tokens that are given,
+    such as the first frame of a video.
+    """
+    for units in (UNITS[:2], UNITS[2:]):  # counted from the end, a given token's 0 is the first
+        pairs = [(_placed(timesteps, v, unit), v) for v in values for unit in units]
+        known = [(place, value) for place, value in pairs if place is not None]
+        if known:
+            return min(known)[1]
+    return None
 
 
 def contradicted(timesteps: Sequence[float], first: float, second: float) -> bool:
@@ -72,6 +86,17 @@ def contradicted(timesteps: Sequence[float], first: float, second: float) -> boo
 def _like(timesteps: Sequence[float], index: int, value: float, unit: tuple[float, float]) -> bool:
     scale, shift = unit
     return abs(timesteps[index] - scale * value - shift) <= ROUNDED * max(map(abs, timesteps))
+
+
+def _placed(timesteps: Sequence[float], value: float, unit: tuple[float, float]) -> int | None:
+    """Return the index of a value in this unit.
+
+    Counted from the end, a first call's 1 would be the last of those that end in 0: no call at all.
+    """
+    scale, shift = unit
+    place = _nearest(timesteps, scale * value + shift)
+    is_end = scale < 0 and place == len(timesteps) - 1 > 0
+    return None if is_end else place
 
 
 def _nearest(timesteps: Sequence[float], value: float) -> int | None:

@@ -92,7 +92,8 @@ def _picked(value: Any, rows: Sequence[int]) -> Any:
         return value if count == value.shape[0] else value[first : first + count]
     if not isinstance(value, torch.Tensor):
         return value[list(rows)]
-    return value.index_select(0, torch.tensor(rows, device=value.device))
+    places = torch.tensor(rows).to(value.device, non_blocking=True)  # without a wait
+    return value.index_select(0, places)
 
 
 class RowPlace(NamedTuple):

@@ -17,9 +17,9 @@ from dit_cache_fx import CachedModel, DeepCache, DitCacheWarning, EvenTimesteps,
 from dit_cache_fx.lowering.stateful import fixed_steps
 from dit_cache_fx.strategies.presets import PRESETS
 from dit_cache_fx.strategies.schedule import ListedSteps, Schedule
-from dit_cache_fx.strategies.timesteps import from_call
+from dit_cache_fx.strategies.timesteps import from_call, told_of
 from tests.test_errors import refused
-from tests.toys import ToyDiT, actions, make, toy_inputs
+from tests.toys import PerTokenDiT, ToyDiT, actions, make, toy_inputs
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +34,8 @@ def shifted(steps: int, shift: float = 5.0, scale: float = 1000.0) -> list[float
     return [scale * shift * u / (1 + (shift - 1) * u) for u in even]
 
 
-def toy(strategy: Any = "deepcache", **options: Any) -> CachedModel:
-    return dit_cache_fx.apply(make(ToyDiT), strategy, check=False, **options)
+def toy(strategy: Any = "deepcache", kind: type = ToyDiT, **options: Any) -> CachedModel:
+    return dit_cache_fx.apply(make(kind), strategy, check=False, **options)
 
 
 def run(cached: Any, timesteps: Sequence[float]) -> str:
@@ -263,6 +263,50 @@ def test_the_first_call_in_the_units_of_models(scale: tuple[float, float], left_
 def test_a_first_call_like_none_of_them_takes_them_all() -> None:
     timesteps = shifted(20)
     assert from_call(timesteps, -37.5) == tuple(timesteps)
+
+
+def test_a_first_call_of_one_is_not_the_end() -> None:
+    """Counted from the end it would be the 0 that a scheduler may have behind the last call."""
+    timesteps = [1.57, 1.18, 0.79, 0.39, 0.0]
+    assert from_call(timesteps, 1.0) == tuple(timesteps)
+    assert from_call(timesteps, 0.0) == (0.0,)
+
+
+# --- tokens that are given -----------------------------------------------------------------------
+
+
+def half_given(timestep: float, seed: int) -> dict[str, Any]:
+    """Half of the tokens are given, as the first frame of a video; their timestep is 0."""
+    inputs = toy_inputs(timestep, seed=seed)
+    times = torch.full(inputs["x"].shape[:2], timestep)
+    times[:, : times.shape[1] // 2] = 0
+    return inputs | {"timestep": times}
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.001])
+def test_the_tokens_that_the_sampler_moves_tell_the_step(scale: float) -> None:
+    cached = toy(kind=PerTokenDiT, computed_steps=4, timesteps=SHIFTED)
+    for generation in range(2):
+        for step, timestep in enumerate(SHIFTED):
+            cached(**half_given(scale * timestep, step))
+        assert actions(cached) == BY_TIMESTEP, generation
+
+
+def test_given_tokens_of_a_run_that_leaves_out_the_first_ones() -> None:
+    cached = toy(kind=PerTokenDiT, computed_steps=4, timesteps=lambda: shifted(20))
+    for step, timestep in enumerate(shifted(20)[8:]):
+        cached(**half_given(timestep, step))
+    assert actions(cached) == drawn(EvenTimesteps(4), shifted(20)[8:])
+
+
+def test_which_value_is_the_samplers() -> None:
+    timesteps = shifted(20)
+    seventh = timesteps[7]
+    assert told_of(timesteps, [0.0, 1000.0]) == 1000.0
+    assert told_of(timesteps, [0.0, seventh]) == seventh
+    assert told_of(timesteps, [0.0, seventh / 1000]) == seventh / 1000
+    assert told_of(timesteps, [1 - seventh / 1000, 2.0]) == 1 - seventh / 1000  # from the end
+    assert told_of(timesteps, [-37.5, 4000.0]) is None
 
 
 @pytest.mark.parametrize("nothing", [None, [], torch.zeros(0)])

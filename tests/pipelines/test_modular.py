@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    AdaptiveProjectedGuidance,
     AutoGuidance,
     ClassifierFreeGuidance,
+    ClassifierFreeZeroStarGuidance,
     LayerSkipConfig,
     ModularPipeline,
     SkipLayerGuidance,
@@ -44,6 +46,13 @@ def skipped() -> LayerSkipConfig:
 
 GUIDERS: dict[str, tuple[Callable[[], Any], int]] = {
     "classifier-free": (lambda: ClassifierFreeGuidance(guidance_scale=3.0), 2 * STEPS),
+    "adaptive projected": (
+        lambda: AdaptiveProjectedGuidance(
+            guidance_scale=3.0, adaptive_projected_guidance_momentum=-0.5
+        ),
+        2 * STEPS,
+    ),
+    "zero star": (lambda: ClassifierFreeZeroStarGuidance(guidance_scale=3.0), 2 * STEPS),
     "skip-layer": (
         lambda: SkipLayerGuidance(
             guidance_scale=3.0,

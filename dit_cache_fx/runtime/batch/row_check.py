@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dit_cache_fx.capture import Subject
+from dit_cache_fx.capture.outer_hook import own_forward
 from dit_cache_fx.capture.side_effects import unnoticed
 from dit_cache_fx.errors import CaptureError, OptionError
 from dit_cache_fx.ranks import found, together
@@ -83,7 +84,7 @@ def _alone(subject: Subject, rows: CallRows, row: int) -> Any:
 def _answer(subject: Subject, arguments: dict[str, Any]) -> Any:
     model = subject.model
     with torch.no_grad(), subject.turns.of_model(), unnoticed(model):
-        return subject.signature.call(model.forward, arguments)
+        return subject.signature.call(own_forward(model), arguments)
 
 
 def _split(rows: CallRows) -> str:

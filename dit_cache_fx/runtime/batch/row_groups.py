@@ -15,7 +15,7 @@ from dit_cache_fx.lowering import Variants
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.runtime.batch.row_check import output_names
 from dit_cache_fx.runtime.batch.row_steps import RowLayout, RowSteps, sizes
-from dit_cache_fx.runtime.drive import GraphCall, Serving
+from dit_cache_fx.runtime.drive import GraphCall, Results, Serving
 from dit_cache_fx.runtime.step import Step
 from dit_cache_fx.values.pytree import unflatten
 
@@ -33,7 +33,7 @@ class Row:
     graph: Lowered
     step: Step
     kind: Hashable = None
-    carried: dict[str, torch.Tensor] | None = None
+    carried: Results | None = None
     results: list[torch.Tensor] = field(default_factory=list)
 
     @property
@@ -73,15 +73,14 @@ class Group:
         """Run the strategy's rule, which reads a value of the model."""
         value, *carried = yield self._prefix()
         self.step.decide(value)
-        by_row: list[dict[str, torch.Tensor] | None]
-        by_row = [dict(zip(self.variants.carried, carried, strict=True))]
-        by_row = by_row if self.layout is None else self.layout.carried_rows(carried)
+        by_row = [carried] if self.layout is None else self.layout.carried_rows(carried)
         for row, own in zip(self.rows, by_row, strict=False):
             row.carried = own
 
     def answer(self) -> Serving:
         """Run the side of their steps' kind."""
-        more = {} if self.variants.prefix is None else (yield from self._carried())
+        carried = [] if self.variants.prefix is None else (yield from self._carried())
+        more = dict(zip(self.variants.carried, carried, strict=True))
         results = yield from self.decided(self.step, self.given | more)
         by_row = [list(results)] if self.layout is None else self.layout.rows(results)
         for row, own in zip(self.rows, by_row, strict=False):
@@ -93,7 +92,7 @@ class Group:
         if len(known) == len(self.rows) and (layout is None or layout.carried is not None):
             return known[0] if layout is None else layout.carried_together(known)
         _, *carried = yield self._prefix()
-        return dict(zip(self.variants.carried, carried, strict=True))
+        return carried
 
     def _prefix(self) -> GraphCall:
         prefix = self.variants.prefix

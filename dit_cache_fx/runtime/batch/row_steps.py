@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch import fx
 
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.alone import place_of
@@ -43,33 +44,35 @@ class RowLayout:
 
     `alone`: the cached tensors of a single row. `signal`: in the rule's operand; `carried`: in the
     other results of the rule's graph. None: independent of rows. `carried` is missing if it cannot
-    be determined (rows and tokens in one dimension).
+    be determined (rows and tokens in one dimension). `alone` and `cached` have the same order, but
+    their names may differ.
     """
 
     count: int
     outputs: int
     alone: Mapping[str, TensorSpec]
     cached: Mapping[str, RowPlace]
-    carried: Mapping[str, RowPlace | None] | None
+    carried: Sequence[RowPlace | None] | None
     signal: RowPlace | None
 
     @staticmethod
     def of(one: Lowered, many: Lowered, count: int) -> RowLayout:
         """Find the layout. Raises `CaptureError` if the rows cannot be determined."""
         alone, cached = one.variants.cached, many.variants.cached
-        if one.program.output != many.program.output or alone.keys() != cached.keys():
+        if one.program.output != many.program.output or len(alone) != len(cached):
             raise CaptureError(
                 f"the model behaves differently with {count} rows than with one: sessions cannot "
                 "run as one batch. Call each session by itself"
             )
-        signal = many.program.signal
+        pairs = zip(cached.items(), alone.values(), strict=True)
+        signal, signals = one.program.signal, many.program.signal
         return RowLayout(
             count,
             many.variants.outputs,
             alone,
-            {name: place_of(name, alone[name], spec, count) for name, spec in cached.items()},
+            {name: place_of(name, own, spec, count) for (name, spec), own in pairs},
             _carried(one, many, count),
-            None if signal is None else _place(signal.name, one, many, count),
+            None if signal is None or signals is None else _place(signal, signals, count),
         )
 
     def rows(self, results: Results) -> list[list[torch.Tensor]]:
@@ -78,42 +81,45 @@ class RowLayout:
         split = [p.split(t) for p, t in zip(places, results, strict=False)]
         return [[rows[i] for rows in split] for i in range(self.count)]
 
-    def carried_rows(self, carried: Results) -> list[dict[str, torch.Tensor] | None]:
+    def own(self, names: Collection[str]) -> dict[str, str]:
+        """Return, by its name in the graph, the name that each cached tensor has for one row."""
+        pairs = zip(self.cached, self.alone, strict=True)
+        return {name: own for name, own in pairs if name in names}
+
+    def carried_rows(self, carried: Results) -> list[Results | None]:
         """Return the results of the rule's graph for each row."""
         if self.carried is None:
             return [None] * self.count
-        split = {
-            name: [tensor] * self.count if place is None else place.split(tensor)
-            for (name, place), tensor in zip(self.carried.items(), carried, strict=True)
-        }
-        return [{name: rows[i] for name, rows in split.items()} for i in range(self.count)]
+        split = [
+            [tensor] * self.count if place is None else place.split(tensor)
+            for place, tensor in zip(self.carried, carried, strict=True)
+        ]
+        return [[rows[i] for rows in split] for i in range(self.count)]
 
-    def carried_together(
-        self, rows: Sequence[Mapping[str, torch.Tensor]]
-    ) -> dict[str, torch.Tensor]:
+    def carried_together(self, rows: Sequence[Results]) -> Results:
         """Join those results of all rows."""
         assert self.carried is not None
-        filled = self.filled(rows)
-        return {
-            name: filled[0][name] if place is None else place.joined([r[name] for r in filled])
-            for name, place in self.carried.items()
-        }
+        by_tensor = zip(self.carried, zip(*self.filled(rows), strict=True), strict=True)
+        return [own[0] if place is None else place.joined(own) for place, own in by_tensor]
 
     def filled(self, rows: Sequence[_T]) -> list[_T]:
         """Repeat the last row until there are as many as the graph has."""
         return [*rows, *[rows[-1]] * (self.count - len(rows))]
 
 
-def _carried(one: Lowered, many: Lowered, count: int) -> dict[str, RowPlace | None] | None:
+def _carried(one: Lowered, many: Lowered, count: int) -> list[RowPlace | None] | None:
+    first, second = ([of.program.node(n) for n in of.variants.carried] for of in (one, many))
+    if [node.target for node in first] != [node.target for node in second]:
+        return None
     try:
-        return {name: _place(name, one, many, count) for name in many.variants.carried}
+        return [_place(*nodes, count) for nodes in zip(first, second, strict=True)]
     except CaptureError:
         return None
 
 
-def _place(name: str, one: Lowered, many: Lowered, count: int) -> RowPlace | None:
-    alone, together = (tensor_spec(of.program.node(name)) for of in (one, many))
-    return None if alone == together else place_of(name, alone, together, count)
+def _place(one: fx.Node, many: fx.Node, count: int) -> RowPlace | None:
+    alone, together = tensor_spec(one), tensor_spec(many)
+    return None if alone == together else place_of(many.name, alone, together, count)
 
 
 class RowSteps:
@@ -139,14 +145,15 @@ class RowSteps:
 
     def given(self, names: Collection[str]) -> dict[str, torch.Tensor]:
         """Return the operands `names` of the graph: cached tensors, and the clocks side by side."""
-        cached = self._layout.filled([step.cached(names) for step in self._steps])
+        own, places = self._layout.own(names), self._layout.cached
+        cached = self._layout.filled([step.cached(own.values()) for step in self._steps])
         clock = self._layout.filled([step.clock(names) for step in self._steps])
         device = next((spec.device for spec in self._layout.alone.values()), None)
-        places = self._layout.cached
-        joined = {name: places[name].joined([h[name] for h in cached]) for name in cached[0]}
+        joined = {name: places[name].joined([c[one] for c in cached]) for name, one in own.items()}
         stacked = {name: torch.stack([c[name] for c in clock]) for name in clock[0]}
         return joined | {
-            name: tensor.to(device or tensor.device) for name, tensor in stacked.items()
+            name: tensor.to(device or tensor.device, non_blocking=True)  # without a wait
+            for name, tensor in stacked.items()
         }
 
     compiled_given = given

@@ -10,6 +10,7 @@ from dit_cache_fx.runtime.tracking.timestep_value import (
     TimestepValue,
     as_number,
     distance,
+    number_of,
     rounding,
     way_of,
 )
@@ -88,9 +89,13 @@ class Generation:
         position: StepPosition, count: StepCount, timesteps: Timesteps | None = None
     ) -> Generation:
         """Begin a generation with a call at this position. `timesteps`: those of its request."""
-        value = None if position.explicit else as_number(position.value)
+        value = None if position.explicit else position.value
         course = count.course(value, timesteps)
         return Generation(position, course, count.told_steps(course, own=timesteps is not None))
+
+    def number(self, value: TimestepValue) -> float:
+        """Return a timestep of this generation as one number."""
+        return number_of(value, None if self.course.learnt else self.course.timesteps)
 
     def apart(self, position: StepPosition, branch: object) -> Generation:
         """Split off a generation for a branch that the others have left behind at this position."""
@@ -143,7 +148,7 @@ class Generation:
         """Return whether the next step is known to have this timestep."""
         timesteps, following = self.course.timesteps, self.position.index + 1
         known = timesteps is not None and following < len(timesteps)
-        return known and isinstance(value, float) and timesteps[following] == value  # type: ignore[index]
+        return known and timesteps[following] == self.number(value)  # type: ignore[index]
 
     def enter(self, position: StepPosition, branch: object) -> None:
         """Move to a call of `branch`; record its timestep if it is the next step's."""
@@ -154,4 +159,4 @@ class Generation:
         self.entered.add(position.index)
         following = position.index == len(self.values) and not position.explicit
         if following and len(self.values) < MAX_VALUES:
-            self.values.append(as_number(position.value))
+            self.values.append(self.number(position.value))

@@ -14,7 +14,6 @@ from dit_cache_fx.runtime.tracking.generation import Generation, StepPosition
 from dit_cache_fx.runtime.tracking.matching import CallEvidence, Match, find_branch
 from dit_cache_fx.runtime.tracking.session import Session
 from dit_cache_fx.runtime.tracking.step_count import StepCount
-from dit_cache_fx.runtime.tracking.timestep_value import as_number
 from dit_cache_fx.runtime.tracking.trajectory import Trajectory, Verdict
 from dit_cache_fx.strategies import Course
 
@@ -199,7 +198,8 @@ def _course(
     call: CallEvidence, generation: Generation, position: StepPosition, count: StepCount
 ) -> Course:
     """Return the generation's steps as known now."""
-    return count.on_way(generation.course, generation.values, position.index, as_number(call.value))
+    now = generation.number(call.value)
+    return count.on_way(generation.course, generation.values, position.index, now)
 
 
 def _last_of_caller(session: Session, call: CallEvidence) -> Branch | None:

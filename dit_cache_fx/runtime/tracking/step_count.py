@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from dit_cache_fx.errors import OptionError, warn
+from dit_cache_fx.runtime.tracking.timestep_value import TimestepValue, number_of
 from dit_cache_fx.strategies import Course, Strategy
 from dit_cache_fx.strategies.checks import check_num_steps
 from dit_cache_fx.strategies.timesteps import (
@@ -115,18 +116,19 @@ class StepCount:
 
     # --- for a generation ------------------------------------------------------------------------
 
-    def course(self, value: float | None, own: Timesteps | None = None) -> Course:
+    def course(self, value: TimestepValue | None, own: Timesteps | None = None) -> Course:
         """Return the steps of a generation that begins with this timestep (None: unknown).
 
         `own`: the timesteps of its request.
         """
         told = self.told_course(own)
+        first = None if value is None else number_of(value, told.timesteps)
         if told.timesteps is None:
-            course = self._learnt_course(told.num_steps, value)
-        elif value is None:
+            course = self._learnt_course(told.num_steps, first)
+        elif first is None:
             course = told
         else:
-            course = self._left(told.timesteps, told.num_steps, value)
+            course = self._left(told.timesteps, told.num_steps, first)
         if course.gains_nothing:
             self._warn_once(_ALL.format(len(course.before) + (course.num_steps or 0)))
         return self._remarked(course)

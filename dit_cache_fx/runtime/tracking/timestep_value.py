@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from dit_cache_fx.strategies.timesteps import told_of
 from dit_cache_fx.values.wrapped import whole
 
 #: a timestep as a number; if its elements differ, all of them: float64 [n] on the CPU
@@ -22,6 +25,19 @@ def timestep_value(timestep: torch.Tensor) -> TimestepValue:
 def as_number(value: TimestepValue) -> float:
     """Return one number for reports: the mean."""
     return value if isinstance(value, float) else float(value.mean())
+
+
+def number_of(value: TimestepValue, told: Sequence[float] | None) -> float:
+    """Return a timestep as one number: of elements that differ, the one among the `told` timesteps.
+
+    Tokens that are given stand elsewhere than those that the sampler moves; one kind is farthest
+    up, the other farthest down. If nothing tells which is which, return the mean.
+    """
+    if isinstance(value, float):
+        return value
+    ends = [float(end) for end in torch.aminmax(value)]
+    known = None if told is None else told_of(told, ends)
+    return as_number(value) if known is None else known
 
 
 def movement(before: TimestepValue, now: TimestepValue) -> tuple[float, float]:

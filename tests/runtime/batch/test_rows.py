@@ -118,6 +118,29 @@ def test_diffusers_models(case: Case) -> None:
     assert serving.same_counts() == (6, 3)
 
 
+class LoopDiT(ToyDiT):
+    """Goes through the rows one by one in front of its blocks: more nodes for more rows."""
+
+    def condition(self, timestep: Tensor, text: Tensor) -> Tensor:
+        time = self.time(timestep)
+        rows = [time[i] + self.text_in(text[i]).mean(dim=0) for i in range(len(text))]
+        return torch.stack(rows)
+
+    def trunk(self, h: Tensor, c: Tensor) -> Tensor:
+        gate = c.sigmoid() * 2  # what the rule's graph carries has no name of its own either
+        return super().trunk(torch.stack([row * 2 for row in h]), c) * gate[:, None]
+
+
+@pytest.mark.parametrize("strategy", [SCHEDULED[2], RULES[0], RULES[3]], ids=lambda s: s.name)
+def test_a_loop_over_rows_in_the_model(strategy: Strategy) -> None:
+    """Its nodes have other names for another number of rows."""
+    serving = Serving(make(LoopDiT), strategy, smooth=True, requests=5, steps=8)
+    serving.staggered(ticks=12)
+    computed, reused = serving.same_counts()
+    assert computed > 5
+    assert reused > 0
+
+
 # --- what runs -------------------------------------------------------------------------------
 
 
