@@ -142,8 +142,6 @@ def test_distributed_tensors(pair: Pair, strategy: str, options: dict[str, Any])
 
 # --- compiled -------------------------------------------------------------------------------------
 
-WAYS = ("compile", "compile_steps", "backend")
-
 
 def compiled(engine: str, way: str, strategy: str, options: dict[str, Any]) -> bool:
     """A generation of a compiled model that the processes run together."""
