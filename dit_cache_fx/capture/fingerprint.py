@@ -27,8 +27,8 @@ def fingerprint(
     """Return the structure and options that the graph depends on, outside of `whole`.
 
     Weights may change: only their dtype and device count. Modules in `whole` that are not `blocks`
-    count by identity, hooks and a replaced forward: another one may change its input in place, and
-    that input may be the tensor to cache.
+    count by identity and a replaced forward: another one may change its input in place, and that
+    input may be the tensor to cache. Their hooks do not count: most of them only look on.
     """
     return dict(_parts(model, "", whole, blocks))
 
@@ -44,7 +44,7 @@ def _parts(
     yield (path, "class"), id(type(module))
     yield (path, "forward"), "forward" in vars(module)
     if path:  # the model's own hooks run outside of the graph
-        yield (path, "hooks"), _hooked(module)
+        yield (path, "hooks"), bool(module._forward_hooks or module._forward_pre_hooks)
     for name, value in list(vars(module).items()):  # other threads may capture the module now
         if name not in TORCHS and (plain := _plain(value)) is not _OTHER:
             yield (path, name), plain
@@ -63,12 +63,8 @@ def _parts(
             yield from _parts(child, inner, whole, blocks)
 
 
-def _behavior(module: nn.Module) -> tuple[int, bool, bool]:
-    return id(module), _hooked(module), "forward" in vars(module)
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _behavior(module: nn.Module) -> tuple[int, bool]:
+    return id(module), "forward" in vars(module)
 
 
 def _plain(value: object) -> Hashable:

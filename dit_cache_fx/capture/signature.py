@@ -70,7 +70,7 @@ class CallSignature:
 
         A function with `*args` gets positional arguments by position.
         """
-        if self._named:
+        if self._named and not (args and self._keeps_places):
             given = dict(zip(self._by_place, args, strict=False), **kwargs)
             whole = len(given) == len(args) + len(kwargs)  # no extra and no repeated arguments
             if whole and self._required <= given.keys() <= self._defaults.keys():

@@ -87,18 +87,27 @@ class SampleProbe:
         """Return the Euclidean distance. Waits for the device."""
         return torch.dist(self.values, other.values).item()
 
-    def similar(self, other: SampleProbe) -> bool:
-        """Return whether both point the same way, more than by chance. Waits for the device."""
+    def similar(self, other: SampleProbe, distance: float | None = None) -> bool:
+        """Return whether both point the same way, more than by chance. Waits for the device.
+
+        `distance`: between both, if it is known already.
+        """
         least = min(SIMILAR + 2 / math.sqrt(max(self.values.numel(), 1)), 0.98)
-        return self._points_as(other, least)
+        return self._points_as(other, least, distance)
 
     def grown_from(self, other: SampleProbe) -> bool:
         """Return whether a long step may have turned the other sample into this one. Waits."""
         return self._points_as(other, ALIKE) or self.square >= GROWN**2 * other.square
 
-    def _points_as(self, other: SampleProbe, least: float) -> bool:
-        """Return whether the cosine of the angle between both is at least this."""
-        dot = self.values.dot(other.values).item()
+    def _points_as(self, other: SampleProbe, least: float, distance: float | None = None) -> bool:
+        """Return whether the cosine of the angle between both is at least this.
+
+        A known distance gives the scalar product by the law of cosines.
+        """
+        if distance is None:
+            dot = self.values.dot(other.values).item()
+        else:
+            dot = (self.square + other.square - distance * distance) / 2
         return dot >= least * math.sqrt(self.square * other.square)
 
 
@@ -138,7 +147,7 @@ class Trajectory(NamedTuple):
         far, fast, steady = self.change, self.speed, self.steady
         if change is not None:
             far, fast = max(far, change), max(fast, change / move if move else 0.0)
-            steady = steady and self.similar(sample)
+            steady = steady and self.similar(sample, change)
         return Trajectory(value, explicit, sample, max(self.move, move), far, fast, steady)
 
     def judge(
@@ -167,10 +176,13 @@ class Trajectory(NamedTuple):
         """Return whether the newest timestep is this one."""
         return self.value is not None and distance(self.value, value) == 0
 
-    def similar(self, sample: SampleProbe | None) -> bool:
-        """Return whether a sample is known to resemble the newest one. May wait for the device."""
+    def similar(self, sample: SampleProbe | None, change: float | None = None) -> bool:
+        """Return whether a sample is known to resemble the newest one. May wait for the device.
+
+        `change`: how far it has moved, if that is known already.
+        """
         both = sample is not None and self.sample is not None and sample.comparable(self.sample)
-        return both and sample.similar(self.sample)  # type: ignore[union-attr, arg-type]
+        return both and sample.similar(self.sample, change)  # type: ignore[union-attr, arg-type]
 
     def _distance(self, sample: SampleProbe | None, wait: bool) -> float | None:
         """Return the distance of a sample from the newest one; None if unknown."""
@@ -188,7 +200,7 @@ class Trajectory(NamedTuple):
             unlikely = (move == 0 and change != 0) or self._rises_far(value)
             return Verdict.OTHER if unlikely and not self.similar(sample) else Verdict.CONTINUES
         far = max(OTHER_CHANGE * self.change, OTHER_SPEED * self.speed * move)
-        unlike = self.steady and not change <= self.change and not self.similar(sample)
+        unlike = self.steady and not change <= self.change and not self.similar(sample, change)
         if change <= far and not unlike:
             return Verdict.CONTINUES
         assert sample is not None
