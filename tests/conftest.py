@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator
 
@@ -11,6 +12,12 @@ import torch
 #: pytest listens at each logger that does not propagate, and torch writes every graph out as text
 #: for its trace as soon as somebody listens
 logging.getLogger("torch.__trace").propagate = True
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what is imported by now from garbage collection: a full one takes 0.3 s with it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -226,7 +226,13 @@ def test_every_dataclass_is_described() -> None:
 
 
 #: examples that compile for many seconds
-_LONG = {"dit_cache_fx.load", "dit_cache_fx.Exported.package"}
+_LONG = {
+    "dit_cache_fx.load",
+    "dit_cache_fx.Exported",
+    "dit_cache_fx.Exported.package",
+    "dit_cache_fx.Runner",
+    "dit_cache_fx.calibrate",
+}
 
 
 @pytest.mark.parametrize(

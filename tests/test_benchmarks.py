@@ -45,6 +45,7 @@ def rows(data: dict[str, Any]) -> dict[str, Any]:
     return data["models"]["dit"]["rows"]  # type: ignore[no-any-return]
 
 
+@pytest.mark.exhaustive
 def test_table_and_picture(folder: Path) -> None:
     text = (folder / "benchmarks.md").read_text()
     for name in SYSTEMS:
@@ -53,6 +54,7 @@ def test_table_and_picture(folder: Path) -> None:
     assert (folder / "img" / "bench_cpu_dit.png").stat().st_size > 10_000
 
 
+@pytest.mark.exhaustive
 def test_figures_are_finite(data: dict[str, Any], rows: dict[str, Any]) -> None:
     for row in figures(rows, data["settings"]):
         if row.system == "angelslim-deepcache-eager" and row.failed:
@@ -68,6 +70,7 @@ def test_figures_are_finite(data: dict[str, Any], rows: dict[str, Any]) -> None:
     assert limit > 0
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", OURS)
 def test_no_break_and_no_recompile(rows: dict[str, Any], name: str) -> None:
     row = rows[name]
@@ -82,6 +85,7 @@ def test_no_break_and_no_recompile(rows: dict[str, Any], name: str) -> None:
     assert held <= row["cache_bytes"] <= held + 3 * 1024  # and what the calls are known by
 
 
+@pytest.mark.exhaustive
 def test_the_uncached_model_computes_every_step(rows: dict[str, Any]) -> None:
     assert rows["eager"]["generations"][0]["computed"] == 8
 

@@ -399,7 +399,7 @@ def test_a_model_that_takes_another_way_with_an_image(name: str) -> None:
         pytest.param(
             c.name,
             chosen,
-            marks=marks_of(c.name),
+            marks=marks_of(c.name, usual=chosen == 0),
         )
         for c in CASES
         if len(c.block_lists) == 2

@@ -69,6 +69,7 @@ def test_the_eager_columns_of_a_class(case: SupportCase) -> None:
     assert cells[1:] == [YES] * len(EAGER)
 
 
+@pytest.mark.exhaustive
 def test_the_other_columns_of_a_class() -> None:
     name = "MiniMaxMusic3Transformer1DModel"
     seen, cells = look(next(case for case in SUPPORT if case.name == name))

@@ -37,6 +37,8 @@ RULED = "WanTransformer3DModel"
 
 def _usual(number: int, case: Case) -> set[tuple[str, str]]:
     """The strategies and compilers of a model in the default run."""
+    if case.name == "OfficialHunyuanVideo15":  # compiles as long as the others together
+        return set()
     turn = [*SCHEDULED][number % len(SCHEDULED)]
     scheduled = {(turn, "aot_eager")}
     return scheduled | {("rule", "eager")} if case.name == RULED else scheduled

@@ -27,8 +27,7 @@ SPLIT = (
     "ZImageTransformer2DModel",
 )
 WHOLE = [c for c in CASES if c.name not in SPLIT]
-#: with two block lists and with one
-USUAL = ("FluxTransformer2DModel", "DiTTransformer2DModel")
+USUAL = ("DiTTransformer2DModel",)
 
 
 class Together:

@@ -73,8 +73,16 @@ def alone(family: Family, model: nn.Module, prompt: int) -> Tensor:
     return run(family, pipe, seed=prompt, **arguments(family, prompt))
 
 
-@pytest.mark.parametrize("sessions", [True, False], ids=["sessions", "threads' own"])
-@pytest.mark.parametrize("family", [FLUX, SD3, WAN, QWEN_IMAGE], ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    ("family", "sessions"),
+    [
+        pytest.param(
+            f, s, marks=() if s or f is FLUX else pytest.mark.exhaustive, id=f"{f.name}-{w}"
+        )
+        for f in (FLUX, SD3, WAN, QWEN_IMAGE)
+        for s, w in ((True, "sessions"), (False, "threads' own"))
+    ],
+)
 def test_two_prompts_in_turn_in_bfloat16(family: Family, sessions: bool) -> None:
     two = pipes(family, 2)
     model = two[0].transformer

@@ -24,8 +24,6 @@ from tests.support.classes import SUPPORT
 
 __all__ = ["new_compiler"]
 
-#: the default run's; toys have what the others taught: `tests/dynamo`, `tests/compile`
-SOME = ("AllegroTransformer3DModel",)
 #: Dynamo splits these inside the trunk: their forward has a loop that breaks the graph, so that
 #: Dynamo gives up all of it and compiles each block, or what is in it, by itself
 SPLIT = frozenset(
@@ -49,19 +47,13 @@ NOT_WHOLE = frozenset(
 )
 
 pytestmark = [
+    pytest.mark.exhaustive,  # toys have what these taught: `tests/dynamo`, `tests/compile`
     pytest.mark.filterwarnings("ignore::FutureWarning:diffusers"),
     pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
     pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`"),
 ]
-
-
-def chosen(cases: tuple[SupportCase, ...]) -> list[Any]:
-    return [
-        pytest.param(c, id=c.name, marks=() if c.name in SOME else pytest.mark.exhaustive)
-        for c in cases
-    ]
 
 
 def run(seen: Seen, model: Callable[..., Any]) -> tuple[list[torch.Tensor], int]:
@@ -78,7 +70,7 @@ def assert_close(seen: Seen, outputs: list[torch.Tensor]) -> None:
         assert error_of(got, want) <= CLOSE, f"step {step}"
 
 
-@pytest.mark.parametrize("case", chosen(SUPPORT))
+@pytest.mark.parametrize("case", SUPPORT, ids=lambda case: case.name)
 def test_backend(case: SupportCase) -> None:
     seen = Seen(case)
     own, breaks = run(seen, torch.compile(seen.subject.model, backend="aot_eager"))
@@ -103,7 +95,9 @@ def test_backend(case: SupportCase) -> None:
     assert steps == sorted(COMPUTED)
 
 
-@pytest.mark.parametrize("case", chosen(tuple(c for c in SUPPORT if c.name not in NOT_WHOLE)))
+@pytest.mark.parametrize(
+    "case", [c for c in SUPPORT if c.name not in NOT_WHOLE], ids=lambda case: case.name
+)
 def test_torch_compile_in_one_graph(case: SupportCase) -> None:
     seen = Seen(case)
     cached = seen.subject.cached("deepcache")
@@ -114,7 +108,6 @@ def test_torch_compile_in_one_graph(case: SupportCase) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "name",
     [

@@ -29,6 +29,7 @@ from tests.runtime.batch.serving import Serving, joined, near, row_of
 from tests.toys import JoinedDiT, NestedDiT, ToyDiT, UShapeDiT, make, runs_of, toy_inputs
 from tests.zoo.case import Case
 from tests.zoo.diffusers_models import CASES
+from tests.zoo.representatives import marks_of
 
 STEPS = {0, 2, 3}
 
@@ -107,8 +108,11 @@ def test_models_of_other_forms(kind: type) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [c for c in CASES if c.name.startswith(("Flux", "DiT", "QwenImage", "HunyuanVideo15"))],
-    ids=lambda case: case.name,
+    [
+        pytest.param(c, id=c.name, marks=marks_of(c.name))
+        for c in CASES
+        if c.name.startswith(("Flux", "DiT", "QwenImage", "HunyuanVideo15"))
+    ],
 )
 def test_diffusers_models(case: Case) -> None:
     """Flux has ids without rows, QwenImage lists with rows, HunyuanVideo15 masks and guards."""
