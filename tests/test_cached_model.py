@@ -553,7 +553,7 @@ TARGETS = {
             when,
             targets,
             id=f"{when}-{name}",
-            marks=() if name == "everywhere" or when == "between" else pytest.mark.exhaustive,
+            marks=() if name == "everywhere" else pytest.mark.exhaustive,
         )
         for when in ("before", "after", "between")
         for name, targets in TARGETS.items()

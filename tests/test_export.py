@@ -117,11 +117,11 @@ def test_a_runner_is_the_eager_cached_model(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "strategy", "options"),
     [
-        pytest.param(
-            "DiTTransformer2DModel", *SCHEDULED["taylorcache"], marks=pytest.mark.exhaustive
-        ),
+        ("DiTTransformer2DModel", *SCHEDULED["taylorcache"]),
         pytest.param("WanTransformer3DModel", *RULE, marks=pytest.mark.exhaustive),
-        ("OfficialHunyuanVideo15", *SCHEDULED["deepcache"]),
+        pytest.param(
+            "OfficialHunyuanVideo15", *SCHEDULED["deepcache"], marks=pytest.mark.exhaustive
+        ),
     ],
 )
 def test_models_of_the_zoo(name: str, strategy: str, options: dict[str, Any]) -> None:

@@ -48,7 +48,6 @@ def model() -> nn.Module:
 USUAL = {
     "DiTTransformer2DModel": "teacache",
     "FluxTransformer2DModel": "taylorcache",
-    "OfficialHunyuanVideo15": "deepcache",
     "WanTransformer3DModel": "rule",
 }
 

@@ -129,7 +129,7 @@ def deepcache(model: nn.Module, steps: Collection[int], **options: Any) -> Any:
 @pytest.mark.parametrize(
     ("name", "strategy"),
     [
-        ("OfficialHunyuanVideo15", "deepcache"),
+        pytest.param("OfficialHunyuanVideo15", "deepcache", marks=pytest.mark.exhaustive),
         ("OfficialHunyuanVideo15", "teacache"),
         ("OfficialHunyuanVideo15Single", "taylorcache"),
     ],
