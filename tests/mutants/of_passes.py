@@ -30,14 +30,6 @@ MUTANTS = (
         ("tests/runtime/test_memory.py::test_what_leaves_each_of_several_runs_is_held",),
     ),
     Mutant(
-        "inputs-of-uncached-blocks-dropped",
-        "passes/find_values.py",
-        "roots += [c for c in program.block_calls() if block_of(c) not in cached]",
-        "roots += []",
-        "the blocks before one that is never cached run on every step",
-        ("tests/lowering/test_variants.py::test_what_two_runs_need_is_computed_once",),
-    ),
-    Mutant(
         "parts-of-a-stream-start-nowhere",
         "passes/find_values.py",
         "if len(found) == len(parts) and all(found.values()):",
