@@ -65,10 +65,9 @@ from torch.utils._python_dispatch import (
 from torch.utils.hooks import RemovableHandle
 
 from dit_cache_fx.values.tensor_spec import TensorSpec
+from dit_cache_fx.values.wrapped import PLAIN_TENSORS
 
 _PROXY, _FAKE = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
-#: kinds of tensors that are not fake
-_REAL = (torch.Tensor, nn.Parameter)
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -556,7 +555,7 @@ def traced_here(values: Iterable[object]) -> bool:
     if _proxy_mode() is not None or torch._C._get_dispatch_mode(_FAKE) is not None:
         return True
     for value in values:
-        if isinstance(value, torch.Tensor) and type(value) not in _REAL and is_fake(value):
+        if isinstance(value, torch.Tensor) and type(value) not in PLAIN_TENSORS and is_fake(value):
             return True
     return False
 

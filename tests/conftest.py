@@ -21,7 +21,7 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
     """Forwards of a few milliseconds only lose by waiting for other threads."""
     before = torch.get_num_threads()

@@ -6,7 +6,6 @@ Each floor is 2 dB or more below what was measured for these seeds.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -20,14 +19,6 @@ from examples.few_steps.task import MODELS, Task
 from examples.flow.sampling import adams_bashforth2, times
 
 STEPS, SHIFT, FEW = 50, 3, 10
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

@@ -12,12 +12,12 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 #: types with their own memory that wrap nothing: most tensors of most calls
-_SIMPLE = frozenset({torch.Tensor, torch.nn.Parameter})
+PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def settled(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor; wait for the result of a collective that is still under way."""
-    if type(tensor) in _SIMPLE:
+    if type(tensor) in PLAIN_TENSORS:
         return tensor
     wait: Any = getattr(tensor, "trigger_wait", None)
     if wait is None:
@@ -40,7 +40,7 @@ def inner(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def is_wrapper(tensor: torch.Tensor) -> bool:
     """Return whether the tensor's memory belongs to other tensors."""
-    return type(tensor) not in _SIMPLE and is_traceable_wrapper_subclass(tensor)
+    return type(tensor) not in PLAIN_TENSORS and is_traceable_wrapper_subclass(tensor)
 
 
 def nbytes(tensor: torch.Tensor) -> int:
@@ -51,7 +51,7 @@ def nbytes(tensor: torch.Tensor) -> int:
 def is_distributed(tensor: torch.Tensor) -> bool:
     """Return whether the tensor is one of several processes (a DTensor)."""
     return (
-        type(tensor) not in _SIMPLE
+        type(tensor) not in PLAIN_TENSORS
         and hasattr(tensor, "device_mesh")
         and hasattr(tensor, "to_local")
     )
@@ -59,8 +59,6 @@ def is_distributed(tensor: torch.Tensor) -> bool:
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
     """Return this process's part of a tensor; all of it if each process holds a summand."""
-    if type(tensor) in _SIMPLE:
-        return tensor
     if not is_distributed(tensor):
         return settled(tensor)
     spread: Any = tensor

@@ -44,14 +44,6 @@ SMALL = "DiTTransformer2DModel"
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True, scope="module")
 def _quick_gc() -> Iterator[None]:
     """What was there before these tests needs no look: collecting takes milliseconds then."""
     gc.collect()
