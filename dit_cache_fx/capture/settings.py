@@ -102,7 +102,7 @@ def refuse_made_values(settings: Sequence[Setting], before: Attributes) -> None:
 
 
 def put_back(settings: Iterable[Setting], before: Attributes) -> None:
-    """Give the attributes what they had `before`: a run of a graph leaves nothing there either."""
+    """Restore the values from `before`: runs of a graph leave no setting behind either."""
     for setting in settings:
         holder, key = setting.change.owner.holder, setting.change.key
         owner = before.get(id(holder))

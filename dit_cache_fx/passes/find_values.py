@@ -124,7 +124,7 @@ def _always(program: Program, cached: set[BlockId]) -> list[fx.Node]:
 
 
 def _handed_over(program: Program) -> list[fx.Node]:
-    """What the runs read that is made outside of them: of a U-shape, by a block of another run."""
+    """Return the values that runs read from outside, in a U-shape from a block of another run."""
     read: list[fx.Node] = []
     for region in program.regions[1:]:
         calls = [c for c in program.block_calls() if block_of(c) in region.blocks]
