@@ -31,6 +31,7 @@ from torch._C._dynamo.eval_frame import (
     set_code_exec_strategy,
     set_eval_frame,
 )
+from torch._guards import TracingContext, active_fake_mode, tracing
 from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensorMode
@@ -40,6 +41,7 @@ from torch._subclasses.fake_tensor import (
     is_fake,
 )
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.proxy_tensor import (
     ProxyTorchDispatchMode,
     PythonKeyTracer,
@@ -125,7 +127,7 @@ def _run(call: OpaqueCall, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 @opaque.py_impl(ProxyTorchDispatchMode)
 def _trace(mode: Any, call: OpaqueCall, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    with disable_proxy_modes_tracing():
+    with disable_proxy_modes_tracing(), tracing(None):
         outputs = call.run(tensors)
     inputs = [mode.tracer.unwrap_proxy(t) for t in tensors]
     proxies = call.emit(Emitter(mode.tracer), inputs, outputs)
@@ -162,6 +164,20 @@ def emit_node(target: Callable[..., Any], args: Any, kwargs: Any, name: str) -> 
         return False
     Emitter(tracer).call(target, args, kwargs, name)
     return True
+
+
+# --- graphs --------------------------------------------------------------------------------------
+
+#: a GraphModule that generates its code when it first runs: most graphs of a capture never do
+LazyGraphModule = _LazyGraphModule
+
+
+def generate_code(gm: fx.GraphModule) -> None:
+    """Generate the code of a graph now: Dynamo cannot trace a `LazyGraphModule` without it."""
+    LazyGraphModule.force_recompile(gm)  # drops that of the graphs in it
+    for child in gm.children():
+        if isinstance(child, LazyGraphModule):
+            generate_code(child)
 
 
 # --- tracing -------------------------------------------------------------------------------------
@@ -201,14 +217,22 @@ def _traced(
     tracer: Any = PythonKeyTracer()
     tracer.root, tracer.tensor_attrs = nn.Module(), {}
     tracer.graph = fx.Graph(tracer_cls=PythonKeyTracer)
-    with ProxyTorchDispatchMode(tracer, "real"), disable_autocast_cache():
+    with ProxyTorchDispatchMode(tracer, "real"), disable_autocast_cache(), _one_fake_mode():
         names = [f"input_{number}" for number in range(len(inputs))]
         proxies = [tracer.create_proxy("placeholder", name, (), {}) for name in names]
         with disable_proxy_modes_tracing():
             track_tensor_tree([*inputs], proxies, constant=None, tracer=tracer)
         results = [tracer.unwrap_proxy(t) for t in function(*inputs)]
         tracer.create_node("output", "output", (tracer.create_arg(results),), {})
-    return fx.GraphModule(tracer.root, tracer.graph)
+    return LazyGraphModule(tracer.root, tracer.graph)
+
+
+@contextmanager
+def _one_fake_mode() -> Iterator[None]:
+    """Provide the mode of the stand-ins in the nodes' metadata: otherwise each node makes one."""
+    mode = active_fake_mode() or FakeTensorMode(allow_fallback_kernels=True)
+    with tracing(TracingContext(mode)):
+        yield
 
 
 @contextmanager

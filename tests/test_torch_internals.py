@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch._C._dynamo import eval_frame
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd import frontend_utils
+from torch._guards import TracingContext
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +27,7 @@ from dit_cache_fx import _torch
 from dit_cache_fx._torch import (
     CompiledFrame,
     Emitter,
+    LazyGraphModule,
     Piece,
     all_gathered,
     all_reduced,
@@ -46,6 +48,7 @@ from dit_cache_fx._torch import (
     exporting,
     fakes,
     frame_is_compiled,
+    generate_code,
     inductor_compiler,
     is_subclass,
     like_dynamos,
@@ -118,6 +121,50 @@ def test_functional_trace_has_no_in_place_operators() -> None:
     targets = [n.target for n in gm.graph.nodes if n.op == "call_function"]
     assert not [t for t in targets if t._schema.is_mutable]
     assert torch.equal(gm(torch.ones(2, 3))[0], torch.tensor([[1.0, 2, 2], [1, 2, 2]]))
+
+
+def test_a_trace_makes_one_fake_mode_for_its_stand_ins() -> None:
+    gm = trace_functional(lambda x: opaque(Doubling(), [x + 1]), [torch.ones(2)])
+    nodes = [n for n in gm.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    assert len({n.meta["val"].fake_mode for n in nodes}) == 1 < len(nodes)
+
+
+def test_an_opaque_call_sees_nothing_of_the_trace() -> None:
+    """A compiled block compiles as it does elsewhere."""
+
+    class Looking(Doubling):
+        def run(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+            assert TracingContext.try_get() is None
+            return super().run(tensors)
+
+    trace_functional(lambda x: opaque(Looking(), [x]), [torch.ones(2)])
+    assert TracingContext.try_get() is None
+
+
+def test_a_lazy_graph_has_code_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    generated: list[fx.Graph] = []
+    generate = fx.Graph.python_code
+
+    def counting(graph: fx.Graph, *args: Any, **kwargs: Any) -> Any:
+        generated.append(graph)
+        return generate(graph, *args, **kwargs)
+
+    monkeypatch.setattr(fx.Graph, "python_code", counting)
+    gm = trace_functional(lambda x: [x + 1], [torch.ones(2)])
+    assert isinstance(gm, LazyGraphModule)
+    assert not generated
+    assert torch.equal(gm(torch.ones(2))[0], torch.full((2,), 2.0))
+    gm(torch.ones(2))
+    assert len(generated) == 1
+    outer_graph = fx.Graph()
+    root = nn.Module()
+    root.inner = trace_functional(lambda x: [x + 1], [torch.ones(2)])
+    outer_graph.output(outer_graph.call_module("inner", (outer_graph.placeholder("x"),)))
+    outer = LazyGraphModule(root, outer_graph)
+    generate_code(outer)
+    assert len(generated) == 3
+    compiled = torch.compile(outer.forward, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(torch.ones(2))[0], torch.full((2,), 2.0))
 
 
 class Reads(TorchDispatchMode):

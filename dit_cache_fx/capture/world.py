@@ -10,9 +10,11 @@ from __future__ import annotations
 import sys
 import types
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
+from itertools import chain
 from operator import is_
 from threading import Thread, local
 from typing import Any, NamedTuple
@@ -40,16 +42,24 @@ _LOOKED_INTO = (*_CONTAINERS, nn.Module, ContextVar, local, ref, types.SimpleNam
 
 
 class _Holder(NamedTuple):
-    """An object that holds values, and its values; `names`: the same, to restore it."""
+    """An object that holds values.
+
+    `values`: returns its values as they are now. `held`: those at first; `names`: the same by name,
+    to restore them.
+    """
 
     value: Any
+    values: Callable[[], Iterable[Any]]
     held: list[Any]
     names: dict[Any, Any] | None
 
     @staticmethod
     def of(value: Any) -> _Holder:
-        names = _names_of(value)
-        return _Holder(value, _held(value), None if names is None else dict(names))
+        names, values = _names_of(value), _values_of(value)
+        return _Holder(value, values, list(values()), None if names is None else dict(names))
+
+    def has_changed(self) -> bool:
+        return not _same(self.held, list(self.values()))
 
 
 class World:
@@ -67,22 +77,26 @@ class World:
         for name in namespaces:
             self._look(vars(sys.modules[name]), _DEPTH)
         for module in theirs:
-            for value in _held(module):
+            for value in _inside(module):
                 self._look(value, _DEPTH)
-        self._first = self._holders
+        self._known = self._now()
 
     def changed(self) -> bool:
-        """Return whether any of it has changed."""
-        return any(not _same(holder.held, _held(holder.value)) for holder in self._holders)
+        """Return whether any of it has changed since the last `refresh`."""
+        return not _same(self._known, self._now())
 
     def refresh(self) -> None:
         """Take it again as it is now."""
-        self._holders = [h._replace(held=_held(h.value)) for h in self._holders]
+        self._known = self._now()
+
+    def _now(self) -> list[Any]:
+        """Return all values in one list: comparing it costs a fraction of one list for each."""
+        return [*chain.from_iterable(holder.values() for holder in self._holders)]
 
     @contextmanager
     def as_before(self) -> Iterator[None]:
         """Restore variables and attributes to this state for the duration of the context."""
-        changed = [h for h in self._first if not _same(h.held, _held(h.value))]
+        changed = [h for h in self._holders if h.has_changed()]
         kept = [
             (names, was)
             for h in changed
@@ -105,7 +119,7 @@ class World:
         self._seen.add(id(value))
         holder = _Holder.of(value)
         self._holders.append(holder)
-        for child in holder.held:
+        for child in _inside(value):
             self._look(child, depth - 1)
 
     def _holds(self, value: Any) -> bool:
@@ -156,23 +170,35 @@ def _fill(names: dict[Any, Any], values: dict[Any, Any]) -> None:
     names.update(values)
 
 
-def _held(value: Any) -> list[Any]:
-    """Return the values that an object holds, in order."""
+def _inside(value: Any) -> list[Any]:
+    """Return the values in an object that the search looks into."""
     if isinstance(value, nn.Module):
         return [v for k, v in list(vars(value).items()) if k not in TORCHS]
     if isinstance(value, dict):
         return [v for k, v in list(value.items()) if k not in _BOOKKEEPING]
-    if isinstance(value, _CONTAINERS):
-        return list(value)
-    if isinstance(value, ContextVar):
-        return [value.get(None)]
-    if isinstance(value, ref):
-        return [value()]
-    if isinstance(value, types.FunctionType):
-        return [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
     if isinstance(value, type):
         return [v for k, v in list(vars(value).items()) if not k.startswith("__")]
-    return [v for _, v in attributes(value)]
+    return list(_values_of(value)())
+
+
+def _values_of(value: Any) -> Callable[[], Iterable[Any]]:
+    """Return a function that returns the values that an object holds, in order."""
+    if isinstance(value, dict) and not _BOOKKEEPING.isdisjoint(value):
+        return lambda: [v for k, v in list(value.items()) if k not in _BOOKKEEPING]
+    if isinstance(value, dict):
+        return partial(dict.values, value)
+    if isinstance(value, _CONTAINERS):
+        return lambda: value
+    if isinstance(value, ContextVar):
+        return lambda: [value.get(None)]
+    if isinstance(value, ref):
+        return lambda: [value()]
+    if isinstance(value, types.FunctionType):
+        cells = value.__closure__ or ()
+        return lambda: [cell.cell_contents for cell in cells if _is_filled(cell)]
+    if isinstance(value, (nn.Module, type)):
+        return lambda: vars(value).values()
+    return lambda: [v for _, v in attributes(value)]
 
 
 #: names in a module's namespace that Python itself maintains

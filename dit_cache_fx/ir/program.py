@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from dit_cache_fx._torch import LazyGraphModule
 from dit_cache_fx.errors import VerifyError
 from dit_cache_fx.ir.alone import Alone
 from dit_cache_fx.ir.contexts import generate_contexts
@@ -133,7 +134,10 @@ class Program:
 def graph_module(
     model: nn.Module, attributes: Mapping[str, Any], graph: fx.Graph, name: str
 ) -> fx.GraphModule:
-    """Make a GraphModule over the *live* model: `model.x` in the graph follows the model."""
+    """Make a GraphModule over the *live* model: `model.x` in the graph follows the model.
+
+    It has no code until it runs, or `generate_code` is called with it.
+    """
     root = nn.Module()
     root.model = model
     for key, value in attributes.items():
@@ -142,7 +146,7 @@ def graph_module(
         else:
             setattr(root, key, value)
     generate_contexts(graph)
-    gm = fx.GraphModule(root, graph, name)
+    gm = LazyGraphModule(root, graph, name)
     gm.__dict__.pop("model", None)
     gm._modules["model"] = model  # GraphModule has copied the attributes in the graph
     return gm

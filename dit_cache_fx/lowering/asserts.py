@@ -12,7 +12,8 @@ from dit_cache_fx.capture.data_guards import READS, read_count, read_list, read_
 from dit_cache_fx.capture.normal_form import Guards
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.copying import copy_nodes
-from dit_cache_fx.ir.program import attributes_of, graph_module
+from dit_cache_fx.ir.program import attributes_of
+from dit_cache_fx.lowering.part import runnable
 
 _ATEN = torch.ops.aten
 
@@ -56,7 +57,7 @@ def assertions(guards: Guards, accepted: Collection[tuple[torch.Size, ...]]) -> 
     _assert_counts(graph, shapes, new, accepted)
     graph.output(())
     attributes = attributes_of(guards.gm, graph)
-    return graph_module(guards.gm.get_submodule("model"), attributes, graph, "Assertions")
+    return runnable(guards.gm.get_submodule("model"), attributes, graph, "Assertions")
 
 
 def _assert(graph: fx.Graph, truth: fx.Node, what: str) -> fx.Node:

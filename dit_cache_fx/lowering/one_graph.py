@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from dit_cache_fx.ir.copying import results_of
 from dit_cache_fx.ir.graph_text import trace_graph
 from dit_cache_fx.ir.names import state_name
-from dit_cache_fx.ir.program import Program, graph_module, inline, tensor_spec
-from dit_cache_fx.lowering.part import Part
+from dit_cache_fx.ir.program import Program, inline, tensor_spec
+from dit_cache_fx.lowering.part import Part, runnable
 from dit_cache_fx.lowering.preamble import Preamble, pinned, split_preamble
 from dit_cache_fx.lowering.variants import Variants
 from dit_cache_fx.strategies import CLOCK, Clock, RuleState, Strategy
@@ -230,7 +230,7 @@ class _Writer:
         elif not hold:
             results += [_valueless(graph, spec) for spec in self.variants.cached.values()]
         graph.output(tuple(results))
-        return graph_module(self.program.model, attributes, graph, part.gm._get_name())
+        return runnable(self.program.model, attributes, graph, part.gm._get_name())
 
 
 def _apart(tensor: torch.Tensor, taken: set[int]) -> torch.Tensor:

@@ -9,9 +9,19 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
+from dit_cache_fx._torch import generate_code
 from dit_cache_fx.ir.program import graph_module, is_kept
 
 _T = TypeVar("_T")
+
+
+def runnable(
+    model: nn.Module, attributes: Mapping[str, Any], graph: fx.Graph, name: str
+) -> fx.GraphModule:
+    """Make a GraphModule that Dynamo can trace."""
+    gm = graph_module(model, attributes, graph, name)
+    generate_code(gm)
+    return gm
 
 
 @dataclass(frozen=True)
@@ -30,7 +40,7 @@ class Part:
         names = tuple(str(n.target) for n in graph.find_nodes(op="placeholder"))
         read = {str(n.target) for n in graph.find_nodes(op="get_attr")}
         own = {key: value for key, value in attributes.items() if key in read}
-        return Part(graph_module(model, own, graph, name), names)
+        return Part(runnable(model, own, graph, name), names)
 
     @property
     def run(self) -> Callable[..., Sequence[torch.Tensor]]:

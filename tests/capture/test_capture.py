@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import dit_cache_fx
 from dit_cache_fx import CachedModel, CaptureError, DitCacheError
@@ -54,6 +54,23 @@ def pair(kind: Callable[..., nn.Module], **options: Any) -> tuple[CachedModel, B
     model = make(kind, **options)
     cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps=STEPS)
     return cached, ByHand(model, ["blocks"])
+
+
+def test_only_graphs_that_run_get_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes build a graph each: their code would take a third of the first call."""
+    generated: list[fx.Graph] = []
+    generate = fx.Graph.python_code
+
+    def counting(graph: fx.Graph, *args: Any, **kwargs: Any) -> Any:
+        generated.append(graph)
+        return generate(graph, *args, **kwargs)
+
+    cached = dit_cache_fx.apply(make(ToyDiT), "taylorcache", no_cache_steps=STEPS)
+    monkeypatch.setattr(fx.Graph, "python_code", counting)
+    for _, inputs in generation(TOY, STEPS):
+        cached(**inputs)
+    assert actions(cached) == "CrCCrr"
+    assert len(generated) <= 3  # the captured graph, a computed step, a reused step
 
 
 def prompts(text: Tensor) -> list[tuple[bool, dict[str, Any]]]:
