@@ -139,8 +139,13 @@ def _beside(program: Program) -> frozenset[str]:
         if (spec := spec_of(program.node(name))) is not None and spec.ndim > 1
         if program.arguments.count(argument) == 1
     }
-    found = (_given_as(given, other) for other in others)
-    return frozenset(argument for argument in found if argument is not None)
+    found = set[str]()
+    for other in others:  # of one shape, perhaps: the entries of a list
+        argument = _given_as(given, other)
+        if argument is not None:
+            del given[argument]
+            found.add(argument)
+    return frozenset(found)
 
 
 def _given_as(given: Mapping[str, torch.Tensor], result: torch.Tensor) -> str | None:

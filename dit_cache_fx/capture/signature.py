@@ -132,12 +132,13 @@ def _is_number(value: Any) -> bool:
     """Return whether a value is a number of Python or numpy, or an array of numbers."""
     if isinstance(value, (bool, torch.Tensor)):
         return False
-    kind = getattr(getattr(value, "dtype", None), "kind", "")
-    return kind in ("i", "u", "f") if kind else isinstance(value, (int, float))
+    if isinstance(value, (int, float)):  # first: Dynamo's numbers cannot be asked for a dtype
+        return True
+    return getattr(getattr(value, "dtype", None), "kind", "") in ("i", "u", "f")
 
 
 def _as_tensor(number: Any, device: torch.device | None) -> torch.Tensor:
-    if hasattr(number, "dtype"):
+    if not isinstance(number, (int, float)):
         return torch.as_tensor(number).to(device, copy=True)
     dtype = torch.int64 if isinstance(number, int) else torch.float64
     return torch.tensor(number, dtype=dtype, device=device)

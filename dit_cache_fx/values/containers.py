@@ -138,8 +138,9 @@ def _blank(kind: Any) -> Any:
 
 def is_constructible(kind: Any) -> bool:
     """Return whether all parts can be passed to the type by name: named tuple, most dataclasses."""
-    if dataclasses.is_dataclass(kind):
-        return all(f.init for f in dataclasses.fields(kind))
+    fields = getattr(kind, "__dataclass_fields__", None)  # Dynamo traces no `fields()` of a type
+    if fields is not None:
+        return all(f.init for f in fields.values())
     return issubclass(kind, tuple) and hasattr(kind, "_fields")
 
 

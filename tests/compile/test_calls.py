@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import dit_cache_fx
 from dit_cache_fx import CachedModel
+from dit_cache_fx.values.pytree import flatten
 from tests.compile.compiling import (
     RULE,
     STEPS,
@@ -21,7 +22,18 @@ from tests.compile.compiling import (
     compiled,
     no_recompile,
 )
-from tests.toys import TOY, ByHand, ToyDiT, actions, follows, generation, make, toy_inputs
+from tests.toys import (
+    TOY,
+    AnyTimeDiT,
+    ByHand,
+    OutputsDiT,
+    ToyDiT,
+    actions,
+    follows,
+    generation,
+    make,
+    toy_inputs,
+)
 from tests.zoo.case import rows
 
 Compiled = Any
@@ -233,6 +245,34 @@ class ByHandSteps:
         self.step += 1
         output: Tensor = self.by_hand(self.step in STEPS, **inputs)
         return output
+
+
+@pytest.mark.parametrize("kind", ["tuple", "list", "dict", "dataclass"])
+def test_every_kind_of_output_in_a_users_own_compiled_function(kind: str) -> None:
+    """The container is built while the user's function is traced."""
+    model = make(OutputsDiT)
+    cached, by_hand = cache_of(model), ByHand(model, ["blocks"])
+    cached(**toy_inputs(1000.0), kind=kind)
+    step = torch.compile(lambda **given: cached(**given), backend="eager", fullgraph=True)
+    for computes, inputs in generation(TOY, STEPS):
+        want, form = flatten(by_hand(computes, **inputs, kind=kind))
+        got, got_form = flatten(step(**inputs, kind=kind))
+        assert got_form == form
+        assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("number", [int, float])
+def test_a_number_as_the_timestep_in_a_users_own_compiled_function(number: type) -> None:
+    """Dynamo lets the number vary from its second value on."""
+    model = make(AnyTimeDiT)
+    cached, by_hand, backend = cache_of(model), ByHand(model, ["blocks"]), Counting()
+    cached(**toy_inputs(1000.0) | {"timestep": number(1000)})
+    step = torch.compile(sampler(cached), backend=backend, fullgraph=True)
+    for computes, inputs in generation(TOY, STEPS):
+        inputs["timestep"] = number(inputs["timestep"])
+        want = inputs["x"] - 0.1 * by_hand(computes, **inputs)
+        assert torch.equal(step(**inputs), want)
+    assert (backend.count, breaks()) == (2, 0)
 
 
 def test_in_a_users_own_compiled_function_before_any_call(model: nn.Module) -> None:

@@ -198,6 +198,26 @@ def test_two_sizes_in_turn(dynamic: bool | None) -> None:
             assert torch.equal(model(**inputs), by_hand(step in STEPS, **inputs))
 
 
+class ListDiT(ToyDiT):
+    """Takes a list of samples, and gives as many back."""
+
+    def forward(self, x: list[Tensor], timestep: Tensor, text: Tensor) -> Any:  # type: ignore[override]
+        return list(super().forward(torch.stack(x), timestep, text).unbind())
+
+
+@pytest.mark.parametrize("samples", [1, 2, 4])
+def test_each_entry_of_a_list_is_a_sample(samples: int) -> None:
+    """Conditioning that changes at each step would keep anything from being reused."""
+    cache = deepcache(inner="eager")
+    model, by_hand = compiled(make(ListDiT), cache), ByHand(make(ListDiT), ["blocks"])
+    for step, time in enumerate(TIMES):
+        inputs = toy_inputs(time, seed=step, batch=samples)
+        inputs["x"] = [*inputs["x"]]
+        want = by_hand(step in STEPS, **inputs)
+        assert all(map(torch.equal, model(**inputs), want)), f"step {step}"
+    assert actions(cache) == "CCrrCr"
+
+
 def test_the_explicit_step_index() -> None:
     cache = deepcache(inner="eager")
     model = compiled(make(ToyDiT), cache)

@@ -478,3 +478,20 @@ def test_what_a_generation_before_has_left_is_not_compared_with(
         call(cached, sample(1, step), time(step))
     assert compared
     assert not any(compared[1:])
+
+
+class JointDiT(ToyDiT):
+    """Takes several samples of one shape as arguments of their own, and gives as many back."""
+
+    def forward(self, x: Tensor, y: Tensor, z: Tensor, timestep: Tensor, text: Tensor) -> Any:  # type: ignore[override]
+        joined = super().forward(torch.cat([x, y, z], dim=1), timestep, text)
+        return joined.chunk(3, dim=1)
+
+
+def test_several_samples_of_one_shape_are_no_conditioning() -> None:
+    model = make(JointDiT)
+    cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps=range(0, STEPS, 4))
+    for step in range(STEPS):
+        cached(*(sample(seed, step) for seed in range(3)), timestep=time(step), text=TEXT)
+    taken = "".join(record.action[0] for record in cached.cache_report().timeline)
+    assert taken == "crrrcrrr"
