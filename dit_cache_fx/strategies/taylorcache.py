@@ -238,9 +238,13 @@ def slope(value: Tensor, last: Tensor, clock: Clock) -> Tensor:
 
 
 def split_bands(value: Tensor) -> list[Tensor]:
-    """Return the low and the high frequencies of `value` along dimension 1, in its own dtype."""
+    """Return the low and the high frequencies of `value` along dimension 1, in its own dtype.
+
+    Contiguous, unlike the transform: layers round differently in another layout.
+    """
     spectrum = torch.fft.fft(value.float(), dim=1)
     frequencies = torch.fft.fftfreq(value.shape[1], device=value.device).abs()
     low = frequencies <= CUTOFF * frequencies.max()
     low = low.reshape(1, -1, *[1] * (value.ndim - 2))
-    return [torch.fft.ifft(spectrum * mask, dim=1).real.to(value.dtype) for mask in (low, ~low)]
+    bands = (torch.fft.ifft(spectrum * mask, dim=1).real for mask in (low, ~low))
+    return [band.to(value.dtype).contiguous() for band in bands]
