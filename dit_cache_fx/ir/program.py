@@ -22,7 +22,7 @@ from torch import fx, nn
 from dit_cache_fx._torch import LazyGraphModule
 from dit_cache_fx.errors import VerifyError
 from dit_cache_fx.ir.alone import Alone
-from dit_cache_fx.ir.contexts import generate_contexts
+from dit_cache_fx.ir.codegen import customize_code
 from dit_cache_fx.ir.copying import body, copy_nodes, results_of
 from dit_cache_fx.ir.node_meta import BlockId, is_block, meta_of
 from dit_cache_fx.values.pytree import Skeleton
@@ -145,7 +145,7 @@ def graph_module(
             root.register_buffer(key, value, persistent=False)
         else:
             setattr(root, key, value)
-    generate_contexts(graph)
+    customize_code(graph)
     gm = LazyGraphModule(root, graph, name)
     gm.__dict__.pop("model", None)
     gm._modules["model"] = model  # GraphModule has copied the attributes in the graph
