@@ -116,7 +116,7 @@ MUTANTS = (
         "turn = self.turns.alone() if settings else self.turns.beside()",
         "turn = self.turns.beside()",
         "a thread sees the strength of LoRA of another one",
-        ("tests/capture/test_turns.py::test_no_thread_sees_the_scale_of_another",),
+        ("tests/capture/test_turns.py::test_a_graph_that_sets_a_scale_runs_alone",),
     ),
     Mutant(
         "calls-of-other-threads-captured",
