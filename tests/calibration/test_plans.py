@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -27,10 +27,7 @@ PLANNED = frozenset({0, 2, 5, 7})
 TOY = ModelSignature("ToyDiT", (("blocks", 3),), DIM)
 
 
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def plan(steps: frozenset[int] = PLANNED, **options: Any) -> Strategy:
