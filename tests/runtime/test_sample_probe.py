@@ -18,13 +18,15 @@ SAMPLES = {
     "a column": torch.arange(40_000.0).reshape(400, 100)[:, 3],
     "half": torch.arange(2000.0).to(torch.bfloat16),
     "complex": torch.complex(torch.arange(5000.0), -torch.arange(5000.0)),
+    "conjugate": torch.complex(torch.arange(5000.0), torch.arange(5000.0)).conj(),
+    "imaginary": torch.complex(torch.arange(5000.0), torch.arange(5000.0)).conj().imag,
     "one number": torch.tensor(3.0),
     "nothing": torch.empty(0, 4),
 }
 
 
 def picked(sample: Tensor) -> list[float]:
-    real = torch.view_as_real(sample) if sample.is_complex() else sample
+    real = torch.view_as_real(sample.resolve_conj()) if sample.is_complex() else sample
     values = real.flatten().tolist()
     return values[:: max(1, len(values) // PROBED) | 1]
 
@@ -60,6 +62,12 @@ def test_a_known_distance_changes_no_answer(share: float) -> None:
         assert probe.shortest <= probe.values.norm().item() * (1 + 1e-6)
         known, plain = probe, again
     assert all(answers) == (share <= 1)
+
+
+def test_samples_without_a_length_are_not_similar() -> None:
+    for value in (float("inf"), float("nan"), 1e30):
+        before, now = SampleProbe(torch.full((600,), value)), SampleProbe(torch.ones(600))
+        assert not now.similar(before, now.distance(before))
 
 
 def test_most_short_steps_need_no_scalar_product() -> None:

@@ -51,7 +51,7 @@ class SampleProbe:
 
     def __init__(self, sample: torch.Tensor) -> None:
         sample = own_part(sample.detach() if sample.requires_grad else sample)
-        real = torch.view_as_real(sample) if sample.is_complex() else sample
+        real = torch.view_as_real(sample.resolve_conj()) if sample.is_complex() else sample
         stride = max(1, real.numel() // PROBED) | 1  # odd: not a single column of a picture
         if real.is_contiguous():
             picked = real.as_strided((-(-real.numel() // stride),), (stride,))
@@ -103,7 +103,8 @@ class SampleProbe:
         length r by an angle of at most asin(distance / r).
         """
         least = min(SIMILAR + 2 / math.sqrt(max(self.values.numel(), 1)), 0.98)
-        if distance is not None and distance <= other.shortest * math.sqrt(1 - least * least):
+        near = other.shortest * math.sqrt(1 - least**2)
+        if distance is not None and distance <= near and 0 < near < math.inf:
             self._shortest = other.shortest - distance
             return True
         return self._points_as(other, least, distance)
