@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 import dit_cache_fx
 from dit_cache_fx.ir.codegen import customize_code
-from dit_cache_fx.ir.program import graph_module
+from dit_cache_fx.ir.graph_module import graph_module
 from tests.toys import DIM, TOY, ToyDiT, actions, generation, make
 
 
