@@ -14,7 +14,7 @@ import torch
 import dit_cache_fx
 from dit_cache_fx import DitCacheWarning, OptionError, Strategy, TaylorCache
 from dit_cache_fx.calibration import Calibration, Row
-from dit_cache_fx.calibration.calibration import calibrated
+from dit_cache_fx.calibration.row import calibrated
 from dit_cache_fx.export import export
 from dit_cache_fx.strategies.calibrated import CalibratedSteps
 from dit_cache_fx.strategies.model_signature import ModelSignature
