@@ -610,8 +610,8 @@ def attention_backends() -> tuple[str, ...]:
     """Return the names of the `SDPBackend`s that attention may use, the preferred one first."""
     if torch.cuda.is_initialized():
         _let_torch_order_attention()
-    ordered = [_BY_NUMBER[number] for number in torch._C._get_sdp_priority_order()]
-    return tuple([name for name in ordered if _ATTENTION[name]()])
+    ordered = torch._C._get_sdp_priority_order()
+    return tuple([name for n in ordered if _ATTENTION[name := _BY_NUMBER[n]]()])
 
 
 @cache

@@ -34,3 +34,10 @@ def _one_thread() -> Iterator[None]:
 def _one_seed() -> None:
     """A test that draws numbers draws the same ones whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    """For the files that call models as samplers do: `pytestmark = usefixtures("no_grad")`."""
+    with torch.no_grad():
+        yield

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -44,10 +44,7 @@ FLUX = case("FluxTransformer2DModel")
 WAN = case("WanTransformer3DModel")
 
 
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def cache_of(model: nn.Module, steps: set[int] = STEPS) -> CachedModel:

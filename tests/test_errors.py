@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +28,7 @@ from dit_cache_fx import (
 from tests.toys import STEPS_OF_SIX, TOY, JoinedDiT, ToyDiT, generation, make, toy_inputs
 from tests.zoo import case
 
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def state_of(model: Any) -> Any:

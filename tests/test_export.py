@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,7 @@ DEEP = {"no_cache_steps": STEPS}
 USUAL = (("deepcache", False), ("taylorcache", False), ("rule", True))
 
 
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def exported(model: nn.Module, given: dict[str, Any], **options: Any) -> Exported:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import expecttest
@@ -34,10 +33,7 @@ STEPS = {0, 2, 3}
 ONE = TOKENS * DIM * 4  # bytes of one block's result
 
 
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def pair(steps: set[int] = STEPS, **options: Any) -> tuple[CachedModel, ByHand]:

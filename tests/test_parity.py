@@ -37,10 +37,7 @@ CLOSE = 1e-5
 Outputs = list[Tensor]
 
 
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 # --- the loops ---------------------------------------------------------------------------------

@@ -8,13 +8,14 @@ from statistics import fmean
 from typing import Any
 
 from dit_cache_fx.cached_model import CachedModel, is_compiled
-from dit_cache_fx.calibration.calibration import Calibration, Row, calibrated
+from dit_cache_fx.calibration.calibration import Calibration
 from dit_cache_fx.calibration.candidates import candidates, predictors
 from dit_cache_fx.calibration.engines import answering
 from dit_cache_fx.calibration.judge import Judge, Judged, generations, winner
 from dit_cache_fx.calibration.progress import Progress
 from dit_cache_fx.calibration.reference import Reference, Run
 from dit_cache_fx.calibration.results import psnr, result_of
+from dit_cache_fx.calibration.row import Row, calibrated
 from dit_cache_fx.calibration.simulate import Recorded
 from dit_cache_fx.errors import OptionError
 from dit_cache_fx.strategies.model_signature import ModelSignature

@@ -10,50 +10,18 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_cache_fx.calibration.candidates import describe
 from dit_cache_fx.calibration.plot import Curve, draw
+from dit_cache_fx.calibration.row import Row, cells, row_from_json, row_to_json
 from dit_cache_fx.errors import OptionError
-from dit_cache_fx.strategies import NumSteps, Strategy, make_strategy
-from dit_cache_fx.strategies.calibrated import CalibratedSteps
+from dit_cache_fx.strategies import NumSteps, Strategy
 from dit_cache_fx.strategies.checks import is_number
 from dit_cache_fx.strategies.model_signature import ModelSignature
-from dit_cache_fx.strategies.options import predictor_options
 from dit_cache_fx.strategies.timesteps import Timesteps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FORMAT, _VERSION = "dit_cache_fx calibration", 1
-
-
-@dataclass(frozen=True)
-class Row:
-    """The result for one number of computed steps. A PSNR is in dB, the mean over the runs.
-
-    Attributes:
-        computed (`int`):
-            The number of computed steps.
-        plan (`Strategy`):
-            The plan.
-        placement (`str`):
-            The origin of its steps, in words.
-        psnr (`float`):
-            The PSNR to the run with every step computed.
-        lowest (`float`):
-            The lowest PSNR of a single sample.
-        preset (`float`):
-            The PSNR of the preset that computes as many steps, with known timesteps.
-        plain (`float`, *optional*):
-            The PSNR of the plain sampler in so many steps, if `plain` was passed.
-    """
-
-    computed: int
-    plan: Strategy
-    placement: str
-    psnr: float
-    lowest: float
-    preset: float
-    plain: float | None = None
 
 
 @dataclass(frozen=True)
@@ -176,7 +144,7 @@ class Calibration:
 
     def __str__(self) -> str:
         header = ["computed", "dB", "lowest", "preset", "plain", "plan"]
-        table = [header, *(_cells(row) for row in self.rows)]
+        table = [header, *(cells(row) for row in self.rows)]
         widths = [max(len(line[i]) for line in table) for i in range(len(header))]
         lines = [
             "  ".join(
@@ -205,7 +173,7 @@ class Calibration:
             "model": self.model.to_json(),
             "timesteps": list(self.timesteps),
             "runs": self.runs,
-            "rows": [_row_to_json(row) for row in self.rows],
+            "rows": [row_to_json(row) for row in self.rows],
         }
         Path(path).write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
 
@@ -245,71 +213,8 @@ class Calibration:
 _EXPECTED = "a file that Calibration.save has written"
 
 
-def calibrated(
-    predictor: Strategy, steps: frozenset[int], timesteps: tuple[float, ...], model: ModelSignature
-) -> Strategy:
-    """Return the plan: a predictor with the steps that it computes."""
-    schedule = CalibratedSteps(steps, timesteps, model)
-    return replace(predictor, no_cache_steps=None, schedule=schedule)
-
-
 def _from_json(data: Mapping[str, Any]) -> Calibration:
     model = ModelSignature.from_json(data["model"])
     timesteps = tuple(float(t) for t in data["timesteps"])
-    rows = tuple(_row_from_json(row, timesteps, model) for row in data["rows"])
+    rows = tuple(row_from_json(row, timesteps, model) for row in data["rows"])
     return Calibration(model, timesteps, int(data["runs"]), rows)
-
-
-def _row_to_json(row: Row) -> dict[str, Any]:
-    schedule = row.plan.schedule
-    assert isinstance(schedule, CalibratedSteps)
-    options = predictor_options(row.plan)
-    ids = options.get("no_cache_block_id")
-    if ids is not None:
-        options["no_cache_block_id"] = {name: sorted(i) for name, i in ids.items()}
-    return {
-        "computed": row.computed,
-        "strategy": row.plan.name,
-        "options": options,
-        "steps": sorted(schedule.steps),
-        "placement": row.placement,
-        "psnr": _finite(row.psnr),
-        "lowest": _finite(row.lowest),
-        "preset": _finite(row.preset),
-        "plain": _finite(row.plain),
-    }
-
-
-def _row_from_json(
-    data: Mapping[str, Any], timesteps: tuple[float, ...], model: ModelSignature
-) -> Row:
-    predictor = make_strategy(data["strategy"], {**data["options"], "no_cache_steps": {0}})
-    steps = frozenset(int(step) for step in data["steps"])
-    if not steps <= set(range(len(timesteps))):
-        raise TypeError(f"steps {sorted(steps)} of {len(timesteps)}")
-    psnr, lowest, preset = (_number(data[name]) for name in ("psnr", "lowest", "preset"))
-    plan = calibrated(predictor, steps, timesteps, model)
-    plain = None if data["plain"] is None else float(data["plain"])
-    return Row(int(data["computed"]), plan, str(data["placement"]), psnr, lowest, preset, plain)
-
-
-def _finite(value: float | None) -> float | None:
-    """Return None for infinities, which JSON lacks."""
-    return value if value is not None and math.isfinite(value) else None
-
-
-def _number(value: float | None) -> float:
-    return -math.inf if value is None else float(value)
-
-
-def _cells(row: Row) -> list[str]:
-    plain = "-" if row.plain is None else f"{row.plain:.1f}"
-    plan = f"{describe(row.plan)}, {row.placement}"
-    return [
-        str(row.computed),
-        f"{row.psnr:.1f}",
-        f"{row.lowest:.1f}",
-        f"{row.preset:.1f}",
-        plain,
-        plan,
-    ]

@@ -11,12 +11,8 @@ from torch import fx
 from dit_cache_fx.capture.leaves import BlockList
 from dit_cache_fx.errors import DiscoveryError
 from dit_cache_fx.ir.node_meta import BlockId, mark
-from dit_cache_fx.ir.program import (
-    Program,
-    block_values,
-    own_leaves,
-    spec_of,
-)
+from dit_cache_fx.ir.nodes import block_values, own_leaves, spec_of
+from dit_cache_fx.ir.program import Program
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from dit_cache_fx.capture.signature import CallSignature, FlatCall, unflatten_ca
 from dit_cache_fx.capture.turns import Turns
 from dit_cache_fx.ir.graph_text import short
 from dit_cache_fx.ir.node_meta import BlockId, meta_of
-from dit_cache_fx.ir.program import Program, block_values, module_name
+from dit_cache_fx.ir.nodes import block_values, module_name
+from dit_cache_fx.ir.program import Program
 from dit_cache_fx.ranks import Ranks, every
 from dit_cache_fx.strategies import Strategy, never_cached
 from dit_cache_fx.strategies.signals import value_of

@@ -13,10 +13,12 @@ from dit_cache_fx.capture.data_guards import READS, read_count, read_list, read_
 from dit_cache_fx.capture.signature import FlatCall
 from dit_cache_fx.capture.trace import Trace, call_leaf
 from dit_cache_fx.ir.copying import add_input, body, copy_nodes
+from dit_cache_fx.ir.graph_module import graph_module
 from dit_cache_fx.ir.graph_text import short
 from dit_cache_fx.ir.names import unreserved
 from dit_cache_fx.ir.node_meta import mark, meta_of
-from dit_cache_fx.ir.program import Program, ancestors, graph_module, inputs_behind, is_kept
+from dit_cache_fx.ir.nodes import ancestors, inputs_behind, is_kept
+from dit_cache_fx.ir.program import Program
 
 # without autograd and in-place operations these return their argument
 _IDENTITIES = (

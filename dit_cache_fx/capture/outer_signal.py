@@ -9,7 +9,8 @@ from torch import fx
 
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.node_meta import mark, mark_tensor
-from dit_cache_fx.ir.program import Program, block_values, device_of, spec_of
+from dit_cache_fx.ir.nodes import block_values, device_of, spec_of
+from dit_cache_fx.ir.program import Program
 from dit_cache_fx.ir.streams import sample_like_output, stream_input, unchanged
 from dit_cache_fx.strategies import Strategy
 

@@ -11,7 +11,8 @@ from dit_cache_fx.capture.normal_form import Guards, data_reads, owned_tensors
 from dit_cache_fx.capture.recording import Recording
 from dit_cache_fx.capture.signature import FlatCall
 from dit_cache_fx.errors import CaptureError, DiscoveryError
-from dit_cache_fx.ir.program import Program, inputs_behind
+from dit_cache_fx.ir.nodes import inputs_behind
+from dit_cache_fx.ir.program import Program
 from dit_cache_fx.values.identity import storage_key
 
 _APART = (

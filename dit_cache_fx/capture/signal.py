@@ -18,19 +18,18 @@ from dit_cache_fx.capture.outer_signal import mark_residual, mark_sample
 from dit_cache_fx.capture.recording import RecordedCall, Recording
 from dit_cache_fx.capture.trace import Trace, call_leaf, trace
 from dit_cache_fx.errors import CaptureError
+from dit_cache_fx.ir.graph_module import attributes_of, graph_module
 from dit_cache_fx.ir.node_meta import mark
-from dit_cache_fx.ir.program import (
-    Program,
+from dit_cache_fx.ir.nodes import (
     ancestors,
     argument_leaves,
-    attributes_of,
     descendants,
-    graph_module,
     module_name,
     own_leaves,
     spec_of,
     tensor_spec,
 )
+from dit_cache_fx.ir.program import Program
 from dit_cache_fx.ir.streams import stream_input, unchanged
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.strategies.signals import value_of

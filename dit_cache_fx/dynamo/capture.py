@@ -24,7 +24,8 @@ from dit_cache_fx.dynamo.outline import LEAVES
 from dit_cache_fx.dynamo.reads import Checked, Reads
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.copying import results_of
-from dit_cache_fx.ir.program import Program, ancestors, module_name, spec_of
+from dit_cache_fx.ir.nodes import ancestors, module_name, spec_of
+from dit_cache_fx.ir.program import Program
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.strategies.signals import value_of
 from dit_cache_fx.values.identity import storage_key, version

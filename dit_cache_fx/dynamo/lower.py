@@ -16,7 +16,7 @@ from dit_cache_fx.dynamo.parts import compiled_part
 from dit_cache_fx.dynamo.shared import Shared
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.alone import Alone
-from dit_cache_fx.ir.program import operations, tensor_spec
+from dit_cache_fx.ir.nodes import operations, tensor_spec
 from dit_cache_fx.lowering import Part, Variants, lower_variants
 from dit_cache_fx.lowering.lowered_program import Lowered, block_bytes
 from dit_cache_fx.passes import run_passes

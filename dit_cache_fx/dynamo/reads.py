@@ -18,7 +18,7 @@ from dit_cache_fx.dynamo.outline import outer_member
 from dit_cache_fx.dynamo.sources import Path, module_calls, path_of
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.copying import copy_nodes
-from dit_cache_fx.ir.program import ancestors, inputs_behind
+from dit_cache_fx.ir.nodes import ancestors, inputs_behind
 from dit_cache_fx.values.random_state import RandomState
 
 _IN_PLACE = (

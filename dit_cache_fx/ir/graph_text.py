@@ -10,7 +10,7 @@ from torch import fx
 
 from dit_cache_fx._torch import trace_text
 from dit_cache_fx.ir.node_meta import meta_of
-from dit_cache_fx.ir.program import spec_of
+from dit_cache_fx.ir.nodes import spec_of
 
 #: longer arguments are cut
 _LONGEST = 100

@@ -11,9 +11,7 @@ from torch import fx
 
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.node_meta import block_of, mark_tensor, meta_of
-from dit_cache_fx.ir.program import (
-    Program,
-    Region,
+from dit_cache_fx.ir.nodes import (
     Slot,
     block_call_of,
     block_values,
@@ -22,6 +20,7 @@ from dit_cache_fx.ir.program import (
     own_leaves,
     spec_of,
 )
+from dit_cache_fx.ir.program import Program, Region
 
 
 def run_input_of(

@@ -12,7 +12,7 @@ from dit_cache_fx.capture.data_guards import READS, read_count, read_list, read_
 from dit_cache_fx.capture.normal_form import Guards
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.copying import copy_nodes
-from dit_cache_fx.ir.program import attributes_of
+from dit_cache_fx.ir.graph_module import attributes_of
 from dit_cache_fx.lowering.part import runnable
 
 _ATEN = torch.ops.aten

@@ -10,7 +10,8 @@ from torch import fx
 
 from dit_cache_fx.capture.recording import Recording
 from dit_cache_fx.capture.timestep import tells_time
-from dit_cache_fx.ir.program import Program, operations, tensor_spec
+from dit_cache_fx.ir.nodes import operations, tensor_spec
+from dit_cache_fx.ir.program import Program
 from dit_cache_fx.lowering import Part, Variants
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.values.tensor_spec import TensorSpec

@@ -12,9 +12,11 @@ from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dit_cache_fx.ir.copying import results_of
+from dit_cache_fx.ir.graph_module import inline
 from dit_cache_fx.ir.graph_text import trace_graph
 from dit_cache_fx.ir.names import state_name
-from dit_cache_fx.ir.program import Program, inline, tensor_spec
+from dit_cache_fx.ir.nodes import tensor_spec
+from dit_cache_fx.ir.program import Program
 from dit_cache_fx.lowering.part import Part, runnable
 from dit_cache_fx.lowering.preamble import Preamble, pinned, split_preamble
 from dit_cache_fx.lowering.variants import Variants

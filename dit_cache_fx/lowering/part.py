@@ -10,7 +10,8 @@ import torch
 from torch import fx, nn
 
 from dit_cache_fx._torch import generate_code
-from dit_cache_fx.ir.program import graph_module, is_kept
+from dit_cache_fx.ir.graph_module import graph_module
+from dit_cache_fx.ir.nodes import is_kept
 
 _T = TypeVar("_T")
 

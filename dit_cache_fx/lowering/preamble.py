@@ -10,15 +10,9 @@ import torch
 from torch import fx
 
 from dit_cache_fx.ir.copying import add_input, body, copy_nodes
+from dit_cache_fx.ir.graph_module import attributes_of, inline
 from dit_cache_fx.ir.node_meta import is_block
-from dit_cache_fx.ir.program import (
-    ancestors,
-    attributes_of,
-    descendants,
-    inline,
-    spec_of,
-    tensor_spec,
-)
+from dit_cache_fx.ir.nodes import ancestors, descendants, spec_of, tensor_spec
 from dit_cache_fx.lowering.part import Part
 from dit_cache_fx.lowering.variants import Variants
 from dit_cache_fx.values.tensor_spec import TensorSpec

@@ -11,19 +11,12 @@ from torch import fx
 
 from dit_cache_fx.ir.cached_run import CachedRun, cached_runs, is_cached_run
 from dit_cache_fx.ir.copying import body, copy_nodes, results_of
+from dit_cache_fx.ir.graph_module import adopt, attributes_of
 from dit_cache_fx.ir.graph_text import trace_graph
 from dit_cache_fx.ir.names import is_measured
 from dit_cache_fx.ir.node_meta import is_block, mark, meta_of
-from dit_cache_fx.ir.program import (
-    Program,
-    adopt,
-    ancestors,
-    attributes_of,
-    is_view,
-    items_of,
-    spec_of,
-    tensor_spec,
-)
+from dit_cache_fx.ir.nodes import ancestors, is_view, items_of, spec_of, tensor_spec
+from dit_cache_fx.ir.program import Program
 from dit_cache_fx.lowering.part import Part
 from dit_cache_fx.strategies import CLOCK
 from dit_cache_fx.values.tensor_spec import TensorSpec

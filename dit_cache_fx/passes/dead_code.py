@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dit_cache_fx.ir.program import Program, attributes_of, graph_module, is_kept
+from dit_cache_fx.ir.graph_module import attributes_of, graph_module
+from dit_cache_fx.ir.nodes import is_kept
+from dit_cache_fx.ir.program import Program
 from dit_cache_fx.strategies import Strategy
 
 

@@ -8,14 +8,8 @@ import torch
 from torch import fx
 
 from dit_cache_fx.ir.node_meta import BlockId, block_of, mark
-from dit_cache_fx.ir.program import (
-    Program,
-    Region,
-    ancestors,
-    block_call_of,
-    block_values,
-    descendants,
-)
+from dit_cache_fx.ir.nodes import ancestors, block_call_of, block_values, descendants
+from dit_cache_fx.ir.program import Program, Region
 from dit_cache_fx.ir.streams import padded_run_input, run_input_of, sample_like_output
 from dit_cache_fx.strategies import Strategy
 

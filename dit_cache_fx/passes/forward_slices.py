@@ -9,14 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from dit_cache_fx.ir.program import (
-    Program,
-    ancestors,
-    attributes_of,
-    graph_module,
-    is_kept,
-    spec_of,
-)
+from dit_cache_fx.ir.graph_module import attributes_of, graph_module
+from dit_cache_fx.ir.nodes import ancestors, is_kept, spec_of
+from dit_cache_fx.ir.program import Program
 from dit_cache_fx.strategies import Strategy
 
 _SLICE = torch.ops.aten.slice.Tensor

@@ -9,15 +9,10 @@ from torch import fx
 
 from dit_cache_fx.ir.cached_run import cache_or_compute
 from dit_cache_fx.ir.copying import copy_nodes
+from dit_cache_fx.ir.graph_module import attributes_of, graph_module
 from dit_cache_fx.ir.node_meta import block_of, mark
-from dit_cache_fx.ir.program import (
-    Program,
-    Region,
-    ancestors,
-    attributes_of,
-    descendants,
-    graph_module,
-)
+from dit_cache_fx.ir.nodes import ancestors, descendants
+from dit_cache_fx.ir.program import Program, Region
 from dit_cache_fx.passes.subgraphs import Subgraphs
 from dit_cache_fx.strategies import Strategy
 

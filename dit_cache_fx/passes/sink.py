@@ -9,14 +9,10 @@ from torch import fx
 
 from dit_cache_fx.ir.cached_run import CachedRun, cached_runs, is_cached_run
 from dit_cache_fx.ir.copying import add_input, copy_nodes
+from dit_cache_fx.ir.graph_module import attributes_of, graph_module
 from dit_cache_fx.ir.node_meta import is_block, mark
-from dit_cache_fx.ir.program import (
-    Program,
-    ancestors,
-    attributes_of,
-    graph_module,
-    is_kept,
-)
+from dit_cache_fx.ir.nodes import ancestors, is_kept
+from dit_cache_fx.ir.program import Program
 from dit_cache_fx.strategies import Strategy
 
 

@@ -10,19 +10,11 @@ from torch import fx
 
 from dit_cache_fx.ir.alone import place_of
 from dit_cache_fx.ir.copying import add_input, copy_nodes, results_of
+from dit_cache_fx.ir.graph_module import attributes_of, graph_module, inline
 from dit_cache_fx.ir.names import cached_name, measured_name
 from dit_cache_fx.ir.node_meta import mark_tensor
-from dit_cache_fx.ir.program import (
-    Program,
-    Region,
-    attributes_of,
-    device_of,
-    graph_module,
-    inline,
-    is_spread,
-    spec_of,
-    tensor_spec,
-)
+from dit_cache_fx.ir.nodes import device_of, is_spread, spec_of, tensor_spec
+from dit_cache_fx.ir.program import Program, Region
 from dit_cache_fx.strategies import CLOCK, Clock, Strategy, without_ranks
 from dit_cache_fx.strategies.traced import agree, refused, traced
 from dit_cache_fx.values.rows import RowPlace

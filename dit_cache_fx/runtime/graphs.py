@@ -15,7 +15,7 @@ from dit_cache_fx.capture import FlatCall, Shapes, Subject, accepts, capture, na
 from dit_cache_fx.capture.fingerprint import fingerprint, volatile
 from dit_cache_fx.errors import CaptureError, warn
 from dit_cache_fx.ir.alone import Alone
-from dit_cache_fx.ir.program import operations
+from dit_cache_fx.ir.nodes import operations
 from dit_cache_fx.lowering import lower_variants
 from dit_cache_fx.lowering.lowered_program import block_bytes
 from dit_cache_fx.passes import run_passes

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from dit_cache_fx.capture import FlatCall
 from dit_cache_fx.capture.fingerprint import Fingerprint
-from dit_cache_fx.ir.program import Program, tensor_spec
+from dit_cache_fx.ir.nodes import tensor_spec
+from dit_cache_fx.ir.program import Program
 from dit_cache_fx.values.pytree import Skeleton, difference
 from dit_cache_fx.values.tensor_spec import TensorSpec
 

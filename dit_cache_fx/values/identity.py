@@ -14,15 +14,18 @@ from dit_cache_fx.values.checksum import checksum
 from dit_cache_fx.values.containers import attributes
 from dit_cache_fx.values.wrapped import inner, is_wrapper
 
+#: the version of a tensor whose in-place changes are unknown
+UNCOUNTED = -1
+
 
 def version(tensor: torch.Tensor) -> int:
-    """Return the number of in-place changes; -1 for an inference tensor, which has no count."""
+    """Return the number of in-place changes; `UNCOUNTED` for an inference tensor."""
     if tensor.is_inference():
-        return -1
+        return UNCOUNTED
     if not is_wrapper(tensor):
         return tensor._version
     inside = [version(part) for part in inner(tensor)]
-    return -1 if -1 in inside else tensor._version + sum(inside)
+    return UNCOUNTED if UNCOUNTED in inside else tensor._version + sum(inside)
 
 
 def storage_key(tensor: torch.Tensor) -> int:
@@ -52,7 +55,8 @@ class TensorIdentity:
         signed: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self._signed = signed
-        self._refs = [(ref(t), version(t)) for t in tensors]
+        self._refs = [ref(t) for t in tensors]
+        self._versions = [version(t) for t in tensors]
         self._checksums: list[torch.Tensor | None] = [None] * len(self._refs)
 
     def __len__(self) -> int:
@@ -71,9 +75,15 @@ class TensorIdentity:
         ]
 
     def other_objects(self, other: TensorIdentity) -> frozenset[int]:
-        """Return the positions whose tensors are not the same unchanged objects."""
-        pairs = zip(self._refs, other._refs, strict=True)
-        return frozenset([i for i, (a, b) in enumerate(pairs) if not _is_same(a, b)])
+        """Return the positions whose tensors are not the same unchanged objects.
+
+        These tensors are those of the call under way: they exist, in these versions. An object has
+        one weak reference, which all holders share.
+        """
+        pairs = zip(self._refs, other._refs, self._versions, other._versions, strict=True)
+        return frozenset(
+            [i for i, (a, b, v, w) in enumerate(pairs) if a is not b or v != w or v == UNCOUNTED]
+        )
 
     def other_values(self, other: TensorIdentity, places: Collection[int]) -> frozenset[int]:
         """Return those of `places` with other or unknown values. May wait for a device."""
@@ -84,7 +94,8 @@ class TensorIdentity:
         return bool(self._alive() & other._alive())
 
     def _alive(self) -> set[tuple[int, int]]:
-        return {(id(t), v) for r, v in self._refs if (t := r()) is not None and version(t) == v}
+        pairs = zip(self._refs, self._versions, strict=True)
+        return {(id(t), v) for r, v in pairs if (t := r()) is not None and version(t) == v}
 
     def _equal(self, other: TensorIdentity, place: int) -> bool:
         mine, theirs = self._checksum(place), other._checksums[place]
@@ -94,22 +105,11 @@ class TensorIdentity:
 
     def _checksum(self, place: int) -> torch.Tensor | None:
         if self._checksums[place] is None:
-            reference, then = self._refs[place]
-            tensor = reference()
-            if tensor is not None and version(tensor) == then:
+            tensor = self._refs[place]()
+            if tensor is not None and version(tensor) == self._versions[place]:
                 own = checksum(tensor)
                 self._checksums[place] = own if self._signed is None else self._signed(own)
         return self._checksums[place]
-
-
-_Reference = tuple["ref[torch.Tensor]", int]
-
-
-def _is_same(a: _Reference, b: _Reference) -> bool:
-    tensor = a[0]()
-    if tensor is None or tensor is not b[0]() or tensor.is_inference():
-        return False
-    return a[1] == b[1] == version(tensor)
 
 
 def alike(a: Any, b: Any) -> bool:

@@ -12,7 +12,7 @@ import pytest
 
 from dit_cache_fx import Calibration, MissingPackageError, NewtonCache, OptionError
 from dit_cache_fx.calibration import Row
-from dit_cache_fx.calibration.calibration import calibrated
+from dit_cache_fx.calibration.row import calibrated
 from tests.calibration.test_plans import CALLED, PLANNED, TOY, front
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ import torch
 import dit_cache_fx
 from dit_cache_fx import DitCacheWarning, OptionError, Strategy, TaylorCache
 from dit_cache_fx.calibration import Calibration, Row
-from dit_cache_fx.calibration.calibration import calibrated
+from dit_cache_fx.calibration.row import calibrated
 from dit_cache_fx.export import export
 from dit_cache_fx.strategies.calibrated import CalibratedSteps
 from dit_cache_fx.strategies.model_signature import ModelSignature
@@ -27,10 +27,7 @@ PLANNED = frozenset({0, 2, 5, 7})
 TOY = ModelSignature("ToyDiT", (("blocks", 3),), DIM)
 
 
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def plan(steps: frozenset[int] = PLANNED, **options: Any) -> Strategy:

@@ -7,7 +7,7 @@ whose forward depends on more than its tensors and arguments is refused.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -44,10 +44,7 @@ from tests.zoo.representatives import marks_of
 STEPS = {0, 2, 3}
 
 
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def pair(kind: Callable[..., nn.Module], **options: Any) -> tuple[CachedModel, ByHand]:

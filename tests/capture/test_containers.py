@@ -75,10 +75,7 @@ KINDS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def right(model: nn.Module, calls: list[tuple[bool, dict[str, Any]]]) -> None:

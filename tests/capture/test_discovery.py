@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -41,10 +41,7 @@ from tests.zoo.representatives import each_kind
 STEPS = {0, 2, 3}
 
 
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def found_in(model: nn.Module, inputs: dict[str, Any], **options: Any) -> dict[str, int]:

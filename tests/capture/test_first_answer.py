@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from typing import Any
 from weakref import ref
 
@@ -26,11 +25,7 @@ from tests.toys import (
     toy_inputs,
 )
 
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def deep(model: nn.Module, **options: Any) -> CachedModel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,11 +13,7 @@ import dit_cache_fx
 from dit_cache_fx import CachedModel, CaptureError
 from tests.toys import DIM, Block, InPlaceDiT, MaskedDiT, ToyDiT, make, toy_inputs
 
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def cached_of(kind: type[nn.Module]) -> CachedModel:

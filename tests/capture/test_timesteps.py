@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,7 @@ from dit_cache_fx.strategies.timesteps import from_call, told_of
 from tests.test_errors import refused
 from tests.toys import PerTokenDiT, ToyDiT, actions, make, toy_inputs
 
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def shifted(steps: int, shift: float = 5.0, scale: float = 1000.0) -> list[float]:

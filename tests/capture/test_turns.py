@@ -127,6 +127,18 @@ def test_no_thread_sees_the_scale_of_another(
     assert [block.scale for block in model.blocks] == [1.0] * 3
 
 
+@pytest.mark.parametrize(("scale", "alone"), [(None, False), (0.5, True)])
+def test_a_graph_that_sets_a_scale_runs_alone(scale: float | None, alone: bool) -> None:
+    model, inside = make(ScaledDiT), list[bool]()
+    cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps={0, 1})
+    turns = cached._engine.subject.turns
+    model.blocks[0].register_forward_pre_hook(lambda *_: inside.append(bool(turns._alone)))
+    call(cached, scale)
+    inside.clear()
+    cached(**toy_inputs(800.0), scale=scale)
+    assert inside == [alone]
+
+
 def test_a_capture_that_sets_a_scale_waits_for_graphs_that_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

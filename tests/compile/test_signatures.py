@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,11 +12,7 @@ import dit_cache_fx
 from tests.compile.compiling import Counting, breaks, compiled, no_recompile
 from tests.toys import STEPS_OF_SIX, TOY, ByHand, ToyDiT, follows, generation, make
 
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 class Processor:

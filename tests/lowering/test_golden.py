@@ -36,23 +36,25 @@ class Variants(TestCase):
             code(variants_of(DEEP).compute.gm),
             """\
 def forward(self, x, timestep, text):
+    model = self.model
+    model_blocks = model.blocks
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
-    model_time_embedder = self.model.time_embedder(unsqueeze)
+    model_time_embedder = model.time_embedder(unsqueeze)
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
-    model_x_embedder = self.model.x_embedder(x)
-    model_positions = self.model.positions
+    model_x_embedder = model.x_embedder(x)
+    model_positions = model.positions
     add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
-    model_text_embedder = self.model.text_embedder(text)
-    model_blocks_0 = getattr(self.model.blocks, "0")(add, model_text_embedder, unsqueeze_1)
+    model_text_embedder = model.text_embedder(text)
+    model_blocks_0 = getattr(model_blocks, "0")(add, model_text_embedder, unsqueeze_1)
     getitem = model_blocks_0[0]
     getitem_1 = model_blocks_0[1]
-    model_blocks_1 = getattr(self.model.blocks, "1")(getitem, getitem_1, unsqueeze_1)
+    model_blocks_1 = getattr(model_blocks, "1")(getitem, getitem_1, unsqueeze_1)
     getitem_2 = model_blocks_1[0]
     getitem_3 = model_blocks_1[1]
-    model_blocks_2 = getattr(self.model.blocks, "2")(getitem_2, getitem_3, unsqueeze_1)
+    model_blocks_2 = getattr(model_blocks, "2")(getitem_2, getitem_3, unsqueeze_1)
     getitem_4 = model_blocks_2[0]
     add_1 = torch.ops.aten.add.Tensor(getitem_4, unsqueeze_1)
-    model_proj_out = self.model.proj_out(add_1)
+    model_proj_out = model.proj_out(add_1)
     return (model_proj_out, getitem_4)
 """,
         )
@@ -62,11 +64,12 @@ def forward(self, x, timestep, text):
             code(variants_of(DEEP).reuse.gm),
             """\
 def forward(self, cached_getitem_4_0, timestep):
+    model = self.model
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
-    model_time_embedder = self.model.time_embedder(unsqueeze)
+    model_time_embedder = model.time_embedder(unsqueeze)
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
     add_1 = torch.ops.aten.add.Tensor(cached_getitem_4_0, unsqueeze_1)
-    model_proj_out = self.model.proj_out(add_1)
+    model_proj_out = model.proj_out(add_1)
     return (model_proj_out,)
 """,
         )
@@ -76,15 +79,16 @@ def forward(self, cached_getitem_4_0, timestep):
             code(variants_of(TEA).reuse.gm),
             """\
 def forward(self, cached_getitem_4_0, x, timestep):
+    model = self.model
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
-    model_time_embedder = self.model.time_embedder(unsqueeze)
+    model_time_embedder = model.time_embedder(unsqueeze)
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
-    model_x_embedder = self.model.x_embedder(x)
-    model_positions = self.model.positions
+    model_x_embedder = model.x_embedder(x)
+    model_positions = model.positions
     add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
     add_1 = torch.ops.aten.add.Tensor(add, cached_getitem_4_0)
     add_2 = torch.ops.aten.add.Tensor(add_1, unsqueeze_1)
-    model_proj_out = self.model.proj_out(add_2)
+    model_proj_out = model.proj_out(add_2)
     return (model_proj_out,)
 """,
         )
@@ -95,20 +99,22 @@ def forward(self, cached_getitem_4_0, x, timestep):
             code(variants.compute.gm),
             """\
 def forward(self, distance, computed, cached_getitem_4_0, cached_getitem_4_1, x, timestep, text):
+    model = self.model
+    model_blocks = model.blocks
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
-    model_time_embedder = self.model.time_embedder(unsqueeze)
+    model_time_embedder = model.time_embedder(unsqueeze)
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
-    model_x_embedder = self.model.x_embedder(x)
-    model_positions = self.model.positions
+    model_x_embedder = model.x_embedder(x)
+    model_positions = model.positions
     add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
-    model_text_embedder = self.model.text_embedder(text)
-    model_blocks_0 = getattr(self.model.blocks, "0")(add, model_text_embedder, unsqueeze_1)
+    model_text_embedder = model.text_embedder(text)
+    model_blocks_0 = getattr(model_blocks, "0")(add, model_text_embedder, unsqueeze_1)
     getitem = model_blocks_0[0]
     getitem_1 = model_blocks_0[1]
-    model_blocks_1 = getattr(self.model.blocks, "1")(getitem, getitem_1, unsqueeze_1)
+    model_blocks_1 = getattr(model_blocks, "1")(getitem, getitem_1, unsqueeze_1)
     getitem_2 = model_blocks_1[0]
     getitem_3 = model_blocks_1[1]
-    model_blocks_2 = getattr(self.model.blocks, "2")(getitem_2, getitem_3, unsqueeze_1)
+    model_blocks_2 = getattr(model_blocks, "2")(getitem_2, getitem_3, unsqueeze_1)
     getitem_4 = model_blocks_2[0]
     gt = torch.ops.aten.gt.Scalar(computed, 0)
     gt_1 = torch.ops.aten.gt.Scalar(distance, 0)
@@ -122,7 +128,7 @@ def forward(self, distance, computed, cached_getitem_4_0, cached_getitem_4_1, x,
     bitwise_and_1 = torch.ops.aten.bitwise_and.Tensor(gt_2, eq)
     where_1 = torch.ops.aten.where.self(bitwise_and_1, cached_getitem_4_1, div)
     add_1 = torch.ops.aten.add.Tensor(getitem_4, unsqueeze_1)
-    model_proj_out = self.model.proj_out(add_1)
+    model_proj_out = model.proj_out(add_1)
     return (model_proj_out, getitem_4, where_1)
 """,
         )
@@ -130,15 +136,16 @@ def forward(self, distance, computed, cached_getitem_4_0, cached_getitem_4_1, x,
             code(variants.reuse.gm),
             """\
 def forward(self, distance, cached_getitem_4_0, cached_getitem_4_1, timestep):
+    model = self.model
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
-    model_time_embedder = self.model.time_embedder(unsqueeze)
+    model_time_embedder = model.time_embedder(unsqueeze)
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
     pow_1 = torch.ops.aten.pow.Tensor_Scalar(distance, 1)
     div = torch.ops.aten.div.Tensor(pow_1, 1)
     mul = torch.ops.aten.mul.Tensor(cached_getitem_4_1, div)
     add = torch.ops.aten.add.Tensor(cached_getitem_4_0, mul)
     add_1 = torch.ops.aten.add.Tensor(add, unsqueeze_1)
-    model_proj_out = self.model.proj_out(add_1)
+    model_proj_out = model.proj_out(add_1)
     return (model_proj_out,)
 """,
         )
@@ -159,8 +166,9 @@ def forward(self, cached_getitem_4_0):
             code(variants.prefix.gm),
             """\
 def forward(self, x):
-    model_x_embedder = self.model.x_embedder(x)
-    model_positions = self.model.positions
+    model = self.model
+    model_x_embedder = model.x_embedder(x)
+    model_positions = model.positions
     add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
     return (add, add)
 """,
@@ -169,21 +177,23 @@ def forward(self, x):
             code(variants.compute.gm),
             """\
 def forward(self, add, timestep, text):
+    model = self.model
+    model_blocks = model.blocks
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
-    model_time_embedder = self.model.time_embedder(unsqueeze)
+    model_time_embedder = model.time_embedder(unsqueeze)
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
-    model_text_embedder = self.model.text_embedder(text)
-    model_blocks_0 = getattr(self.model.blocks, "0")(add, model_text_embedder, unsqueeze_1)
+    model_text_embedder = model.text_embedder(text)
+    model_blocks_0 = getattr(model_blocks, "0")(add, model_text_embedder, unsqueeze_1)
     getitem = model_blocks_0[0]
     getitem_1 = model_blocks_0[1]
-    model_blocks_1 = getattr(self.model.blocks, "1")(getitem, getitem_1, unsqueeze_1)
+    model_blocks_1 = getattr(model_blocks, "1")(getitem, getitem_1, unsqueeze_1)
     getitem_2 = model_blocks_1[0]
     getitem_3 = model_blocks_1[1]
-    model_blocks_2 = getattr(self.model.blocks, "2")(getitem_2, getitem_3, unsqueeze_1)
+    model_blocks_2 = getattr(model_blocks, "2")(getitem_2, getitem_3, unsqueeze_1)
     getitem_4 = model_blocks_2[0]
     sub = torch.ops.aten.sub.Tensor(getitem_4, add)
     add_1 = torch.ops.aten.add.Tensor(getitem_4, unsqueeze_1)
-    model_proj_out = self.model.proj_out(add_1)
+    model_proj_out = model.proj_out(add_1)
     return (model_proj_out, sub)
 """,
         )
@@ -195,12 +205,13 @@ def forward(self, add, timestep, text):
             code(variants_of(strategy).reuse.gm),
             """\
 def forward(self, cached_getitem_0, cached_getitem_1_0, cached_getitem_4_0, timestep):
+    model = self.model
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
-    model_time_embedder = self.model.time_embedder(unsqueeze)
+    model_time_embedder = model.time_embedder(unsqueeze)
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
-    model_blocks_1 = getattr(self.model.blocks, "1")(cached_getitem_0, cached_getitem_1_0, unsqueeze_1)
+    model_blocks_1 = getattr(model.blocks, "1")(cached_getitem_0, cached_getitem_1_0, unsqueeze_1)
     add_1 = torch.ops.aten.add.Tensor(cached_getitem_4_0, unsqueeze_1)
-    model_proj_out = self.model.proj_out(add_1)
+    model_proj_out = model.proj_out(add_1)
     return (model_proj_out,)
 """,
         )
@@ -240,23 +251,25 @@ def forward(self, forced, cached_getitem_4_0, x, timestep, text):
             code(_branch(gm, "compute")),
             """\
 def forward(self, cached_getitem_4_0, x, timestep, text):
+    model = self.model
+    model_blocks = model.blocks
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
-    model_time_embedder = self.model.time_embedder(unsqueeze)
+    model_time_embedder = model.time_embedder(unsqueeze)
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
-    model_x_embedder = self.model.x_embedder(x)
-    model_positions = self.model.positions
+    model_x_embedder = model.x_embedder(x)
+    model_positions = model.positions
     add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
-    model_text_embedder = self.model.text_embedder(text)
-    model_blocks_0 = getattr(self.model.blocks, "0")(add, model_text_embedder, unsqueeze_1)
+    model_text_embedder = model.text_embedder(text)
+    model_blocks_0 = getattr(model_blocks, "0")(add, model_text_embedder, unsqueeze_1)
     getitem = model_blocks_0[0]
     getitem_1 = model_blocks_0[1]
-    model_blocks_1 = getattr(self.model.blocks, "1")(getitem, getitem_1, unsqueeze_1)
+    model_blocks_1 = getattr(model_blocks, "1")(getitem, getitem_1, unsqueeze_1)
     getitem_2 = model_blocks_1[0]
     getitem_3 = model_blocks_1[1]
-    model_blocks_2 = getattr(self.model.blocks, "2")(getitem_2, getitem_3, unsqueeze_1)
+    model_blocks_2 = getattr(model_blocks, "2")(getitem_2, getitem_3, unsqueeze_1)
     getitem_4 = model_blocks_2[0]
     add_1 = torch.ops.aten.add.Tensor(getitem_4, unsqueeze_1)
-    model_proj_out = self.model.proj_out(add_1)
+    model_proj_out = model.proj_out(add_1)
     clone_default = torch.ops.aten.clone.default(model_proj_out, memory_format = torch.contiguous_format)
     clone_default_1 = torch.ops.aten.clone.default(getitem_4, memory_format = torch.contiguous_format)
     return (clone_default, clone_default_1)
@@ -266,11 +279,12 @@ def forward(self, cached_getitem_4_0, x, timestep, text):
             code(_branch(gm, "reuse")),
             """\
 def forward(self, cached_getitem_4_0, x, timestep, text):
+    model = self.model
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
-    model_time_embedder = self.model.time_embedder(unsqueeze)
+    model_time_embedder = model.time_embedder(unsqueeze)
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
     add_1 = torch.ops.aten.add.Tensor(cached_getitem_4_0, unsqueeze_1)
-    model_proj_out = self.model.proj_out(add_1)
+    model_proj_out = model.proj_out(add_1)
     clone_default = torch.ops.aten.clone.default(model_proj_out, memory_format = torch.contiguous_format)
     empty_memory_format = torch.ops.aten.empty.memory_format([2, 16, 8], dtype = torch.float32, device = device(type='cpu'))
     return (clone_default, empty_memory_format)
@@ -283,11 +297,12 @@ def forward(self, cached_getitem_4_0, x, timestep, text):
             code(gm),
             """\
 def forward(self, forced, fresh, state_0, state_1, cached_getitem_4_0, x, timestep, text):
+    model = self.model
     reshape_default = torch.ops.aten.reshape.default(forced, [])
     reshape_default_1 = torch.ops.aten.reshape.default(fresh, [])
     reshape_default_2 = torch.ops.aten.reshape.default(state_1, [])
-    model_x_embedder = self.model.x_embedder(x)
-    model_positions = self.model.positions
+    model_x_embedder = model.x_embedder(x)
+    model_positions = model.positions
     add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
     reshape_default_7 = torch.ops.aten.reshape.default(add, [-1])
     zeros = torch.ops.aten.zeros.default([], dtype = torch.float64, device = device(type='cpu'), pin_memory = False)
@@ -350,13 +365,14 @@ def forward(self, forced, fresh, state_0, state_1, cached_getitem_4_0, x, timest
             code(_branch(gm, "reuse")),
             """\
 def forward(self, cached_getitem_4_0, timestep, text, add):
+    model = self.model
     reshape_default = torch.ops.aten.reshape.default(add, [2, 16, 8])
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
-    model_time_embedder = self.model.time_embedder(unsqueeze)
+    model_time_embedder = model.time_embedder(unsqueeze)
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
     add_1 = torch.ops.aten.add.Tensor(reshape_default, cached_getitem_4_0)
     add_2 = torch.ops.aten.add.Tensor(add_1, unsqueeze_1)
-    model_proj_out = self.model.proj_out(add_2)
+    model_proj_out = model.proj_out(add_2)
     clone_default = torch.ops.aten.clone.default(model_proj_out, memory_format = torch.contiguous_format)
     empty_memory_format = torch.ops.aten.empty.memory_format([2, 16, 8], dtype = torch.float32, device = device(type='cpu'))
     return (clone_default, empty_memory_format)
@@ -386,15 +402,16 @@ def forward(self, forced, distance, computed, cached_getitem_4_0, cached_getitem
             code(_branch(gm, "reuse")),
             """\
 def forward(self, distance, computed, cached_getitem_4_0, cached_getitem_4_1, x, timestep, text):
+    model = self.model
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
-    model_time_embedder = self.model.time_embedder(unsqueeze)
+    model_time_embedder = model.time_embedder(unsqueeze)
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
     pow_1 = torch.ops.aten.pow.Tensor_Scalar(distance, 1)
     div = torch.ops.aten.div.Tensor(pow_1, 1)
     mul = torch.ops.aten.mul.Tensor(cached_getitem_4_1, div)
     add = torch.ops.aten.add.Tensor(cached_getitem_4_0, mul)
     add_1 = torch.ops.aten.add.Tensor(add, unsqueeze_1)
-    model_proj_out = self.model.proj_out(add_1)
+    model_proj_out = model.proj_out(add_1)
     clone_default = torch.ops.aten.clone.default(model_proj_out, memory_format = torch.contiguous_format)
     clone_default_1 = torch.ops.aten.clone.default(cached_getitem_4_0, memory_format = torch.contiguous_format)
     clone_default_2 = torch.ops.aten.clone.default(cached_getitem_4_1, memory_format = torch.contiguous_format)
@@ -442,22 +459,24 @@ def forward(self, text):
             code(preamble.compute.gm),
             """\
 def forward(self, x, timestep, model_text_embedder):
+    model = self.model
+    model_blocks = model.blocks
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
-    model_time_embedder = self.model.time_embedder(unsqueeze)
+    model_time_embedder = model.time_embedder(unsqueeze)
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
-    model_x_embedder = self.model.x_embedder(x)
-    model_positions = self.model.positions
+    model_x_embedder = model.x_embedder(x)
+    model_positions = model.positions
     add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
-    model_blocks_0 = getattr(self.model.blocks, "0")(add, model_text_embedder, unsqueeze_1)
+    model_blocks_0 = getattr(model_blocks, "0")(add, model_text_embedder, unsqueeze_1)
     getitem = model_blocks_0[0]
     getitem_1 = model_blocks_0[1]
-    model_blocks_1 = getattr(self.model.blocks, "1")(getitem, getitem_1, unsqueeze_1)
+    model_blocks_1 = getattr(model_blocks, "1")(getitem, getitem_1, unsqueeze_1)
     getitem_2 = model_blocks_1[0]
     getitem_3 = model_blocks_1[1]
-    model_blocks_2 = getattr(self.model.blocks, "2")(getitem_2, getitem_3, unsqueeze_1)
+    model_blocks_2 = getattr(model_blocks, "2")(getitem_2, getitem_3, unsqueeze_1)
     getitem_4 = model_blocks_2[0]
     add_1 = torch.ops.aten.add.Tensor(getitem_4, unsqueeze_1)
-    model_proj_out = self.model.proj_out(add_1)
+    model_proj_out = model.proj_out(add_1)
     return (model_proj_out, getitem_4)
 """,
         )
@@ -468,6 +487,8 @@ def forward(self, x, timestep, model_text_embedder):
             code(part.gm),
             """\
 def forward(self, x, timestep, text):
+    model = self.model
+    model_blocks = model.blocks
     select = torch.ops.aten.select.int(text, 0, 0)
     select_1 = torch.ops.aten.select.int(select, 1, 0)
     gt = torch.ops.aten.gt.Scalar(select_1, 0)
@@ -475,24 +496,24 @@ def forward(self, x, timestep, text):
     bitwise_not = torch.ops.aten.bitwise_not.default(gt)
     index_1 = torch.ops.aten.index.Tensor(text, [None, bitwise_not])
     cat = torch.ops.aten.cat.default([index, index_1], 1)
-    model_text_embedder = self.model.text_embedder(cat)
+    model_text_embedder = model.text_embedder(cat)
     fixed_shape = dit_cache_fx_lowering_preamble_fixed_shape(model_text_embedder, [2, 5, 8])
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
-    model_time_embedder = self.model.time_embedder(unsqueeze)
+    model_time_embedder = model.time_embedder(unsqueeze)
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
-    model_x_embedder = self.model.x_embedder(x)
-    model_positions = self.model.positions
+    model_x_embedder = model.x_embedder(x)
+    model_positions = model.positions
     add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
-    model_blocks_0 = getattr(self.model.blocks, "0")(add, fixed_shape, unsqueeze_1)
+    model_blocks_0 = getattr(model_blocks, "0")(add, fixed_shape, unsqueeze_1)
     getitem = model_blocks_0[0]
     getitem_1 = model_blocks_0[1]
-    model_blocks_1 = getattr(self.model.blocks, "1")(getitem, getitem_1, unsqueeze_1)
+    model_blocks_1 = getattr(model_blocks, "1")(getitem, getitem_1, unsqueeze_1)
     getitem_2 = model_blocks_1[0]
     getitem_3 = model_blocks_1[1]
-    model_blocks_2 = getattr(self.model.blocks, "2")(getitem_2, getitem_3, unsqueeze_1)
+    model_blocks_2 = getattr(model_blocks, "2")(getitem_2, getitem_3, unsqueeze_1)
     getitem_4 = model_blocks_2[0]
     add_1 = torch.ops.aten.add.Tensor(getitem_4, unsqueeze_1)
-    model_proj_out = self.model.proj_out(add_1)
+    model_proj_out = model.proj_out(add_1)
     return (model_proj_out, getitem_4)
 """,
         )

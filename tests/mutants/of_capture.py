@@ -116,7 +116,7 @@ MUTANTS = (
         "turn = self.turns.alone() if settings else self.turns.beside()",
         "turn = self.turns.beside()",
         "a thread sees the strength of LoRA of another one",
-        ("tests/capture/test_turns.py::test_no_thread_sees_the_scale_of_another",),
+        ("tests/capture/test_turns.py::test_a_graph_that_sets_a_scale_runs_alone",),
     ),
     Mutant(
         "calls-of-other-threads-captured",
@@ -164,8 +164,8 @@ MUTANTS = (
     Mutant(
         "dtypes-share-a-graph",
         "capture/signature.py",
-        "(t.shape, t.dtype, t.device, Layout.of(t))",
-        "(t.shape, t.device, Layout.of(t))",
+        "(t.shape, t.dtype, t.device, None if",
+        "(t.shape, t.device, None if",
         "a call in another dtype is answered by the graph, and with the state, of the first",
         ("tests/capture/test_edges.py::test_samples_of_two_dtypes_are_two_signatures",),
     ),

@@ -109,7 +109,7 @@ MUTANTS = (
     ),
     Mutant(
         "constants-shared-by-name",
-        "ir/program.py",
+        "ir/graph_module.py",
         "while name in attributes and attributes[name] is not value:",
         "while False:",
         "a graph made of two reads the constant of the one in both",

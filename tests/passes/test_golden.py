@@ -22,26 +22,28 @@ class Golden(TestCase):
             code(captured(DEEP).gm),
             """\
 def forward(self, x, timestep, text):
+    model = self.model
+    model_blocks = model.blocks
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
-    model_time_embedder = self.model.time_embedder(unsqueeze)
+    model_time_embedder = model.time_embedder(unsqueeze)
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
-    model_x_embedder = self.model.x_embedder(x)
-    model_positions = self.model.positions
+    model_x_embedder = model.x_embedder(x)
+    model_positions = model.positions
     add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
-    model_text_embedder = self.model.text_embedder(text)
-    model_blocks_0 = getattr(self.model.blocks, "0")(add, model_text_embedder, unsqueeze_1)
+    model_text_embedder = model.text_embedder(text)
+    model_blocks_0 = getattr(model_blocks, "0")(add, model_text_embedder, unsqueeze_1)
     getitem = model_blocks_0[0]
     getitem_1 = model_blocks_0[1]
-    model_blocks_1 = getattr(self.model.blocks, "1")(getitem, getitem_1, unsqueeze_1)
+    model_blocks_1 = getattr(model_blocks, "1")(getitem, getitem_1, unsqueeze_1)
     getitem_2 = model_blocks_1[0]
     getitem_3 = model_blocks_1[1]
-    model_blocks_2 = getattr(self.model.blocks, "2")(getitem_2, getitem_3, unsqueeze_1)
+    model_blocks_2 = getattr(model_blocks, "2")(getitem_2, getitem_3, unsqueeze_1)
     getitem_4 = model_blocks_2[0]
     getitem_5 = model_blocks_2[1]
     cat = torch.ops.aten.cat.default([getitem_4, getitem_5], 1)
     slice_1 = torch.ops.aten.slice.Tensor(cat, 1, 0, 16)
     add_1 = torch.ops.aten.add.Tensor(slice_1, unsqueeze_1)
-    model_proj_out = self.model.proj_out(add_1)
+    model_proj_out = model.proj_out(add_1)
     return [model_proj_out]
 """,
         )
@@ -51,23 +53,25 @@ def forward(self, x, timestep, text):
             code(passed(DEEP, "forward_slices").gm),
             """\
 def forward(self, x, timestep, text):
+    model = self.model
+    model_blocks = model.blocks
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
-    model_time_embedder = self.model.time_embedder(unsqueeze)
+    model_time_embedder = model.time_embedder(unsqueeze)
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
-    model_x_embedder = self.model.x_embedder(x)
-    model_positions = self.model.positions
+    model_x_embedder = model.x_embedder(x)
+    model_positions = model.positions
     add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
-    model_text_embedder = self.model.text_embedder(text)
-    model_blocks_0 = getattr(self.model.blocks, "0")(add, model_text_embedder, unsqueeze_1)
+    model_text_embedder = model.text_embedder(text)
+    model_blocks_0 = getattr(model_blocks, "0")(add, model_text_embedder, unsqueeze_1)
     getitem = model_blocks_0[0]
     getitem_1 = model_blocks_0[1]
-    model_blocks_1 = getattr(self.model.blocks, "1")(getitem, getitem_1, unsqueeze_1)
+    model_blocks_1 = getattr(model_blocks, "1")(getitem, getitem_1, unsqueeze_1)
     getitem_2 = model_blocks_1[0]
     getitem_3 = model_blocks_1[1]
-    model_blocks_2 = getattr(self.model.blocks, "2")(getitem_2, getitem_3, unsqueeze_1)
+    model_blocks_2 = getattr(model_blocks, "2")(getitem_2, getitem_3, unsqueeze_1)
     getitem_4 = model_blocks_2[0]
     add_1 = torch.ops.aten.add.Tensor(getitem_4, unsqueeze_1)
-    model_proj_out = self.model.proj_out(add_1)
+    model_proj_out = model.proj_out(add_1)
     return [model_proj_out]
 """,
         )
@@ -101,19 +105,20 @@ run 1: blocks.2 -> ?""",
             code(program.gm),
             """\
 def forward(self, x, timestep, text):
+    model = self.model
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
-    model_time_embedder = self.model.time_embedder(unsqueeze)
+    model_time_embedder = model.time_embedder(unsqueeze)
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
-    model_x_embedder = self.model.x_embedder(x)
-    model_positions = self.model.positions
+    model_x_embedder = model.x_embedder(x)
+    model_positions = model.positions
     add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
-    model_text_embedder = self.model.text_embedder(text)
+    model_text_embedder = model.text_embedder(text)
     run_0_compute = self.run_0_compute
     run_0_reuse = self.run_0_reuse
     run_0 = dit_cache_fx_ir_cached_run_cache_or_compute(0, run_0_compute, run_0_reuse, [], [unsqueeze_1, add, model_text_embedder])
     getitem_4 = run_0[0]
     add_1 = torch.ops.aten.add.Tensor(getitem_4, unsqueeze_1)
-    model_proj_out = self.model.proj_out(add_1)
+    model_proj_out = model.proj_out(add_1)
     return [model_proj_out]
 """,
         )
@@ -121,13 +126,14 @@ def forward(self, x, timestep, text):
             code(program.gm.run_0_compute),
             """\
 def forward(self, cached_getitem_4_0, distance, computed, gap, reach, way, unsqueeze_1, add, model_text_embedder):
-    model_blocks_0 = getattr(self.model.blocks, "0")(add, model_text_embedder, unsqueeze_1)
+    model_blocks = self.model.blocks
+    model_blocks_0 = getattr(model_blocks, "0")(add, model_text_embedder, unsqueeze_1)
     getitem = model_blocks_0[0]
     getitem_1 = model_blocks_0[1]
-    model_blocks_1 = getattr(self.model.blocks, "1")(getitem, getitem_1, unsqueeze_1)
+    model_blocks_1 = getattr(model_blocks, "1")(getitem, getitem_1, unsqueeze_1)
     getitem_2 = model_blocks_1[0]
     getitem_3 = model_blocks_1[1]
-    model_blocks_2 = getattr(self.model.blocks, "2")(getitem_2, getitem_3, unsqueeze_1)
+    model_blocks_2 = getattr(model_blocks, "2")(getitem_2, getitem_3, unsqueeze_1)
     getitem_4 = model_blocks_2[0]
     return (getitem_4, getitem_4)
 """,
@@ -146,15 +152,16 @@ def forward(self, cached_getitem_4_0, distance, computed, gap, reach, way):
             code(program.gm),
             """\
 def forward(self, x, timestep, text):
+    model = self.model
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
-    model_time_embedder = self.model.time_embedder(unsqueeze)
+    model_time_embedder = model.time_embedder(unsqueeze)
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
     run_0_compute = self.run_0_compute
     run_0_reuse = self.run_0_reuse
     run_0 = dit_cache_fx_ir_cached_run_cache_or_compute(0, run_0_compute, run_0_reuse, [], [x, text, unsqueeze_1])
     getitem_4 = run_0[0]
     add_1 = torch.ops.aten.add.Tensor(getitem_4, unsqueeze_1)
-    model_proj_out = self.model.proj_out(add_1)
+    model_proj_out = model.proj_out(add_1)
     return [model_proj_out]
 """,
         )
@@ -162,17 +169,19 @@ def forward(self, x, timestep, text):
             code(program.gm.run_0_compute),
             """\
 def forward(self, cached_getitem_4_0, distance, computed, gap, reach, way, x, text, unsqueeze_1):
-    model_x_embedder = self.model.x_embedder(x)
-    model_positions = self.model.positions
+    model = self.model
+    model_blocks = model.blocks
+    model_x_embedder = model.x_embedder(x)
+    model_positions = model.positions
     add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
-    model_text_embedder = self.model.text_embedder(text)
-    model_blocks_0 = getattr(self.model.blocks, "0")(add, model_text_embedder, unsqueeze_1)
+    model_text_embedder = model.text_embedder(text)
+    model_blocks_0 = getattr(model_blocks, "0")(add, model_text_embedder, unsqueeze_1)
     getitem = model_blocks_0[0]
     getitem_1 = model_blocks_0[1]
-    model_blocks_1 = getattr(self.model.blocks, "1")(getitem, getitem_1, unsqueeze_1)
+    model_blocks_1 = getattr(model_blocks, "1")(getitem, getitem_1, unsqueeze_1)
     getitem_2 = model_blocks_1[0]
     getitem_3 = model_blocks_1[1]
-    model_blocks_2 = getattr(self.model.blocks, "2")(getitem_2, getitem_3, unsqueeze_1)
+    model_blocks_2 = getattr(model_blocks, "2")(getitem_2, getitem_3, unsqueeze_1)
     getitem_4 = model_blocks_2[0]
     return (getitem_4, getitem_4)
 """,
@@ -184,18 +193,19 @@ def forward(self, cached_getitem_4_0, distance, computed, gap, reach, way, x, te
             code(program.gm),
             """\
 def forward(self, x, timestep, text):
+    model = self.model
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
-    model_time_embedder = self.model.time_embedder(unsqueeze)
+    model_time_embedder = model.time_embedder(unsqueeze)
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
-    model_x_embedder = self.model.x_embedder(x)
-    model_positions = self.model.positions
+    model_x_embedder = model.x_embedder(x)
+    model_positions = model.positions
     add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
     run_0_compute = self.run_0_compute
     run_0_reuse = self.run_0_reuse
     run_0 = dit_cache_fx_ir_cached_run_cache_or_compute(0, run_0_compute, run_0_reuse, [add], [text, unsqueeze_1])
     getitem_4 = run_0[0]
     add_1 = torch.ops.aten.add.Tensor(getitem_4, unsqueeze_1)
-    model_proj_out = self.model.proj_out(add_1)
+    model_proj_out = model.proj_out(add_1)
     return [model_proj_out]
 """,
         )
@@ -214,18 +224,19 @@ def forward(self, cached_getitem_4_0, distance, computed, gap, reach, way, add):
             code(program.gm),
             """\
 def forward(self, x, timestep, text):
+    model = self.model
     unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
-    model_time_embedder = self.model.time_embedder(unsqueeze)
+    model_time_embedder = model.time_embedder(unsqueeze)
     unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
-    model_x_embedder = self.model.x_embedder(x)
-    model_positions = self.model.positions
+    model_x_embedder = model.x_embedder(x)
+    model_positions = model.positions
     add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
     run_0_compute = self.run_0_compute
     run_0_reuse = self.run_0_reuse
     run_0 = dit_cache_fx_ir_cached_run_cache_or_compute(0, run_0_compute, run_0_reuse, [add], [text, unsqueeze_1])
     getitem_4 = run_0[0]
     add_1 = torch.ops.aten.add.Tensor(getitem_4, unsqueeze_1)
-    model_proj_out = self.model.proj_out(add_1)
+    model_proj_out = model.proj_out(add_1)
     return [model_proj_out]
 """,
         )

@@ -7,7 +7,7 @@ answered as by a cached model that sees only this branch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 from typing import Any
@@ -63,10 +63,7 @@ Mode = Callable[[], AbstractContextManager[None]]
 Calls = list[tuple[bool, dict[str, Any]]]
 
 
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @cache

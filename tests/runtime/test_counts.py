@@ -47,10 +47,7 @@ each_pair = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 # --- counting ------------------------------------------------------------------------------------

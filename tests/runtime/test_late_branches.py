@@ -6,22 +6,16 @@ was not there before, whose sample cannot be compared with the one before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import pytest
-import torch
 
 import dit_cache_fx
 from dit_cache_fx import CachedModel
 from tests.toys import ToyDiT, make, toy_inputs
 
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def cache(computed: Any = (0, 3, 6)) -> CachedModel:

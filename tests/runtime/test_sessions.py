@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from typing import Any
 from weakref import ref
@@ -23,10 +22,7 @@ STEPS = {0, 2, 3}
 MODES = ("eager", "compiled", "compile_steps", "backend")
 
 
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def pair(mode: str, fullgraph: bool = True) -> tuple[Any, Any, ByHand]:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,10 +21,7 @@ from tests.toys import TOY, ByHand, InPlaceBlock, ToyDiT, follows, generation, m
 STEPS = 6
 
 
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def cache(computed: Any = (0, 2, 3), kind: type[ToyDiT] = ToyDiT, **options: Any) -> CachedModel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,11 +22,7 @@ from dit_cache_fx import (
 )
 from tests.strategies.recorded import actions, calls, model, run, samples_and_outputs, streams
 
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -30,11 +29,7 @@ from tests.strategies.recorded import (
 from tests.toys import JoinedDiT, ToyDiT, make, toy_inputs
 from tests.zoo import case, flat
 
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def both(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -27,11 +27,7 @@ from dit_cache_fx.strategies.presets import PRESETS
 from tests.test_errors import refused
 from tests.toys import TOY, ToyDiT, actions, generation, make
 
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def steps_of(schedule: Schedule, steps: int, told: int | None = None) -> list[int]:

@@ -25,10 +25,7 @@ each_half = pytest.mark.parametrize(
 CLEARLY = 0.02
 
 
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @cache

@@ -11,7 +11,7 @@ from torch import fx
 
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ir.alone import place_of
-from dit_cache_fx.ir.program import tensor_spec
+from dit_cache_fx.ir.nodes import tensor_spec
 from dit_cache_fx.lowering.lowered_program import Lowered
 from dit_cache_fx.runtime.drive import Results
 from dit_cache_fx.runtime.step import Step

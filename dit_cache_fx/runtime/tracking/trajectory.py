@@ -51,23 +51,32 @@ class SampleProbe:
 
     def __init__(self, sample: torch.Tensor) -> None:
         sample = own_part(sample.detach() if sample.requires_grad else sample)
-        real = torch.view_as_real(sample) if sample.is_complex() else sample
+        real = torch.view_as_real(sample.resolve_conj()) if sample.is_complex() else sample
         stride = max(1, real.numel() // PROBED) | 1  # odd: not a single column of a picture
-        picked = real.reshape(-1)[::stride]
+        if real.is_contiguous():
+            picked = real.as_strided((-(-real.numel() // stride),), (stride,))
+        else:
+            picked = real.reshape(-1)[::stride]
         same = picked.dtype == torch.float32
         self.values = picked.clone() if same else picked.to(torch.float32)
+        self._shortest = 0.0
 
     @staticmethod
     def of(values: torch.Tensor) -> SampleProbe:
         """Wrap elements that are selected already."""
         probe = SampleProbe.__new__(SampleProbe)
-        probe.values = values
+        probe.values, probe._shortest = values, 0.0
         return probe
 
     @functools.cached_property
     def square(self) -> float:
         """The scalar product with itself; reading it waits for the device."""
         return self.values.dot(self.values).item()
+
+    @property
+    def shortest(self) -> float:
+        """A lower bound of the length that needs no computation."""
+        return math.sqrt(self.square) if "square" in vars(self) else self._shortest
 
     @property
     def plain(self) -> bool:
@@ -90,9 +99,14 @@ class SampleProbe:
     def similar(self, other: SampleProbe, distance: float | None = None) -> bool:
         """Return whether both point the same way, more than by chance. Waits for the device.
 
-        `distance`: between both, if it is known already.
+        `distance`: between both, if it is known already. A short one suffices: it turns a vector of
+        length r by an angle of at most asin(distance / r).
         """
         least = min(SIMILAR + 2 / math.sqrt(max(self.values.numel(), 1)), 0.98)
+        near = other.shortest * math.sqrt(1 - least**2)
+        if distance is not None and distance <= near and 0 < near < math.inf:
+            self._shortest = other.shortest - distance
+            return True
         return self._points_as(other, least, distance)
 
     def grown_from(self, other: SampleProbe) -> bool:
