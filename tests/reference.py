@@ -283,10 +283,10 @@ def moving_inputs(model_case: Case, step: int, steps: int, **kwargs: Any) -> dic
     first = model_case.inputs(timestep, seed=0, **kwargs)
     last = model_case.inputs(timestep, seed=1, **kwargs)
     share = step / steps
-    return pytree.tree_map(lambda a, b: _between(a, b, share), first, last)
+    return pytree.tree_map(lambda a, b: between(a, b, share), first, last)
 
 
-def _between(first: Any, last: Any, share: float) -> Any:
+def between(first: Any, last: Any, share: float) -> Any:
     if not isinstance(first, Tensor) or torch.equal(first, last):
         return first
     return first * (1 - share) + last * share

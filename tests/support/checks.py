@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 import dit_cache_fx
 from dit_cache_fx import CachedModel, DitCacheWarning
+from tests.reference import between
 from tests.support.case import SupportCase
 from tests.zoo import flat
 
@@ -59,17 +60,19 @@ class Subject:
 
 
 def _steps(case: SupportCase) -> list[Callable[[], dict[str, Any]]]:
-    """Makes the arguments of each step: another sample, and conditioning of the same tensors."""
+    """Makes the arguments of each step: the sample moves, conditioning is of the same tensors."""
     first: list[Any] = []
 
-    def arguments(timestep: float, seed: int) -> dict[str, Any]:
-        leaves, structure = pytree.tree_flatten(case.inputs(timestep, seed=seed))
+    def arguments(timestep: float, share: float) -> dict[str, Any]:
+        draws = [pytree.tree_flatten(case.inputs(timestep, seed=seed)) for seed in (0, 1)]
+        leaves = [between(a, b, share) for a, b in zip(*(d[0] for d in draws), strict=True)]
         if not first:
             first.extend(leaves)
         shared = [_same(a, b) for a, b in zip(first, leaves, strict=True)]
-        return pytree.tree_unflatten(shared, structure)
+        return pytree.tree_unflatten(shared, draws[0][1])
 
-    return [partial(arguments, t, seed) for seed, t in enumerate(case.timesteps(STEPS))]
+    shares = [step / (8 * STEPS) for step in range(STEPS)]  # a sampler takes short steps
+    return [partial(arguments, t, s) for t, s in zip(case.timesteps(STEPS), shares, strict=True)]
 
 
 def _same(first: Any, now: Any) -> Any:
