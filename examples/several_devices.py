@@ -9,6 +9,7 @@ Needs no GPU: the processes talk by gloo. With GPUs it is "nccl", and each proce
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import Any
 
@@ -71,7 +72,6 @@ def sample(model: Any) -> torch.Tensor:
 
 def main(how: str) -> None:
     """Sample on one process, then on all of them, and compare."""
-    dist.init_process_group("gloo")
     torch.accelerator.device_count = lambda: 1  # diffusers asks for it; a CPU alone has none
     options = {"strategy": "teacache", "rel_l1_thresh": 0.1}
     alone = dit_cache_fx.apply(tiny_flux(), **options)
@@ -92,8 +92,10 @@ def main(how: str) -> None:
         print(f"as on one process: {torch.allclose(on_all, on_one, rtol=1e-5, atol=1e-5)}")
         held, before = (m.cache_report().bytes_held for m in (cached, alone))
         print(f"held by this process: {held} bytes (one process alone: {before})")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
+    dist.init_process_group("gloo")
     main(sys.argv[1] if len(sys.argv) > 1 else "context")
+    gc.collect()  # the models refer to groups, whose threads must not outlive Python
+    dist.destroy_process_group()
