@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import fx
 
 #: pytest listens at each logger that does not propagate, and torch writes every graph out as text
 #: for its trace as soon as somebody listens
@@ -41,3 +43,17 @@ def no_grad() -> Iterator[None]:
     """For the files that call models as samplers do: `pytestmark = usefixtures("no_grad")`."""
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def generated(monkeypatch: pytest.MonkeyPatch) -> list[fx.Graph]:
+    """The graphs whose code is generated during the test."""
+    graphs: list[fx.Graph] = []
+    generate = fx.Graph.python_code
+
+    def noted(graph: fx.Graph, *args: Any, **kwargs: Any) -> Any:
+        graphs.append(graph)
+        return generate(graph, *args, **kwargs)
+
+    monkeypatch.setattr(fx.Graph, "python_code", noted)
+    return graphs

@@ -287,6 +287,7 @@ def moving_inputs(model_case: Case, step: int, steps: int, **kwargs: Any) -> dic
 
 
 def between(first: Any, last: Any, share: float) -> Any:
+    """A tensor on its way from one draw to another; what both draws share stays as it is."""
     if not isinstance(first, Tensor) or torch.equal(first, last):
         return first
     return first * (1 - share) + last * share

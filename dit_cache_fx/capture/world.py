@@ -174,8 +174,6 @@ def _inside(value: Any) -> list[Any]:
     """Return the values in an object that the search looks into."""
     if isinstance(value, nn.Module):
         return [v for k, v in list(vars(value).items()) if k not in TORCHS]
-    if isinstance(value, dict):
-        return [v for k, v in list(value.items()) if k not in _BOOKKEEPING]
     if isinstance(value, type):
         return [v for k, v in list(vars(value).items()) if not k.startswith("__")]
     return list(_values_of(value)())

@@ -12,6 +12,7 @@ from keyword import iskeyword
 from torch import fx
 
 from dit_cache_fx.ir.node_meta import meta_of
+from dit_cache_fx.ir.nodes import module_reads
 
 
 def customize_code(graph: fx.Graph) -> None:
@@ -33,8 +34,7 @@ def customize_code(graph: fx.Graph) -> None:
         model_blocks_1 = getattr(model_blocks, "1")(model_blocks_0);  model_blocks_0 = None
     """
     within = {n.name: str(w) for n in graph.nodes if (w := meta_of(n).within)}
-    reads = [n for op in ("call_module", "get_attr") for n in graph.find_nodes(op=op)]
-    paths = {n.name: str(n.target) for n in reads}
+    paths = {n.name: str(n.target) for n in module_reads(graph)}
     names = _names(_shared(paths.values()), {n.name for n in graph.nodes})
     graph.on_generate_code(lambda _: partial(_written, within, paths, names))
 

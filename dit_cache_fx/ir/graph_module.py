@@ -11,6 +11,7 @@ from torch import fx, nn
 from dit_cache_fx._torch import LazyGraphModule
 from dit_cache_fx.ir.codegen import customize_code
 from dit_cache_fx.ir.copying import body, copy_nodes, results_of
+from dit_cache_fx.ir.nodes import module_reads
 
 
 def graph_module(
@@ -36,8 +37,7 @@ def graph_module(
 
 def attributes_of(gm: fx.GraphModule, graph: fx.Graph) -> dict[str, Any]:
     """Return what `graph` reads from `gm` besides the model: constants and subgraphs."""
-    reading = [n for op in ("get_attr", "call_module") for n in graph.find_nodes(op=op)]
-    targets = sorted({str(n.target) for n in reading})
+    targets = sorted({str(n.target) for n in module_reads(graph)})
     return {t: getattr(gm, t) for t in targets if "." not in t and hasattr(gm, t)}
 
 

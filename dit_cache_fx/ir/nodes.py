@@ -125,6 +125,11 @@ def module_name(call: fx.Node) -> str:
     return str(call.target).removeprefix("model.")
 
 
+def module_reads(graph: fx.Graph) -> list[fx.Node]:
+    """Return the nodes that call a module or read an attribute."""
+    return [n for op in ("get_attr", "call_module") for n in graph.find_nodes(op=op)]
+
+
 def operations(graph: fx.Graph) -> int:
     """Return the number of nodes that compute something."""
     return sum(n.op in ("call_function", "call_method", "call_module") for n in graph.nodes)

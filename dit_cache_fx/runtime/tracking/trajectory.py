@@ -49,6 +49,8 @@ class Verdict(IntEnum):
 class SampleProbe:
     """Some elements of a noisy sample, float32 on its device."""
 
+    _shortest = 0.0  # a lower bound of the length, if it is not known
+
     def __init__(self, sample: torch.Tensor) -> None:
         sample = own_part(sample.detach() if sample.requires_grad else sample)
         real = torch.view_as_real(sample.resolve_conj()) if sample.is_complex() else sample
@@ -59,13 +61,12 @@ class SampleProbe:
             picked = real.reshape(-1)[::stride]
         same = picked.dtype == torch.float32
         self.values = picked.clone() if same else picked.to(torch.float32)
-        self._shortest = 0.0
 
     @staticmethod
     def of(values: torch.Tensor) -> SampleProbe:
         """Wrap elements that are selected already."""
         probe = SampleProbe.__new__(SampleProbe)
-        probe.values, probe._shortest = values, 0.0
+        probe.values = values
         return probe
 
     @functools.cached_property
