@@ -1,4 +1,4 @@
-"""Pass 5: remove nodes that have no readers."""
+"""Pass 6: remove nodes that have no readers."""
 
 from __future__ import annotations
 

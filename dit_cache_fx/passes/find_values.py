@@ -1,4 +1,4 @@
-"""Pass 2: liveness. Find the values that leave each cached run, and the run input of each."""
+"""Pass 3: liveness. Find the values that leave each cached run, and the run input of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pass 3: replace each cached run by one node that either computes or reuses."""
+"""Pass 4: replace each cached run by one node that either computes or reuses."""
 
 from __future__ import annotations
 

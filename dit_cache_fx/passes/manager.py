@@ -24,6 +24,7 @@ from dit_cache_fx.ir.program import Program
 from dit_cache_fx.ir.verify import verify
 from dit_cache_fx.passes.dead_code import dead_code
 from dit_cache_fx.passes.find_values import find_values
+from dit_cache_fx.passes.fold_constants import fold_constants
 from dit_cache_fx.passes.forward_slices import forward_slices
 from dit_cache_fx.passes.guard_runs import guard_runs
 from dit_cache_fx.passes.select_runs import select_runs
@@ -35,6 +36,7 @@ Observer = Callable[[str, Program], None]
 
 PASSES: tuple[Pass, ...] = (
     forward_slices,
+    fold_constants,
     select_runs,
     find_values,
     guard_runs,

@@ -1,4 +1,4 @@
-"""Pass 1: group the blocks that are cached together."""
+"""Pass 2: group the blocks that are cached together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pass 4: move nodes that only the compute side of a run reads into that side."""
+"""Pass 5: move nodes that only the compute side of a run reads into that side."""
 
 from __future__ import annotations
 

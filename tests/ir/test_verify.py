@@ -261,6 +261,7 @@ def test_the_observer_sees_every_pass() -> None:
     run_passes(captured(DEEP), DEEP, lambda name, _: seen.append(name))
     assert seen == [
         "forward_slices",
+        "fold_constants",
         "select_runs",
         "find_values",
         "guard_runs",

@@ -54,6 +54,22 @@ MUTANTS = (
         ("tests/passes/test_golden.py::test_forward_slices_leaves_every_other_row",),
     ),
     Mutant(
+        "random-values-folded",
+        "passes/fold_constants.py",
+        "if spec is None or torch.Tag.nondeterministic_seeded in operator.tags:",
+        "if spec is None:",
+        "the same random numbers are used on every step",
+        ("tests/passes/test_fold_constants.py::test_random_values_are_not_folded",),
+    ),
+    Mutant(
+        "returned-constants-folded",
+        "passes/fold_constants.py",
+        "if is_view(user) and _is_exposed(user):",
+        "if False:",
+        "who changes a result in place changes all later steps",
+        ("tests/passes/test_fold_constants.py::test_what_the_caller_gets_is_its_own",),
+    ),
+    Mutant(
         "places-that-depend-on-data-taken",
         "passes/forward_slices.py",
         "and _fixed(parts[:i]):",

@@ -76,6 +76,39 @@ def forward(self, x, timestep, text):
 """,
         )
 
+    def test_fold_constants(self) -> None:
+        self.assertExpectedInline(
+            code(passed(DEEP, "fold_constants", _Sinusoidal()).gm),
+            """\
+def forward(self, x, timestep, text):
+    model = self.model
+    model_blocks = model.blocks
+    _to_copy_1 = self.constant__to_copy_1
+    unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
+    unsqueeze_1 = torch.ops.aten.unsqueeze.default(_to_copy_1, 0)
+    mul_1 = torch.ops.aten.mul.Tensor(unsqueeze, unsqueeze_1)
+    sum_1 = torch.ops.aten.sum.dim_IntList(mul_1, [1])
+    unsqueeze_2 = torch.ops.aten.unsqueeze.default(sum_1, 1)
+    model_time_embedder = model.time_embedder(unsqueeze_2)
+    unsqueeze_3 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
+    model_x_embedder = model.x_embedder(x)
+    model_positions = model.positions
+    add = torch.ops.aten.add.Tensor(model_x_embedder, model_positions)
+    model_text_embedder = model.text_embedder(text)
+    model_blocks_0 = getattr(model_blocks, "0")(add, model_text_embedder, unsqueeze_3)
+    getitem = model_blocks_0[0]
+    getitem_1 = model_blocks_0[1]
+    model_blocks_1 = getattr(model_blocks, "1")(getitem, getitem_1, unsqueeze_3)
+    getitem_2 = model_blocks_1[0]
+    getitem_3 = model_blocks_1[1]
+    model_blocks_2 = getattr(model_blocks, "2")(getitem_2, getitem_3, unsqueeze_3)
+    getitem_4 = model_blocks_2[0]
+    add_1 = torch.ops.aten.add.Tensor(getitem_4, unsqueeze_3)
+    model_proj_out = model.proj_out(add_1)
+    return [model_proj_out]
+""",
+        )
+
     def test_select_runs(self) -> None:
         strategy = DeepCache(no_cache_steps=[0], no_cache_block_id={"blocks": {1}})
         regions = passed(strategy, "select_runs").regions
@@ -268,6 +301,15 @@ def forward(self, x, timestep, text):
     return [getitem_4]
 """,
         )
+
+
+class _Sinusoidal(Toy):
+    """Embeds the timestep in two frequencies."""
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        frequencies = torch.exp(torch.arange(2.0) * -9.2).to(torch.float64).to(x.dtype)
+        angles = timestep[:, None] * frequencies[None]
+        return super().forward(x, angles.sum(1), text)
 
 
 class _EndsWithBlocks(Toy):
