@@ -7,9 +7,10 @@ process's own part use one reduced number, inside the graphs too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -26,9 +27,13 @@ _CONFIG, _DEPTH = "_parallel_config", 3
 
 @dataclass(frozen=True)
 class Ranks:
-    """Processes, by their `groups`: reductions over one group after another cover all processes."""
+    """Processes, by their `groups`: reductions over one group after another cover all processes.
+
+    `own_calls`: each process may get data of its own, of other shapes than the others'.
+    """
 
     groups: tuple[str, ...]
+    own_calls: bool = False
 
     # --- as part of a graph ----------------------------------------------------------------------
 
@@ -77,6 +82,29 @@ class Ranks:
         return self.total(checksum * (2 * torch.distributed.get_rank() + 3))
 
 
+@dataclass
+class Numbers:
+    """Numbers for what each process has of its own, so that all can tell one call from another.
+
+    A process never gives a number twice.
+    """
+
+    _numbers: dict[Hashable, int] = field(default_factory=dict)
+    _count: Iterator[int] = field(default_factory=count)
+
+    def everywhere(self, ranks: Ranks | None, values: Sequence[Hashable]) -> list[tuple[int, ...]]:
+        """Return, for each value, the numbers that it has in all processes.
+
+        They are equal in all processes, and so is whether they were seen before. Empty if all
+        processes have the same values anyway.
+        """
+        if ranks is None or not ranks.own_calls:
+            return [()] * len(values)
+        own = [self._numbers.setdefault(value, next(self._count)) for value in values]
+        rows = ranks.gathered(torch.tensor(own, device="cpu")).reshape(-1, len(own)).T
+        return [tuple(row) for row in rows.tolist()]
+
+
 #: the difference that is reported if it is in another process
 ANOTHER = "in another process"
 
@@ -113,11 +141,11 @@ def ranks_of(option: Any) -> Ranks | None:
     if option is None or isinstance(option, Ranks):
         return option
     if hasattr(option, "get_all_groups"):  # a mesh
-        return _ranks(option.get_all_groups())
+        return _ranks(option.get_all_groups(), own_calls=True)
     if not hasattr(option, "group_name"):
         expected = "a torch.distributed process group, or a DeviceMesh"
         raise OptionError("process_group", option, expected)
-    return _ranks([option])
+    return _ranks([option], own_calls=True)
 
 
 def found(model: nn.Module | None, tensors: Iterable[torch.Tensor] = ()) -> Ranks | None:
@@ -135,7 +163,7 @@ def found(model: nn.Module | None, tensors: Iterable[torch.Tensor] = ()) -> Rank
     for module in modules:
         for mesh in _meshes(vars(module).get(_CONFIG), _DEPTH):
             groups += mesh.get_all_groups()
-    return _ranks(groups)
+    return _ranks(groups, own_calls=any(hasattr(module, "unshard") for module in modules))
 
 
 def _groups_of(tensor: torch.Tensor) -> Iterator[Any]:
@@ -155,7 +183,7 @@ def _meshes(value: Any, depth: int) -> Iterator[Any]:
             yield from _meshes(child, depth - 1)
 
 
-def _ranks(groups: Sequence[Any]) -> Ranks | None:
+def _ranks(groups: Sequence[Any], own_calls: bool) -> Ranks | None:
     """Drop groups of one process, and those contained in another one."""
     named = {group.group_name: frozenset(_torch.members(group)) for group in groups}
     once = {members: name for name, members in reversed([*named.items()])}
@@ -164,4 +192,4 @@ def _ranks(groups: Sequence[Any]) -> Ranks | None:
         for members, name in reversed([*once.items()])
         if len(members) > 1 and not any(members < other for other in once)
     ]
-    return Ranks(tuple(kept)) if kept else None
+    return Ranks(tuple(kept), own_calls) if kept else None

@@ -106,6 +106,7 @@ class Captured:
     unread: Sequence[str] = ()  # attributes that forward sets for other code, in words
     spread: bool = False  # some of its tensors are distributed
     ranks: Ranks | None = None  # the processes that run the model
+    asked: Ranks | None = None  # those of them that may read other values here
     opened: tuple[Any, ...] = ()  # blocks with parts in the graph and sharded weights
 
     def around(self) -> AbstractContextManager[None]:
@@ -176,7 +177,8 @@ def accepts(subject: Subject, captured: Captured, call: FlatCall) -> Shapes | No
     if guards is None:
         return ()
     tensors = TensorIdentity([call.tensors[i] for i in guards.inputs])
-    if newest is not None and not tensors.other_objects(newest[0]):
+    known = newest is not None and not tensors.other_objects(newest[0])
+    if newest is not None and every(captured.asked, known):
         return newest[1]
     read = captured.read(call.tensors)
     if not every(captured.ranks, guards.values(read) == guards.values(guards.expected)):

@@ -22,7 +22,7 @@ from dit_cache_fx.capture.blocks import mark_blocks
 from dit_cache_fx.capture.captured import Captured, Subject, not_recorded, sharded_owners
 from dit_cache_fx.capture.check import IllegalInputs, compare, refusable, refuse, second_inputs
 from dit_cache_fx.capture.leaves import BlockList, leaf_modules
-from dit_cache_fx.capture.normal_form import normal_form
+from dit_cache_fx.capture.normal_form import no_guards, normal_form
 from dit_cache_fx.capture.record import record
 from dit_cache_fx.capture.recording import Recording
 from dit_cache_fx.capture.refusals import (
@@ -63,7 +63,8 @@ def capture(subject: Subject, call: FlatCall, timestep_argument: str | None) -> 
         tensors = [t.clone() if t.is_inference() else t for t in call.tensors]
         lists = subject.lists()
         leaves = leaf_modules(subject.model, lists)
-        recording, unread = _recorded(subject, call, tensors, lists, leaves)
+        with together(subject.strategy.ranks):
+            recording, unread = _recorded(subject, call, tensors, lists, leaves)
         put_back(recording.settings, recording.before)
         with unnoticed(subject.model), without_dispatch_modes():
             with together(subject.strategy.ranks):
@@ -71,10 +72,22 @@ def capture(subject: Subject, call: FlatCall, timestep_argument: str | None) -> 
                     subject, call, tensors, lists, leaves, recording, timestep_argument
                 )
             captured.unread = unread
+            _ask_others(captured)
             if subject.check:
                 with _explained("the captured graph fails, and the model does not"):
                     _check(subject, captured, call, tensors)
     return captured
+
+
+def _ask_others(captured: Captured) -> None:
+    """Let a process whose code reads no values agree with the others if theirs does."""
+    ranks = captured.ranks
+    if ranks is None or not ranks.own_calls or ranks.every(captured.guards is None):
+        return
+    captured.asked = ranks
+    if captured.guards is None:
+        captured.guards = no_guards(captured.program)
+        captured.accepted.add(())
 
 
 def _traced(
@@ -190,8 +203,9 @@ def _check(
         _check_number(subject, captured, call, tensors, position)
     sample = [i for i, a in enumerate(program.arguments) if a == program.sample]
     for inputs in second_inputs(tensors, position, sample):
-        if not _guards_hold(captured, inputs):
+        if not every(captured.ranks, _guards_hold(captured, inputs)):
             continue
+        difference, refused = None, None
         try:
             difference = compare(
                 refusable(partial(subject.run, call, inputs)),
@@ -201,7 +215,9 @@ def _check(
                 sampled=captured.recording.suspect,
             )
         except IllegalInputs as error:
-            log.info("the model refuses inputs generated for a check: %r", error.__cause__)
+            refused = error.__cause__
+            log.info("the model refuses inputs generated for a check: %r", refused)
+        if not every(captured.ranks, refused is None):
             continue
         if not every(captured.ranks, difference is None):
             raise refuse(difference or ANOTHER)

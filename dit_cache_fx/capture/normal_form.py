@@ -61,6 +61,15 @@ def data_reads(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.target in READS]
 
 
+def no_guards(program: Program) -> Guards:
+    """Return the guards of a program that reads no values."""
+    graph = fx.Graph()
+    for name in program.inputs:
+        graph.placeholder(name)
+    graph.output([])
+    return Guards(graph_module(program.model, {}, graph, "Guards"), (), ())
+
+
 def normal_form(
     model: nn.Module, traced: Trace, call: FlatCall, timestep_argument: str | None
 ) -> tuple[Program, Guards | None]:

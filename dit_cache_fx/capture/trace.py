@@ -18,6 +18,7 @@ from dit_cache_fx._torch import Emitter, opaque, trace_functional
 from dit_cache_fx.capture.autograd_functions import forward_only
 from dit_cache_fx.capture.data_guards import DataReads, PythonReads, read_count, read_shape
 from dit_cache_fx.capture.intercept import intercepted
+from dit_cache_fx.capture.overlap import readers
 from dit_cache_fx.capture.recording import RecordedCall, Recording
 from dit_cache_fx.capture.scalar_timestep import NumberFactories
 from dit_cache_fx.errors import CaptureError
@@ -104,13 +105,13 @@ def _trace(
 
 def _refuse_read_after_change(graph: fx.Graph, recording: Recording) -> None:
     """Refuse a model that reads a tensor after one of its modules changed it in place."""
-    order = {node: place for place, node in enumerate(graph.nodes)}
+    nodes = [*graph.nodes]
     for node in graph.find_nodes(op="call_function", target=call_leaf):
         if not recording.calls[node.args[0]].mutated:
             continue
         copies = [n for n in node.all_input_nodes if n.target is torch.ops.aten.clone.default]
         for source in (s for copy in copies for s in copy.all_input_nodes):
-            if any(order[user] > order[node] for user in source.users):
+            if readers(source, nodes[nodes.index(node) + 1 :]):
                 raise CaptureError(
                     f"module {node.args[1]!r} changes one of its inputs in place and the model "
                     "reads that input afterwards: a cached step could not do the same. Let the "

@@ -248,7 +248,7 @@ def _probe(lowered: Lowered, sample: torch.Tensor) -> SampleProbe:
         return probe
     padded = probe.padded()
     if lowered.sample_apart is None:
-        lowered.sample_apart = probe.plain or ranks.differ(padded)
+        lowered.sample_apart = ranks.own_calls or probe.plain or ranks.differ(padded)
     return SampleProbe.of(ranks.gathered(padded)) if lowered.sample_apart else probe
 
 

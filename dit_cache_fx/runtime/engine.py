@@ -22,7 +22,7 @@ from dit_cache_fx.runtime.batch.batch_engine import BatchEngine
 from dit_cache_fx.runtime.batch.row_steps import RowSteps
 from dit_cache_fx.runtime.call_log import CallLog, CallStart
 from dit_cache_fx.runtime.drive import Compiler, Results, Serving, drive
-from dit_cache_fx.runtime.entry import Entry, GraphKey, RowsOf, input_key
+from dit_cache_fx.runtime.entry import Entry, GraphKey, RowsOf
 from dit_cache_fx.runtime.execution import StepCompiler
 from dit_cache_fx.runtime.graphs import Found, Graphs
 from dit_cache_fx.runtime.step import Step
@@ -80,7 +80,7 @@ class Engine:
         if batch is not None:
             return (yield from self.batches.serve(batch, args, kwargs, compiler))
         call = self._flat(args, kwargs)
-        key = input_key(call)
+        (key,) = self.graphs.keys([call])
         found = self.find(call, key)
         entry, first = found.entry, found.first
         session = self.call_log.tracker.session
@@ -124,10 +124,11 @@ class Engine:
 
     def passed_in(self, session: Session, call: FlatCall) -> None:
         """Record such a call of this session."""
-        entry = self.graphs.known(call.key)
+        (key,) = self.graphs.keys([call])
+        entry = self.graphs.known(key[0])
         if entry is not None:
             with session.lock:
-                self.call_log.passed(session, self._evidence(call, input_key(call), entry, session))
+                self.call_log.passed(session, self._evidence(call, key, entry, session))
 
     def _evidence(
         self, call: FlatCall, key: Hashable, entry: Entry, session: Session
@@ -157,7 +158,8 @@ class Engine:
     def captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Entry, FlatCall]:
         """Return the graph for a call like this; capture and check it if there is none."""
         call = self._flat(args, kwargs)
-        return self.find(call, input_key(call)).entry, call
+        (key,) = self.graphs.keys([call])
+        return self.find(call, key).entry, call
 
     def carried(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a call inside another graph under construction, where there is no host.

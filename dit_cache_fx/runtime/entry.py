@@ -47,9 +47,12 @@ class RowsKey(NamedTuple):
 GraphKey = InputKey | RowsKey
 
 
-def input_key(call: FlatCall) -> InputKey:
-    """Return the key of a call's graphs: its signature and torch's own state."""
-    return call.key, Ambient.now()
+def input_key(call: FlatCall, numbers: tuple[int, ...] = ()) -> InputKey:
+    """Return the key of a call's graphs: its signature and torch's own state.
+
+    `numbers`: those of the signatures in all processes, if each has its own.
+    """
+    return (call.key, numbers) if numbers else call.key, Ambient.now()
 
 
 @dataclass(eq=False)

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 from torch import nn
 
-from dit_cache_fx.capture import FlatCall, Shapes, Subject, accepts, capture, named_timestep
+from dit_cache_fx.capture import FlatCall, Subject, accepts, capture, named_timestep
 from dit_cache_fx.capture.fingerprint import fingerprint, volatile
 from dit_cache_fx.errors import CaptureError, warn
 from dit_cache_fx.ir.alone import Alone
@@ -19,9 +19,9 @@ from dit_cache_fx.ir.nodes import operations
 from dit_cache_fx.lowering import lower_variants
 from dit_cache_fx.lowering.lowered_program import block_bytes
 from dit_cache_fx.passes import run_passes
-from dit_cache_fx.ranks import found
+from dit_cache_fx.ranks import Numbers, Ranks, found
 from dit_cache_fx.runtime.batch.row_steps import RowLayout
-from dit_cache_fx.runtime.entry import Entry, GraphKey, RowsOf
+from dit_cache_fx.runtime.entry import Entry, GraphKey, InputKey, RowsOf, input_key
 from dit_cache_fx.runtime.reasons import WhyCaptured, changes
 from dit_cache_fx.runtime.tracking.hooks import Hooks
 from dit_cache_fx.runtime.tracking.step_count import StepCount
@@ -44,7 +44,7 @@ class Found(Generic[_T]):
     """The graph for a call. `first`: its answer to that call, if it was captured just now."""
 
     entry: Entry
-    shapes: Shapes  # of the call's masked selections
+    shapes: Hashable  # of the call's masked selections, in all processes
     first: _T | None
     because: object = ""  # the reason for the capture, as text
 
@@ -63,6 +63,7 @@ class Graphs:
         self.entries: OrderedDict[GraphKey, tuple[Entry, ...]] = OrderedDict()
         self.keep_programs = False  # keep programs before the passes, for other strategies
         self._serial = 0
+        self._numbers = Numbers()
         self._newest: Entry | None = None  # the entry of the newest call
         self._told: set[str] = set()
         self._capturing = threading.RLock()
@@ -86,6 +87,18 @@ class Graphs:
         if self.timestep_argument is None:
             self.timestep_argument = named_timestep(tuple(arguments), None)
 
+    def keys(self, calls: Sequence[FlatCall]) -> list[InputKey]:
+        """Return the keys of calls. If they are seen for the first time, all processes capture."""
+        numbers = self._numbers.everywhere(self._ranks(), [call.key for call in calls])
+        return list(map(input_key, calls, numbers))
+
+    def _ranks(self) -> Ranks | None:
+        """Return the processes that run the model."""
+        newest = next(reversed(self.entries.values()), None)
+        if newest is None:
+            return spread_over(self.subject.strategy, found(self.subject.model)).ranks
+        return newest[-1].strategy.ranks
+
     def find(
         self,
         call: FlatCall,
@@ -99,11 +112,14 @@ class Graphs:
         that no other call sees the graph.
         """
         found: Found[_T] | None = self._accepting(call, key)
-        if found is not None:
-            return found
-        with self._capturing:
-            found = self._accepting(call, key)  # another thread may have captured it
-            return self._captured(call, key, check, rows) if found is None else found
+        if found is None:
+            with self._capturing:
+                found = self._accepting(call, key)  # another thread may have captured it
+                found = found or self._captured(call, key, check, rows)
+        asked = found.entry.captured.asked
+        if asked is not None:
+            found.shapes = found.shapes, *self._numbers.everywhere(asked, [found.shapes])
+        return found
 
     def _accepting(self, call: FlatCall, key: GraphKey) -> Found[_T] | None:
         for entry in reversed(self.entries.get(key, ())):
@@ -167,7 +183,10 @@ class Graphs:
             return [entry for variants in self.entries.values() for entry in variants]
 
     def known(self, call_key: Hashable) -> Entry | None:
-        """Return the newest graph for calls of this key, whatever guards and torch's state say."""
+        """Return the newest graph for calls of this key, whatever guards and torch's state say.
+
+        `call_key`: the signature; in several processes as in `keys`.
+        """
         entries = list(self.entries.items())  # without the lock: Dynamo traces this
         found = [v for (key, _), v in entries if key == call_key]
         return found[-1][-1] if found else None

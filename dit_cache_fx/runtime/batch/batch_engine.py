@@ -46,7 +46,7 @@ class BatchEngine:
         engine = self._engine
         rows = batch.rows(engine.arguments(args, kwargs))
         calls = [self._call(rows, [place]) for place in range(rows.count)]
-        keys = [input_key(call) for call in calls]
+        keys = engine.graphs.keys(calls)
         self._check(rows, keys[0])
         found = self._found(calls, keys)
         with batch.locked():
