@@ -447,6 +447,19 @@ def cannot_compile() -> tuple[type[Exception], ...]:
 dynamo_callback = get_eval_frame_callback
 
 
+@contextmanager
+def between_compilations(wait: bool) -> Iterator[None]:
+    """Let no compilation of another thread begin; `wait` for one that is under way."""
+    dynamo = sys.modules.get("torch._dynamo.convert_frame")  # not imported: nothing compiles
+    lock: Any = getattr(dynamo, "compile_lock", None)
+    held = lock is not None and lock.acquire(blocking=wait)
+    try:
+        yield
+    finally:
+        if held:
+            lock.release()
+
+
 def breaks_raise() -> Any:
     """Return a context in which `torch.compile` raises at a graph break.
 

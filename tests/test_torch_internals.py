@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from inspect import signature
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ from dit_cache_fx._torch import (
     aoti_package,
     attention_backends,
     beside_distributed,
+    between_compilations,
     breaks_raise,
     broadcast,
     cannot_compile,
@@ -915,3 +917,25 @@ def test_plain_tensors_beside_distributed_ones(group: str) -> None:
         spread + torch.ones(2)
     with beside_distributed():
         assert torch.equal((spread + torch.ones(2)).full_tensor(), torch.full((2,), 2.0))
+
+
+def test_a_compilation_can_be_waited_for() -> None:
+    entered: list[str] = []
+
+    def enter(wait: bool) -> None:
+        with between_compilations(wait):
+            entered.append("waited" if wait else "not waited")
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        threads.append(Thread(target=enter, args=(True,)))
+        threads[0].start()
+        other = Thread(target=enter, args=(False,))
+        other.start()
+        other.join()
+        entered.append("compiled")
+        return gm.forward
+
+    threads = list[Thread]()
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(1))
+    threads[0].join()
+    assert entered == ["not waited", "compiled", "waited"]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dit_cache_fx._torch import not_a_compiled_frame
+from dit_cache_fx.capture.turns import changing_modules
 
 #: (module, its name, its real call, args, kwargs) -> the result for the caller
 Handler = Callable[[nn.Module, str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -56,14 +57,14 @@ class _Interception:
 
     def enter(self, modules: Iterable[nn.Module]) -> None:
         """Intercept this thread's calls of `modules` from now on."""
-        with _SEAMS:
+        with changing_modules(), _SEAMS:
             for module in modules:
                 self._seams[module] = _seam(module)
                 self._seams[module].add(self._thread, self)
 
     def leave(self, modules: Iterable[nn.Module]) -> None:
         """Stop intercepting them."""
-        with _SEAMS:
+        with changing_modules(), _SEAMS:
             for module in [m for m in modules if m in self._seams]:
                 self._seams.pop(module).remove(self._thread, self)
 

@@ -17,15 +17,12 @@ from dit_cache_fx.ir.graph_module import graph_module
 from dit_cache_fx.ir.graph_text import short
 from dit_cache_fx.ir.names import unreserved
 from dit_cache_fx.ir.node_meta import mark, meta_of
-from dit_cache_fx.ir.nodes import ancestors, inputs_behind, is_kept
+from dit_cache_fx.ir.nodes import ancestors, inputs_behind, is_exposed, is_kept
 from dit_cache_fx.ir.program import Program
 
 # without autograd and in-place operations these return their argument
-_IDENTITIES = (
-    torch.ops.aten.detach.default,
-    torch.ops.aten.alias.default,
-    torch.ops.aten.lift_fresh_copy.default,
-)
+_IDENTITIES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+_COPY = torch.ops.aten.lift_fresh_copy.default
 
 
 @dataclass(frozen=True)
@@ -135,7 +132,7 @@ def translated(
     named = {node.name: node for node in traced.gm.graph.nodes}
 
     def translation(node: fx.Node) -> fx.Node:
-        if node.target in _IDENTITIES:
+        if node.target in _IDENTITIES or (node.target is _COPY and not is_exposed(node)):
             return new[node.all_input_nodes[0]]
         args: Any
         args, kwargs = fx.map_arg((node.args, node.kwargs), new.__getitem__)

@@ -5,6 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+
+from dit_cache_fx._torch import between_compilations
+
+_OF_MODEL: ContextVar[Turns | None] = ContextVar("dit_cache_fx_of_model", default=None)
 
 
 class Turns:
@@ -20,9 +25,20 @@ class Turns:
         self._alone: list[int] = []
         self._waiting = 0  # threads that wait for exclusive access
 
-    def of_model(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def of_model(self) -> Iterator[None]:
         """Enter for a run of the model itself: exclusive if forward may set attributes."""
-        return self.alone() if self.needed else nullcontext()
+        before = _OF_MODEL.set(self)
+        try:
+            with self.alone() if self.needed else nullcontext():
+                yield
+        finally:
+            _OF_MODEL.reset(before)
+
+    @property
+    def shared(self) -> bool:
+        """Whether another thread runs a graph of the model now."""
+        return any(thread != threading.get_ident() for thread in [*self._beside])
 
     def beside(self) -> AbstractContextManager[None]:
         """Enter for a shared run."""
@@ -72,6 +88,15 @@ class Turns:
         if thread in self._beside or thread in self._alone:
             return True
         return not self._alone and not self._waiting
+
+
+def changing_modules() -> AbstractContextManager[None]:
+    """Enter to change how the modules of the running model are called.
+
+    Dynamo reads a module several times while it compiles a graph: then it must not change.
+    """
+    turns = _OF_MODEL.get()
+    return between_compilations(wait=turns is not None and turns.shared)
 
 
 class _Beside(AbstractContextManager[None]):

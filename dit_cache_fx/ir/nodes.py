@@ -32,6 +32,16 @@ def is_view(node: fx.Node) -> bool:
     return bool(returns) and returns[0].alias_info is not None
 
 
+def is_exposed(node: fx.Node) -> bool:
+    """Return whether code outside the graph gets the tensor, or a view of it."""
+    for user in node.users:
+        if not isinstance(user.target, torch._ops.OpOverload):
+            return True
+        if is_view(user) and is_exposed(user):
+            return True
+    return False
+
+
 def is_spread(node: fx.Node) -> bool:
     """Return whether the node's tensor is a DTensor."""
     told = {n for n in node.graph.nodes if n.op != "call_function" or meta_of(n).spread}

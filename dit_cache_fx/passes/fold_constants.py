@@ -12,7 +12,7 @@ from dit_cache_fx._torch import without_dispatch_modes
 from dit_cache_fx.capture.ambient import without_autocast
 from dit_cache_fx.ir.copying import copy_nodes
 from dit_cache_fx.ir.graph_module import attributes_of, graph_module
-from dit_cache_fx.ir.nodes import is_kept, is_view, spec_of, tensor_spec
+from dit_cache_fx.ir.nodes import is_exposed, is_kept, is_view, spec_of, tensor_spec
 from dit_cache_fx.ir.program import Program
 from dit_cache_fx.strategies import Strategy
 
@@ -66,7 +66,7 @@ def _foldable(graph: fx.Graph) -> list[fx.Node]:
     for node in graph.nodes:
         if not is_kept(node) and _is_elementwise(node) and fixed.keys() >= {*node.all_input_nodes}:
             fixed[node] = None
-    return [node for node in fixed if not is_view(node) and not _is_exposed(node)]
+    return [node for node in fixed if not is_view(node) and not is_exposed(node)]
 
 
 def _is_elementwise(node: fx.Node) -> bool:
@@ -83,16 +83,6 @@ def _is_elementwise(node: fx.Node) -> bool:
         return False
     made = not node.all_input_nodes
     return made or torch.Tag.pointwise in operator.tags or operator is _TO_COPY or is_view(node)
-
-
-def _is_exposed(node: fx.Node) -> bool:
-    """Return whether code outside the graph gets the tensor, or a view of it."""
-    for user in node.users:
-        if not isinstance(user.target, torch._ops.OpOverload):
-            return True
-        if is_view(user) and _is_exposed(user):
-            return True
-    return False
 
 
 def _computed(constants: Mapping[fx.Node, str]) -> dict[str, torch.Tensor]:

@@ -16,8 +16,8 @@ MUTANTS = (
     Mutant(
         "guard-of-changed-tensor-not-read-again",
         "capture/captured.py",
-        "if newest is not None and not tensors.other_objects(newest[0]):",
-        "if newest is not None:",
+        "known = newest is not None and not tensors.other_objects(newest[0])",
+        "known = newest is not None",
         "a mask that was changed in place is taken for the mask before",
         ("tests/capture/test_capture.py::test_a_guard_sees_a_tensor_that_was_changed_in_place",),
     ),
@@ -30,9 +30,31 @@ MUTANTS = (
         ("tests/capture/test_capture.py::test_a_shape_that_depends_on_data_is_used_as_a_number",),
     ),
     Mutant(
+        "other-views-of-changed-memory-not-seen",
+        "capture/overlap.py",
+        "return bool(_viewed(touched, others).any())",
+        "return False",
+        "a block that changes its conditioning in place leaves it as it was for the next block",
+        (
+            "tests/capture/test_overlap.py::"
+            "test_memory_that_is_read_after_a_block_changed_it_is_refused",
+        ),
+    ),
+    Mutant(
+        "returned-numbers-shared",
+        "capture/normal_form.py",
+        "(node.target is _COPY and not is_exposed(node))",
+        "node.target is _COPY",
+        "who changes a returned constant in place changes all later steps",
+        (
+            "tests/passes/test_fold_constants.py::"
+            "test_a_caller_that_changes_returned_numbers_changes_no_later_step",
+        ),
+    ),
+    Mutant(
         "no-check-on-second-inputs",
         "capture/eager.py",
-        "if not _guards_hold(captured, inputs):",
+        "if not every(captured.ranks, _guards_hold(captured, inputs)):",
         "if True:",
         "a value of the first call is a constant in all others",
         ("tests/capture/test_arguments.py::test_a_function_that_hides_a_tensor_is_refused",),

@@ -63,8 +63,8 @@ MUTANTS = (
     ),
     Mutant(
         "returned-constants-folded",
-        "passes/fold_constants.py",
-        "if is_view(user) and _is_exposed(user):",
+        "ir/nodes.py",
+        "if is_view(user) and is_exposed(user):",
         "if False:",
         "who changes a result in place changes all later steps",
         ("tests/passes/test_fold_constants.py::test_what_the_caller_gets_is_its_own",),

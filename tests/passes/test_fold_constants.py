@@ -113,6 +113,30 @@ def test_what_the_caller_gets_is_its_own(form: Callable[[torch.Tensor], torch.Te
     assert all(torch.equal(r, form(frequencies())) for r in results)
 
 
+class _ReturnsNumbers(_Returns):
+    """Also returns numbers that stand in its code."""
+
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor
+    ) -> list[torch.Tensor]:
+        made = torch.tensor([1.0, 0.5, 0.25, 0.125])
+        return [Toy.forward(self, x, timestep, text) + made, self.form(made)]
+
+
+@pytest.mark.parametrize("form", [lambda f: f, lambda f: f[None], lambda f: f.detach().view(2, 2)])
+def test_a_caller_that_changes_returned_numbers_changes_no_later_step(
+    form: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    model = _ReturnsNumbers(form).eval()
+    cached = dit_cache_fx.apply(model, strategy=DeepCache(no_cache_steps=range(4)))
+    with torch.no_grad():
+        for step in range(4):
+            given = {**inputs(), "timestep": torch.full((2,), 500.0 - step)}
+            got, want = cached(**given), model(**given)
+            assert all(map(torch.equal, got, want))
+            got[1].zero_()
+
+
 class _Embeds(Toy):
     """Passes frequencies to a module."""
 

@@ -6,6 +6,7 @@ import copy
 import inspect
 import pickle
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -404,6 +405,35 @@ def test_a_capture_leaves_torch_as_it_is() -> None:
 
     looking(make(OpenDiT), look)
     assert all(seen)
+
+
+def test_a_capture_leaves_modules_as_they_are_while_their_graph_is_compiled() -> None:
+    """Dynamo reads them for its guards again, after the graph is compiled."""
+    model = make(ToyDiT)
+    changed: list[bool] = []
+    captures: list[Future[Any]] = []
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        if not captures:
+            captures.append(begun(lambda: called(0, 1)))
+            deadline = time.monotonic() + 0.5
+            while time.monotonic() < deadline and not captures[0].done():
+                changed.append("_call_impl" in vars(model.blocks[0]))
+                time.sleep(0.001)
+        return gm.forward
+
+    def called(step: int, size: int) -> Tensor:
+        with torch.no_grad():
+            given = toy_inputs(900.0 - 100 * step, size=size)
+            return cached(**given)  # type: ignore[no-any-return]
+
+    cached = eager(model, *OPTIONS[0])
+    cached.compile_steps(backend=backend)
+    want = [model(**toy_inputs(900.0, size=size)) for size in (0, 1)]
+    got = [called(0, 0), captures[0].result(PATIENCE)]
+    assert same(got, want)
+    assert changed
+    assert not any(changed)
 
 
 @pytest.mark.parametrize("shared", [False, True])
