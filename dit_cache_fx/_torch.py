@@ -750,6 +750,14 @@ def all_gathered(tensor: torch.Tensor, group: str) -> torch.Tensor:
     return gathered.to(tensor.device)
 
 
+def gathered_objects(value: Any, group: str) -> list[Any]:
+    """Return the objects of a group's processes."""
+    processes = _group_of(group)
+    found: list[Any] = [None] * len(members(processes))
+    torch.distributed.all_gather_object(found, value, processes)
+    return found
+
+
 def beside_distributed() -> Any:
     """Return a context in which DTensors can be combined with tensors that all processes have."""
     from torch.distributed.tensor.experimental import implicit_replication

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +20,8 @@ from dit_cache_fx import _torch
 from dit_cache_fx.errors import CaptureError, OptionError
 from dit_cache_fx.values.containers import attributes
 from dit_cache_fx.values.wrapped import is_distributed
+
+_T = TypeVar("_T")
 
 #: the attribute with a model's parallel configuration, and the depth to search it for meshes
 _CONFIG, _DEPTH = "_parallel_config", 3
@@ -76,6 +78,13 @@ class Ranks:
     def every(self, value: bool) -> bool:
         """Return whether the value is true in every process."""
         return not bool(self.any(torch.tensor([not value], device="cpu")))
+
+    def of_all(self, value: _T) -> list[_T]:
+        """Return the values of all processes, which are pickled, in the same order in each."""
+        values = [value]
+        for group in self.groups:
+            values = [v for held in _torch.gathered_objects(values, group) for v in held]
+        return values
 
     def signed(self, checksum: torch.Tensor) -> torch.Tensor:
         """Combine the checksums of all processes' parts."""

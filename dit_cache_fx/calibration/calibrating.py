@@ -156,6 +156,8 @@ class _Calibrating:
         tried = candidates(
             recorded, predictors(own, reference.timesteps), reference.timesteps, self._numbers
         )
+        if reference.ranks is not None:  # all judge those that the first one has found
+            tried = reference.ranks.of_all(tried)[0]
         judge = Judge(self._cached, self._runs, reference, self._progress)
         for number in self._numbers:
             judged = [Judged(candidate) for candidate in tried[number]]

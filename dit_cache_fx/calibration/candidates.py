@@ -57,6 +57,7 @@ def predictors(own: Strategy, timesteps: Sequence[float]) -> list[Strategy]:
     common: dict[str, Any] = {
         "no_cache_steps": {0},
         "no_cache_block_id": own.no_cache_block_id,
+        "process_group": own.process_group,
     }
     tried: list[Strategy] = [TaylorCache(**common), *_own(own)]
     for corrector in (0.5, 1.0, 0.0):

@@ -24,7 +24,7 @@ from dit_cache_fx.runtime.engine import Engine
 from dit_cache_fx.runtime.entry import Entry, GraphKey, RowsOf
 from dit_cache_fx.runtime.graphs import Found, Graphs
 from dit_cache_fx.runtime.tracking.generation import Generation
-from dit_cache_fx.strategies import Strategy
+from dit_cache_fx.strategies import Strategy, spread_over
 from dit_cache_fx.values.pytree import flatten
 
 _T = TypeVar("_T")
@@ -112,6 +112,7 @@ class _Relowered(Graphs):
     def __init__(self, origin: Engine, own: Graphs) -> None:
         super().__init__(own.subject, own.timestep_argument, own.count)
         self._origin = origin
+        self.numbers = origin.graphs.numbers
 
     def _captured(
         self,
@@ -124,7 +125,8 @@ class _Relowered(Graphs):
             return super()._captured(call, key, check, rows)
         known = self._origin.graphs.find(call, key, partial(self._origin._first, call))
         self.timestep_argument = self._origin.graphs.timestep_argument
-        entry = known.entry.lowered_for(self.subject.strategy, self.count)
+        strategy = spread_over(self.subject.strategy, known.entry.strategy.ranks)
+        entry = known.entry.lowered_for(strategy, self.count)
         self.keep(key, entry)
         return Found(entry, known.shapes, None)
 

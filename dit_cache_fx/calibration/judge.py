@@ -63,7 +63,15 @@ class Judge:
             upto = math.ceil(share * len(self._runs))
             for entry in leading(judged, most):
                 for run in range(len(entry.scores), upto):
-                    entry.scores.append(self._scores(entry.candidate, run))
+                    entry.scores.append(self._agreed(self._scores(entry.candidate, run)))
+
+    def _agreed(self, scores: list[float]) -> list[float]:
+        """Return the scores of all processes: they choose alike, by all samples."""
+        ranks = self._reference.ranks
+        if ranks is None:
+            return scores
+        each = ranks.of_all(scores)
+        return [s for own in each for s in own] if ranks.own_calls else each[0]
 
     def _scores(self, candidate: Candidate, run: int) -> list[float]:
         reference, name = self._reference, f"runs[{run}]"

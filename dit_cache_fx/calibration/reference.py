@@ -14,6 +14,7 @@ from dit_cache_fx.calibration.engines import RecordingEngine, answering
 from dit_cache_fx.calibration.record import Recorder, Trajectory
 from dit_cache_fx.calibration.results import Result, peak_of, psnr, result_of
 from dit_cache_fx.errors import OptionError
+from dit_cache_fx.ranks import Ranks
 from dit_cache_fx.runtime.call_log import CallLog
 from dit_cache_fx.strategies import DeepCache
 
@@ -33,8 +34,12 @@ class Reference:
 
     def __init__(self, cached: CachedModel, runs: Sequence[Run]) -> None:
         own = cached._engine
-        ids = own.subject.strategy.no_cache_block_id
-        self._strategy = DeepCache(compute_ratio=1.0, no_cache_block_id=ids)
+        strategy = own.subject.strategy
+        self._strategy = DeepCache(
+            compute_ratio=1.0,
+            no_cache_block_id=strategy.no_cache_block_id,
+            process_group=strategy.process_group,
+        )
         self._cached = cached
         self._runs = runs
         self.engine = RecordingEngine(own, self._strategy, Recorder())
@@ -48,6 +53,11 @@ class Reference:
     def peak(self) -> float:
         """The range of the results' numbers."""
         return peak_of(self.results)
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The processes that run the model together."""
+        return self.engine.graphs.ranks
 
     def record(self) -> None:
         """Run the next one with every step computed.

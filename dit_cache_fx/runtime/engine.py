@@ -125,7 +125,7 @@ class Engine:
     def passed_in(self, session: Session, call: FlatCall) -> None:
         """Record such a call of this session."""
         (key,) = self.graphs.keys([call])
-        entry = self.graphs.known(key[0])
+        entry = self.graphs.known(*key[0])
         if entry is not None:
             with session.lock:
                 self.call_log.passed(session, self._evidence(call, key, entry, session))

@@ -33,8 +33,16 @@ from dit_cache_fx.runtime.tracking.step_count import StepCount
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.values.pytree import Skeleton
 
+
+class Signature(NamedTuple):
+    """The signature of a call. `numbers`: those of all processes, if each has calls of its own."""
+
+    call: Hashable
+    numbers: tuple[int, ...] = ()
+
+
 #: calls with equal keys run the same graph
-InputKey = tuple[Hashable, Ambient]
+InputKey = tuple[Signature, Ambient]
 
 
 class RowsKey(NamedTuple):
@@ -48,11 +56,8 @@ GraphKey = InputKey | RowsKey
 
 
 def input_key(call: FlatCall, numbers: tuple[int, ...] = ()) -> InputKey:
-    """Return the key of a call's graphs: its signature and torch's own state.
-
-    `numbers`: those of the signatures in all processes, if each has its own.
-    """
-    return (call.key, numbers) if numbers else call.key, Ambient.now()
+    """Return the key of a call's graphs: its signature and torch's own state."""
+    return Signature(call.key, numbers), Ambient.now()
 
 
 @dataclass(eq=False)

@@ -21,7 +21,7 @@ from dit_cache_fx.lowering.lowered_program import block_bytes
 from dit_cache_fx.passes import run_passes
 from dit_cache_fx.ranks import Numbers, Ranks, found
 from dit_cache_fx.runtime.batch.row_steps import RowLayout
-from dit_cache_fx.runtime.entry import Entry, GraphKey, InputKey, RowsOf, input_key
+from dit_cache_fx.runtime.entry import Entry, GraphKey, InputKey, RowsOf, Signature, input_key
 from dit_cache_fx.runtime.reasons import WhyCaptured, changes
 from dit_cache_fx.runtime.tracking.hooks import Hooks
 from dit_cache_fx.runtime.tracking.step_count import StepCount
@@ -63,7 +63,7 @@ class Graphs:
         self.entries: OrderedDict[GraphKey, tuple[Entry, ...]] = OrderedDict()
         self.keep_programs = False  # keep programs before the passes, for other strategies
         self._serial = 0
-        self._numbers = Numbers()
+        self.numbers = Numbers()
         self._newest: Entry | None = None  # the entry of the newest call
         self._told: set[str] = set()
         self._capturing = threading.RLock()
@@ -89,10 +89,11 @@ class Graphs:
 
     def keys(self, calls: Sequence[FlatCall]) -> list[InputKey]:
         """Return the keys of calls. If they are seen for the first time, all processes capture."""
-        numbers = self._numbers.everywhere(self._ranks(), [call.key for call in calls])
+        numbers = self.numbers.everywhere(self.ranks, [call.key for call in calls])
         return list(map(input_key, calls, numbers))
 
-    def _ranks(self) -> Ranks | None:
+    @property
+    def ranks(self) -> Ranks | None:
         """Return the processes that run the model."""
         newest = next(reversed(self.entries.values()), None)
         if newest is None:
@@ -118,7 +119,7 @@ class Graphs:
                 found = found or self._captured(call, key, check, rows)
         asked = found.entry.captured.asked
         if asked is not None:
-            found.shapes = found.shapes, *self._numbers.everywhere(asked, [found.shapes])
+            found.shapes = found.shapes, *self.numbers.everywhere(asked, [found.shapes])
         return found
 
     def _accepting(self, call: FlatCall, key: GraphKey) -> Found[_T] | None:
@@ -182,13 +183,19 @@ class Graphs:
         with self._lock:
             return [entry for variants in self.entries.values() for entry in variants]
 
-    def known(self, call_key: Hashable) -> Entry | None:
+    def known(self, call_key: Hashable, numbers: tuple[int, ...] | None = None) -> Entry | None:
         """Return the newest graph for calls of this key, whatever guards and torch's state say.
 
-        `call_key`: the signature; in several processes as in `keys`.
+        `numbers`: the signature in all processes; None for any.
         """
         entries = list(self.entries.items())  # without the lock: Dynamo traces this
-        found = [v for (key, _), v in entries if key == call_key]
+        found = [
+            v
+            for (key, _), v in entries
+            if isinstance(key, Signature)
+            and key.call == call_key
+            and numbers in (None, key.numbers)
+        ]
         return found[-1][-1] if found else None
 
     def carried(self, context: tuple[str, ...]) -> nn.ModuleDict:

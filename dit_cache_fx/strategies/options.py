@@ -24,10 +24,10 @@ def options_of(strategy: type[Strategy]) -> list[str]:
 
 
 def predictor_options(strategy: Strategy) -> dict[str, Any]:
-    """Return the options with other values than the defaults, except those that select steps."""
+    """Return the options of the predictions with other values than the defaults."""
     given = {f.name: (getattr(strategy, f.name), f.default) for f in fields(strategy)}
     return {
         name: value
         for name, (value, default) in given.items()
-        if name not in SCHEDULING and (default is MISSING or value != default)
+        if name not in (*SCHEDULING, "process_group") and (default is MISSING or value != default)
     }
