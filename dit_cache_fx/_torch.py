@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from os import PathLike
-from types import MappingProxyType
+from types import FunctionType, MappingProxyType, MethodType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -692,6 +692,19 @@ def without_mode(kind: type[TorchFunctionMode]) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def with_code_of_its_own(method: Callable[..., Any]) -> Any:
+    """Return a method that Dynamo compiles anew: it keeps what it compiles by the code object."""
+    function: Any = method.__func__  # type: ignore[attr-defined]
+    own = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    return MethodType(own, method.__self__)  # type: ignore[attr-defined]
 
 
 # --- collectives ---------------------------------------------------------------------------------

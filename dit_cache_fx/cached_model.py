@@ -25,7 +25,7 @@ from dit_cache_fx.runtime.call_log import WANTS_GRADIENTS, CallLog
 from dit_cache_fx.runtime.drive import NOTHING, Compiler, Serving, drive
 from dit_cache_fx.runtime.engine import Engine, requires_grad
 from dit_cache_fx.runtime.entry import Entry
-from dit_cache_fx.runtime.execution import StepCompiler
+from dit_cache_fx.runtime.step_compiler import StepCompiler
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._C._dynamo import eval_frame
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd import frontend_utils
@@ -70,6 +70,7 @@ from dit_cache_fx._torch import (
     untraced,
     use_attention_backends,
     wants_one_graph,
+    with_code_of_its_own,
     without_mode,
 )
 from dit_cache_fx.capture.intercept import intercepted
@@ -939,3 +940,23 @@ def test_a_compilation_can_be_waited_for() -> None:
     torch.compile(lambda x: x + 1, backend=backend)(torch.ones(1))
     threads[0].join()
     assert entered == ["not waited", "compiled", "waited"]
+
+
+def test_a_method_with_code_of_its_own_is_compiled_anew() -> None:
+    class Adds:
+        def __init__(self) -> None:
+            self.factor = 2.0
+
+        def run(self, x: Tensor) -> Tensor:
+            return x * self.factor
+
+    counts: list[int] = []
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        counts.append(1)
+        return gm.forward
+
+    adds = Adds()
+    for method in (adds.run, adds.run, with_code_of_its_own(adds.run)):
+        assert torch.compile(method, backend=backend)(torch.ones(1)).item() == 2.0
+    assert len(counts) == 2

@@ -23,9 +23,9 @@ from dit_cache_fx.runtime.batch.row_steps import RowSteps
 from dit_cache_fx.runtime.call_log import CallLog, CallStart
 from dit_cache_fx.runtime.drive import Compiler, Results, Serving, drive
 from dit_cache_fx.runtime.entry import Entry, GraphKey, RowsOf
-from dit_cache_fx.runtime.execution import StepCompiler
 from dit_cache_fx.runtime.graphs import Found, Graphs
 from dit_cache_fx.runtime.step import Step
+from dit_cache_fx.runtime.step_compiler import StepCompiler
 from dit_cache_fx.runtime.tracking.branches import Branch
 from dit_cache_fx.runtime.tracking.matching import CallEvidence
 from dit_cache_fx.runtime.tracking.session import Session

@@ -3,106 +3,32 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
-from typing import Any
-from weakref import WeakKeyDictionary
+from collections.abc import Mapping
 
 import torch
 
 from dit_cache_fx._torch import (
-    breaks_raise,
     cannot_compile,
-    not_a_compiled_frame,
     signatures_kept,
 )
 from dit_cache_fx.capture import FlatCall
 from dit_cache_fx.lowering import (
-    CompiledPart,
     CompiledSteps,
-    Part,
     Preamble,
     Variants,
-    lower_compiled_steps,
 )
 from dit_cache_fx.runtime.batch.row_steps import RowSteps
 from dit_cache_fx.runtime.drive import (
     NOTHING,
     Compiler,
     GraphCall,
-    Results,
     Serving,
     drive,
-    lasting,
 )
 from dit_cache_fx.runtime.entry import Entry
-from dit_cache_fx.runtime.first_runs import FirstRuns
 from dit_cache_fx.runtime.step import Step
 
 log = logging.getLogger(__name__)
-
-
-class StepCompiler:
-    """Compiles each graph on its first call, with the `options` of `torch.compile`.
-
-    Raises the errors of `torch.compile` for options that it does not take.
-    """
-
-    def __init__(self, options: Mapping[str, Any]) -> None:
-        torch.compile(_nothing, **options)
-        self.options = dict(options)
-        self._made: WeakKeyDictionary[Variants, CompiledSteps] = WeakKeyDictionary()
-        self._lock = threading.Lock()
-
-    def compiled(self, variants: Variants) -> CompiledSteps:
-        """Return the same variants, compiled."""
-        with self._lock:
-            made = self._made.get(variants)
-            if made is None:
-                made = self._made[variants] = self._mapped(lower_compiled_steps(variants))
-            return made
-
-    def _mapped(self, apart: CompiledSteps) -> CompiledSteps:
-        return replace(apart, variants=apart.variants.mapped(self._part))
-
-    def _part(self, part: Part) -> Part:
-        return CompiledPart(part.gm, part.names, _Whole(part.run, self.options))
-
-
-class _Whole:
-    """A compiled graph. If its blocks break it, and may, they are compiled one by one."""
-
-    def __init__(self, forward: Callable[..., Results], options: Mapping[str, Any]) -> None:
-        self._forward = forward
-        self._options = options
-        self._compiled = torch.compile(forward, **{**options, "fullgraph": False})
-        self._broken = False
-        self._first_runs = FirstRuns()
-
-    def __call__(self, *operands: torch.Tensor) -> Sequence[torch.Tensor]:
-        with self._first_runs.alone():
-            return lasting(self._run(operands))
-
-    def _run(self, operands: Sequence[torch.Tensor]) -> Results:
-        try:
-            with nullcontext() if self._broken else breaks_raise():
-                return self._compiled(*operands)
-        except cannot_compile() as error:
-            if self._broken or self._options.get("fullgraph"):
-                raise
-            log.info(
-                "cannot compile a step as one graph, so its blocks are compiled one by one: %s",
-                error,
-            )
-            not_a_compiled_frame(self._forward)
-            self._broken = True
-            return self._compiled(*operands)
-
-
-def _nothing() -> None:
-    return None
 
 
 def plain(

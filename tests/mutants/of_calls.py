@@ -112,6 +112,14 @@ MUTANTS = (
         ("tests/compile/test_signatures.py::test_two_runs_of_blocks_are_in_one_graph",),
     ),
     Mutant(
+        "later-hooks-not-compiled",
+        "runtime/step_compiler.py",
+        "hooks = self._hooks.ids()",
+        "hooks = ()",
+        "a hook that is added to a block after compile_steps changes nothing",
+        ("tests/compile/test_hooks.py::test_a_hook_acts_from_its_registration_to_its_removal",),
+    ),
+    Mutant(
         "strides-not-made-alike",
         "runtime/execution.py",
         "return [*outputs, *(t.contiguous() for t in recorded)]",

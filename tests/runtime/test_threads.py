@@ -27,6 +27,7 @@ from dit_cache_fx.runtime.drive import Compiler, drive
 from dit_cache_fx.runtime.entry import input_key
 from dit_cache_fx.runtime.first_runs import FirstRuns
 from dit_cache_fx.runtime.step import Step
+from dit_cache_fx.runtime.step_compiler import StepCompiler
 from dit_cache_fx.runtime.tracking.branches import Branch
 from tests.compile.compiling import RULE, Counting
 from tests.toys import MaskedDiT, ToyDiT, make, toy_inputs
@@ -245,7 +246,7 @@ def test_shapes_of_masks_are_those_of_the_call() -> None:
 def test_a_compiled_kind_of_step_is_compiled_once() -> None:
     cached, counting = eager(make(ToyDiT), *OPTIONS[0]), Counting()
     entry, call, _ = cached._captured((), inputs(0))
-    compiler = execution.StepCompiler({"backend": counting})
+    compiler = StepCompiler({"backend": counting})
     step = Step(cached._engine.subject.strategy, Branch(), 0, entry.variants.cached)
 
     def run() -> Sequence[Tensor]:

@@ -50,6 +50,12 @@ class Hooks:
             return NO_HOOKS
         return Hooked(self._replaced() if replaced else (), hooks)
 
+    def ids(self) -> tuple[tuple[int, ...], ...]:
+        """Return the current hooks by their numbers, which are never given twice."""
+        if not self._registered():
+            return ()
+        return tuple([(i, *own[_BEFORE], *own[_BEHIND]) for i, own in enumerate(self._layers)])
+
     def _replaced(self) -> tuple[tuple[int, int], ...]:
         depths = [(i, _wrapped(own.get("forward"))) for i, own in enumerate(self._layers)]
         return tuple([depth for depth in depths if depth[1]])
