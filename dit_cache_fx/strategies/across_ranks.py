@@ -52,6 +52,9 @@ class AcrossRanks:
     def norms(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Return the norm of each tensor in float64, over all of its parts if each process has one.
 
+        If each process has all of a tensor (tensor parallelism), it counts once for each of them:
+        compare norms with norms only.
+
         Args:
             tensors (`Tensor`):
                 The tensors, or this process's parts of them.
