@@ -101,14 +101,11 @@ class Numbers:
     _numbers: dict[Hashable, int] = field(default_factory=dict)
     _count: Iterator[int] = field(default_factory=count)
 
-    def everywhere(self, ranks: Ranks | None, values: Sequence[Hashable]) -> list[tuple[int, ...]]:
+    def everywhere(self, ranks: Ranks, values: Sequence[Hashable]) -> list[tuple[int, ...]]:
         """Return, for each value, the numbers that it has in all processes.
 
-        They are equal in all processes, and so is whether they were seen before. Empty if all
-        processes have the same values anyway.
+        They are equal in all processes, and so is whether they were seen before.
         """
-        if ranks is None or not ranks.own_calls:
-            return [()] * len(values)
         own = [self._numbers.setdefault(value, next(self._count)) for value in values]
         rows = ranks.gathered(torch.tensor(own, device="cpu")).reshape(-1, len(own)).T
         return [tuple(row) for row in rows.tolist()]

@@ -64,7 +64,8 @@ class Graphs:
         self.keep_programs = False  # keep programs before the passes, for other strategies
         self._serial = 0
         self.numbers = Numbers()
-        self._newest: Entry | None = None  # the entry of the newest call
+        #: key and entries of the newest call, the newest entry last: most calls need no lookup
+        self._newest: tuple[GraphKey, tuple[Entry, ...]] | None = None
         self._told: set[str] = set()
         self._capturing = threading.RLock()
         self._lock = threading.RLock()  # for `entries`, held briefly
@@ -73,13 +74,14 @@ class Graphs:
         """Forget every graph."""
         with self._lock:
             self.entries.clear()
+            self._newest = None
 
     def outdated(self, entry: Entry) -> bool:
         """Forget every graph, unless this one was forgotten; return whether it was still known."""
         with self._lock:
             known = any(entry is e for e in self.all())
             if known:
-                self.entries.clear()
+                self.clear()
             return known
 
     def learn_timestep(self, arguments: Iterable[str]) -> None:
@@ -89,16 +91,19 @@ class Graphs:
 
     def keys(self, calls: Sequence[FlatCall]) -> list[InputKey]:
         """Return the keys of calls. If they are seen for the first time, all processes capture."""
-        numbers = self.numbers.everywhere(self.ranks, [call.key for call in calls])
+        ranks = self.ranks
+        if ranks is None or not ranks.own_calls:
+            return list(map(input_key, calls))
+        numbers = self.numbers.everywhere(ranks, [call.key for call in calls])
         return list(map(input_key, calls, numbers))
 
     @property
     def ranks(self) -> Ranks | None:
         """Return the processes that run the model."""
-        newest = next(reversed(self.entries.values()), None)
+        newest = self._newest
         if newest is None:
             return spread_over(self.subject.strategy, found(self.subject.model)).ranks
-        return newest[-1].strategy.ranks
+        return newest[1][-1].strategy.ranks
 
     def find(
         self,
@@ -123,24 +128,25 @@ class Graphs:
         return found
 
     def _accepting(self, call: FlatCall, key: GraphKey) -> Found[_T] | None:
-        for entry in reversed(self.entries.get(key, ())):
+        newest = self._newest
+        again = newest is not None and newest[0] == key
+        entries = newest[1] if again else self.entries.get(key, ())  # type: ignore[index]
+        for entry in reversed(entries):
             shapes = accepts(self.subject, entry.captured, call)
             if shapes is not None:
-                self._used(key, entry)
+                if not again or entry is not entries[-1]:
+                    self._used(key, entry)
                 return Found(entry, shapes, None)
         return None
 
     def _used(self, key: GraphKey, entry: Entry) -> None:
         """Move an entry to the end: the newest is the last."""
-        if entry is self._newest:
-            return
         with self._lock:
-            self._newest = entry
             entries = self.entries.get(key, ())
-            if entry in entries:
-                self.entries.move_to_end(key)
-            if entry in entries[:-1]:
+            if entry in entries:  # otherwise another thread has forgotten it
                 self.entries[key] = (*(e for e in entries if e is not entry), entry)
+                self.entries.move_to_end(key)
+                self._newest = key, self.entries[key]
 
     def _captured(
         self,
@@ -169,7 +175,7 @@ class Graphs:
         with self._lock:
             self.entries[key] = (*self.entries.get(key, ())[1 - MAX_VARIANTS :], entry)
             self.entries.move_to_end(key)
-            self._newest, entry.key = entry, key
+            self._newest, entry.key = (key, self.entries[key]), key
             self._bound(type(key), most)
 
     def _bound(self, kind: type, most: int) -> None:
