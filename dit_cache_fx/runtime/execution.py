@@ -6,7 +6,6 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,11 +20,10 @@ from dit_cache_fx._torch import (
 from dit_cache_fx.capture import FlatCall
 from dit_cache_fx.lowering import (
     CompiledPart,
-    CompiledSteps,
     Part,
-    Preamble,
     Variants,
-    lower_compiled_steps,
+    compiled_variants,
+    split_variants,
 )
 from dit_cache_fx.runtime.batch.row_steps import RowSteps
 from dit_cache_fx.runtime.drive import (
@@ -53,19 +51,17 @@ class StepCompiler:
     def __init__(self, options: Mapping[str, Any]) -> None:
         torch.compile(_nothing, **options)
         self.options = dict(options)
-        self._made: WeakKeyDictionary[Variants, CompiledSteps] = WeakKeyDictionary()
+        self._made: WeakKeyDictionary[Variants, Variants] = WeakKeyDictionary()
         self._lock = threading.Lock()
 
-    def compiled(self, variants: Variants) -> CompiledSteps:
+    def compiled(self, variants: Variants) -> Variants:
         """Return the same variants, compiled."""
         with self._lock:
             made = self._made.get(variants)
             if made is None:
-                made = self._made[variants] = self._mapped(lower_compiled_steps(variants))
+                made = compiled_variants(split_variants(variants), self._part)
+                self._made[variants] = made
             return made
-
-    def _mapped(self, apart: CompiledSteps) -> CompiledSteps:
-        return replace(apart, variants=apart.variants.mapped(self._part))
 
     def _part(self, part: Part) -> Part:
         return CompiledPart(part.gm, part.names, _Whole(part.run, self.options))
@@ -119,11 +115,11 @@ def plain(
 
 
 def compiled_steps(
-    entry: Entry, step: Step, call: FlatCall, compiled: CompiledSteps, compiler: Compiler = NOTHING
+    entry: Entry, step: Step, call: FlatCall, compiled: Variants, compiler: Compiler = NOTHING
 ) -> Serving:
     """Like `plain`, with each graph compiled by itself."""
-    variants, given = compiled.variants, entry.inputs(call)
-    yield from _ruled(entry, variants, step, given)
+    given = entry.inputs(call)
+    yield from _ruled(entry, compiled, step, given)
     return (yield from decided(entry, step, given, compiled, compiler))
 
 
@@ -131,13 +127,10 @@ def decided(
     entry: Entry,
     step: Step | RowSteps,
     given: dict[str, torch.Tensor],
-    compiled: CompiledSteps,
+    variants: Variants,
     compiler: Compiler = NOTHING,
 ) -> Serving:
     """Run the graph of a step's kind. `given`: the call's tensors, and the carried ones."""
-    variants = compiled.variants
-    if step.computes and compiled.preamble is not None:
-        given.update(_prepared(entry, compiled.preamble, step, given))
     part = variants.compute if step.computes else variants.reuse
     given.update(step.compiled_given(part.names))
     graph_call = GraphCall(part.run, part.operands(given), entry.captured.around)
@@ -190,10 +183,15 @@ def _one_graph(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> 
     """Run the graph that contains the decision."""
     one, given = entry.one_graph, entry.inputs(call)
     if not one.asks:  # the host runs what the graph cannot, the rule first
-        drive(_ruled(entry, entry.variants, step, given))
-    if one.preamble is not None:
-        given.update(_prepared(entry, one.preamble, step, given))
+        rule = _ruled(entry, entry.compiled_steps, step, given)
+        if entry.rule_runs_blocks:
+            yield from rule
+        else:
+            drive(rule)
         given.update((name, _contiguous(given[name])) for name in entry.variants.carried)
+    if one.preambles:
+        with entry.captured.around():
+            given.update(step.prepared(one.preambles, given))
     given.update(step.one_graph_given(one.part.names, one.state, one.asks))
     graph_call = GraphCall(one.part.run, one.operands_apart(given), entry.captured.around_parts)
     with entry.first_runs.alone(compiler) as first:
@@ -228,17 +226,6 @@ def _ruled(
         value, *carried = yield GraphCall(prefix.run, prefix.operands(given), around)
         given.update(zip(variants.carried, carried, strict=True))
     step.decide(value)
-
-
-def _prepared(
-    entry: Entry, preamble: Preamble, step: Step | RowSteps, given: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Run the preamble on the host."""
-    part = preamble.part
-    operands = part.operands({**given, **step.given(part.names)})
-    with torch.no_grad(), entry.captured.around():
-        results = step.prepared(preamble.given, lambda: part.run(*operands))
-    return {n: _contiguous(t) for n, t in zip(preamble.given, results, strict=True)}
 
 
 def _contiguous(tensor: torch.Tensor) -> torch.Tensor:

@@ -438,7 +438,7 @@ def test_branches_give_memory_of_their_own() -> None:
 
 class Preamble(TestCase):
     def test_split(self) -> None:
-        preamble = split_preamble(variants_of(DEEP, Masked()).compute)
+        preamble = split_preamble(variants_of(DEEP, Masked()).compute, ())
         assert preamble is not None
         self.assertExpectedInline(
             code(preamble.part.gm),
@@ -456,7 +456,7 @@ def forward(self, text):
 """,
         )
         self.assertExpectedInline(
-            code(preamble.compute.gm),
+            code(preamble.rest.gm),
             """\
 def forward(self, x, timestep, model_text_embedder):
     model = self.model
@@ -482,7 +482,7 @@ def forward(self, x, timestep, model_text_embedder):
         )
 
     def test_pinned(self) -> None:
-        part = pinned(variants_of(DEEP, Masked()).compute)
+        part = pinned(variants_of(DEEP, Masked()).compute, ())
         self.assertExpectedInline(
             code(part.gm),
             """\
@@ -520,7 +520,7 @@ def forward(self, x, timestep, text):
 
     def test_one_graph_reads_what_the_preamble_gives(self) -> None:
         one = one_graph_of(RULE, Masked())
-        assert one.preamble is not None
+        assert [*one.preambles] == ["compute"]
         assert not one.asks
         self.assertExpectedInline(
             code(one.part.gm),
@@ -540,8 +540,8 @@ def forward(self, forced, cached_getitem_4_0, timestep, add, model_text_embedder
 def test_no_preamble_where_no_size_depends_on_data() -> None:
     for model in (None, ByIndex()):
         compute = variants_of(DEEP, model).compute
-        assert split_preamble(compute) is None
-        assert pinned(compute) is compute
+        assert split_preamble(compute, ()) is None
+        assert pinned(compute, ()) is compute
 
 
 class Assertions(TestCase):
