@@ -140,7 +140,7 @@ EXPECTED = {
     (BeforeDiT, "first block"): (3, 2),
     (OfBlocksDiT, "schedule"): (2, 1),
     (OfBlocksDiT, "rule"): (3, 1),
-    (PairDiT, "first block"): (3, 2),
+    (PairDiT, "schedule"): (2, 1),
 }
 STRATEGIES = {"schedule": SCHEDULE, "rule": RULE, "first block": FIRST_BLOCK}
 
