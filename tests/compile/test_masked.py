@@ -57,27 +57,18 @@ class OfBlocksDiT(ToyDiT):
         return self.head(out + selected(h, keep).mean(dim=1, keepdim=True))
 
 
-class PairDiT(ToyDiT):
-    """The mask selects of one result of a module; the blocks read its other one."""
+class HalvesDiT(ToyDiT):
+    """The mask selects of one half of the text's embedding; the blocks read the other half."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.pair = Pair()
+        self.text_in = new(nn.Linear, DIM, 2 * DIM)
 
     def forward(self, x: Tensor, timestep: Tensor, text: Tensor, mask: Tensor) -> Any:  # type: ignore[override]
-        first, others = self.pair(text)
-        x = self.embed(x) + others["second"].mean(dim=1, keepdim=True)
+        first, second = self.text_in(text).chunk(2, dim=-1)
+        x = self.embed(x) + second.mean(dim=1, keepdim=True)
         h = self.trunk(x, self.time(timestep))
         return self.head(h + selected(first, mask).mean(dim=1, keepdim=True))
-
-
-class Pair(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = new(nn.Linear, DIM, DIM), new(nn.Linear, DIM, DIM)
-
-    def forward(self, text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.first(text), {"second": self.second(text)}
 
 
 SCHEDULE = ("taylorcache", {"no_cache_steps": STEPS})
@@ -140,7 +131,7 @@ EXPECTED = {
     (BeforeDiT, "first block"): (3, 2),
     (OfBlocksDiT, "schedule"): (2, 1),
     (OfBlocksDiT, "rule"): (3, 1),
-    (PairDiT, "schedule"): (2, 1),
+    (HalvesDiT, "schedule"): (2, 1),
 }
 STRATEGIES = {"schedule": SCHEDULE, "rule": RULE, "first block": FIRST_BLOCK}
 
