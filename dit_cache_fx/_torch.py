@@ -71,6 +71,8 @@ from dit_cache_fx.values.wrapped import PLAIN_TENSORS
 
 _PROXY, _FAKE = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
 
+_NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -188,6 +190,11 @@ def reads_data() -> tuple[type[Exception], ...]:
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     return DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode
+
+
+def is_sized_by_data(error: Exception) -> bool:
+    """Return whether it is the error of an operator whose result's size depends on values."""
+    return isinstance(error, DynamicOutputShapeException)
 
 
 def trace_shapes(
@@ -387,6 +394,14 @@ def dynamo_source(node: fx.Node) -> str:
     source = getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", "")
     return str(name() if callable(name) else name)
+
+
+def depends_on_data(graph: fx.Graph) -> bool:
+    """Return whether a size or a number in Dynamo's graph depends on values of tensors."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    known = (node.meta.get("example_value") for node in graph.nodes)
+    return any(free_unbacked_symbols(v) for v in known if isinstance(v, (torch.Tensor, *_NUMBERS)))
 
 
 def dynamos_tensor() -> Callable[..., torch.Tensor]:
