@@ -584,6 +584,19 @@ def exporting() -> bool:
     return False
 
 
+@constant_result
+def sizes_are_captured() -> bool:
+    """Return whether Dynamo, which is tracing here, takes sizes that depend on data in its graph.
+
+    Where it does not, it breaks the graph there, but never inside `cond`.
+    """
+    from torch._dynamo import config
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    one_graph: bool = InstructionTranslator.current_tx().one_graph
+    return one_graph or config.capture_dynamic_output_shape_ops
+
+
 @not_a_compiled_frame
 def traced_here(values: Iterable[object]) -> bool:
     """Return whether this thread is tracing (`make_fx`, `torch.export`), or `values` are fake.

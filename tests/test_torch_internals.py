@@ -62,6 +62,7 @@ from dit_cache_fx._torch import (
     piece_of,
     reads_data,
     signatures_kept,
+    sizes_are_captured,
     trace_functional,
     trace_shapes,
     trace_text,
@@ -740,6 +741,19 @@ def test_sizes_from_data_in_dynamos_graph(function: Callable[..., Any], depends:
     torch._dynamo.reset()
     torch.compile(function, backend=note, fullgraph=True, dynamic=True)(torch.ones(2, 3))
     assert found == [depends]
+
+
+def test_whether_dynamo_takes_sizes_from_data() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x * (2 if sizes_are_captured() else 3)
+
+    def factor(**options: Any) -> int:
+        torch._dynamo.reset()
+        return int(torch.compile(function, backend="eager", **options)(torch.ones(())))
+
+    assert (factor(fullgraph=True), factor()) == (2, 3)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        assert factor() == 2
 
 
 def test_the_error_of_a_size_from_data() -> None:

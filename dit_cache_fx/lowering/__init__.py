@@ -8,7 +8,7 @@ on the host. `one_graph` joins both in a single graph with the decision in it (`
 from dit_cache_fx.lowering.one_graph import OneGraph, lower_one_graph
 from dit_cache_fx.lowering.part import CompiledPart, Part
 from dit_cache_fx.lowering.preamble import Preamble, split_preamble
-from dit_cache_fx.lowering.split_part import compiled_variants, prepared, split_variants
+from dit_cache_fx.lowering.split_part import SplitPart, compiled_variants, prepared, split_variants
 from dit_cache_fx.lowering.variants import Variants, lower_variants
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "OneGraph",
     "Part",
     "Preamble",
+    "SplitPart",
     "Variants",
     "compiled_variants",
     "lower_one_graph",

@@ -19,6 +19,7 @@ from dit_cache_fx.ir.node_meta import is_block
 from dit_cache_fx.ir.program import Program
 from dit_cache_fx.lowering import (
     OneGraph,
+    SplitPart,
     Variants,
     lower_one_graph,
     lower_variants,
@@ -146,6 +147,12 @@ class Entry(Lowered):
     def carried_in(self, context: tuple[str, ...]) -> Carried:
         """Return the program with the state of a cache context in its buffers."""
         return getattr(self, self._carry(context))  # type: ignore[no-any-return]
+
+    @constant_result
+    def sized_by_data(self) -> bool:
+        """Return whether a size in its graphs depends on data."""
+        steps = self.compiled_steps
+        return any(isinstance(p, SplitPart) for p in (steps.compute, steps.reuse, steps.prefix))
 
     @constant_result
     def _carry(self, context: tuple[str, ...]) -> str:

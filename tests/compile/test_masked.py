@@ -243,6 +243,41 @@ def test_a_reused_step_does_not_run_what_only_computed_steps_read(way: str) -> N
     assert {*refiner.calls, *caption.calls} == {2}
 
 
+# --- in a user's own compiled function ------------------------------------------------------------
+
+
+def doubled(cached: CachedModel) -> Callable[..., Tensor]:
+    return lambda **inputs: 2 * cached(**inputs)
+
+
+@pytest.mark.parametrize("kind", [ForAllDiT, OfBlocksDiT])
+@pytest.mark.parametrize("strategy", [*STRATEGIES])
+def test_as_part_of_one_graph_it_is_for_one_size(strategy: str, kind: type[ToyDiT]) -> None:
+    name, options = STRATEGIES[strategy]
+    model, backend = make(kind), Counting("aot_eager")
+    eager, cached = (dit_cache_fx.apply(model, name, **options) for _ in range(2))
+    cached(**calls(0, 3)[0])
+    run = torch.compile(doubled(cached), backend=backend, fullgraph=True)
+    for prompt in (0, 1):
+        assert_same(run, doubled(eager), calls(prompt, 3))
+    assert breaks() == 0
+    with pytest.raises(RuntimeError, match="for other data"):
+        run(**calls(1, 2)[0])
+
+
+@pytest.mark.parametrize("kind", [ForAllDiT, OfBlocksDiT])
+def test_without_fullgraph_it_is_compiled_by_itself(kind: type[ToyDiT]) -> None:
+    model = make(kind)
+    eager, cached = (dit_cache_fx.apply(model, "deepcache", no_cache_steps=STEPS) for _ in range(2))
+    cached(**calls(0, 3)[0])
+    backend = Counting()
+    run = torch.compile(doubled(cached), backend=backend)
+    for prompt, valid in enumerate((3, 2)):
+        assert_same(run, doubled(eager), calls(prompt, valid))
+        assert actions(cached) == actions(eager) == "CrCCrr"
+    assert backend.calls(torch.ops.higher_order.cond) == 1
+
+
 # --- together with other things -------------------------------------------------------------------
 
 
