@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,8 +27,6 @@ from dit_cache_fx.runtime.engine import Engine, requires_grad
 from dit_cache_fx.runtime.entry import Entry
 from dit_cache_fx.runtime.execution import StepCompiler
 
-_F = TypeVar("_F", bound=Callable[..., Any])
-
 #: attributes of the cached model itself; every other one belongs to the model
 _OWN = frozenset({"_model", "_engine", "_rebuild", "_enabled", "_compiled_call_impl"})
 #: attributes with which accelerate's hooks (offloading) wrap a forward: that of the cached model
@@ -38,8 +36,17 @@ _HOOK = frozenset({"forward", "_old_forward", "_hf_hook"})
 _SETTABLE = frozenset({"cur_timestep", "num_steps", "timesteps"})
 
 
-def _as_it_is(function: _F) -> _F:
-    return function
+class _Begun(NamedTuple):
+    """A call that has begun: the engine's call, or None and the model's own forward.
+
+    `hook`: runs around the call, and may have changed its arguments.
+    """
+
+    hook: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    serving: Serving | None
+    uncached: Any
 
 
 class _Alike(type):
@@ -97,14 +104,12 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
         if torch.compiler.is_dynamo_compiling() or traced_here((*args, *kwargs.values())):
             return self._traced(self._model.forward, args, kwargs)
         callback = dynamo_callback()
-        hidden = _as_it_is if callback is None else unseen
-        hook = hidden(outer_hook)(self._model)
-        if hook is not None:
-            args, kwargs = hidden(before_call)(hook, self._model, args, kwargs)
-        forward = hidden(own_forward)(self._model)
-        serving = hidden(CachedModel._serving)(self, args, kwargs, callback)
-        output = forward(*args, **kwargs) if serving is None else drive(serving)
-        return output if hook is None else hidden(after_call)(hook, self._model, output)
+        begun = CachedModel._begun if callback is None else unseen(CachedModel._begun)
+        hook, args, kwargs, serving, uncached = begun(self, args, kwargs, callback)
+        output = uncached(*args, **kwargs) if serving is None else drive(serving)
+        if hook is None:
+            return output
+        return (after_call if callback is None else unseen(after_call))(hook, self._model, output)
 
     def _traced(self, uncached: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Return the answer inside another graph under construction, where there is no host."""
@@ -112,6 +117,15 @@ class CachedModel(LifeCycle, nn.Module, metaclass=_Alike):
         if wanted or not self._enabled:
             return uncached(*args, **kwargs)
         return self._engine.carried(args, kwargs)
+
+    def _begun(self, args: Any, kwargs: Any, callback: object) -> _Begun:
+        """Begin a call: run the hook around the model, if there is one."""
+        model = self._model
+        hook = outer_hook(model)
+        if hook is not None:
+            args, kwargs = before_call(hook, model, args, kwargs)
+        serving = self._serving(args, kwargs, callback)
+        return _Begun(hook, args, kwargs, serving, own_forward(model) if serving is None else None)
 
     def _serving(self, args: Any, kwargs: Any, callback: object) -> Serving | None:
         """Return the engine's call; None if the model itself answers."""

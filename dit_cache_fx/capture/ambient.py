@@ -47,7 +47,7 @@ _DEVICE_TYPES = ("cpu",) if _ACCELERATOR is None else ("cpu", _ACCELERATOR.type)
 def autocast() -> tuple[tuple[str, torch.dtype], ...]:
     """Return the device types with autocast enabled, and the dtypes."""
     on = [kind for kind in _DEVICE_TYPES if torch.is_autocast_enabled(kind)]
-    return tuple([(kind, torch.get_autocast_dtype(kind)) for kind in on])
+    return tuple([(kind, torch.get_autocast_dtype(kind)) for kind in on]) if on else ()
 
 
 @contextmanager

@@ -23,7 +23,10 @@ def outer_hook(model: nn.Module) -> Any:
 
 def own_forward(model: nn.Module) -> Callable[..., Any]:
     """Return the model's forward without that hook."""
-    return model.forward if outer_hook(model) is None else vars(model)["_old_forward"]  # type: ignore[no-any-return]
+    forward: Callable[..., Any] = (
+        model.forward if outer_hook(model) is None else vars(model)["_old_forward"]
+    )
+    return forward
 
 
 def before_call(hook: Any, model: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ import torch
 
 from dit_cache_fx.capture.callable import called_as, takes_anything
 from dit_cache_fx.values.pytree import Skeleton, flatten, key_paths, unflatten
-from dit_cache_fx.values.wrapped import Layout
+from dit_cache_fx.values.wrapped import PLAIN_TENSORS, Layout
 
 
 class FlatCall(NamedTuple):
@@ -23,7 +23,10 @@ class FlatCall(NamedTuple):
     @property
     def key(self) -> Hashable:
         """Tree structure, non-tensor values, and each tensor's shape, dtype, device and layout."""
-        known = [(t.shape, t.dtype, t.device, Layout.of(t)) for t in self.tensors]
+        known = [
+            (t.shape, t.dtype, t.device, None if type(t) in PLAIN_TENSORS else Layout.of(t))
+            for t in self.tensors
+        ]
         return self.skeleton, tuple(known)
 
     def names(self) -> list[str]:

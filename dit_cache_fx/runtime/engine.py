@@ -19,6 +19,7 @@ from dit_cache_fx.capture.samples import other_block
 from dit_cache_fx.errors import CaptureError
 from dit_cache_fx.ranks import every
 from dit_cache_fx.runtime import execution
+from dit_cache_fx.runtime.batch import Batch
 from dit_cache_fx.runtime.batch.batch_engine import BatchEngine
 from dit_cache_fx.runtime.batch.row_steps import RowSteps
 from dit_cache_fx.runtime.call_log import CallLog, CallStart
@@ -84,14 +85,13 @@ class Engine:
 
         Records nothing of the call if it raises.
         """
-        batch = self.call_log.tracker.batch
-        if batch is not None:
-            return (yield from self.batches.serve(batch, args, kwargs, compiler))
+        session = self.call_log.tracker.caller
+        if isinstance(session, Batch):
+            return (yield from self.batches.serve(session, args, kwargs, compiler))
         call = self._flat(args, kwargs)
         key = input_key(call)
         found = self.find(call, key)
         entry, first = found.entry, found.first
-        session = self.call_log.tracker.session
         with session.lock:
             start = self.begin(session, call, found)
             step = start.step
@@ -124,11 +124,11 @@ class Engine:
 
     def passed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record a call that the model itself answers: it is a step of its generation."""
-        batch = self.call_log.tracker.batch
-        if batch is not None:
-            self.batches.passed(batch, args, kwargs)
+        session = self.call_log.tracker.caller
+        if isinstance(session, Batch):
+            self.batches.passed(session, args, kwargs)
         else:
-            self.passed_in(self.call_log.tracker.session, self._flat(args, kwargs))
+            self.passed_in(session, self._flat(args, kwargs))
 
     def passed_in(self, session: Session, call: FlatCall) -> None:
         """Record such a call of this session."""

@@ -63,7 +63,8 @@ class Graphs:
         self.entries: OrderedDict[GraphKey, tuple[Entry, ...]] = OrderedDict()
         self.keep_programs = False  # keep programs before the passes, for other strategies
         self._serial = 0
-        self._newest: Entry | None = None  # the entry of the newest call
+        #: key and entries of the newest call, the newest entry last: most calls need no lookup
+        self._newest: tuple[GraphKey, tuple[Entry, ...]] | None = None
         self._told: set[str] = set()
         self._capturing = threading.RLock()
         self._lock = threading.RLock()  # for `entries`, held briefly
@@ -72,13 +73,14 @@ class Graphs:
         """Forget every graph."""
         with self._lock:
             self.entries.clear()
+            self._newest = None
 
     def outdated(self, entry: Entry) -> bool:
         """Forget every graph, unless this one was forgotten; return whether it was still known."""
         with self._lock:
             known = any(entry is e for e in self.all())
             if known:
-                self.entries.clear()
+                self.clear()
             return known
 
     def learn_timestep(self, arguments: Iterable[str]) -> None:
@@ -106,24 +108,25 @@ class Graphs:
             return self._captured(call, key, check, rows) if found is None else found
 
     def _accepting(self, call: FlatCall, key: GraphKey) -> Found[_T] | None:
-        for entry in reversed(self.entries.get(key, ())):
+        newest = self._newest
+        again = newest is not None and newest[0] == key
+        entries = newest[1] if again else self.entries.get(key, ())  # type: ignore[index]
+        for entry in reversed(entries):
             shapes = accepts(self.subject, entry.captured, call)
             if shapes is not None:
-                self._used(key, entry)
+                if not again or entry is not entries[-1]:
+                    self._used(key, entry)
                 return Found(entry, shapes, None)
         return None
 
     def _used(self, key: GraphKey, entry: Entry) -> None:
         """Move an entry to the end: the newest is the last."""
-        if entry is self._newest:
-            return
         with self._lock:
-            self._newest = entry
             entries = self.entries.get(key, ())
-            if entry in entries:
-                self.entries.move_to_end(key)
-            if entry in entries[:-1]:
+            if entry in entries:  # otherwise another thread has forgotten it
                 self.entries[key] = (*(e for e in entries if e is not entry), entry)
+                self.entries.move_to_end(key)
+                self._newest = key, self.entries[key]
 
     def _captured(
         self,
@@ -152,7 +155,7 @@ class Graphs:
         with self._lock:
             self.entries[key] = (*self.entries.get(key, ())[1 - MAX_VARIANTS :], entry)
             self.entries.move_to_end(key)
-            self._newest, entry.key = entry, key
+            self._newest, entry.key = (key, self.entries[key]), key
             self._bound(type(key), most)
 
     def _bound(self, kind: type, most: int) -> None:

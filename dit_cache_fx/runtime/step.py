@@ -47,9 +47,9 @@ class Step:
         self._branch = branch
         self._specs = specs
         self._state: RuleState | None = branch.rule_state
-        missing = len(branch.cached) != len(specs) or not all(h.untouched() for h in branch.cached)
-        seen = not any(strategy.has_rule or self._course.computes(i) for i in missed)
-        missing = missing or not seen
+        whole = len(branch.cached) == len(specs) and all(map(CachedTensor.untouched, branch.cached))
+        unseen = [i for i in missed if strategy.has_rule or self._course.computes(i)]
+        missing = not whole or bool(unseen)
         scheduled = self._course.computes(index)
         self._missing = missing
         self._forced = scheduled or missing

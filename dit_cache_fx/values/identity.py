@@ -12,7 +12,7 @@ import torch
 
 from dit_cache_fx.values.checksum import checksum
 from dit_cache_fx.values.containers import attributes
-from dit_cache_fx.values.wrapped import inner, is_wrapper
+from dit_cache_fx.values.wrapped import PLAIN_TENSORS, inner, is_wrapper
 
 #: the version of a tensor whose in-place changes are unknown
 UNCOUNTED = -1
@@ -22,7 +22,7 @@ def version(tensor: torch.Tensor) -> int:
     """Return the number of in-place changes; `UNCOUNTED` for an inference tensor."""
     if tensor.is_inference():
         return UNCOUNTED
-    if not is_wrapper(tensor):
+    if type(tensor) in PLAIN_TENSORS or not is_wrapper(tensor):
         return tensor._version
     inside = [version(part) for part in inner(tensor)]
     return UNCOUNTED if UNCOUNTED in inside else tensor._version + sum(inside)

@@ -63,6 +63,7 @@ class Container(NamedTuple):
 
 Skeleton = Leaf | Constant | Identity | Container
 _LEAF = Leaf()
+_NONE, _TRUE, _FALSE = (Constant(type(value), value) for value in (None, True, False))
 #: texts of values in messages are cut to this length
 _LONGEST = 60
 
@@ -77,13 +78,15 @@ def _flatten(value: Any, tensors: list[torch.Tensor]) -> Skeleton:
     if isinstance(value, torch.Tensor):
         tensors.append(value)
         return _LEAF
+    if value is None or value is True or value is False:  # most of a call's other arguments
+        return _NONE if value is None else _TRUE if value else _FALSE
     if isinstance(value, PLAIN):
         return Constant(type(value), value)
     items = children_of(value)
     if items is None:
         return Identity(value)
-    children = [_flatten(child, tensors) for _, child in items]
-    return Container(type(value), tuple([key for key, _ in items]), tuple(children))
+    keys, values = zip(*items, strict=True) if items else ((), ())
+    return Container(type(value), keys, tuple([_flatten(child, tensors) for child in values]))
 
 
 def unflatten(

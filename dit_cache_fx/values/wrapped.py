@@ -59,6 +59,8 @@ def is_distributed(tensor: torch.Tensor) -> bool:
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
     """Return this process's part of a tensor; all of it if each process holds a summand."""
+    if type(tensor) in PLAIN_TENSORS:
+        return tensor
     if not is_distributed(tensor):
         return settled(tensor)
     spread: Any = tensor
@@ -70,6 +72,8 @@ def own_part(tensor: torch.Tensor) -> torch.Tensor:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """Return a DTensor's full value; any other tensor as it is."""
+    if type(tensor) in PLAIN_TENSORS:
+        return tensor
     spread: Any = tensor
     return settled(spread.full_tensor() if is_distributed(tensor) else tensor)
 

@@ -24,16 +24,16 @@ MUTANTS = (
     Mutant(
         "changed-tensors-used",
         "runtime/step.py",
-        "or not all(h.untouched() for h in branch.cached)",
-        "or False",
+        " and all(map(CachedTensor.untouched, branch.cached))",
+        "",
         "a cached tensor that a model has changed in place is reused",
         ("tests/runtime/test_step.py::test_a_held_tensor_that_was_changed_in_place_is_not_used",),
     ),
     Mutant(
         "missed-computed-step-ignored",
         "runtime/step.py",
-        "missing = missing or not seen",
-        "pass",
+        "missing = not whole or bool(unseen)",
+        "missing = not whole",
         "a branch that was left out on a computed step reuses what is older than planned",
         (
             "tests/runtime/test_evidence.py::"

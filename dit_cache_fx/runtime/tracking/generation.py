@@ -130,10 +130,10 @@ class Generation:
 
     def jump(self, value: TimestepValue) -> Jump:
         """Return whether a step with this timestep moves out of proportion, apart from rounding."""
-        if self.position.explicit or self._expects(value):
-            return Jump.NONE
         move = distance(self.position.value, value)
         if self.move == 0 or move <= DOUBTFUL_MOVE * self.move:
+            return Jump.NONE
+        if self.position.explicit or self._expects(value):
             return Jump.NONE
         slack = 2 * rounding(as_number(value))
         far, doubtful = (move > times * self.move + slack for times in (FAR_MOVE, DOUBTFUL_MOVE))

@@ -198,6 +198,8 @@ def _course(
     call: CallEvidence, generation: Generation, position: StepPosition, count: StepCount
 ) -> Course:
     """Return the generation's steps as known now."""
+    if generation.course.timesteps is None:
+        return generation.course
     now = generation.number(call.value)
     return count.on_way(generation.course, generation.values, position.index, now)
 

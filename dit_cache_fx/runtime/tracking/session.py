@@ -145,11 +145,11 @@ class Session:
         `new` branch, those of its kind that the step has not called are dropped: it may be one of
         them.
         """
-        known = [b for b in self.branches if b is branch or b is replaced]
-        if known:
-            self.branches[self.branches.index(known[0])] = branch
-        else:
+        former = branch if replaced is None else replaced
+        if former not in self.branches:
             self.branches.append(branch)
+        elif former is not branch:
+            self.branches[self.branches.index(former)] = branch
         while len(self.branches) > MAX_KNOWN:
             empty = [b for b in self.branches if not b.cached and b is not branch]
             oldest = min(empty, key=lambda b: b.called)

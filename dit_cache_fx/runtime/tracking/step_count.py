@@ -175,12 +175,10 @@ class StepCount:
         return course
 
     def on_way(self, course: Course, values: Sequence[float], step: int, value: float) -> Course:
-        """Return the course at a call; if it is another run's, the timesteps become unknown.
+        """Return a course of known timesteps at a call; if it is another run's, they are unknown.
 
         `values`: the timesteps so far, one for each step; `value`: this call's.
         """
-        if course.timesteps is None:
-            return course
         if not course.covers(step):
             self._warn_where_needed(_SHORT)
         elif step == 1 and len(values) == 1 and self._is_anothers(course, (values[0], value)):

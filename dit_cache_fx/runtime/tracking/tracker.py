@@ -33,11 +33,18 @@ class Tracker:
         return session
 
     @property
+    def caller(self) -> Session | Batch:
+        """The current batch of sessions, or the current session."""
+        entered = self.scope.caller
+        return entered if isinstance(entered, (Session, Batch)) else self._of_thread()
+
+    @property
     def session(self) -> Session:
         """The current session. A batch of sessions is none."""
-        entered = self.scope.caller
-        if isinstance(entered, Session):
-            return entered
+        caller = self.caller
+        return caller if isinstance(caller, Session) else self._of_thread()
+
+    def _of_thread(self) -> Session:
         own: Session | None = getattr(self._own, "session", None)
         if own is None:
             own = self._own.session = self.new_session()
