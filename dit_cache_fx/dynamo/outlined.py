@@ -184,9 +184,10 @@ def _name_of(
     own = {id(p) for module in modules for p in module.parameters()}
     places = gm.graph.find_nodes(op="placeholder")
     paths = [
-        ".".join(path_of(dynamo_source(node))[1:]) + "."
+        ".".join(path_of(dynamo_source(node))[start:]) + "."
         for node, value in zip(places, example_inputs, strict=True)
         if id(value) in own
+        for start in (0, 1)  # a list's name has the local variable if there are several
     ]
     names = [b.name for b in lists if any(path.startswith(f"{b.name}.") for path in paths)]
     return max(names, key=len, default=None)
