@@ -30,8 +30,7 @@ def _selects_by_index(node: fx.Node) -> bool:
     """Return whether an indexing has no mask among its indices: then its size is known."""
     if node.target is not _ATEN.index.Tensor:
         return False
-    indices = node.all_input_nodes[1:]
-    return all(spec_of(n) is not None and not _is_mask(n) for n in indices)
+    return all(spec_of(n) is not None and not _is_mask(n) for n in _indices(node))
 
 
 def masks_apart(gm: fx.GraphModule, behind: AbstractSet[fx.Node]) -> fx.GraphModule:
@@ -68,9 +67,13 @@ def _masks(node: fx.Node) -> list[fx.Node]:
     args: Any = node.args
     if node.target is _ATEN.masked_select.default:
         return [args[1]]
-    return (
-        [*filter(_is_mask, node.all_input_nodes[1:])] if node.target is _ATEN.index.Tensor else []
-    )
+    return [*filter(_is_mask, _indices(node))] if node.target is _ATEN.index.Tensor else []
+
+
+def _indices(node: fx.Node) -> list[fx.Node]:
+    """Return the indices of `aten.index`, without those of whole dimensions."""
+    args: Any = node.args
+    return [index for index in args[1] if index is not None]
 
 
 def _is_mask(node: Any) -> bool:

@@ -176,11 +176,12 @@ class Step:
         """Run the strategy's rule, if it has one. `value`: of the model, if the rule reads one.
 
         Waits for the device once; without a value, once for each computed step, to read its
-        measurement.
+        measurement. May be called again if a graph of this step could not be compiled.
         """
         if not self._strategy.has_rule:
             return
         strategy, signal = self._strategy, self._signal(value)
+        self._state = self._branch.rule_state
         if self._state is None:
             self.computes, self._state = True, begun(strategy, signal)
             lost = lost_in_any(strategy, signal)

@@ -80,6 +80,11 @@ def test_selections_before_the_blocks_stay() -> None:
     assert masks_apart(gm, set()) is gm
 
 
+def test_a_mask_that_selects_of_itself() -> None:
+    gm = traced(lambda _, mask: mask[mask])
+    assert any(map(depends_on_data, gm.graph.nodes))
+
+
 def test_indices_select_a_known_size() -> None:
     gm = traced(lambda h, _: h[:, torch.tensor([0, 2])])
     assert not any(map(depends_on_data, gm.graph.nodes))
