@@ -185,7 +185,8 @@ def _one_graph(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> 
     if not one.asks:  # the host runs what the graph cannot, the rule first
         rule = _ruled(entry, entry.compiled_steps, step, given)
         if entry.rule_runs_blocks:
-            yield from rule
+            with entry.first_runs.alone((compiler, "rule")):
+                yield from rule
         else:
             drive(rule)
         given.update((name, _contiguous(given[name])) for name in entry.variants.carried)

@@ -126,11 +126,9 @@ EXPECTED = {
     (ForAllDiT, "rule"): (3, 1),
     (ForAllDiT, "first block"): (3, 2),
     (BehindDiT, "schedule"): (2, 1),
-    (BeforeDiT, "schedule"): (2, 1),
     (BeforeDiT, "rule"): (2, 1),  # all that the rule needs runs before its graph
     (BeforeDiT, "first block"): (3, 2),
     (OfBlocksDiT, "schedule"): (2, 1),
-    (OfBlocksDiT, "rule"): (3, 1),
     (HalvesDiT, "schedule"): (2, 1),
 }
 STRATEGIES = {"schedule": SCHEDULE, "rule": RULE, "first block": FIRST_BLOCK}
@@ -184,7 +182,7 @@ def targets(backend: Counting) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method.:DeprecationWarning:torch")
-@pytest.mark.parametrize("way", [*WAYS])
+@pytest.mark.parametrize("way", ["compile_steps"])
 def test_inductor(way: str) -> None:
     model = make(ForAllDiT)
     eager, cached = (dit_cache_fx.apply(model, "teacache", no_cache_steps=STEPS) for _ in range(2))
@@ -250,11 +248,13 @@ def doubled(cached: CachedModel) -> Callable[..., Tensor]:
     return lambda **inputs: 2 * cached(**inputs)
 
 
-@pytest.mark.parametrize("kind", [ForAllDiT, OfBlocksDiT])
-@pytest.mark.parametrize("strategy", [*STRATEGIES])
+@pytest.mark.parametrize(
+    ("kind", "strategy"),
+    [(ForAllDiT, "schedule"), (BeforeDiT, "rule"), (OfBlocksDiT, "rule")],
+)
 def test_as_part_of_one_graph_it_is_for_one_size(strategy: str, kind: type[ToyDiT]) -> None:
     name, options = STRATEGIES[strategy]
-    model, backend = make(kind), Counting("aot_eager")
+    model, backend = make(kind), Counting()
     eager, cached = (dit_cache_fx.apply(model, name, **options) for _ in range(2))
     cached(**calls(0, 3)[0])
     run = torch.compile(doubled(cached), backend=backend, fullgraph=True)
@@ -304,7 +304,7 @@ MASKED_TOY = Case(
 )
 
 
-@pytest.mark.parametrize("strategy", [*STRATEGIES])
+@pytest.mark.parametrize("strategy", ["schedule", "first block"])
 @pytest.mark.parametrize("way", [*WAYS])
 def test_in_batches_of_sessions(way: str, strategy: str) -> None:
     name, options = STRATEGIES[strategy]
