@@ -71,6 +71,8 @@ from dit_cache_fx.values.wrapped import PLAIN_TENSORS
 
 _PROXY, _FAKE = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
 
+_NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -188,6 +190,11 @@ def reads_data() -> tuple[type[Exception], ...]:
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     return DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode
+
+
+def is_sized_by_data(error: Exception) -> bool:
+    """Return whether it is the error of an operator whose result's size depends on values."""
+    return isinstance(error, DynamicOutputShapeException)
 
 
 def trace_shapes(
@@ -389,6 +396,14 @@ def dynamo_source(node: fx.Node) -> str:
     return str(name() if callable(name) else name)
 
 
+def depends_on_data(graph: fx.Graph) -> bool:
+    """Return whether a size or a number in Dynamo's graph depends on values of tensors."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    known = (node.meta.get("example_value") for node in graph.nodes)
+    return any(free_unbacked_symbols(v) for v in known if isinstance(v, (torch.Tensor, *_NUMBERS)))
+
+
 def dynamos_tensor() -> Callable[..., torch.Tensor]:
     """Return the operator that represents `torch.tensor` of a varying number in Dynamo's graph."""
     import torch._refs
@@ -580,6 +595,19 @@ def exporting() -> bool:
         if frame.f_globals.get("__name__") == "torch.export._trace":
             return True
     return False
+
+
+@constant_result
+def sizes_are_captured() -> bool:
+    """Return whether Dynamo, which is tracing here, takes sizes that depend on data in its graph.
+
+    Where it does not, it breaks the graph there, but never inside `cond`.
+    """
+    from torch._dynamo import config
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    one_graph: bool = InstructionTranslator.current_tx().one_graph
+    return one_graph or config.capture_dynamic_output_shape_ops
 
 
 @not_a_compiled_frame

@@ -42,6 +42,7 @@ from dit_cache_fx._torch import (
     cannot_compile,
     compiled_frame,
     constant_result,
+    depends_on_data,
     dynamo_callback,
     dynamos_tensor,
     emit_autocast,
@@ -52,6 +53,7 @@ from dit_cache_fx._torch import (
     frame_is_compiled,
     generate_code,
     inductor_compiler,
+    is_sized_by_data,
     is_subclass,
     like_dynamos,
     look_again,
@@ -62,6 +64,7 @@ from dit_cache_fx._torch import (
     piece_of,
     reads_data,
     signatures_kept,
+    sizes_are_captured,
     trace_functional,
     trace_shapes,
     trace_text,
@@ -721,6 +724,49 @@ def test_a_tensor_of_a_number_that_varies_is_made_by_a_function_of_its_own() -> 
         function(torch.ones(1), number)
     assert dynamos_tensor() in {n.target for n in graphs[-1].graph.nodes}
     assert dynamos_tensor()([torch.tensor(1.5, dtype=torch.float64)]).dtype is torch.float64
+
+
+@pytest.mark.parametrize(
+    ("function", "depends"),
+    [
+        (lambda x: x[x > 0] * 2, True),
+        (lambda x: x * x.sum().item(), True),
+        (lambda x: x[:, 0] * x.shape[0], False),
+    ],
+)
+def test_sizes_from_data_in_dynamos_graph(function: Callable[..., Any], depends: bool) -> None:
+    found: list[bool] = []
+
+    def note(gm: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> fx.GraphModule:
+        found.append(depends_on_data(gm.graph))
+        return gm
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=note, fullgraph=True, dynamic=True)(torch.ones(2, 3))
+    assert found == [depends]
+
+
+def test_whether_dynamo_takes_sizes_from_data() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x * (2 if sizes_are_captured() else 3)
+
+    def factor(**options: Any) -> int:
+        torch._dynamo.reset()
+        return int(torch.compile(function, backend="eager", **options)(torch.ones(())))
+
+    assert (factor(fullgraph=True), factor()) == (2, 3)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        assert factor() == 2
+
+
+def test_the_error_of_a_size_from_data() -> None:
+    x = torch.ones(2)
+    with fakes([x]) as [fake], pytest.raises(reads_data()) as nonzero:
+        fake.nonzero()
+    with fakes([x]) as [fake], pytest.raises(reads_data()) as item:
+        fake.sum().item()
+    assert is_sized_by_data(nonzero.value)
+    assert not is_sized_by_data(item.value)
 
 
 def test_dynamo_stops_where_it_raises_unless_it_is_told() -> None:

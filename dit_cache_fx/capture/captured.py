@@ -84,6 +84,9 @@ class Subject:
 
 log = logging.getLogger(__name__)
 
+#: the errors of a graph on tensors of other sizes than those that it has as numbers
+_OTHER_SIZES = (RuntimeError, IndexError)
+
 #: the sizes of masked selections, which may differ between calls
 Shapes = tuple[torch.Size, ...]
 
@@ -143,11 +146,12 @@ class Captured:
         with self.around_parts():
             return self.gm(*tensors)
 
-    def read(self, tensors: Sequence[torch.Tensor]) -> Any:
+    def read(self, tensors: Sequence[torch.Tensor]) -> Sequence[Any]:
         """Return the values that the guards read."""
         assert self.guards is not None
         with self.around(), torch.no_grad():
-            return self.guards.gm(*tensors)
+            read: Sequence[Any] = self.guards.gm(*tensors)
+        return read
 
 
 def sharded_owners(program: Program) -> tuple[Any, ...]:
@@ -180,11 +184,11 @@ def accepts(subject: Subject, captured: Captured, call: FlatCall) -> Shapes | No
     known = newest is not None and not tensors.other_objects(newest[0])
     if newest is not None and every(captured.asked, known):
         return newest[1]
-    read = captured.read(call.tensors)
-    if not every(captured.ranks, guards.values(read) == guards.values(guards.expected)):
+    read = _read(captured, call)
+    if not every(captured.ranks, read is not None and guards.hold(read)):
         _log_failed(guards, read)
         return None
-    shapes = guards.shapes(read)
+    shapes = guards.shapes(read or ())
     if not every(captured.ranks, shapes in captured.accepted):
         difference = _differs(subject, captured, call, call.tensors)
         if not every(captured.ranks, difference is None):
@@ -195,8 +199,17 @@ def accepts(subject: Subject, captured: Captured, call: FlatCall) -> Shapes | No
     return shapes
 
 
-def _log_failed(guards: Guards, read: Sequence[Any]) -> None:
-    if log.isEnabledFor(logging.INFO):
+def _read(captured: Captured, call: FlatCall) -> Sequence[Any] | None:
+    """Return the values that the guards read; None if their graph cannot take the call's sizes."""
+    try:
+        return captured.read(call.tensors)
+    except _OTHER_SIZES as error:
+        log.info("the guards of a graph cannot read this call: %s", error)
+        return None
+
+
+def _log_failed(guards: Guards, read: Sequence[Any] | None) -> None:
+    if read is not None and log.isEnabledFor(logging.INFO):
         texts, wanted = guards.described(read), guards.expected
         failed = [
             f"{text} (captured with {short(want)})"
@@ -243,9 +256,12 @@ def _differs(
     subject: Subject, captured: Captured, call: FlatCall, tensors: Sequence[torch.Tensor]
 ) -> str | None:
     with subject.turns.of_model(), unnoticed(subject.model):
-        return compare(
-            lambda: subject.run(call, tensors),
-            lambda: captured.run(tensors),
-            captured.blocks,
-            captured.recording,
-        )
+        try:
+            return compare(
+                lambda: subject.run(call, tensors),
+                lambda: captured.run(tensors),
+                captured.blocks,
+                captured.recording,
+            )
+        except _OTHER_SIZES as error:  # if it is the model's, a new capture raises it again
+            return f"it raises {type(error).__name__}: {error}"

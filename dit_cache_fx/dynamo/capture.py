@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from dit_cache_fx._torch import fakes
+from dit_cache_fx._torch import fakes, is_sized_by_data
 from dit_cache_fx.capture import BlockList, flatten_call
 from dit_cache_fx.capture.blocks import mark_blocks
 from dit_cache_fx.capture.normal_form import normal_form
@@ -29,6 +29,11 @@ from dit_cache_fx.ir.program import Program
 from dit_cache_fx.strategies import Strategy
 from dit_cache_fx.strategies.signals import value_of
 from dit_cache_fx.values.identity import storage_key, version
+
+_SIZED = (
+    "a size in it depends on data (a selection by a mask, for example). Use "
+    "dit_cache_fx.apply(model, ...), then torch.compile or compile_steps()"
+)
 
 #: Dynamo's graph takes tensors and, with dynamic shapes, numbers
 Input = torch.Tensor | int | float
@@ -66,6 +71,7 @@ class Outlined:
     timestep_argument: str | None
     reads: Reads | None  # computes the inputs of `gm` that Dynamo's graph reads from tensors
     asks: bool  # Dynamo's graph reads such values, separable or not
+    only_now: bool  # it can be compiled only while Dynamo knows its read values and sizes
 
     @property
     def read(self) -> int:
@@ -120,7 +126,8 @@ def capture_graph(outlined: Outlined, inputs: Sequence[Input], strategy: Strateg
             _refuse_changed_by_blocks(recording, [tensors[i] for i in changed])
             traced = trace(_returning(run, changed) if changed else run, tensors, leaves, recording)
         except Exception as error:
-            raise CaptureError(f"the graph of the model cannot be traced: {error}") from error
+            why = _SIZED if is_sized_by_data(error) else str(error)
+            raise CaptureError(f"the graph of the model cannot be traced: {why}") from error
         program, guards = normal_form(outlined.gm, traced, call, outlined.timestep_argument)
         if guards is not None and guards.inputs:  # otherwise it only reads constants
             raise CaptureError("the graph reads values from tensors")

@@ -77,8 +77,7 @@ class Backend(LifeCycle):
         position = outlined.timestep_position
         wanted = torch.is_grad_enabled() and any(map(_requires_grad, example_inputs))
         if outlined.lists and not wanted:
-            # a graph that reads values is compiled with Dynamo's present knowledge of them
-            plain = compile_graph(gm, example_inputs) if outlined.asks else None
+            plain = compile_graph(gm, example_inputs) if outlined.only_now else None
             graph = CachedGraph(self._shared, compile_graph, outlined, piece, plain)
             self._graphs.add(graph)
             return graph

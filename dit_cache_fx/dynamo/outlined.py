@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from dit_cache_fx._torch import CompiledFrame, dynamo_source, is_subclass
+from dit_cache_fx._torch import CompiledFrame, depends_on_data, dynamo_source, is_subclass
 from dit_cache_fx.capture import BlockList, flatten_call, guessed_timestep, named_timestep
 from dit_cache_fx.capture.blocks import is_composite
 from dit_cache_fx.capture.leaves import candidate_lists
@@ -55,6 +55,7 @@ def outlined_graph(
     opaque = [n for n in read_apart.graph.nodes if n.name in subclasses]
     outlined, found = outline(read_apart, opaque)
     lists, others = _trunk_lists(found, gm, example_inputs, blocks, whole, frame)
+    asks = any(not is_number(n) for n in reads_of(gm.graph))
     return Outlined(
         dynamos=gm,
         gm=outlined,
@@ -74,7 +75,8 @@ def outlined_graph(
         constant=None if step is not None or named is None else frame.numbers.get(named),
         numbers_beside=frozenset((n, v) for n, v in frame.numbers.items() if n != named),
         reads=reads,
-        asks=any(not is_number(n) for n in reads_of(gm.graph)),
+        asks=asks,
+        only_now=asks or depends_on_data(gm.graph),
     )
 
 
@@ -182,9 +184,10 @@ def _name_of(
     own = {id(p) for module in modules for p in module.parameters()}
     places = gm.graph.find_nodes(op="placeholder")
     paths = [
-        ".".join(path_of(dynamo_source(node))[1:]) + "."
+        ".".join(path_of(dynamo_source(node))[start:]) + "."
         for node, value in zip(places, example_inputs, strict=True)
         if id(value) in own
+        for start in (0, 1)  # a list's name has the local variable if there are several
     ]
     names = [b.name for b in lists if any(path.startswith(f"{b.name}.") for path in paths)]
     return max(names, key=len, default=None)

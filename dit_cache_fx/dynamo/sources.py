@@ -20,8 +20,8 @@ _STEP = re.compile(
     r"|\['(?P<key>[^']+)'\]|\[(?P<index>\d+)\]"
 )
 _CLOSURE = re.compile(r"\.__closure__\[\d+\]\.cell_contents")
-#: from a method (kept by a hook) to its module
-_METHOD = re.compile(r"\.\w+\.__self__(?=[.\[]|$)")
+#: from a method (kept by a hook, or about to be called) to its module
+_METHOD = re.compile(r"(?:\.\w+)?\.__self__(?=[.\[]|$)")
 #: parts of a path that are no names: a module's containers, and wrappers around a module
 _SILENT = {"_modules", "_parameters", "_buffers", "_orig_mod"}
 

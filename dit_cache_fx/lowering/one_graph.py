@@ -27,6 +27,8 @@ from dit_cache_fx.strategies.traced import traced
 from dit_cache_fx.values.identity import storage_key
 from dit_cache_fx.values.tensor_spec import TensorSpec
 
+#: the kinds of steps, as in `Variants`
+_KINDS = ("compute", "reuse")
 #: a boolean on the host
 FLAG = TensorSpec(torch.Size([]), torch.bool, torch.device("cpu"))
 
@@ -42,16 +44,16 @@ class OneGraph:
     next step must pass `fresh`), and the new state. `operands` gives values without dimensions as
     one-element tensors.
 
-    A `preamble` runs on the host first (and the rule before it): then the graph runs no rule, and
-    reads the tensors that the prefix carries and the preamble's results. A rule that reads no value
-    of the model also runs on the host, if there is one.
+    The `preambles` of the two kinds of steps run on the host first (and the rule before them): then
+    the graph runs no rule, and reads the tensors that the prefix carries and the preambles'
+    results. A rule that reads no value of the model also runs on the host, if there is one.
     """
 
     part: Part
     outputs: int
     asks: bool
     state: dict[str, TensorSpec]
-    preamble: Preamble | None
+    preambles: Mapping[str, Preamble]
 
     def operands(self, given: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """Return the graph's operands, in the form that it takes.
@@ -96,10 +98,8 @@ class _Writer:
         self.carry = carry
         self.graph = fx.Graph()
         self.attributes: dict[str, Any] = {}
-        self.preamble = None if carry else split_preamble(variants.compute)
-        self.asks = (
-            strategy.has_rule and self.preamble is None and (carry or variants.prefix is not None)
-        )
+        self.preambles = {} if carry else self._preambles()
+        self.asks = strategy.has_rule and (carry or self._rule_fits())
         self.state = self._state_specs() if self.asks else {}
 
     def write(self) -> OneGraph:
@@ -112,16 +112,31 @@ class _Writer:
         self.graph.output((*self._cond(predicate, given), *decided))
         part = Part.of(self.program.model, self.attributes, self.graph, "OneGraph")
         trace_graph("one_graph", part.gm)
-        return OneGraph(part, self.variants.outputs, self.asks, self.state, self.preamble)
+        return OneGraph(part, self.variants.outputs, self.asks, self.state, self.preambles)
+
+    def _preambles(self) -> dict[str, Preamble]:
+        """Return the preambles of the two kinds of steps, with different names of their results."""
+        variants = self.variants
+        compute = split_preamble(variants.compute, variants.cached)
+        reuse = split_preamble(variants.reuse, variants.cached, "reused_")
+        found = {"compute": compute, "reuse": reuse}
+        return {kind: preamble for kind, preamble in found.items() if preamble is not None}
+
+    def _rule_fits(self) -> bool:
+        """Return whether the graph can run the rule: no size depends on data, and it reads one."""
+        prefix, held = self.variants.prefix, self.variants.cached
+        whole = prefix is not None and split_preamble(prefix, held) is None
+        return whole and not self.preambles
 
     def _placeholders(self) -> dict[str, fx.Node]:
         """Add a placeholder for every operand, by name, and restore shapes without dimensions."""
         inputs = {name: tensor_spec(self.program.node(name)) for name in self.program.inputs}
         rule = {"fresh": FLAG, **self.state} if self.asks else {}
         specs = {"forced": FLAG, **rule, **CLOCK, **self.variants.cached, **inputs}
-        if self.preamble is not None:
-            carried = {n: tensor_spec(self.program.node(n)) for n in self.variants.carried}
-            specs |= carried | self.preamble.given
+        if not self.asks:
+            specs |= {n: tensor_spec(self.program.node(n)) for n in self.variants.carried}
+        for preamble in self.preambles.values():
+            specs |= preamble.given
         given = {name: self.graph.placeholder(name) for name in specs}
         for name in (name for name, spec in specs.items() if not spec.shape):
             given[name] = self.graph.call_function(
@@ -137,8 +152,9 @@ class _Writer:
         seen = [given[name] for name in (*CLOCK, *variants.measured)]
         if variants.prefix is None:
             return seen
-        called = variants.prefix.operands(given)
-        value, *carried = inline(self.graph, self.attributes, variants.prefix.gm, called)
+        prefix = pinned(variants.prefix, ()) if self.carry else variants.prefix
+        called = prefix.operands(given)
+        value, *carried = inline(self.graph, self.attributes, prefix.gm, called)
         carried = [self._flat(self._apart(n, {*carried, *called})) for n in carried]
         given.update(zip(variants.carried, carried, strict=True))
         return [*seen, value]
@@ -203,17 +219,23 @@ class _Writer:
 
     def _cond(self, predicate: fx.Node, given: dict[str, fx.Node]) -> list[fx.Node]:
         variants = self.variants
-        compute = pinned(variants.compute) if self.carry else variants.compute
-        compute = compute if self.preamble is None else self.preamble.compute
-        read = {*compute.names, *variants.reuse.names, *(variants.cached if self.carry else ())}
+        branches = {kind: self._side(kind, getattr(variants, kind)) for kind in _KINDS}
+        read = {name for part in branches.values() for name in part.names}
+        read |= set(variants.cached if self.carry else ())
         names = [name for name in given if name in read]
-        for name, part in (("compute", compute), ("reuse", variants.reuse)):
-            self.attributes[name] = self._branch(part, names, hold=name == "compute")
-        sides = [self.graph.get_attr(name) for name in ("compute", "reuse")]
+        for kind, part in branches.items():
+            self.attributes[kind] = self._branch(part, names, hold=kind == "compute")
+        sides = [self.graph.get_attr(kind) for kind in branches]
         operands = tuple(given[name] for name in names)
         cond = self.graph.call_function(torch.cond, (predicate, *sides, operands))
         results = range(variants.outputs + len(variants.cached))
         return [self.graph.call_function(operator.getitem, (cond, i)) for i in results]
+
+    def _side(self, kind: str, part: Part) -> Part:
+        """Return the graph of a kind of step without sizes that depend on data."""
+        if self.carry:
+            return pinned(part, self.variants.cached)
+        return self.preambles[kind].rest if kind in self.preambles else part
 
     def _branch(self, part: Part, names: Sequence[str], hold: bool) -> fx.GraphModule:
         """Return a variant with these operands, and results in memory of their own."""

@@ -162,14 +162,18 @@ def _weights(places: torch.Tensor, factor: float) -> torch.Tensor:
 
 
 class Carried(nn.Module):
-    """A `Stateful` program that keeps its state in buffers, for `torch.export` of a model."""
+    """A `Stateful` program that keeps its state in buffers, inside another graph.
+
+    Each has at least one dimension: Dynamo drops changes of a float64 tensor without any.
+    """
 
     def __init__(self, stateful: Stateful) -> None:
         super().__init__()
         self.stateful = stateful
         self.names = tuple(stateful.initial())
         for name, tensor in stateful.initial().items():
-            self.register_buffer(f"state_{name}", tensor, persistent=False)
+            self.register_buffer(f"state_{name}", torch.atleast_1d(tensor), persistent=False)
+        self.shapes = {name: tensor.shape for name, tensor in stateful.initial().items()}
 
     def forget(self) -> None:
         """Reset the state to that before the first call."""
@@ -177,9 +181,10 @@ class Carried(nn.Module):
             getattr(self, f"state_{name}").copy_(tensor)
 
     def forward(self, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        state = {name: getattr(self, f"state_{name}") for name in self.names}
+        held = {name: getattr(self, f"state_{name}") for name in self.names}
+        state = {name: tensor.reshape(self.shapes[name]) for name, tensor in held.items()}
         outputs: list[torch.Tensor]
         outputs, new = self.stateful(state, inputs)
         for name, tensor in new.items():
-            state[name].copy_(tensor.detach())
+            held[name].copy_(torch.atleast_1d(tensor.detach()))
         return outputs

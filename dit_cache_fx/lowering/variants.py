@@ -10,11 +10,11 @@ from typing import Any
 from torch import fx
 
 from dit_cache_fx.ir.cached_run import CachedRun, cached_runs, is_cached_run
-from dit_cache_fx.ir.copying import body, copy_nodes, results_of
+from dit_cache_fx.ir.copying import add_input, body, copy_nodes, results_of
 from dit_cache_fx.ir.graph_module import adopt, attributes_of
 from dit_cache_fx.ir.graph_text import trace_graph
 from dit_cache_fx.ir.names import is_measured
-from dit_cache_fx.ir.node_meta import is_block, mark, meta_of
+from dit_cache_fx.ir.node_meta import is_block, mark, mark_tensor, meta_of
 from dit_cache_fx.ir.nodes import ancestors, is_view, items_of, spec_of, tensor_spec
 from dit_cache_fx.ir.program import Program
 from dit_cache_fx.lowering.part import Part
@@ -107,7 +107,7 @@ def _prefix(program: Program) -> tuple[Part | None, tuple[str, ...]]:
     ]
     graph = fx.Graph()
     places = program.graph.find_nodes(op="placeholder")
-    new = {node: graph.placeholder(node.name) for node in places}
+    new = {node: add_input(graph, node) for node in places}
     copy_nodes(graph, [n for n in program.graph.nodes if n in needed], new)
     graph.output(tuple(new[n] for n in (signal, *carried)))
     part = Part.of(program.model, attributes_of(program.gm, graph), graph, "Prefix")
@@ -132,12 +132,18 @@ class _Side:
         self.sunk: dict[str, fx.Node] = {}  # a node that was copied into several runs runs once
         self.recorded: list[fx.Node] = []
         self.clock = [self.graph.placeholder(name) for name in CLOCK]
-        self.cached = iter([self.graph.placeholder(name) for name in _cached(program)])
+        self.cached = iter([self._held(name, spec) for name, spec in _cached(program).items()])
         inputs = program.graph.find_nodes(op="placeholder")
         for node in (*map(program.node, carried), *inputs):
-            self.new[node] = self.graph.placeholder(node.name)
+            self.new[node] = add_input(self.graph, node)
         #: nodes of the prefix: blocks among them do not run again for their own sake
         self.done = set() if program.signal is None else _needed(program.signal)
+
+    def _held(self, name: str, spec: TensorSpec) -> fx.Node:
+        """Add the placeholder of a cached tensor."""
+        place = self.graph.placeholder(name)
+        mark_tensor(place, spec.without_data(), spec.device)
+        return place
 
     def lower(self) -> Part:
         copy_nodes(self.graph, body(self.program.graph), self.new, self._instead)

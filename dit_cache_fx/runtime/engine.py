@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from dit_cache_fx._torch import sizes_are_captured
 from dit_cache_fx.capture import FlatCall, Subject, can_replay, flatten_call, replayed
 from dit_cache_fx.capture.ambient import autocast
 from dit_cache_fx.capture.rerun import rerunning
@@ -35,6 +36,13 @@ from dit_cache_fx.values.pytree import flatten, unflatten
 from dit_cache_fx.values.wrapped import own_part
 
 log = logging.getLogger(__name__)
+
+
+_SIZED = (
+    "the cached model has a size that depends on data (a selection by a mask), and is part of "
+    "another compiled function, which cannot be one graph with it: pass fullgraph=True to "
+    "torch.compile, or compile the cached model by itself"
+)
 
 
 class First(NamedTuple):
@@ -185,6 +193,9 @@ class Engine:
                 "and no graph was captured for a call like this: call the cached model once with "
                 "these arguments before"
             )
+        under_dynamo = torch.compiler.is_dynamo_compiling()
+        if under_dynamo and entry.sized_by_data() and not sizes_are_captured():
+            raise CaptureError(_SIZED)
         outputs = entry.carried_in(self.call_log.tracker.context)(entry.inputs(call))
         return unflatten(entry.program.output, outputs)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -14,13 +15,15 @@ from dit_cache_fx._torch import constant_result, not_a_compiled_frame
 from dit_cache_fx.capture import Captured, FlatCall
 from dit_cache_fx.capture.ambient import Ambient
 from dit_cache_fx.capture.fingerprint import Fingerprint
+from dit_cache_fx.ir.node_meta import is_block
 from dit_cache_fx.ir.program import Program
 from dit_cache_fx.lowering import (
-    CompiledSteps,
     OneGraph,
-    lower_compiled_steps,
+    SplitPart,
+    Variants,
     lower_one_graph,
     lower_variants,
+    split_variants,
 )
 from dit_cache_fx.lowering.asserts import assertions
 from dit_cache_fx.lowering.lowered_program import Lowered
@@ -79,7 +82,7 @@ class Entry(Lowered):
     first_runs: FirstRuns = field(default_factory=FirstRuns)  # with each compiler
     _lowering: threading.RLock = field(default_factory=threading.RLock)
     _one_graph: OneGraph | None = None
-    _compiled_steps: CompiledSteps | None = None
+    _compiled_steps: Variants | None = None
     key: GraphKey | None = None  # one object for all its calls: cheap to compare
 
     def lowered_for(self, strategy: Strategy, count: StepCount) -> Entry:
@@ -118,12 +121,18 @@ class Entry(Lowered):
             return self._one_graph
 
     @property
-    def compiled_steps(self) -> CompiledSteps:
-        """The graphs of each kind of step."""
+    def compiled_steps(self) -> Variants:
+        """The graphs of each kind of step, for a compiler."""
         with self._lowering:
             if self._compiled_steps is None:
-                self._compiled_steps = lower_compiled_steps(self.variants)
+                self._compiled_steps = split_variants(self.variants)
             return self._compiled_steps
+
+    @cached_property
+    def rule_runs_blocks(self) -> bool:
+        """Whether blocks run for the strategy's rule."""
+        prefix = self.variants.prefix
+        return prefix is not None and any(map(is_block, prefix.gm.graph.nodes))
 
     def broken(self) -> None:
         """Note that its blocks cannot be in one graph: the compiler gets each of them by itself."""
@@ -146,6 +155,12 @@ class Entry(Lowered):
     def carried_in(self, context: tuple[str, ...]) -> Carried:
         """Return the program with the state of a cache context in its buffers."""
         return getattr(self, self._carry(context))  # type: ignore[no-any-return]
+
+    @constant_result
+    def sized_by_data(self) -> bool:
+        """Return whether a size in its graphs depends on data."""
+        steps = self.compiled_steps
+        return any(isinstance(p, SplitPart) for p in (steps.compute, steps.reuse, steps.prefix))
 
     @constant_result
     def _carry(self, context: tuple[str, ...]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 
 import torch
 
@@ -13,8 +12,6 @@ from dit_cache_fx._torch import (
 )
 from dit_cache_fx.capture import FlatCall
 from dit_cache_fx.lowering import (
-    CompiledSteps,
-    Preamble,
     Variants,
 )
 from dit_cache_fx.runtime.batch.row_steps import RowSteps
@@ -45,11 +42,11 @@ def plain(
 
 
 def compiled_steps(
-    entry: Entry, step: Step, call: FlatCall, compiled: CompiledSteps, compiler: Compiler = NOTHING
+    entry: Entry, step: Step, call: FlatCall, compiled: Variants, compiler: Compiler = NOTHING
 ) -> Serving:
     """Like `plain`, with each graph compiled by itself."""
-    variants, given = compiled.variants, entry.inputs(call)
-    yield from _ruled(entry, variants, step, given)
+    given = entry.inputs(call)
+    yield from _ruled(entry, compiled, step, given)
     return (yield from decided(entry, step, given, compiled, compiler))
 
 
@@ -57,13 +54,10 @@ def decided(
     entry: Entry,
     step: Step | RowSteps,
     given: dict[str, torch.Tensor],
-    compiled: CompiledSteps,
+    variants: Variants,
     compiler: Compiler = NOTHING,
 ) -> Serving:
     """Run the graph of a step's kind. `given`: the call's tensors, and the carried ones."""
-    variants = compiled.variants
-    if step.computes and compiled.preamble is not None:
-        given.update(_prepared(entry, compiled.preamble, step, given))
     part = variants.compute if step.computes else variants.reuse
     given.update(step.compiled_given(part.names))
     graph_call = GraphCall(part.run, part.operands(given), entry.captured.around)
@@ -116,10 +110,16 @@ def _one_graph(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> 
     """Run the graph that contains the decision."""
     one, given = entry.one_graph, entry.inputs(call)
     if not one.asks:  # the host runs what the graph cannot, the rule first
-        drive(_ruled(entry, entry.variants, step, given))
-    if one.preamble is not None:
-        given.update(_prepared(entry, one.preamble, step, given))
+        rule = _ruled(entry, entry.compiled_steps, step, given)
+        if entry.rule_runs_blocks:
+            with entry.first_runs.alone((compiler, "rule")):
+                yield from rule
+        else:
+            drive(rule)
         given.update((name, _contiguous(given[name])) for name in entry.variants.carried)
+    if one.preambles:
+        with entry.captured.around():
+            given.update(step.prepared(one.preambles, given))
     given.update(step.one_graph_given(one.part.names, one.state, one.asks))
     graph_call = GraphCall(one.part.run, one.operands_apart(given), entry.captured.around_parts)
     with entry.first_runs.alone(compiler) as first:
@@ -154,17 +154,6 @@ def _ruled(
         value, *carried = yield GraphCall(prefix.run, prefix.operands(given), around)
         given.update(zip(variants.carried, carried, strict=True))
     step.decide(value)
-
-
-def _prepared(
-    entry: Entry, preamble: Preamble, step: Step | RowSteps, given: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Run the preamble on the host."""
-    part = preamble.part
-    operands = part.operands({**given, **step.given(part.names)})
-    with torch.no_grad(), entry.captured.around():
-        results = step.prepared(preamble.given, lambda: part.run(*operands))
-    return {n: _contiguous(t) for n, t in zip(preamble.given, results, strict=True)}
 
 
 def _contiguous(tensor: torch.Tensor) -> torch.Tensor:

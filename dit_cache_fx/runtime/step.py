@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dit_cache_fx.ir.names import is_measured
-from dit_cache_fx.runtime.drive import Results
+from dit_cache_fx.lowering import Preamble, prepared
 from dit_cache_fx.runtime.tracking.branches import Branch, CachedTensor
 from dit_cache_fx.strategies import CLOCK, Clock, Course, RuleState, Strategy
 from dit_cache_fx.strategies.decision import begun, decided, device_of, lost_in_any
@@ -150,16 +150,25 @@ class Step:
         """Return the newest of these steps; this step if there is none."""
         return self._branch.last_computed if self._computed else self.index
 
-    def prepared(self, first: Mapping[str, TensorSpec], make: Callable[[], Results]) -> Results:
-        """Return the preamble's results for a computed step; on others nothing reads them.
+    def prepared(
+        self, preambles: Mapping[str, Preamble], given: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Return the results of the preambles of both kinds of steps, by name.
 
-        `first`: the specs of the capture. The sizes (of masks) may differ on another step.
+        Nothing reads those of the other kind. They are as large as the branch's newest ones: the
+        sizes (of masks) may differ from those of the capture.
         """
-        if not self.computes:
-            return [spec.empty() for spec in self._branch.prepared or first.values()]
-        made = make()
-        self._branch.prepared = tuple(map(TensorSpec.of, made))
-        return made
+        own, known = "compute" if self.computes else "reuse", self._branch.prepared
+        results = dict[str, torch.Tensor]()
+        for kind, preamble in preambles.items():
+            specs = known.get(kind, {})
+            if kind == own or specs.keys() != preamble.given.keys():
+                made = prepared(preamble, {**given, **self.given(preamble.part.names)})
+                known[kind] = {name: TensorSpec.of(tensor) for name, tensor in made.items()}
+            else:
+                made = {name: spec.empty() for name, spec in specs.items()}
+            results.update(made)
+        return results
 
     # --- the strategy's own rule -----------------------------------------------------------------
 
@@ -167,11 +176,12 @@ class Step:
         """Run the strategy's rule, if it has one. `value`: of the model, if the rule reads one.
 
         Waits for the device once; without a value, once for each computed step, to read its
-        measurement.
+        measurement. May be called again if a graph of this step could not be compiled.
         """
         if not self._strategy.has_rule:
             return
         strategy, signal = self._strategy, self._signal(value)
+        self._state = self._branch.rule_state
         if self._state is None:
             self.computes, self._state = True, begun(strategy, signal)
             lost = lost_in_any(strategy, signal)

@@ -6,7 +6,6 @@ import logging
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,7 +19,13 @@ from dit_cache_fx._torch import (
     with_code_of_its_own,
 )
 from dit_cache_fx.ir.nodes import module_name
-from dit_cache_fx.lowering import CompiledPart, CompiledSteps, Part, Variants, lower_compiled_steps
+from dit_cache_fx.lowering import (
+    CompiledPart,
+    Part,
+    Variants,
+    compiled_variants,
+    split_variants,
+)
 from dit_cache_fx.runtime.drive import Results, lasting
 from dit_cache_fx.runtime.first_runs import FirstRuns
 from dit_cache_fx.runtime.tracking.hooks import Hooks
@@ -40,19 +45,17 @@ class StepCompiler:
     def __init__(self, options: Mapping[str, Any]) -> None:
         torch.compile(_nothing, **options)
         self.options = dict(options)
-        self._made: WeakKeyDictionary[Variants, CompiledSteps] = WeakKeyDictionary()
+        self._made: WeakKeyDictionary[Variants, Variants] = WeakKeyDictionary()
         self._lock = threading.Lock()
 
-    def compiled(self, variants: Variants) -> CompiledSteps:
+    def compiled(self, variants: Variants) -> Variants:
         """Return the same variants, compiled."""
         with self._lock:
             made = self._made.get(variants)
             if made is None:
-                made = self._made[variants] = self._mapped(lower_compiled_steps(variants))
+                made = compiled_variants(split_variants(variants), self._part)
+                self._made[variants] = made
             return made
-
-    def _mapped(self, apart: CompiledSteps) -> CompiledSteps:
-        return replace(apart, variants=apart.variants.mapped(self._part))
 
     def _part(self, part: Part) -> Part:
         return CompiledPart(part.gm, part.names, _ByHooks(part, self.options))

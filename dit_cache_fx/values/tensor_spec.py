@@ -28,6 +28,10 @@ class TensorSpec(NamedTuple):
         """Return zeros of this shape that take no memory."""
         return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
 
+    def without_data(self) -> torch.Tensor:
+        """Return a tensor of this shape and dtype on the meta device."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
     def zeros(self) -> torch.Tensor:
         """Allocate zeros."""
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)

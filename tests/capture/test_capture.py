@@ -299,6 +299,49 @@ def test_a_shape_that_depends_on_data_is_used_as_a_number() -> None:
         assert actions(cached) == "CrCCrr"
 
 
+class _AttendingDiT(ToyDiT):
+    """The layers behind the blocks attend to the selected text: its length is a number there."""
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor, mask: Tensor) -> Any:  # type: ignore[override]
+        text = self.text_in(torch.stack([t[m] for t, m in zip(text, mask, strict=True)]))
+        h = self.trunk(self.embed(x), self.time(timestep))
+        return self.head(h + torch.softmax(h @ text.transpose(1, 2), dim=-1) @ text)
+
+
+def test_a_length_that_the_graph_has_as_a_number() -> None:
+    """Then each length has a capture."""
+    cached, by_hand = pair(_AttendingDiT)
+    for valid in (3, 2, 4, 3, 2):
+        text = rows("text", valid, (TEXT, DIM), 2, torch.float32)
+        mask = (torch.arange(TEXT)[None] < valid).expand(2, TEXT)
+        calls = [
+            (c, inputs | {"text": text, "mask": mask})
+            for c, inputs in generation(TOY, STEPS, batch=2)
+        ]
+        follows(cached, by_hand, calls)
+        assert actions(cached) == "CrCCrr"
+    assert len(cached.cache_report().captures) == 3
+
+
+class _LargeDiT(ToyDiT):
+    """Decides on the selected text, with its length as a number."""
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor, mask: Tensor) -> Any:  # type: ignore[override]
+        chosen = text[mask]
+        large = (chosen.view(chosen.shape[0], 2, DIM // 2) > 100).any()
+        return super().forward(x, timestep, text) * (2.0 if large else 1.0)
+
+
+def test_a_length_that_a_guard_has_as_a_number() -> None:
+    cached, by_hand = pair(_LargeDiT)
+    for valid in (3, 2, 3):
+        mask = torch.arange(TEXT)[None] < valid
+        calls = [(c, inputs | {"mask": mask}) for c, inputs in generation(TOY, STEPS)]
+        follows(cached, by_hand, calls)
+        assert actions(cached) == "CrCCrr"
+    assert len(cached.cache_report().captures) == 2
+
+
 def test_a_value_that_changes_every_step_is_refused_at_last() -> None:
     model = make(ReadsTimeDiT)
     cached = dit_cache_fx.apply(model, "deepcache", no_cache_steps=STEPS)

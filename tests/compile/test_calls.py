@@ -15,6 +15,7 @@ from dit_cache_fx.values.pytree import flatten
 from tests.compile.compiling import (
     RULE,
     STEPS,
+    STRATEGIES,
     Counting,
     assert_same,
     breaks,
@@ -273,6 +274,40 @@ def test_a_number_as_the_timestep_in_a_users_own_compiled_function(number: type)
         want = inputs["x"] - 0.1 * by_hand(computes, **inputs)
         assert torch.equal(step(**inputs), want)
     assert (backend.count, breaks()) == (2, 0)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("strategy", [*STRATEGIES])
+def test_every_strategy_in_a_users_own_compiled_function(
+    model: nn.Module, strategy: str, inner: str
+) -> None:
+    """The state of a rule has numbers; the compiler must not take them for constants."""
+    name, options = STRATEGIES[strategy]
+    eager, cached = (dit_cache_fx.apply(model, name, **options) for _ in range(2))
+    cached(**toy_inputs(1000.0))
+    step = torch.compile(sampler(cached), backend=inner, fullgraph=True)
+    for prompt in (0, 1):
+        for inputs in calls_of(TOY, prompt=prompt):
+            assert torch.equal(step(**inputs), sampler(eager)(**inputs))
+        assert {*actions(eager)} == {"C", "r"}
+
+
+def test_an_error_in_a_users_own_compiled_function_has_its_whole_text(model: nn.Module) -> None:
+    """Its type is Dynamo's."""
+    cached = cache_of(model)
+    cached(**toy_inputs(1000.0))
+    step = torch.compile(sampler(cached), backend="eager", fullgraph=True)
+    with (
+        cached.batch([cached.new_session()]),
+        pytest.raises(torch._dynamo.exc.Unsupported) as error,
+    ):
+        step(**toy_inputs(1000.0))
+    text = (
+        "CaptureError('a batch of sessions cannot be part of another compiled function or of an "
+        "exported program: compile the cached model by itself')"
+    )
+    assert text in str(error.value)
+    assert text in str(error.value.__cause__)
 
 
 def test_in_a_users_own_compiled_function_before_any_call(model: nn.Module) -> None:

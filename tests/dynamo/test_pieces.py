@@ -128,6 +128,31 @@ def test_a_refiner_is_no_trunk_where_the_trunk_is_split(
     assert not cache.cache_report().captures
 
 
+def broken(text: Tensor) -> Tensor:
+    torch._dynamo.graph_break()
+    return text * 2
+
+
+class InAnArgumentDiT(ToyDiT):
+    """A break in an argument: the next piece has the timestep and a method as values on a stack."""
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Any:
+        c = self.condition(timestep, broken(text))
+        return self.gain * self.head(self.trunk(self.embed(x), c))
+
+
+def test_a_trunk_whose_timestep_is_lost_is_not_left_uncached_silently() -> None:
+    inside, cache = make(InAnArgumentDiT), cache_of()
+    model = torch.compile(inside, backend=cache)
+
+    def generation() -> None:
+        for step, time in enumerate(TIMES):
+            inputs = toy_inputs(time, seed=step)
+            assert torch.equal(model(**inputs), inside(**inputs))
+
+    warned(generation, r"Dynamo splits the model .* the timestep is no tensor input")
+
+
 class TwoSamplesDiT(ToyDiT):
     """Two lists, each for one of two inputs of the sample's shape; then the trunk has both.
 

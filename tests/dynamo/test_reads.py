@@ -302,6 +302,29 @@ def test_pieces_with_gradients_count_as_steps() -> None:
     assert steps == [0, 1, 4, 5]
 
 
+class SelectsDiT(ToyDiT):
+    """Leaves out the words that the mask leaves out."""
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor, mask: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(x, timestep, text[mask][None])
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_a_graph_with_a_size_from_data_is_compiled_uncached(inner: str) -> None:
+    """Only while Dynamo calls the backend is it known that the size may vary."""
+    inside, cache = make(SelectsDiT), cache_of(inner)
+    model = torch.compile(inside, backend=cache, fullgraph=True)
+
+    def generations() -> None:
+        for words in (3, 2):
+            for time in TIMES:
+                inputs = toy_inputs(time) | {"mask": mask_of(words)}
+                assert torch.equal(model(**inputs), inside(**inputs))
+
+    warned(generations, r"a size in it depends on data .* Use dit_cache_fx\.apply\(model, \.\.\.\)")
+    assert not cache.cache_report().timeline
+
+
 def test_training_alone_takes_no_note() -> None:
     cache = cache_of()
     model = torch.compile(make(ToyDiT), backend=cache)

@@ -17,6 +17,7 @@ from tests.lowering.toy import (
     ByIndex,
     EndsWithBlocks,
     Masked,
+    MaskedBehind,
     Reads,
     guards_of,
     one_graph_of,
@@ -438,7 +439,7 @@ def test_branches_give_memory_of_their_own() -> None:
 
 class Preamble(TestCase):
     def test_split(self) -> None:
-        preamble = split_preamble(variants_of(DEEP, Masked()).compute)
+        preamble = split_preamble(variants_of(DEEP, Masked()).compute, ())
         assert preamble is not None
         self.assertExpectedInline(
             code(preamble.part.gm),
@@ -456,7 +457,7 @@ def forward(self, text):
 """,
         )
         self.assertExpectedInline(
-            code(preamble.compute.gm),
+            code(preamble.rest.gm),
             """\
 def forward(self, x, timestep, model_text_embedder):
     model = self.model
@@ -481,8 +482,48 @@ def forward(self, x, timestep, model_text_embedder):
 """,
         )
 
+    def test_split_off_a_reused_step(self) -> None:
+        variants = variants_of(DEEP, MaskedBehind())
+        preamble = split_preamble(variants.reuse, variants.cached, "reused_")
+        assert preamble is not None
+        self.assertExpectedInline(
+            code(preamble.part.gm),
+            """\
+def forward(self, text):
+    select = torch.ops.aten.select.int(text, 0, 0)
+    select_1 = torch.ops.aten.select.int(select, 1, 0)
+    gt = torch.ops.aten.gt.Scalar(select_1, 0)
+    index = torch.ops.aten.index.Tensor(text, [None, gt])
+    bitwise_not = torch.ops.aten.bitwise_not.default(gt)
+    index_1 = torch.ops.aten.index.Tensor(text, [None, bitwise_not])
+    cat = torch.ops.aten.cat.default([index, index_1], 1)
+    mean = torch.ops.aten.mean.default(cat)
+    nonzero_default = torch.ops.aten.nonzero.default(gt)
+    select_int = torch.ops.aten.select.int(nonzero_default, 1, 0)
+    return (mean, select_int)
+""",
+        )
+        self.assertExpectedInline(
+            code(preamble.rest.gm),
+            """\
+def forward(self, cached_getitem_4_0, timestep, reused_mean, reused_select_int):
+    model = self.model
+    unsqueeze = torch.ops.aten.unsqueeze.default(timestep, 1)
+    model_time_embedder = model.time_embedder(unsqueeze)
+    unsqueeze_1 = torch.ops.aten.unsqueeze.default(model_time_embedder, 1)
+    add_1 = torch.ops.aten.add.Tensor(cached_getitem_4_0, unsqueeze_1)
+    model_proj_out = model.proj_out(add_1)
+    mul = torch.ops.aten.mul.Tensor(model_proj_out, reused_mean)
+    slice_2 = torch.ops.aten.slice.Tensor(model_proj_out, 1, 0, 5)
+    index_tensor = torch.ops.aten.index.Tensor(slice_2, [None, reused_select_int])
+    mean_1 = torch.ops.aten.mean.dim(index_tensor, [1], True)
+    add_2 = torch.ops.aten.add.Tensor(mul, mean_1)
+    return (add_2,)
+""",
+        )
+
     def test_pinned(self) -> None:
-        part = pinned(variants_of(DEEP, Masked()).compute)
+        part = pinned(variants_of(DEEP, Masked()).compute, ())
         self.assertExpectedInline(
             code(part.gm),
             """\
@@ -520,7 +561,7 @@ def forward(self, x, timestep, text):
 
     def test_one_graph_reads_what_the_preamble_gives(self) -> None:
         one = one_graph_of(RULE, Masked())
-        assert one.preamble is not None
+        assert [*one.preambles] == ["compute"]
         assert not one.asks
         self.assertExpectedInline(
             code(one.part.gm),
@@ -540,8 +581,8 @@ def forward(self, forced, cached_getitem_4_0, timestep, add, model_text_embedder
 def test_no_preamble_where_no_size_depends_on_data() -> None:
     for model in (None, ByIndex()):
         compute = variants_of(DEEP, model).compute
-        assert split_preamble(compute) is None
-        assert pinned(compute) is compute
+        assert split_preamble(compute, ()) is None
+        assert pinned(compute, ()) is compute
 
 
 class Assertions(TestCase):

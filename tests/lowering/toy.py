@@ -23,6 +23,16 @@ class Masked(Toy):
         return super().forward(x, timestep, packed)
 
 
+class MaskedBehind(Toy):
+    """Also reads the packed text behind the blocks, and selects of their result."""
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        valid = text[0, :, 0] > 0
+        packed = torch.cat([text[:, valid], text[:, ~valid]], dim=1)
+        out = super().forward(x, timestep, packed)
+        return out * packed.mean() + out[:, : len(valid)][:, valid].mean(dim=1, keepdim=True)
+
+
 class ByIndex(Toy):
     """Reorders the text by numbers: no size depends on data."""
 

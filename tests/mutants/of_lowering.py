@@ -97,6 +97,41 @@ MUTANTS = (
         ("tests/lowering/test_preamble.py::test_another_size_raises_and_is_not_cut",),
     ),
     Mutant(
+        "reused-selections-in-the-place-of-computed-ones",
+        "lowering/one_graph.py",
+        'split_preamble(variants.reuse, variants.cached, "reused_")',
+        "split_preamble(variants.reuse, variants.cached)",
+        "a computed step reads memory without values",
+        ("tests/compile/test_masked.py::test_each_graph_is_compiled_once",),
+    ),
+    Mutant(
+        "items-left-in-the-graph",
+        "lowering/preamble.py",
+        "needed = _with_items(ancestors(",
+        "needed = set(ancestors(",
+        "a graph takes an item of a result that it does not have",
+        ("tests/compile/test_masked.py::test_each_graph_is_compiled_once",),
+    ),
+    Mutant(
+        "reused-steps-run-the-computed-preamble",
+        "runtime/step.py",
+        "if kind == own or specs.keys() != preamble.given.keys():",
+        "if True:",
+        "a reused step runs the text refiner",
+        (
+            "tests/compile/test_masked.py::"
+            "test_a_reused_step_does_not_run_what_only_computed_steps_read",
+        ),
+    ),
+    Mutant(
+        "places-counted-in-front",
+        "lowering/masks.py",
+        "together = given[-1] - given[0] < len(given)",
+        "together = False",
+        "an exported program is for another number of selected rows",
+        ("tests/lowering/test_masks.py::test_sizes_are_those_of_the_capture",),
+    ),
+    Mutant(
         "sample-is-conditioning",
         "lowering/lowered_program.py",
         "moving = {program.sample, step, *program.beside, *times}",

@@ -65,6 +65,17 @@ MUTANTS = (
         ("tests/strategies/test_predictors.py::test_newton_in_a_cached_model_and_in_a_program",),
     ),
     Mutant(
+        "rule-goes-on-when-asked-again",
+        "runtime/step.py",
+        "        self._state = self._branch.rule_state\n        if self._state is None:\n",
+        "        if self._state is None:\n",
+        "a step whose first graph does not compile is reused against the rule",
+        (
+            "tests/runtime/test_step.py::"
+            "test_a_rule_that_is_asked_twice_for_one_step_gives_one_answer",
+        ),
+    ),
+    Mutant(
         "masked-sizes-not-told-apart",
         "runtime/call_log.py",
         "if placed.branch.shapes != shapes:",

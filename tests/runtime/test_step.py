@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dit_cache_fx import DeepCache
+from dit_cache_fx import DeepCache, TeaCache
 from dit_cache_fx.runtime.step import MISSING, Step
 from dit_cache_fx.runtime.tracking.branches import Branch
 from dit_cache_fx.strategies import Clock
@@ -40,3 +40,17 @@ def test_a_second_evaluation_of_a_step_counts_once() -> None:
     assert torch.equal(given["value"], torch.full([4], 3.0))
     clock = {name: given[name].item() for name in ("computed", "distance", "reach")}
     assert clock == {"computed": 2, "distance": 2, "reach": 3}
+
+
+def test_a_rule_that_is_asked_twice_for_one_step_gives_one_answer() -> None:
+    """As where the graph with the decision cannot be compiled, and others take its place."""
+    rule, branch = TeaCache(rel_l1_thresh=0.4), Branch()
+    values = [torch.full([4], value) for value in (1.0, 1.3, 1.6, 1.7)]
+    computed = []
+    for index, value in enumerate(values):
+        asked = Step(rule, branch, index, SPECS)
+        asked.decide(value)
+        asked.decide(value)
+        computed.append(asked.computes)
+        asked.commit([], [], [value])
+    assert computed == [True, False, True, False]

@@ -250,7 +250,7 @@ def test_a_compiled_kind_of_step_is_compiled_once() -> None:
     step = Step(cached._engine.subject.strategy, Branch(), 0, entry.variants.cached)
 
     def run() -> Sequence[Tensor]:
-        part = compiler.compiled(entry.variants).variants.compute
+        part = compiler.compiled(entry.variants).compute
         given = {**entry.inputs(call), **step.compiled_given(part.names)}
         return part.run(*part.operands(given))
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dit_cache_fx.capture import FlatCall, flatten_call
-from dit_cache_fx.lowering import CompiledSteps
+from dit_cache_fx.lowering import Variants
 from dit_cache_fx.runtime import execution
 from dit_cache_fx.runtime.batch import Batch
 from dit_cache_fx.runtime.batch.row_check import check_rows
@@ -119,7 +119,7 @@ class BatchEngine:
         ready = self._ready(entry, compiler)
         return Group(
             members,
-            ready.variants,
+            ready,
             entry.layout,
             entry.inputs(call),
             lambda step, given: execution.decided(entry, step, given, ready, compiler),
@@ -127,11 +127,11 @@ class BatchEngine:
             lambda: self._engine.graphs.stale(entry),
         )
 
-    def _ready(self, entry: Entry, compiler: Compiler) -> CompiledSteps:
+    def _ready(self, entry: Entry, compiler: Compiler) -> Variants:
         """Return the functions that run a graph: compiled, or as it is."""
         if compiler.looks_on:
             return entry.compiled_steps
         step_compiler = self._engine.step_compiler
         if step_compiler is None:
-            return CompiledSteps(entry.variants, None)
+            return entry.variants
         return step_compiler.compiled(entry.variants)

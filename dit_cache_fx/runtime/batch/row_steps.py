@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -157,7 +157,3 @@ class RowSteps:
         }
 
     compiled_given = given
-
-    def prepared(self, first: Mapping[str, TensorSpec], make: Callable[[], Results]) -> Results:
-        """Return the preamble's results for a computed step's graph."""
-        return make()

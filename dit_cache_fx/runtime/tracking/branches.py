@@ -76,12 +76,13 @@ class Branch:
     computed: int = 0  # computed steps so far
     last_computed: int = 0  # the newest computed step
     reach: float = 0.0  # the distance of the last two computed steps
-    prepared: tuple[TensorSpec, ...] = ()  # specs of the preamble's results for its newest graph
+    #: kind of step -> specs of its preamble's newest results
+    prepared: dict[str, dict[str, TensorSpec]] = field(default_factory=dict)
     shapes: Any = None  # of the masked selections in the cached tensors
 
     def emptied(self) -> Branch:
         """Return the same branch with nothing held: its next call computes."""
-        nothing: Any = {"cached": [], "rule_state": None, "measured": None, "prepared": ()}
+        nothing: Any = {"cached": [], "rule_state": None, "measured": None, "prepared": {}}
         return replace(self, computed=0, last_computed=0, **nothing)
 
     def forget(self) -> None:
