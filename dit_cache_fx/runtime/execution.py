@@ -6,22 +6,11 @@ import logging
 
 import torch
 
-from dit_cache_fx._torch import (
-    cannot_compile,
-    signatures_kept,
-)
+from dit_cache_fx._torch import cannot_compile, signatures_kept
 from dit_cache_fx.capture import FlatCall
-from dit_cache_fx.lowering import (
-    Variants,
-)
+from dit_cache_fx.lowering import Variants
 from dit_cache_fx.runtime.batch.row_steps import RowSteps
-from dit_cache_fx.runtime.drive import (
-    NOTHING,
-    Compiler,
-    GraphCall,
-    Serving,
-    drive,
-)
+from dit_cache_fx.runtime.drive import NOTHING, Compiler, GraphCall, Serving, drive
 from dit_cache_fx.runtime.entry import Entry
 from dit_cache_fx.runtime.step import Step
 
