@@ -23,6 +23,8 @@ from dit_cache_fx.values.wrapped import is_distributed
 
 _T = TypeVar("_T")
 
+#: the largest number of signatures and shapes that have numbers
+MAX_NUMBERS = 4096
 #: the attribute with a model's parallel configuration, and the depth to search it for meshes
 _CONFIG, _DEPTH = "_parallel_config", 3
 
@@ -95,7 +97,7 @@ class Ranks:
 class Numbers:
     """Numbers for what each process has of its own, so that all can tell one call from another.
 
-    A process never gives a number twice.
+    A process never gives a number twice; what is forgotten gets a new one.
     """
 
     _numbers: dict[Hashable, int] = field(default_factory=dict)
@@ -107,6 +109,8 @@ class Numbers:
         They are equal in all processes, and so is whether they were seen before.
         """
         own = [self._numbers.setdefault(value, next(self._count)) for value in values]
+        while len(self._numbers) > MAX_NUMBERS:
+            del self._numbers[next(iter(self._numbers))]
         rows = ranks.gathered(torch.tensor(own, device="cpu")).reshape(-1, len(own)).T
         return [tuple(row) for row in rows.tolist()]
 
