@@ -8,7 +8,13 @@ on the host. `one_graph` joins both in a single graph with the decision in it (`
 from dit_cache_fx.lowering.one_graph import OneGraph, lower_one_graph
 from dit_cache_fx.lowering.part import CompiledPart, Part
 from dit_cache_fx.lowering.preamble import Preamble, split_preamble
-from dit_cache_fx.lowering.split_part import SplitPart, compiled_variants, prepared, split_variants
+from dit_cache_fx.lowering.split_part import (
+    SplitPart,
+    compiled_variants,
+    own_copy,
+    prepared,
+    split_variants,
+)
 from dit_cache_fx.lowering.variants import Variants, lower_variants
 
 __all__ = [
@@ -21,6 +27,7 @@ __all__ = [
     "compiled_variants",
     "lower_one_graph",
     "lower_variants",
+    "own_copy",
     "prepared",
     "split_preamble",
     "split_variants",

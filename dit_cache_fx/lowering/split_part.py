@@ -33,7 +33,7 @@ def prepared(preamble: Preamble, given: Mapping[str, torch.Tensor]) -> dict[str,
     """Run a preamble on the host; return its results by name, each in its own memory."""
     with torch.no_grad():
         results = preamble.part.run(*preamble.part.operands(given))
-    return {n: _own(t) for n, t in zip(preamble.given, results, strict=True)}
+    return {n: own_copy(t) for n, t in zip(preamble.given, results, strict=True)}
 
 
 def split_variants(variants: Variants) -> Variants:
@@ -64,5 +64,6 @@ def _prepared(part: SplitPart, operands: Sequence[torch.Tensor]) -> list[torch.T
     return part.preamble.rest.operands(given | prepared(part.preamble, given))
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor:
+def own_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous copy, in memory of its own."""
     return tensor.clone(memory_format=torch.contiguous_format)

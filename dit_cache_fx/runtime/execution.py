@@ -8,7 +8,7 @@ import torch
 
 from dit_cache_fx._torch import cannot_compile, signatures_kept
 from dit_cache_fx.capture import FlatCall
-from dit_cache_fx.lowering import Variants
+from dit_cache_fx.lowering import Variants, own_copy
 from dit_cache_fx.runtime.batch.row_steps import RowSteps
 from dit_cache_fx.runtime.drive import NOTHING, Compiler, GraphCall, Serving, drive
 from dit_cache_fx.runtime.entry import Entry
@@ -105,7 +105,7 @@ def _one_graph(entry: Entry, step: Step, call: FlatCall, compiler: Compiler) -> 
                 yield from rule
         else:
             drive(rule)
-        given.update((name, _contiguous(given[name])) for name in entry.variants.carried)
+        given.update((name, own_copy(given[name])) for name in entry.variants.carried)
     if one.preambles:
         with entry.captured.around():
             given.update(step.prepared(one.preambles, given))
@@ -143,7 +143,3 @@ def _ruled(
         value, *carried = yield GraphCall(prefix.run, prefix.operands(given), around)
         given.update(zip(variants.carried, carried, strict=True))
     step.decide(value)
-
-
-def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.clone(memory_format=torch.contiguous_format)

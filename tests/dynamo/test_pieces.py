@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -111,19 +112,21 @@ class OwnMethodDiT(BareTrunkDiT):
         return x / 2
 
 
+def assert_as_inside(inside: nn.Module, cache: Backend) -> None:
+    """Check a generation with this backend: each call is the model's own."""
+    model = torch.compile(inside, backend=cache)
+    for step, time in enumerate(TIMES):
+        inputs = toy_inputs(time, seed=step)
+        assert torch.equal(model(**inputs), inside(**inputs))
+
+
 @pytest.mark.parametrize("kind", [BrokenTrunkDiT, BareTrunkDiT, OwnMethodDiT])
 @pytest.mark.parametrize("never", [None, {"blocks": {1}}])
 def test_a_refiner_is_no_trunk_where_the_trunk_is_split(
     kind: Callable[..., nn.Module], never: Any
 ) -> None:
     inside, cache = make(kind), cache_of(no_cache_block_id=never)
-    model = torch.compile(inside, backend=cache)
-
-    def generation() -> None:
-        for step, time in enumerate(TIMES):
-            inputs = toy_inputs(time, seed=step)
-            assert torch.equal(model(**inputs), inside(**inputs))
-
+    generation = partial(assert_as_inside, inside, cache)
     warned(generation, r"Dynamo splits the model .* dit_cache_fx.apply\(")
     assert not cache.cache_report().captures
 
@@ -142,14 +145,7 @@ class InAnArgumentDiT(ToyDiT):
 
 
 def test_a_trunk_whose_timestep_is_lost_is_not_left_uncached_silently() -> None:
-    inside, cache = make(InAnArgumentDiT), cache_of()
-    model = torch.compile(inside, backend=cache)
-
-    def generation() -> None:
-        for step, time in enumerate(TIMES):
-            inputs = toy_inputs(time, seed=step)
-            assert torch.equal(model(**inputs), inside(**inputs))
-
+    generation = partial(assert_as_inside, make(InAnArgumentDiT), cache_of())
     warned(generation, r"Dynamo splits the model .* the timestep is no tensor input")
 
 
